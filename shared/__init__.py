@@ -1,0 +1,1 @@
+"""The vocabulary that services, trainer and command line share: records, settings, stream, database."""

@@ -1,0 +1,151 @@
+"""Loads `Settings` from TOML file < environment < command line, and writes the resolved form.
+
+Every process begins here: `load_settings(path, overrides)`. Errors name the place of the wrong value.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from shared.errors import SettingsError
+from shared.settings import Secrets, Settings
+
+_PREFIX = "HEADWATER_"
+_SECRETS = {f"{_PREFIX}{name.upper()}": name for name in Secrets.model_fields}
+
+
+def load_settings(
+    path: Path | None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Settings from `path` (TOML), then `HEADWATER_SECTION__KEY`, then `--section.key value` pairs.
+
+    Raises SettingsError with one line per wrong key: where it was given, what is wrong.
+    """
+    data: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        _merge(data, _read_toml(path), origins, origin=str(path))
+    for keys, value, origin in _environment_values(os.environ if environ is None else environ):
+        _set(data, keys, value, origins, origin=origin)
+    for keys, value, origin in _command_line_values(overrides):
+        _set(data, keys, value, origins, origin=origin)
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as exc:
+        raise SettingsError(_explain(exc, origins)) from exc
+
+
+def load_secrets(environ: Mapping[str, str] | None = None) -> Secrets:
+    """Tokens and keys from the environment."""
+    found = os.environ if environ is None else environ
+    return Secrets(**{name: found[variable] for variable, name in _SECRETS.items() if variable in found})
+
+
+def write_settings(settings: Settings, path: Path) -> None:
+    """Write the resolved settings as TOML, whole or not at all."""
+    data = settings.model_dump(mode="json", exclude_none=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(tomli_w.dumps(data), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise SettingsError(f"no configuration file at {path}") from exc
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise SettingsError(f"{path} is not readable TOML: {exc}") from exc
+
+
+def _environment_values(environ: Mapping[str, str]) -> list[tuple[list[str], Any, str]]:
+    return [
+        (name.removeprefix(_PREFIX).lower().split("__"), _parse(value), f"environment variable {name}")
+        for name, value in sorted(environ.items())
+        if name.startswith(_PREFIX) and name not in _SECRETS
+    ]
+
+
+def _command_line_values(overrides: Sequence[str]) -> list[tuple[list[str], Any, str]]:
+    values: list[tuple[list[str], Any, str]] = []
+    words = list(overrides)
+    while words:
+        option = words.pop(0)
+        if not option.startswith("--") or "." not in option:
+            raise SettingsError(f"expected --section.key VALUE, got {option!r}")
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not equals:
+            if not words:
+                raise SettingsError(f"{option} needs a value")
+            value = words.pop(0)
+        values.append((name.replace("-", "_").split("."), _parse(value), f"command line {option}"))
+    return values
+
+
+def _parse(text: str) -> Any:
+    """Lists and tables as JSON or TOML; everything else stays text, which pydantic turns into its type."""
+    if text[:1] not in "[{":
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as exc:
+        raise SettingsError(f"neither JSON nor TOML: {text!r} ({exc})") from exc
+
+
+def _merge(into: dict[str, Any], data: dict[str, Any], origins: dict[str, str], *, origin: str) -> None:
+    for key, value in data.items():
+        into[key] = value
+        origins[key] = origin
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any, origins: dict[str, str], *, origin: str) -> None:
+    """Put `value` at the nested place; `origins` remembers who set each dotted place."""
+    _refuse_unknown(keys, origin)
+    place = data
+    for key in keys[:-1]:
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise SettingsError(f"{origin}: {key} is a value, not a section")
+        place = inner
+    place[keys[-1]] = value
+    origins[".".join(keys)] = origin
+
+
+def _refuse_unknown(keys: list[str], origin: str) -> None:
+    """A mistyped variable must not create a section that the validator then reports elsewhere."""
+    model: type[BaseModel] | None = Settings
+    for depth, key in enumerate(keys):
+        if model is None:
+            return
+        if key not in model.model_fields:
+            raise SettingsError(
+                f"{origin}: no setting {'.'.join(keys[: depth + 1])!r}; known here: {', '.join(model.model_fields)}"
+            )
+        annotation = model.model_fields[key].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    if model is not None:
+        raise SettingsError(f"{origin}: {'.'.join(keys)} is a section, name a key in it")
+
+
+def _explain(exc: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for error in exc.errors():
+        place = [str(piece) for piece in error["loc"]]
+        origin = next(
+            (origins[".".join(place[:n])] for n in range(len(place), 0, -1) if ".".join(place[:n]) in origins),
+            "settings",
+        )
+        message = "no such setting" if error["type"] == "extra_forbidden" else error["msg"]
+        given = "" if error["type"] in {"extra_forbidden", "missing", "value_error"} else f", got {error['input']!r}"
+        lines.append(f"{origin}: {'.'.join(place) or 'settings'}: {message}{given}")
+    return "\n".join(lines)

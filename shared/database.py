@@ -1,0 +1,193 @@
+"""SQLAlchemy models of what a run leaves behind, and the one way to open the database.
+
+SQLite by default (one file in the run folder, write-ahead log, several processes), PostgreSQL by URL. The schema
+is made and moved by Alembic (shared/migrations), never by `create_all`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import JSON, Engine, Index, String, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from shared.errors import DatabaseError
+
+BUSY_TIMEOUT_S = 30.0
+
+
+class Base(DeclarativeBase):
+    """All tables. Times are Unix seconds, in UTC by nature."""
+
+    type_annotation_map: ClassVar = {dict[str, Any]: JSON, list[Any]: JSON, str: String}
+
+
+class RunRow(Base):
+    __tablename__ = "runs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[float]
+    settings: Mapped[dict[str, Any]]
+
+
+class DocumentRow(Base):
+    """One document window that was read: the cursor and the conservation law in one table.
+
+    A window's row is written when it is read; its state then moves
+    `reading` -> `scored` (on the stream) -> `trained` (in a checkpoint), or to `dropped` with a reason.
+    """
+
+    __tablename__ = "documents"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    window: Mapped[int] = mapped_column(primary_key=True)
+    source_id: Mapped[str]
+    """The document's own id, or `file:line`."""
+    state: Mapped[str] = mapped_column(default="reading")
+    reason: Mapped[str] = mapped_column(default="")
+    """Why it was dropped: a short word that can be counted, such as `not_json` or `stale`."""
+    detail: Mapped[str] = mapped_column(default="")
+    """The whole sentence: file, line, what is wrong."""
+    num_tokens: Mapped[int] = mapped_column(default=0)
+    num_chunks: Mapped[int] = mapped_column(default=0)
+    num_dropped_chunks: Mapped[int] = mapped_column(default=0)
+    policy_version: Mapped[int | None]
+    """Oldest weight version among its rollouts."""
+    trained_step: Mapped[int | None]
+    read_at: Mapped[float]
+    finished_at: Mapped[float | None]
+    __table_args__ = (Index("documents_by_state", "run_id", "state"),)
+
+
+class ChunkRow(Base):
+    """A scored (or dropped) chunk, for the share of windows that is kept for people."""
+
+    __tablename__ = "chunks"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(index=True)
+    document_id: Mapped[str] = mapped_column(index=True)
+    start: Mapped[int]
+    prefix: Mapped[str]
+    fingerprint: Mapped[str] = mapped_column(default="")
+    reasoning: Mapped[str] = mapped_column(default="")
+    num_calls: Mapped[int] = mapped_column(default=0)
+    num_failures: Mapped[int] = mapped_column(default=0)
+    dropped_reason: Mapped[str] = mapped_column(default="")
+    scored_at: Mapped[float]
+
+
+class CandidateRow(Base):
+    __tablename__ = "candidates"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    chunk_id: Mapped[int] = mapped_column(sa.ForeignKey("chunks.id", ondelete="CASCADE"), index=True)
+    kind: Mapped[str]
+    text: Mapped[str]
+    num_tokens: Mapped[int]
+    policy_version: Mapped[int | None]
+    reward: Mapped[float | None]
+    scores: Mapped[dict[str, Any]]
+
+
+class StepRow(Base):
+    """One optimizer step. A step redone after a crash replaces its row."""
+
+    __tablename__ = "steps"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    """1 is the first update; 0 is the model as it came."""
+    at: Mapped[float]
+    policy_version: Mapped[int]
+    figures: Mapped[dict[str, Any]]
+    """Metric name -> number: the names of trainer/figures.py, the same as in TensorBoard."""
+
+
+class WeightVersionRow(Base):
+    __tablename__ = "weight_versions"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int]
+    form: Mapped[str]
+    num_bytes: Mapped[int]
+    seconds: Mapped[float]
+    created_at: Mapped[float]
+
+
+class EvaluationRow(Base):
+    __tablename__ = "evaluations"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(index=True)
+    step: Mapped[int]
+    name: Mapped[str]
+    value: Mapped[float]
+    low: Mapped[float | None]
+    high: Mapped[float | None]
+    """95 % interval."""
+    at: Mapped[float]
+
+
+class EventRow(Base):
+    """What a person wants to know afterwards: starts, stops, resumes, refused weights, a new judge."""
+
+    __tablename__ = "events"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(index=True)
+    at: Mapped[float]
+    role: Mapped[str]
+    kind: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+def open_database(url: str) -> Engine:
+    """An engine for `url`. SQLite waits for other writers and syncs commits to disk."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError as exc:
+        raise DatabaseError(f"database.url {url!r} is not an SQLAlchemy URL") from exc
+    if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(parsed, pool_pre_ping=True)
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the schema to the newest revision; safe to call from several processes, one after another."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with translated(), engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7201)"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Session]:
+    """One transaction: committed whole, or rolled back. Raises DatabaseError."""
+    with translated(), Session(engine) as session, session.begin():
+        yield session
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Driver errors as DatabaseError (disk full, locked, unreachable)."""
+    try:
+        yield
+    except DBAPIError as exc:
+        raise DatabaseError(f"database: {exc.orig}") from exc

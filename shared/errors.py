@@ -1,0 +1,90 @@
+"""The error tree: one class per boundary, each with the HTTP status that a service answers with.
+
+Services render any `HeadwaterError` as `{"error": {"type": ..., "message": ...}}` (services/app.py);
+clients turn such an answer back into `ServiceError`. `retryable` tells the collector whether the same
+request may succeed later.
+"""
+
+
+class HeadwaterError(Exception):
+    """Root of all errors that Headwater raises on purpose; the message says what, where and the remedy."""
+
+    status = 500
+    retryable = False
+
+
+class SettingsError(HeadwaterError):
+    """A configuration file, environment variable or command-line value is wrong."""
+
+    status = 400
+
+
+class SourceError(HeadwaterError):
+    """A document source as a whole can't be read (a single bad line is a `Refusal`, not an error)."""
+
+
+class RequestError(HeadwaterError):
+    """A request to a service is well-formed JSON but can't be answered as asked."""
+
+    status = 422
+
+
+class AuthError(HeadwaterError):
+    """The bearer token is missing or wrong."""
+
+    status = 401
+
+
+class OverloadedError(HeadwaterError):
+    """A bounded queue is full; the answer carries Retry-After."""
+
+    status = 503
+    retryable = True
+
+
+class EngineError(HeadwaterError):
+    """The language-model engine behind a service failed or isn't ready."""
+
+    status = 503
+    retryable = True
+
+
+class VerdictError(HeadwaterError):
+    """A judge's answer holds no readable verdict. Never a score."""
+
+    status = 502
+    retryable = True
+
+
+class ServiceError(HeadwaterError):
+    """A service answered with an error or could not be reached (client side)."""
+
+    status = 502
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class StreamError(HeadwaterError):
+    """The Redis stream can't be reached, or an entry on it can't be decoded."""
+
+    status = 503
+    retryable = True
+
+
+class WeightStoreError(HeadwaterError):
+    """A weight version is missing, incomplete or does not match its checksums."""
+
+    status = 409
+
+
+class DatabaseError(HeadwaterError):
+    """The database can't be reached, is locked, or has another schema version."""
+
+    status = 503
+    retryable = True
+
+
+class TrainingError(HeadwaterError):
+    """Training can't go on (non-finite losses in a row, an unusable checkpoint)."""
