@@ -1,0 +1,1 @@
+"""The services: rollout, rewriter, judge (FastAPI apps) and the collector, the only caller of the three."""

@@ -1,0 +1,105 @@
+"""The seam between services and language models.
+
+A service holds exactly one `Engine` and knows no other way to a model. Tests fake at this seam only.
+`transformers` and `openai` live beside this file; `build_engine` (build.py) picks by settings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+TokenSequence = Sequence[int]
+Prompt = str | TokenSequence
+"""Text is tokenised by the engine without adding special tokens; token ids go in as they are."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt."""
+
+    max_tokens: int
+    num_samples: int = 1
+    """All samples of one prompt share one prefill."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    """The same prompt with the same sampling under the same weights gives the same samples, whatever other
+    requests share its batch."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled continuation."""
+
+    token_ids: tuple[int, ...]
+    """In the model's tokens; a sampled end-of-sequence token is the last one. Empty where an endpoint
+    returns text only."""
+    text: str
+    """Decoded without special tokens."""
+    finish_reason: Literal["length", "stop"]
+    weight_version: int
+    """The oldest weight version that any of its tokens was sampled under."""
+
+
+class Engine(Protocol):
+    """Asynchronous, bounded in queue and time. Raises EngineError, or OverloadedError when its queue is full."""
+
+    @property
+    def name(self) -> str:
+        """What fingerprints and /readyz show: kind and model."""
+        ...
+
+    @property
+    def weight_version(self) -> int:
+        """The version that new requests are answered under; 0 until weights were loaded."""
+        ...
+
+    @property
+    def can_score(self) -> bool:
+        """Whether `score` works (an endpoint may refuse to give log-probs of given tokens)."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model; returns when the engine can answer."""
+        ...
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        """`sampling.num_samples` continuations of each prompt, in the order of the prompts.
+
+        Row i of `prompts` is sampled with seed `sampling.seed + i`.
+        """
+        ...
+
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+        """Natural-log probabilities of each continuation's tokens after the prompt; one prefill of the prompt.
+
+        A text continuation is tokenised on its own, without special tokens.
+        """
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The model's tokens, no special tokens added. EngineError where the engine has no tokenizer."""
+        ...
+
+    def decode(self, token_ids: TokenSequence) -> str:
+        """Text without special tokens."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def render_chat(self, prompt: str) -> str:
+        """One user message in the model's chat template, up to where the assistant's answer begins."""
+        ...
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        """Switch to the safetensors files in `folder` between batches: requests in flight are not lost.
+
+        The files are checked against the model (names, shapes, dtypes) before anything changes; on EngineError the
+        last good weights stay.
+        """
+        ...
+
+    async def close(self) -> None: ...
