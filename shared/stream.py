@@ -38,6 +38,11 @@ def lease_key(run: str, part: int) -> str:
     return f"headwater:{run}:lease:{part}"
 
 
+def exhausted_key(run: str) -> str:
+    """Set: parts of the source that have no more documents."""
+    return f"headwater:{run}:exhausted"
+
+
 def trainer_key(run: str) -> str:
     """Hash: step, policy_version, state (`training`, `finished`) of the trainer."""
     return f"headwater:{run}:trainer"
@@ -95,7 +100,7 @@ class DocumentStream:
 
     def create(self) -> None:
         """Make stream and group if they are not there."""
-        with _translated():
+        with translated():
             try:
                 self._client.xgroup_create(self._key, GROUP, id="0", mkstream=True)
             except redis.ResponseError as exc:
@@ -104,13 +109,13 @@ class DocumentStream:
 
     def write(self, document: ScoredDocument) -> str:
         """Append; returns the entry id once Redis has it."""
-        with _translated():
+        with translated():
             entry = self._client.xadd(self._key, {b"id": document.document_id.encode(), b"body": encode(document)})
             return _text(entry)
 
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
         """Up to `count` new entries, waiting at most `block_s` for the first; an empty list means none came."""
-        with _translated():
+        with translated():
             answer = self._client.xreadgroup(
                 GROUP, self._consumer, {self._key: ">"}, count=count, block=max(1, int(block_s * 1000))
             )
@@ -120,7 +125,7 @@ class DocumentStream:
         """What was delivered but never acknowledged, oldest first. Takes over from consumers that are gone."""
         cursor = "0-0"
         while True:
-            with _translated():
+            with translated():
                 cursor_bytes, entries, *_ = self._client.xautoclaim(
                     self._key, GROUP, self._consumer, min_idle_time=0, start_id=cursor, count=count
                 )
@@ -134,11 +139,11 @@ class DocumentStream:
         ids = list(entry_ids)
         if not ids:
             return
-        with _translated():
+        with translated():
             self._client.pipeline(transaction=True).xack(self._key, GROUP, *ids).xdel(self._key, *ids).execute()
 
     def backlog(self) -> Backlog:
-        with _translated():
+        with translated():
             length = int(self._client.xlen(self._key))
             pending = int(self._client.xpending(self._key, GROUP)["pending"]) if length else 0
         return Backlog(unread=max(0, length - pending), pending=pending)
@@ -148,7 +153,7 @@ class DocumentStream:
         found: set[str] = set()
         start = "-"
         while True:
-            with _translated():
+            with translated():
                 entries = self._client.xrange(self._key, min=start, max="+", count=count)
             found.update(_text(fields[b"id"]) for _, fields in entries)
             if len(entries) < count:
@@ -178,7 +183,8 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """Redis errors as StreamError."""
     try:
         yield
     except redis.RedisError as exc:

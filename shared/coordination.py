@@ -1,0 +1,93 @@
+"""The small facts that processes of one run tell each other through Redis, beside the document stream.
+
+    trainer   -> rollout      `announce_weights`: the newest version in the weight store
+    trainer   -> collector    `report_trainer`: step, policy version, whether the run is finished
+    collector -> collectors   leases on parts of the source, with expiry
+    collector -> trainer      `mark_exhausted`: a part of the source has no more documents
+
+Blocking calls, each bounded by the client's timeouts: use it from a thread in async code.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import redis
+
+from shared.stream import exhausted_key, lease_key, trainer_key, translated, weights_key
+
+TrainerState = Literal["training", "finished"]
+
+_RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
+_RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
+
+
+@dataclass(frozen=True)
+class TrainerReport:
+    """How far the trainer is."""
+
+    step: int
+    policy_version: int
+    state: TrainerState
+
+
+class Coordination:
+    """One run's facts in Redis. Raises StreamError when Redis can't be reached."""
+
+    def __init__(self, client: redis.Redis, run: str) -> None:
+        self._client: Any = client
+        self._run = run
+
+    def announce_weights(self, version: int) -> None:
+        with translated():
+            self._client.set(weights_key(self._run), version)
+
+    def announced_version(self) -> int | None:
+        """None until the trainer has announced one."""
+        with translated():
+            value = self._client.get(weights_key(self._run))
+        return None if value is None else int(value)
+
+    def report_trainer(self, report: TrainerReport) -> None:
+        with translated():
+            self._client.hset(
+                trainer_key(self._run),
+                mapping={"step": report.step, "policy_version": report.policy_version, "state": report.state},
+            )
+
+    def trainer_report(self) -> TrainerReport | None:
+        """None until the trainer has reported."""
+        with translated():
+            fields = self._client.hgetall(trainer_key(self._run))
+        if not fields:
+            return None
+        return TrainerReport(
+            step=int(fields[b"step"]),
+            policy_version=int(fields[b"policy_version"]),
+            state=cast(TrainerState, fields[b"state"].decode()),
+        )
+
+    def acquire_lease(self, part: int, owner: str, *, lease_s: float) -> bool:
+        """True if `owner` now holds the part (it may have held it before)."""
+        key, milliseconds = lease_key(self._run, part), int(lease_s * 1000)
+        with translated():
+            if self._client.set(key, owner, nx=True, px=milliseconds):
+                return True
+            return bool(self._client.eval(_RENEW, 1, key, owner, milliseconds))
+
+    def renew_lease(self, part: int, owner: str, *, lease_s: float) -> bool:
+        """False if the lease was lost: stop working on the part at once."""
+        with translated():
+            return bool(self._client.eval(_RENEW, 1, lease_key(self._run, part), owner, int(lease_s * 1000)))
+
+    def release_lease(self, part: int, owner: str) -> None:
+        with translated():
+            self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
+
+    def mark_exhausted(self, part: int) -> None:
+        """The part has no more documents, and all it had are on the stream or dropped."""
+        with translated():
+            self._client.sadd(exhausted_key(self._run), part)
+
+    def source_exhausted(self, *, num_parts: int) -> bool:
+        with translated():
+            return int(self._client.scard(exhausted_key(self._run))) >= num_parts
