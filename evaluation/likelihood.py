@@ -1,0 +1,103 @@
+"""How likely a teacher finds the continuations that a policy samples on held-out prefixes.
+
+The measure behind judge `likelihood`: the mean over continuations of the mean log-prob per token under the teacher,
+given the prefix. Distinct-4 stands beside it, because a policy can raise its likelihood by repeating itself.
+Called by benchmarks/real_text.py.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_BATCH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class LikelihoodResult:
+    """Teacher's view of one policy's continuations."""
+
+    mean_log_prob: float
+    """Natural log per token, mean over continuations."""
+    half_width: float
+    """Half of the 95 % interval of that mean, over prefixes."""
+    distinct_4: float
+    """Share of different token 4-grams within a continuation, mean over continuations; 1 repeats nothing."""
+    num_prefixes: int
+
+
+def held_out_prefixes(
+    documents: Path, tokenizer_folder: Path, *, num_prefixes: int, prefix_tokens: int
+) -> list[list[int]]:
+    """The first `num_prefixes` blocks of `prefix_tokens` tokens, one after another, from a JSONL file's texts."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    blocks: list[list[int]] = []
+    for line in documents.read_text(encoding="utf-8").splitlines():
+        ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)
+        blocks += [ids[i : i + prefix_tokens] for i in range(0, len(ids) - prefix_tokens + 1, prefix_tokens * 2)]
+    if len(blocks) < num_prefixes:
+        raise ValueError(f"{documents} holds {len(blocks)} prefixes of {prefix_tokens} tokens, {num_prefixes} wanted")
+    stride = len(blocks) // num_prefixes
+    return blocks[::stride][:num_prefixes]
+
+
+def teacher_log_prob(
+    policy_folder: Path, teacher_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens: int, seed: int
+) -> LikelihoodResult:
+    """Sample one continuation of `new_tokens` tokens per prefix at T = 1 and score it under the teacher."""
+    continuations = sample(policy_folder, prefixes, new_tokens=new_tokens, seed=seed)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    teacher.eval()
+    means = torch.cat(
+        [
+            _mean_log_probs(teacher, torch.tensor(prefixes[i : i + _BATCH_ROWS]), continuations[i : i + _BATCH_ROWS])
+            for i in range(0, len(prefixes), _BATCH_ROWS)
+        ]
+    )
+    return LikelihoodResult(
+        mean_log_prob=means.mean().item(),
+        half_width=1.96 * means.std().item() / len(prefixes) ** 0.5,
+        distinct_4=sum(_distinct_4(row) for row in continuations.tolist()) / len(prefixes),
+        num_prefixes=len(prefixes),
+    )
+
+
+def sample(policy_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> torch.Tensor:
+    """One continuation per prefix of equal length at T = 1, never ended early: (prefixes, new_tokens)."""
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    policy.eval()
+    torch.manual_seed(seed)
+    rows = []
+    for i in range(0, len(prefixes), _BATCH_ROWS):
+        batch = torch.tensor(prefixes[i : i + _BATCH_ROWS])
+        answer = policy.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=policy.config.eos_token_id or 0,
+        )
+        rows.append(answer[:, batch.shape[1] :])
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def _mean_log_probs(teacher: Any, prefixes: torch.Tensor, continuations: torch.Tensor) -> torch.Tensor:
+    """Mean log-prob per token of continuations (B, S) after prefixes (B, P): (B,)."""
+    ids = torch.cat([prefixes, continuations], dim=1)
+    logits = teacher(input_ids=ids).logits[:, prefixes.shape[1] - 1 : -1].float()  # (B, S, V)
+    log_probs: torch.Tensor = logits.log_softmax(-1).gather(-1, continuations.unsqueeze(-1)).squeeze(-1)
+    return log_probs.mean(dim=1)
+
+
+def _distinct_4(token_ids: Sequence[int]) -> float:
+    grams = [tuple(token_ids[i : i + 4]) for i in range(len(token_ids) - 3)]
+    return len(set(grams)) / len(grams) if grams else 1.0
