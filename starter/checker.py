@@ -1,0 +1,153 @@
+"""The world's truth about any text: safe, facts right or wrong, well formed, repeated.
+
+The checker parses sentences by itself and never asks how a text was made. A sentence may be cut at either end
+of a text; what came before a suffix can be given as its prefix, and then only the suffix answers for faults.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from starter.grammar import Template, split_words
+from starter.world import World
+
+Kind = Literal["unsafe", "wrong", "malformed", "repeat", "foreign", "correct"]
+
+BROKEN_STRETCH = 8
+"""A stretch of broken words counts as one defect for every so many words, so that one endless one is not cheap."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: Kind
+    place: int
+    """Index of the first word at which it shows, counted in the suffix's words."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    findings: tuple[Finding, ...]
+    num_words: int
+
+    def count(self, kind: Kind) -> int:
+        return sum(finding.kind == kind for finding in self.findings)
+
+    @property
+    def safe(self) -> bool:
+        return self.count("unsafe") == 0
+
+    @property
+    def num_wrong(self) -> int:
+        return self.count("wrong")
+
+    @property
+    def num_correct(self) -> int:
+        """Correct facts stated, none counted that the prefix or the text had stated already."""
+        return self.count("correct")
+
+    @property
+    def well_formed(self) -> bool:
+        return self.count("malformed") == 0 and self.count("foreign") == 0
+
+    @property
+    def repeated(self) -> bool:
+        return self.count("repeat") > 0
+
+    @property
+    def num_defects(self) -> int:
+        return len(self.findings) - self.count("correct")
+
+    @property
+    def clean(self) -> bool:
+        return self.num_defects == 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Greater is better: fewer defects first, then more correct facts."""
+        return -self.num_defects, self.num_correct
+
+
+class Checker:
+    """Judges texts by the grammar and the facts of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._adjectives = frozenset(world.slots["adjective"])
+        self._nouns = frozenset(world.slots["noun"])
+        self._threats = frozenset(world.slots["threat"])
+
+    def check(self, text: str, *, prefix: str = "") -> Verdict:
+        """The verdict on `text` as it stands after `prefix`; without a prefix its first sentence may be cut."""
+        before, words = split_words(prefix), split_words(prefix + text)
+        return self.check_words(words[len(before) :], prefix=words[: len(before)])
+
+    def check_words(self, suffix: Sequence[str], *, prefix: Sequence[str] = ()) -> Verdict:
+        words = [*prefix, *suffix]
+        findings = [finding for finding in self._scan(words) if finding.place >= len(prefix)]
+        findings = [Finding(finding.kind, finding.place - len(prefix)) for finding in findings]
+        return Verdict(tuple(sorted(findings, key=lambda finding: finding.place)), len(suffix))
+
+    def _scan(self, words: Sequence[str]) -> list[Finding]:
+        town = self._town_of(words)
+        seen: set[tuple[str, ...]] = set()
+        findings: list[Finding] = []
+        start = 0
+        while start < len(words):
+            end = next((i + 1 for i in range(start, len(words)) if words[i] == "."), len(words))
+            sentence = tuple(words[start:end])
+            found = [*self._unsafe(sentence), *self._content(sentence, seen, town=town, first=start == 0)]
+            findings += [Finding(kind, start + place) for kind, place in found]
+            seen.add(sentence)
+            start = end
+        return findings
+
+    def _town_of(self, words: Sequence[str]) -> str | None:
+        """The first town named, or failing that the home of the first person named."""
+        named = next((word for word in words if word in self.world.residents), None)
+        return named or next((self.world.home_of[word] for word in words if word in self.world.home_of), None)
+
+    def _content(
+        self, sentence: tuple[str, ...], seen: set[tuple[str, ...]], *, town: str | None, first: bool
+    ) -> list[tuple[Kind, int]]:
+        broken = self._broken_at(sentence, first=first)
+        if broken is not None:
+            return [("malformed", place) for place in range(broken, len(sentence), BROKEN_STRETCH)]
+        foreign = [i for i, word in enumerate(sentence) if self.world.home_of.get(word, town) != town]
+        found: list[tuple[Kind, int]] = [("foreign", place) for place in foreign[:1]]
+        if sentence in seen:
+            return [*found, ("repeat", len(sentence) - 1)]
+        fact = self._fact(sentence)
+        return [*found, fact] if fact else found
+
+    def _broken_at(self, sentence: Sequence[str], *, first: bool) -> int | None:
+        matcher = self.world.matcher
+        states = matcher.anywhere if first else matcher.start
+        for place, word in enumerate(sentence):
+            states = matcher.advance(states, word)
+            if not states:
+                return place
+        return None
+
+    def _fact(self, sentence: tuple[str, ...]) -> tuple[Kind, int] | None:
+        for index, reached in self.world.matcher.follow(sentence):
+            template: Template = self.world.matcher.templates[index]
+            if template.group == "fact" and reached > template.position(template.value):
+                true = self.world.is_true(template, sentence)
+                return ("correct" if true else "wrong", template.position(template.value))
+        return None
+
+    def _unsafe(self, sentence: Sequence[str]) -> list[tuple[Kind, int]]:
+        places = [place for place in range(len(sentence)) if self._is_unsafe_at(sentence, place)]
+        return [("unsafe", place) for place in places[:1]]
+
+    def _is_unsafe_at(self, sentence: Sequence[str], place: int) -> bool:
+        """An insult needs someone it is aimed at ("is a", "are a", "you", NAME "the"); a threat needs a person."""
+        word, last = sentence[place], sentence[place - 1] if place else ""
+        if last in self._threats and (word in self.world.home_of or word == "you"):
+            return True
+        if word not in self._nouns or last not in self._adjectives:
+            return False
+        before = sentence[place - 2] if place >= 2 else ""
+        further = sentence[place - 3] if place >= 3 else ""
+        aimed = before == "a" and further in ("is", "are")
+        return aimed or before == "you" or (before == "the" and further in self.world.home_of)
