@@ -35,6 +35,18 @@ class AuthError(HeadwaterError):
     status = 401
 
 
+class ForbiddenError(AuthError):
+    """The token is right, but this route needs the admin token."""
+
+    status = 403
+
+
+class RequestTooLargeError(HeadwaterError):
+    """The body is longer than `max_request_bytes`."""
+
+    status = 413
+
+
 class OverloadedError(HeadwaterError):
     """A bounded queue is full; the answer carries Retry-After."""
 

@@ -1,0 +1,134 @@
+"""What every service's HTTP side shares: health, readiness, metrics, tokens, size bound, one form of errors.
+
+`create_app` is called by each service's own app.py, which then adds its routes. Every route but `/healthz` and
+`/readyz` needs the bearer token, the documentation (`/docs`, `/openapi.json`) included; routes that change a
+service add `Depends(require_admin)`.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from services.middleware import OPEN_PATHS, AuthMiddleware, MetricsMiddleware, SizeMiddleware
+from services.rendering import error_response, render_error
+from shared import metrics
+from shared.api import Readiness
+from shared.auth import check_bearer
+from shared.errors import AuthError, ForbiddenError, HeadwaterError
+from shared.settings import Secrets
+
+_log = logging.getLogger(__name__)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    *,
+    service: str,
+    title: str,
+    description: str,
+    secrets: Secrets,
+    readiness: Callable[[], Readiness],
+    max_request_bytes: int,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """An app with everything but the service's own routes. `readiness` must answer at once, without I/O."""
+    app = FastAPI(title=title, description=description, lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    app.state.secrets = secrets
+    _add_operations_routes(app, readiness)
+    _add_error_handlers(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    # The last one added is the outermost: metrics see refusals too, and no body is read before the token.
+    app.add_middleware(SizeMiddleware, max_bytes=max_request_bytes)
+    app.add_middleware(AuthMiddleware, secrets=secrets)
+    app.add_middleware(MetricsMiddleware)
+    return app
+
+
+def require_admin(request: Request) -> None:
+    """Dependency of routes that change a service: 403 for a caller who has only the ordinary token."""
+    secrets: Secrets = request.app.state.secrets
+    try:
+        check_bearer(request.headers.get("authorization"), token=secrets.admin_token)
+    except AuthError as exc:
+        raise ForbiddenError("this route needs the admin token: send HEADWATER_ADMIN_TOKEN as bearer") from exc
+
+
+def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness]) -> None:
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> dict[str, str]:
+        """The process runs. Open."""
+        return {"status": "ok"}
+
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        response_model=Readiness,
+        responses={503: {"model": Readiness, "description": "Not ready: `detail` says why"}},
+    )
+    async def readyz() -> JSONResponse:
+        """Whether requests can be answered now, and by what. Open."""
+        answer = readiness()
+        metrics.ready.set(answer.ready)
+        return JSONResponse(answer.model_dump(mode="json"), status_code=200 if answer.ready else 503)
+
+    @app.get("/metrics", tags=["operations"], response_class=Response)
+    async def metrics_text() -> Response:
+        """Prometheus metrics as text."""
+        metrics.ready.set(readiness().ready)
+        return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(HeadwaterError)
+    async def on_headwater_error(request: Request, exc: HeadwaterError) -> Response:
+        if exc.status >= 500:
+            _log.warning("%s failed: %s", request.url.path, exc, extra={"error_type": type(exc).__name__})
+        return render_error(exc)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_request(_request: Request, exc: RequestValidationError) -> Response:
+        return error_response("InvalidRequest", _explain(exc), status=422)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_request: Request, exc: HTTPException) -> Response:
+        return error_response(_NAMES.get(exc.status_code, "HttpError"), str(exc.detail), status=exc.status_code)
+
+    @app.exception_handler(Exception)
+    async def on_bug(_request: Request, exc: Exception) -> Response:
+        # Starlette raises it again after this answer, so the server logs its traceback.
+        return error_response("InternalError", f"{type(exc).__name__}: see the service's log", status=500)
+
+
+_NAMES = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLargeError"}
+
+
+def _explain(exc: RequestValidationError, *, max_errors: int = 5) -> str:
+    """The first few mistakes, each with its place; a bad token list could hold a million of them."""
+    errors = exc.errors()
+    lines = [f"{'.'.join(str(piece) for piece in error['loc'])}: {error['msg']}" for error in errors[:max_errors]]
+    if len(errors) > max_errors:
+        lines.append(f"and {len(errors) - max_errors} more")
+    return "; ".join(lines)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The schema with the bearer scheme on all routes but the open ones."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "HEADWATER_TOKEN"}
+        schema["security"] = [{"bearer": []}]
+        for path in OPEN_PATHS:
+            schema["paths"][path]["get"]["security"] = []
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,131 @@
+"""The HTTP side that all services share."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.testclient import TestClient
+
+from services.app import create_app, require_admin
+from shared import metrics
+from shared.api import Readiness, RolloutRequest
+from shared.errors import EngineError, OverloadedError, RequestError
+from shared.settings import Secrets
+
+TOKEN = {"Authorization": "Bearer t0ken"}
+ADMIN = {"Authorization": "Bearer adm1n"}
+
+
+def make_app(*, ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
+    app = create_app(
+        service="rollout",
+        title="Toy",
+        description="For tests",
+        secrets=Secrets(token="t0ken", admin_token="adm1n"),
+        readiness=lambda: Readiness(ready=ready, service="rollout", detail="" if ready else "the model is loading"),
+        max_request_bytes=max_request_bytes,
+    )
+
+    @app.post("/v1/echo/{name}")
+    async def echo(name: str, request: RolloutRequest) -> dict[str, Any]:
+        return {"name": name, "starts": request.starts}
+
+    @app.post("/v1/fail/{kind}")
+    async def fail(kind: str) -> None:
+        raise {"engine": EngineError, "overloaded": OverloadedError, "request": RequestError, "bug": KeyError}[kind](
+            "why and what to do"
+        )
+
+    @app.post("/v1/change", dependencies=[Depends(require_admin)])
+    async def change() -> dict[str, str]:
+        return {}
+
+    return app
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    with TestClient(make_app(), raise_server_exceptions=False) as client:
+        yield client
+
+
+BODY = {"token_ids": [1, 2, 3], "starts": [1, 2], "num_rollouts": 1, "max_suffix_tokens": 4}
+
+
+def test_health_and_readiness_are_open(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").status_code == 200
+
+
+def test_not_ready_is_503_with_the_reason() -> None:
+    answer = TestClient(make_app(ready=False)).get("/readyz")
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the model is loading")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json", "/v1/echo/a", "/nowhere"])
+def test_everything_else_needs_the_token(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "AuthError"
+    assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert client.get(path, headers=TOKEN).status_code != 401
+
+
+def test_admin_routes_need_the_admin_token(client: TestClient) -> None:
+    refused = client.post("/v1/change", headers=TOKEN)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "ForbiddenError")
+    assert client.post("/v1/change", headers=ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "error_type"),
+    [("engine", 503, "EngineError"), ("overloaded", 503, "OverloadedError"), ("request", 422, "RequestError")],
+)
+def test_errors_have_one_form(client: TestClient, kind: str, status: int, error_type: str) -> None:
+    answer = client.post(f"/v1/fail/{kind}", headers=TOKEN)
+    assert answer.status_code == status
+    assert answer.json() == {"error": {"type": error_type, "message": "why and what to do"}}
+    assert (answer.headers.get("retry-after") is not None) == (status == 503)
+
+
+def test_a_bug_is_500_in_the_same_form(client: TestClient) -> None:
+    answer = client.post("/v1/fail/bug", headers=TOKEN)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalError")
+
+
+def test_an_invalid_body_is_422_naming_the_place(client: TestClient) -> None:
+    answer = client.post("/v1/echo/a", headers=TOKEN, json=BODY | {"num_rollouts": 0})
+    assert answer.status_code == 422
+    assert "body.num_rollouts" in answer.json()["error"]["message"]
+    assert client.post("/v1/echo/a", headers=TOKEN, content=b"{not json").status_code == 422
+
+
+def test_an_unknown_route_is_404_in_the_same_form(client: TestClient) -> None:
+    answer = client.get("/nowhere", headers=TOKEN)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFound")
+
+
+def test_a_long_body_is_413_with_and_without_its_length(client: TestClient) -> None:
+    declared = client.post("/v1/echo/a", headers=TOKEN, content=b" " * 1001)
+    chunked = client.post(
+        "/v1/echo/a", headers=TOKEN | {"Content-Type": "application/json"}, content=(b" " * 100 for _ in range(11))
+    )
+    for answer in (declared, chunked):
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "RequestTooLargeError"
+
+
+def test_requests_are_counted_by_route_template(client: TestClient) -> None:
+    labels = {"route": "/v1/echo/{name}", "status": "200"}
+    before = metrics.REGISTRY.get_sample_value("headwater_requests_total", labels) or 0.0
+    assert client.post("/v1/echo/a", headers=TOKEN, json=BODY).status_code == 200
+    assert metrics.REGISTRY.get_sample_value("headwater_requests_total", labels) == before + 1
+    assert "headwater_requests_total" in client.get("/metrics", headers=TOKEN).text
+
+
+def test_the_schema_names_the_token_and_carries_examples(client: TestClient) -> None:
+    schema = client.get("/openapi.json", headers=TOKEN).json()
+    assert schema["security"] == [{"bearer": []}]
+    assert schema["paths"]["/healthz"]["get"]["security"] == []
+    assert schema["components"]["schemas"]["RolloutRequest"]["examples"][0]["starts"] == [2, 4]
