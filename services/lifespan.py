@@ -1,7 +1,7 @@
 """The life of the engine behind a service: it starts beside the server, so that /healthz answers while a model loads.
 
     life = EngineLife(engine)
-    app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail, ...), lifespan=life.lifespan)
+    app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail), lifespan=life.lifespan)
 
 A failed start is left in `app.state.failure`, which ends the process with that error (services/serve.py).
 """
