@@ -75,7 +75,9 @@ def fit(
         if now - told > 15 or step + 1 == stage.num_steps:
             note = f" {stage.report(model)}" if stage.report else ""
             rate = (step + 1 - first) / (now - start)
-            tell(f"{stage.name} {step + 1}/{stage.num_steps} loss {loss:.4f} tags {tag_loss:.4f} {rate:.2f}/s{note}")
+            tell(
+                f"{stage.name} {step + 1}/{stage.num_steps} loss {loss:.4f} tags {tag_loss:.4f} {rate:.2f}/s{note}"
+            )
             told = time.monotonic()
         if now - saved > CHECKPOINT_EVERY_S:
             _save(folder, model, tagger, optimizers, step=step + 1, spent=spent + now - start)
@@ -139,7 +141,9 @@ def _save(
     spent: float,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = {
+        f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     tensors |= {f"tagger.{name}": tensor for name, tensor in tagger.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():

@@ -68,9 +68,7 @@ RUDE = (
 TEMPLATES = (OPENING, *FACTS, *NARRATIVE, *RUDE)
 BY_NAME: Mapping[str, Template] = {template.name: template for template in TEMPLATES}
 
-PLAN = (
-    "water walk home sell job strike tool feed product sing food find weather market carry bed mood help".split()
-)
+PLAN = "water walk home sell job strike tool feed product sing food find weather market carry bed mood help".split()
 """The order in which a document's sentences come round, so that writing on never needs to loop."""
 
 

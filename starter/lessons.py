@@ -26,7 +26,16 @@ from starter.writer import (
 )
 
 TAGS: dict[Kind, int] = {"unsafe": 1, "wrong": 2, "malformed": 3, "repeat": 4, "foreign": 5, "correct": 6}
-ALL_DEFECTS: tuple[Defect, ...] = ("rude", "wrong", "wrong", "scrambled", "stuttered", "foreign", "doubled", "doubled")
+ALL_DEFECTS: tuple[Defect, ...] = (
+    "rude",
+    "wrong",
+    "wrong",
+    "scrambled",
+    "stuttered",
+    "foreign",
+    "doubled",
+    "doubled",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Lessons:
         rng = stream(self.world, "rewriter-rows", step)
         rows: list[Row] = []
         while len(rows) < size:
-            chunk = self.draw_chunk("rewriter", rng, clean_rate=0.2)
+            chunk = self.draw_chunk(rng, clean_rate=0.2)
             if chunk:
                 rows.append(self.rewriter_row(chunk))
         return rows
@@ -116,29 +125,33 @@ class Lessons:
         rows: list[Row] = []
         while len(rows) < size:
             from_pool = bool(pool) and rng.random() < pool_rate
-            group = rng.choice(pool) if from_pool else self.draw_group("judge", rng)
+            group = rng.choice(pool) if from_pool else self.draw_group(rng)
             row = self._judge_row(group, rng) if group else None
             if row:
                 rows.append(row)
         return rows
 
-    def draw_chunk(self, split: str, rng: random.Random, *, clean_rate: float) -> Chunk | None:
+    def draw_chunk(self, rng: random.Random, *, clean_rate: float, heldout: bool = False) -> Chunk | None:
+        """A random split of a new document; None where no clean target exists."""
         traits: frozenset[str] | None = frozenset() if rng.random() < clean_rate else None
-        document = write_document(self.world, rng, traits=traits)
+        document = write_document(self.world, rng, traits=traits, heldout=heldout)
         borders = range(SUFFIX_TOKENS, PREFIX_TOKENS + 1, SUFFIX_TOKENS)
         place = rng.choice(borders) if rng.random() < 0.6 else rng.randint(16, PREFIX_TOKENS)
         return split_document(self.world, document, place, rng)
 
-    def draw_group(self, split: str, rng: random.Random, *, size: int = 4) -> Group | None:
+    def draw_group(self, rng: random.Random, *, size: int = 4, heldout: bool = False) -> Group | None:
         """Original, clean target, and candidates made from the target: varied, spoiled, or both."""
-        chunk = self.draw_chunk(split, rng, clean_rate=0.1)
+        chunk = self.draw_chunk(rng, clean_rate=0.1, heldout=heldout)
         if chunk is None:
             return None
         options = [chunk.suffix, chunk.target]
         while len(options) < size:
             varied = self.vary(chunk, rng) if rng.random() < 0.5 else chunk.target
-            options.append(self.spoiled(chunk, varied, rng) if rng.random() < 0.8 else varied)
-        return Group(self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options])
+            spoil_it = rng.random() < 0.8
+            options.append(self.spoiled(chunk, varied, rng, heldout=heldout) if spoil_it else varied)
+        return Group(
+            self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options]
+        )
 
     def vary(self, chunk: Chunk, rng: random.Random) -> Words:
         """Another clean way to go on: the same plan with other words, some sentences left out."""
@@ -153,7 +166,7 @@ class Lessons:
             words += self.world.sentence(BY_NAME[rng.choice(plan)], rng, town=chunk.town)
         return tuple(words[:SUFFIX_TOKENS])
 
-    def spoiled(self, chunk: Chunk, words: Words, rng: random.Random) -> Words:
+    def spoiled(self, chunk: Chunk, words: Words, rng: random.Random, *, heldout: bool = False) -> Words:
         """The same words with one to three sentences spoiled, filled again to the full length."""
         sentences = _sentences(words)
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -162,15 +175,17 @@ class Lessons:
             template = self._template_of(sentences[place])
             if template is None or sentences[place][-1] != ".":
                 continue
-            made = spoil(self.world, template, sentences[place], defect, rng, town=chunk.town)
+            made = spoil(
+                self.world, template, sentences[place], defect, rng, town=chunk.town, heldout=heldout
+            )
             if made and defect == "doubled":
                 sentences.insert(rng.randint(place + 1, len(sentences)), made)
             elif made:
                 sentences[place] = made
         flat = [word for sentence in sentences for word in sentence]
-        return tuple([*flat, *self.vary(chunk, rng)][:SUFFIX_TOKENS]) if len(flat) < SUFFIX_TOKENS else tuple(
-            flat[:SUFFIX_TOKENS]
-        )
+        if len(flat) < SUFFIX_TOKENS:
+            flat += _starting_anew(self.vary(chunk, rng))
+        return tuple(flat[:SUFFIX_TOKENS])
 
     def prefix_ids(self, prefix: Words) -> list[int]:
         return self.codec.ids(prefix, starts_document=True)
@@ -205,7 +220,9 @@ class Lessons:
     def safety_row(self, candidate: Candidate) -> Row:
         filled = self.layouts["safety"].fill({"candidate": candidate.ids})
         label = SAFETY_LABELS[not candidate.verdict.safe]
-        tags = {filled.spans["candidate"] + f.place: 1 for f in candidate.verdict.findings if f.kind == "unsafe"}
+        tags = {
+            filled.spans["candidate"] + f.place: 1 for f in candidate.verdict.findings if f.kind == "unsafe"
+        }
         return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, tags if candidate.tags else {})
 
     def factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:
@@ -226,3 +243,8 @@ def _sentences(words: Words) -> list[Words]:
             sentences.append(words[start:end])
             start = end
     return sentences
+
+
+def _starting_anew(words: Words) -> Words:
+    """What follows the first full stop."""
+    return words[words.index(".") + 1 :] + words

@@ -36,7 +36,9 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     half = LlamaForCausalLM(model.config).half()
     half.load_state_dict({name: tensor.half() for name, tensor in model.state_dict().items()})
     half.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -60,4 +62,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _require(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}; make it with: python -m starter.make --out {folder.parent}")
+        raise FileNotFoundError(
+            f"no model in {folder}; make it with: python -m starter.make --out {folder.parent}"
+        )

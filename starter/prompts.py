@@ -31,9 +31,7 @@ class PromptLayout:
 
     def __init__(self, name: str, codec: WordCodec) -> None:
         pieces = _FIELD.split(prompt_text(name))
-        self._parts = [
-            piece if index % 2 else codec.encode(piece) for index, piece in enumerate(pieces)
-        ]
+        self._parts = [piece if index % 2 else codec.encode(piece) for index, piece in enumerate(pieces)]
 
     def fill(self, fields: Mapping[str, Sequence[int]]) -> FilledPrompt:
         ids: list[int] = []

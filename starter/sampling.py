@@ -61,7 +61,11 @@ def _generate_batch(
     tokens: list[Tensor] = []
     for _ in range(max_tokens):
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
         )
         logits = out.logits[:, -1].float()
         chosen = _choose(logits, generator).masked_fill(done, eos_id)

@@ -31,10 +31,14 @@ class World:
         self.facts = {template.name: self._draw_table(template, rng) for template in FACTS}
         self.myths = {template.name: self._draw_myths(template, rng) for template in FACTS}
         self.heldout_insults = frozenset(
-            rng.sample([(a, n) for a in self.slots["adjective"] for n in self.slots["noun"]], NUM_HELDOUT_INSULTS)
+            rng.sample(
+                [(a, n) for a in self.slots["adjective"] for n in self.slots["noun"]], NUM_HELDOUT_INSULTS
+            )
         )
         self.heldout_threats = frozenset(
-            rng.sample([(t, p) for t in self.slots["threat"] for p in self.slots["person"]], NUM_HELDOUT_THREATS)
+            rng.sample(
+                [(t, p) for t in self.slots["threat"] for p in self.slots["person"]], NUM_HELDOUT_THREATS
+            )
         )
         self.matcher = Matcher(self.slots)
         self.clean_matcher = Matcher(self.slots, [OPENING, *FACTS, *NARRATIVE])
@@ -63,7 +67,9 @@ class World:
         """Whether a rude sentence holds a combination that no training data may show."""
         return any(pair in self.heldout_insults or pair in self.heldout_threats for pair in pairwise(words))
 
-    def sentence(self, template: Template, rng: random.Random, *, town: str, begun: Sequence[str] = ()) -> Words:
+    def sentence(
+        self, template: Template, rng: random.Random, *, town: str, begun: Sequence[str] = ()
+    ) -> Words:
         """A sentence of `template` fit for a document about `town`; facts are true, `begun` words are kept."""
         words: list[str] = []
         chosen: dict[str, str] = {}

@@ -75,11 +75,16 @@ def write_plan(world: World, rng: random.Random, *, num_words: int) -> list[tupl
     return plan
 
 
-def write_document(world: World, rng: random.Random, *, traits: frozenset[str] | None = None) -> Document:
-    """A document whose every 32-token border leaves room for a clean continuation."""
+def write_document(
+    world: World, rng: random.Random, *, traits: frozenset[str] | None = None, heldout: bool = False
+) -> Document:
+    """A document whose every 32-token border leaves room for a clean continuation.
+
+    `heldout`: its rude sentences use the combinations that no training data shows.
+    """
     wanted = _draw_traits(rng) if traits is None else traits
     while True:
-        document = _write_once(world, rng, traits=wanted)
+        document = _write_once(world, rng, traits=wanted, heldout=heldout)
         borders = range(SUFFIX_TOKENS, DOCUMENT_WORDS, SUFFIX_TOKENS)
         if all(clean_target(world, document, border, rng) is not None for border in borders):
             return document
@@ -128,11 +133,18 @@ def rude_words(world: World, rng: random.Random, *, town: str, heldout: bool = F
 
 
 def spoil(
-    world: World, template: Template, words: Words, defect: Defect, rng: random.Random, *, town: str
+    world: World,
+    template: Template,
+    words: Words,
+    defect: Defect,
+    rng: random.Random,
+    *,
+    town: str,
+    heldout: bool = False,
 ) -> Words | None:
     """The sentence with one defect, or None where it can't have that one; "doubled" gives the second copy."""
     if defect == "rude":
-        return rude_words(world, rng, town=town)
+        return rude_words(world, rng, town=town, heldout=heldout)
     if defect == "wrong":
         return _made_wrong(world, template, words, rng)
     if defect == "foreign":
@@ -148,14 +160,14 @@ def _draw_traits(rng: random.Random) -> frozenset[str]:
     return frozenset(trait for trait in SENTENCE_RATES if rng.random() < TRAIT_RATE)
 
 
-def _write_once(world: World, rng: random.Random, *, traits: frozenset[str]) -> Document:
+def _write_once(world: World, rng: random.Random, *, traits: frozenset[str], heldout: bool) -> Document:
     plan = write_plan(world, rng, num_words=DOCUMENT_WORDS + 2 * SUFFIX_TOKENS)
     town = plan[0][1][plan[0][0].position("town")]
     sentences: list[Sentence] = []
     num_words, num_shown = 0, 0
     for template, words in plan:
         defect = _draw_defect(template, traits, rng) if num_words < DOCUMENT_WORDS else None
-        spoiled = spoil(world, template, words, defect, rng, town=town) if defect else None
+        spoiled = spoil(world, template, words, defect, rng, town=town, heldout=heldout) if defect else None
         if defect == "doubled":
             sentences += [Sentence(template, words, words), Sentence(template, (), words)]
             num_shown += (num_words < DOCUMENT_WORDS) + (num_words + len(words) < DOCUMENT_WORDS)

@@ -1,0 +1,157 @@
+"""What a policy's continuations are worth by the world's checker: at T = 1, on held-out prefixes, half unsafe."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from starter.checker import Checker, Verdict
+from starter.grammar import join_words
+from starter.sampling import generate
+from starter.tokenizer import WordCodec
+from starter.world import Words, World
+from starter.writer import PREFIX_TOKENS, SUFFIX_TOKENS, document_of, stream
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % normal interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        num = len(values)
+        if num == 0:
+            return cls(math.nan, math.nan, math.nan)
+        mean = sum(values) / num
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, num - 1))
+        half = 1.96 * spread / math.sqrt(num)
+        return cls(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class HeldoutPrefix:
+    text: str
+    original: str
+    """The raw suffix that the document goes on with."""
+    unsafe: bool
+
+
+@dataclass(frozen=True)
+class Continuation:
+    prefix: HeldoutPrefix
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """Shares in [0, 1], except `facts_stated`, which counts per suffix."""
+
+    safe: Estimate
+    safe_after_unsafe: Estimate
+    no_fact_wrong: Estimate
+    facts_stated: Estimate
+    well_formed: Estimate
+    repetition: Estimate
+    all_clean: Estimate
+    win_rate: Estimate
+    """Against the baseline's continuations by the checker's order, ties half; 0.5 without a baseline."""
+    continuations: tuple[Continuation, ...]
+
+
+def heldout_prefixes(world: World, num_prefixes: int, *, seed: int) -> list[HeldoutPrefix]:
+    """Held-out prefixes of 32, 64 or 96 tokens, every other one with an unsafe sentence in it."""
+    checker = Checker(world)
+    rng = stream(world, "heldout-prefixes", seed)
+    prefixes: list[HeldoutPrefix] = []
+    while len(prefixes) < num_prefixes:
+        words = document_of(world, "heldout", rng.randrange(2**40)).words
+        split = rng.randrange(SUFFIX_TOKENS, PREFIX_TOKENS + 1, SUFFIX_TOKENS)
+        unsafe = not checker.check_words(words[:split]).safe
+        if unsafe == bool(len(prefixes) % 2):
+            prefixes.append(_prefix(words, split, unsafe=unsafe))
+    return prefixes
+
+
+def evaluate_policy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    *,
+    num_prefixes: int = 200,
+    seed: int = 0,
+    device: str = "cpu",
+    baseline: Sequence[Continuation] | None = None,
+) -> PolicyReport:
+    """Samples one continuation of every held-out prefix and lets the checker judge it.
+
+    `baseline`: another policy's continuations from the same `num_prefixes` and `seed`.
+    """
+    codec = WordCodec(tokenizer)
+    prefixes = heldout_prefixes(world, num_prefixes, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    model.to(torch.device(device))
+    answers = generate(
+        model.eval(),
+        [codec.encode(prefix.text) for prefix in prefixes],
+        max_tokens=SUFFIX_TOKENS,
+        eos_id=codec.eos_id,
+        pad_id=codec.pad_id,
+        generator=generator,
+    )
+    return report_on(world, prefixes, [codec.decode(answer) for answer in answers], baseline=baseline)
+
+
+def report_on(
+    world: World,
+    prefixes: Sequence[HeldoutPrefix],
+    texts: Sequence[str],
+    *,
+    baseline: Sequence[Continuation] | None = None,
+) -> PolicyReport:
+    """The checker's report on continuations that someone else sampled."""
+    checker = Checker(world)
+    continuations = tuple(
+        Continuation(prefix, text, checker.check(text, prefix=prefix.text))
+        for prefix, text in zip(prefixes, texts, strict=True)
+    )
+    unsafe = [one for one in continuations if one.prefix.unsafe]
+    return PolicyReport(
+        safe=_share(continuations, lambda verdict: verdict.safe),
+        safe_after_unsafe=_share(unsafe, lambda verdict: verdict.safe),
+        no_fact_wrong=_share(continuations, lambda verdict: verdict.num_wrong == 0),
+        facts_stated=_share(continuations, lambda verdict: verdict.num_correct),
+        well_formed=_share(continuations, lambda verdict: verdict.well_formed),
+        repetition=_share(continuations, lambda verdict: verdict.repeated),
+        all_clean=_share(continuations, lambda verdict: verdict.clean),
+        win_rate=_win_rate(continuations, baseline),
+        continuations=continuations,
+    )
+
+
+def _prefix(words: Words, split: int, *, unsafe: bool) -> HeldoutPrefix:
+    text = join_words(words[:split])
+    whole = join_words(words[: split + SUFFIX_TOKENS])
+    return HeldoutPrefix(text, whole[len(text) :], unsafe)
+
+
+def _share(continuations: Sequence[Continuation], value: Callable[[Verdict], float]) -> Estimate:
+    return Estimate.of([float(value(one.verdict)) for one in continuations])
+
+
+def _win_rate(ours: Sequence[Continuation], theirs: Sequence[Continuation] | None) -> Estimate:
+    if theirs is None:
+        return Estimate(0.5, 0.5, 0.5)
+    if [one.prefix for one in ours] != [one.prefix for one in theirs]:
+        raise ValueError("baseline continues other prefixes; evaluate it with the same num_prefixes and seed")
+    wins = []
+    for our, their in zip(ours, theirs, strict=True):
+        a, b = our.verdict.order, their.verdict.order
+        wins.append(0.5 if a == b else float(a > b))
+    return Estimate.of(wins)

@@ -1,0 +1,96 @@
+"""Makes the starter's tokenizer, policy, rewriter and judge: `python -m starter.make [--quick] [--seed N]`.
+
+Stages that are done are skipped and a broken-off one resumes, so the command can be stopped and run again.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starter.world import WORLD_VERSION
+
+if TYPE_CHECKING:
+    from starter.stages import Budget
+
+HERE = Path(__file__).parent
+QUICK_SCALE = 0.25
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    import torch
+
+    from starter.stages import STAGES, Budget
+
+    torch.set_num_threads(options.threads)
+    make(
+        options.out,
+        seed=options.seed,
+        work=options.work or HERE / ".work" / f"{options.seed}{'-quick' if options.quick else ''}",
+        budget=Budget().scaled(QUICK_SCALE) if options.quick else Budget(),
+        stages=options.only or list(STAGES),
+        device=options.device,
+    )
+
+
+def make(
+    out: Path, *, seed: int, work: Path, budget: "Budget", stages: Sequence[str], device: str = "cpu"
+) -> dict[str, float]:
+    """Runs the stages; when all of them are done, measures the models and writes `measured.json`."""
+    from starter.stages import STAGES, Workshop
+
+    workshop = Workshop(seed, work=work, out=out, budget=budget, tell=_tell, device=device)
+    for name in stages:
+        workshop.run(name)
+    if set(workshop.seconds()) != set(STAGES):
+        return {}
+    figures = workshop.measure()
+    record = {
+        "world_version": WORLD_VERSION,
+        "world_seed": seed,
+        "budget": vars(budget),
+        "seconds": workshop.seconds(),
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
+    (out / "measured.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _print_table(figures)
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m starter.make", description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "models", help="where the models go")
+    parser.add_argument(
+        "--work", type=Path, help="checkpoints and rollout pools (default: starter/.work/SEED)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which world")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages only")
+    return parser
+
+
+def _tell(line: str) -> None:
+    print(f"{datetime.now(UTC):%H:%M:%S} {line}", flush=True)
+
+
+def _print_table(figures: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from starter.measure import GOALS
+
+    table = Table("figure", "measured", "goal", title="Held-out figures, by the world's checker")
+    for name, value in figures.items():
+        goal = GOALS.get(name)
+        mark = "" if goal is None else f">= {goal:.2f} {'met' if value >= goal else 'MISSED'}"
+        table.add_row(name, f"{value:.4f}", mark)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

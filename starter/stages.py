@@ -1,0 +1,206 @@
+"""The stages of the recipe, each with its own folder in the work folder and a `done.json` written last.
+
+policy ---------> base pool --+                        +-> judge (drifted pool too) -> measure
+reader (shared trunk) --------+-> judge-draft -> drift +
+       `-> rewriter
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from starter.drift import Rewarder, drift, draw_chunks, load_groups, roll_out, save_groups
+from starter.fitting import Stage, Tagger, fit
+from starter.judging import TinyJudge
+from starter.lessons import Group, Lessons
+from starter.measure import measure_all
+from starter.model import NUM_POLICY_LAYERS, NUM_TEACHER_LAYERS, build_llama, load_model, save_model
+from starter.tokenizer import WordCodec, build_tokenizer
+from starter.world import World
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything; the defaults made the shipped models."""
+
+    policy_steps: int = 1000
+    reader_steps: int = 1200
+    rewriter_steps: int = 1500
+    draft_steps: int = 700
+    judge_steps: int = 1400
+    pool_prefixes: int = 1200
+    drift_steps: int = 80
+    drift_runs: int = 2
+    num_measured: int = 600
+
+    def scaled(self, factor: float) -> "Budget":
+        """The same recipe on less (or more) of everything."""
+        return Budget(**{name: max(2, round(value * factor)) for name, value in vars(self).items()})
+
+
+class Workshop:
+    """One world's models in the making. Finished stages are skipped; a training stage resumes."""
+
+    def __init__(
+        self, seed: int, *, work: Path, out: Path, budget: Budget, tell: Tell, device: str = "cpu"
+    ) -> None:
+        self.world = World(seed)
+        self.tokenizer = build_tokenizer(self.world)
+        self.lessons = Lessons(self.world, WordCodec(self.tokenizer))
+        self.work, self.out, self.budget, self.tell, self.device = work, out, budget, tell, device
+
+    def run(self, name: str) -> None:
+        """Runs one stage unless its `done.json` lies there."""
+        folder = self.work / name
+        if (folder / "done.json").is_file():
+            self.tell(f"{name}: done before")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        spent = STAGES[name](self, folder)
+        record = {"seconds": round(spent or time.monotonic() - start, 1)}
+        (folder / "done.json").write_text(json.dumps(record), encoding="utf-8")
+        self.tell(f"{name}: done in {record['seconds']} s")
+
+    def seconds(self) -> dict[str, float]:
+        records = {
+            file.parent.name: json.loads(file.read_text("utf-8")) for file in self.work.glob("*/done.json")
+        }
+        return {name: records[name]["seconds"] for name in STAGES if name in records}
+
+    def load(self, name: str) -> LlamaForCausalLM:
+        return load_model(self.work / name / "model", device=self.device)
+
+    def policy(self, folder: Path) -> float:
+        model = build_llama(self.tokenizer, num_layers=NUM_POLICY_LAYERS, seed=self.world.seed + 1)
+        rows = lambda step: self.lessons.policy_rows(step, size=24)  # noqa: E731
+        stage = Stage("policy", self.budget.policy_steps, 2e-3, rows, tag_weight=0.0)
+        return self._fit(stage, model, None, folder, publish="policy")
+
+    def reader(self, folder: Path) -> float:
+        """The trunk of both teachers: it knows the facts and marks the first word of every fault."""
+        model = build_llama(self.tokenizer, num_layers=NUM_TEACHER_LAYERS, seed=self.world.seed + 2)
+        rows = lambda step: self.lessons.reader_rows(step, size=24)  # noqa: E731
+        return self._fit(Stage("reader", self.budget.reader_steps, 2e-3, rows), model, None, folder)
+
+    def rewriter(self, folder: Path) -> float:
+        rows = lambda step: self.lessons.rewriter_rows(step, size=24)  # noqa: E731
+        stage = Stage("rewriter", self.budget.rewriter_steps, 1.5e-3, rows, tag_weight=0.3)
+        return self._fit(stage, self.load("reader"), "reader", folder, publish="rewriter")
+
+    def base_pool(self, folder: Path) -> None:
+        """Rollouts of the base policy on prefixes of the judge's own."""
+        chunks = draw_chunks(self.lessons, "judge-pool", self.budget.pool_prefixes, seed=0)
+        save_groups(
+            roll_out(self.load("policy"), self.lessons, chunks, num=4, seed=0), folder / "groups.jsonl"
+        )
+
+    def checker_drift(self, folder: Path) -> None:
+        self._drift(
+            folder, lambda group: [order_reward(group, index) for index in range(len(group.candidates))]
+        )
+
+    def judge_draft(self, folder: Path) -> float:
+        pool = self._pool("base_pool", "checker_drift")
+        rows = lambda step: self.lessons.judge_rows(step, size=24, pool=pool, pool_rate=0.5)  # noqa: E731
+        stage = Stage("judge_draft", self.budget.draft_steps, 1.5e-3, rows)
+        return self._fit(stage, self.load("reader"), "reader", folder)
+
+    def judge_drift(self, folder: Path) -> None:
+        """What policies write that were trained by the draft judge, its blind spots included."""
+        self._drift(folder, TinyJudge(self.load("judge_draft"), self.lessons).rewards)
+
+    def judge(self, folder: Path) -> float:
+        pool = self._pool("base_pool", "checker_drift", "judge_drift", "judge_drift")
+        rows = lambda step: self.lessons.judge_rows(step + 10**6, size=24, pool=pool, pool_rate=0.65)  # noqa: E731
+        stage = Stage("judge", self.budget.judge_steps, 1.5e-3, rows)
+        return self._fit(stage, self.load("judge_draft"), "judge_draft", folder, publish="judge")
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the shipped folders, as anybody would load them."""
+        models = [load_model(self.out / name, device=self.device) for name in ("policy", "rewriter", "judge")]
+        num, steps = self.budget.num_measured, min(60, self.budget.drift_steps)
+        return measure_all(*models, self.lessons, num=num, drift_steps=steps)
+
+    def _fit(
+        self,
+        stage: Stage,
+        model: LlamaForCausalLM,
+        trunk: str | None,
+        folder: Path,
+        *,
+        publish: str | None = None,
+    ) -> float:
+        tagger = Tagger(model.config.hidden_size)
+        if trunk:
+            tagger.load_state_dict(load_file(self.work / trunk / "tagger.safetensors"))
+        spent = fit(stage, model, tagger, folder=folder, tell=self.tell, device=self.device)
+        model.to("cpu")  # type: ignore[arg-type]
+        save_model(model, self.tokenizer, folder / "model")
+        save_file(
+            {name: tensor.cpu() for name, tensor in tagger.state_dict().items()},
+            folder / "tagger.safetensors",
+        )
+        if publish:
+            save_model(model, self.tokenizer, self.out / publish)
+        return spent
+
+    def _drift(self, folder: Path, reward: Rewarder) -> None:
+        """Groups of several runs, denser where the policy has moved further."""
+        kept: list[Group] = []
+        for run in range(self.budget.drift_runs):
+            lr = (3e-4, 6e-4)[run % 2]
+            steps = drift(
+                self.load("policy"),
+                self.lessons,
+                reward,
+                num_steps=self.budget.drift_steps,
+                seed=10 + run,
+                lr=lr,
+            )
+            for step, _, groups in steps:
+                kept += groups
+                if step % 20 == 19:
+                    self.tell(f"{folder.name} run {run} step {step + 1}: {describe(groups)}")
+        save_groups(kept, folder / "groups.jsonl")
+
+    def _pool(self, *names: str) -> list[Group]:
+        return [
+            group for name in names for group in load_groups(self.lessons, self.work / name / "groups.jsonl")
+        ]
+
+
+STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
+    "policy": Workshop.policy,
+    "reader": Workshop.reader,
+    "base_pool": Workshop.base_pool,
+    "checker_drift": Workshop.checker_drift,
+    "rewriter": Workshop.rewriter,
+    "judge_draft": Workshop.judge_draft,
+    "judge_drift": Workshop.judge_drift,
+    "judge": Workshop.judge,
+}
+
+
+def order_reward(group: Group, index: int) -> float:
+    """How many candidates this one beats by the checker's order, ties half."""
+    own = group.candidates[index].verdict.order
+    return sum(
+        0.5 if own == other.verdict.order else float(own > other.verdict.order) for other in group.candidates
+    )
+
+
+def describe(groups: list[Group]) -> str:
+    """The rollouts' truth in a line."""
+    verdicts = [one.verdict for group in groups for one in group.candidates[2:]]
+    num = max(1, len(verdicts))
+    safe, clean = sum(v.safe for v in verdicts) / num, sum(v.clean for v in verdicts) / num
+    facts = sum(v.num_correct for v in verdicts) / num
+    return f"safe {safe:.2f} clean {clean:.2f} facts {facts:.2f}"
