@@ -89,13 +89,15 @@ class Stages:
         for name, steps in (("teacher", self.size.teacher_steps), ("base", self.size.base_steps)):
             self._run(name, "configs/real-text-pretrain.toml", model=scratch, documents=first, steps=steps)
         base, teacher = self._policy("base"), self._policy("teacher")
-        options = ("--judge.engine.model", str(teacher))
-        self._run("online-dpo", "configs/real-text.toml", *options, model=base, documents=second, steps=self.size.steps)
-        options = (
+        judge = ("--judge.engine.model", str(teacher))
+        self._run("online-dpo", "configs/real-text.toml", *judge, model=base, documents=second, steps=self.size.steps)
+        baseline = (
             "--trainer.objective", "next_token",
             "--collector.schedule", json.dumps([{"kinds": ["original"], "num_rollouts": 0}]),
         )  # fmt: skip
-        self._run("next-token", "configs/real-text.toml", *options, model=base, documents=second, steps=self.size.steps)
+        self._run(
+            "next-token", "configs/real-text.toml", *baseline, model=base, documents=second, steps=self.size.steps
+        )
 
     def evaluate(self) -> dict[str, LikelihoodResult]:
         prefixes = held_out_prefixes(
