@@ -21,9 +21,7 @@ from starter.writer import SUFFIX_TOKENS, Chunk, stream
 Rewarder = Callable[[Group], list[float]]
 
 
-def roll_out(
-    model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk], *, num: int, seed: int
-) -> list[Group]:
+def roll_out(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk], *, num: int, seed: int) -> list[Group]:
     """Original, clean target and `num` rollouts for every chunk, each with the checker's verdict."""
     codec = lessons.codec
     prefixes = [lessons.prefix_ids(chunk.prefix) for chunk in chunks]
@@ -43,9 +41,7 @@ def roll_out(
         ]
         texts = [codec.decode(answer) for answer in answers[index * num : (index + 1) * num]]
         before = codec.decode(prefix)
-        candidates += [
-            Candidate(codec.encode(t), lessons.checker.check(t, prefix=before)) for t in texts if t
-        ]
+        candidates += [Candidate(codec.encode(t), lessons.checker.check(t, prefix=before)) for t in texts if t]
         groups.append(Group(prefix, candidates))
     return groups
 
@@ -73,8 +69,8 @@ def drift(
     beta: float = 0.1,
 ) -> Iterator[tuple[int, LlamaForCausalLM, list[Group]]]:
     """Yields step, policy and that step's groups, the rollouts made before the step's update."""
-    model = copy.deepcopy(policy).eval()
-    reference = copy.deepcopy(policy).eval()
+    model = copy.deepcopy(policy)
+    reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(num_steps):
         chunks = draw_chunks(lessons, "drift", num_prompts, seed=seed * 100_000 + step)
@@ -84,14 +80,12 @@ def drift(
         if pairs:
             loss = dpo_loss(model, reference, pairs, beta=beta)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
 
-def choose_pair(
-    group: Group, rewards: Sequence[float], seed: int
-) -> tuple[list[int], list[int], list[int]] | None:
+def choose_pair(group: Group, rewards: Sequence[float], seed: int) -> tuple[list[int], list[int], list[int]] | None:
     """Prefix, chosen and rejected ids; ties fall at random; None without a preference."""
     noise = torch.rand(len(rewards), generator=torch.Generator().manual_seed(seed)).tolist()
     ranked = sorted(range(len(rewards)), key=lambda index: (rewards[index], noise[index]))

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from starter.checker import Checker, Verdict
 from starter.grammar import join_words
+from starter.model import ready
 from starter.sampling import generate
 from starter.tokenizer import WordCodec
 from starter.world import Words, World
@@ -96,9 +97,8 @@ def evaluate_policy(
     codec = WordCodec(tokenizer)
     prefixes = heldout_prefixes(world, num_prefixes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    model.to(torch.device(device))
     answers = generate(
-        model.eval(),
+        ready(model, device),
         [codec.encode(prefix.text) for prefix in prefixes],
         max_tokens=SUFFIX_TOKENS,
         eos_id=codec.eos_id,

@@ -62,7 +62,8 @@ def fit(
     device: str = "cpu",
 ) -> float:
     """Trains model and tagger in place; returns the seconds spent, those before a restart included."""
-    model.to(torch.device(device)).train()
+    nn.Module.to(model, torch.device(device))
+    model.train()
     tagger.to(device)
     optimizers = build_optimizers([model, tagger], lr=stage.lr)
     first, spent = _resume(folder, model, tagger, optimizers)
@@ -75,14 +76,12 @@ def fit(
         if now - told > 15 or step + 1 == stage.num_steps:
             note = f" {stage.report(model)}" if stage.report else ""
             rate = (step + 1 - first) / (now - start)
-            tell(
-                f"{stage.name} {step + 1}/{stage.num_steps} loss {loss:.4f} tags {tag_loss:.4f} {rate:.2f}/s{note}"
-            )
+            tell(f"{stage.name} {step + 1}/{stage.num_steps} loss {loss:.4f} tags {tag_loss:.4f} {rate:.2f}/s{note}")
             told = time.monotonic()
         if now - saved > CHECKPOINT_EVERY_S:
             _save(folder, model, tagger, optimizers, step=step + 1, spent=spent + now - start)
             saved = now
-    model.eval()
+    nn.Module.eval(model)
     return spent + time.monotonic() - start
 
 
@@ -115,7 +114,7 @@ def _step(
     tag_loss = torch.zeros(())
     if tag_weight and bool(tagged.any()):
         tag_loss = F.cross_entropy(tagger(hidden.hidden_states[-2][tagged]), tags[tagged])
-    (loss + tag_weight * tag_loss).backward()
+    torch.autograd.backward(loss + tag_weight * tag_loss)
     nn.utils.clip_grad_norm_([*model.parameters(), *tagger.parameters()], 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -141,9 +140,7 @@ def _save(
     spent: float,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
-    }
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     tensors |= {f"tagger.{name}": tensor for name, tensor in tagger.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():

@@ -68,7 +68,10 @@ RUDE = (
 TEMPLATES = (OPENING, *FACTS, *NARRATIVE, *RUDE)
 BY_NAME: Mapping[str, Template] = {template.name: template for template in TEMPLATES}
 
-PLAN = "water walk home sell job strike tool feed product sing food find weather market carry bed mood help".split()
+PLAN = (
+    *("water", "walk", "home", "sell", "job", "strike", "tool", "feed", "product"),
+    *("sing", "food", "find", "weather", "market", "carry", "bed", "mood", "help"),
+)
 """The order in which a document's sentences come round, so that writing on never needs to loop."""
 
 
@@ -91,9 +94,7 @@ class Matcher:
         self._memo: dict[tuple[State, str], State] = {}
         self.start: State = frozenset((index, 0) for index in range(len(self.templates)))
         self.anywhere: State = frozenset(
-            (index, place)
-            for index, template in enumerate(self.templates)
-            for place in range(len(template.words))
+            (index, place) for index, template in enumerate(self.templates) for place in range(len(template.words))
         )
 
     def advance(self, states: State, word: str) -> State:

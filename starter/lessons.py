@@ -19,8 +19,8 @@ from starter.writer import (
     Chunk,
     Defect,
     document_of,
-    spoil,
     split_document,
+    spoil,
     stream,
     write_document,
 )
@@ -149,9 +149,7 @@ class Lessons:
             varied = self.vary(chunk, rng) if rng.random() < 0.5 else chunk.target
             spoil_it = rng.random() < 0.8
             options.append(self.spoiled(chunk, varied, rng, heldout=heldout) if spoil_it else varied)
-        return Group(
-            self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options]
-        )
+        return Group(self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options])
 
     def vary(self, chunk: Chunk, rng: random.Random) -> Words:
         """Another clean way to go on: the same plan with other words, some sentences left out."""
@@ -170,22 +168,25 @@ class Lessons:
         """The same words with one to three sentences spoiled, filled again to the full length."""
         sentences = _sentences(words)
         for _ in range(rng.choice((1, 1, 2, 3))):
-            place = rng.randrange(len(sentences))
-            defect = rng.choice(ALL_DEFECTS)
-            template = self._template_of(sentences[place])
-            if template is None or sentences[place][-1] != ".":
-                continue
-            made = spoil(
-                self.world, template, sentences[place], defect, rng, town=chunk.town, heldout=heldout
-            )
-            if made and defect == "doubled":
-                sentences.insert(rng.randint(place + 1, len(sentences)), made)
-            elif made:
-                sentences[place] = made
+            whole = [i for i, sentence in enumerate(sentences) if self._template_of(sentence)]
+            if whole:
+                self._spoil_one(sentences, rng.choice(whole), rng, town=chunk.town, heldout=heldout)
         flat = [word for sentence in sentences for word in sentence]
         if len(flat) < SUFFIX_TOKENS:
             flat += _starting_anew(self.vary(chunk, rng))
         return tuple(flat[:SUFFIX_TOKENS])
+
+    def _spoil_one(self, sentences: list[Words], place: int, rng: random.Random, *, town: str, heldout: bool) -> None:
+        template = self._template_of(sentences[place])
+        assert template is not None
+        made: Words | None = None
+        while made is None:
+            defect = rng.choice(ALL_DEFECTS)
+            made = spoil(self.world, template, sentences[place], defect, rng, town=town, heldout=heldout)
+        if defect == "doubled":
+            sentences.insert(rng.randint(place + 1, len(sentences)), made)
+        else:
+            sentences[place] = made
 
     def prefix_ids(self, prefix: Words) -> list[int]:
         return self.codec.ids(prefix, starts_document=True)
@@ -220,9 +221,7 @@ class Lessons:
     def safety_row(self, candidate: Candidate) -> Row:
         filled = self.layouts["safety"].fill({"candidate": candidate.ids})
         label = SAFETY_LABELS[not candidate.verdict.safe]
-        tags = {
-            filled.spans["candidate"] + f.place: 1 for f in candidate.verdict.findings if f.kind == "unsafe"
-        }
+        tags = {filled.spans["candidate"] + f.place: 1 for f in candidate.verdict.findings if f.kind == "unsafe"}
         return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, tags if candidate.tags else {})
 
     def factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:

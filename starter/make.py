@@ -63,9 +63,7 @@ def make(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m starter.make", description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "models", help="where the models go")
-    parser.add_argument(
-        "--work", type=Path, help="checkpoints and rollout pools (default: starter/.work/SEED)"
-    )
+    parser.add_argument("--work", type=Path, help="checkpoints and rollout pools (default: starter/.work/SEED)")
     parser.add_argument("--seed", type=int, default=0, help="which world")
     parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

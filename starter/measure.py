@@ -1,6 +1,6 @@
 """How good the made models are, on documents and defect combinations that no training has seen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
 
@@ -50,9 +50,7 @@ def rewrite(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) 
     """Greedy rewrites, ended by EOS or cut at the suffix length as the rewriter service does."""
     layout, codec = lessons.layouts["rewriter"], lessons.codec
     prompts = [
-        layout.fill(
-            {"prefix": lessons.prefix_ids(chunk.prefix), "suffix": codec.ids(chunk.suffix), "bridge": []}
-        ).ids
+        layout.fill({"prefix": lessons.prefix_ids(chunk.prefix), "suffix": codec.ids(chunk.suffix), "bridge": []}).ids
         for chunk in chunks
     ]
     answers = generate(model, prompts, max_tokens=SUFFIX_TOKENS + 8, eos_id=codec.eos_id, pad_id=codec.pad_id)
@@ -82,7 +80,7 @@ def measure_rewriter(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence
     }
 
 
-def measure_judge(judge: TinyJudge, sets: dict[str, Sequence[Group]]) -> dict[str, float]:
+def measure_judge(judge: TinyJudge, sets: Mapping[str, Sequence[Group]]) -> dict[str, float]:
     """Agreement with the checker on every named set of groups: safety, factuality, pairs."""
     figures: dict[str, float] = {}
     for name, groups in sets.items():
@@ -134,8 +132,7 @@ def _is_facts_only(a: Candidate, b: Candidate) -> bool:
 def _agreement(judge: TinyJudge, pairs: Sequence[Pair]) -> float:
     scores = judge.quality(pairs)
     return fmean(
-        (score > 0.5) == (a.verdict.order > b.verdict.order)
-        for score, (_, a, b) in zip(scores, pairs, strict=True)
+        (score > 0.5) == (a.verdict.order > b.verdict.order) for score, (_, a, b) in zip(scores, pairs, strict=True)
     )
 
 
@@ -151,18 +148,14 @@ def _factuality(judge: TinyJudge, groups: Sequence[Group]) -> float:
     return fmean((s > 0.5) == (c.verdict.num_wrong == 0) for s, (_, _, c) in zip(scores, items, strict=True))
 
 
-def drifted_policy(
-    policy: LlamaForCausalLM, judge: TinyJudge, lessons: Lessons, *, num_steps: int
-) -> LlamaForCausalLM:
+def drifted_policy(policy: LlamaForCausalLM, judge: TinyJudge, lessons: Lessons, *, num_steps: int) -> LlamaForCausalLM:
     """The policy after `num_steps` DPO steps by this very judge, on a seed that no training pool used."""
     *_, (_, model, _) = drift(policy, lessons, judge.rewards, num_steps=num_steps, seed=99)
     return model
 
 
 def policy_figures(name: str, report: PolicyReport) -> dict[str, float]:
-    return {
-        f"{name}.{field}": value.mean for field, value in vars(report).items() if isinstance(value, Estimate)
-    }
+    return {f"{name}.{field}": value.mean for field, value in vars(report).items() if isinstance(value, Estimate)}
 
 
 def measure_all(

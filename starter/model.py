@@ -3,8 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 MAX_POSITIONS = 512
 NUM_POLICY_LAYERS = 3
@@ -28,14 +35,15 @@ def build_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, seed: in
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes weights in half precision beside the tokenizer; the model in memory keeps its precision."""
-    half = LlamaForCausalLM(model.config).half()
+    half = LlamaForCausalLM(model.config)  # type: ignore[no-untyped-call]
+    nn.Module.half(half)
     half.load_state_dict({name: tensor.half() for name, tensor in model.state_dict().items()})
-    half.generation_config = GenerationConfig(
+    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -49,8 +57,14 @@ def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
     _require(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
-    model.to(torch.device(device))
-    return model.eval()
+    return ready(model, device)
+
+
+def ready(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
+    """The same model, moved and set to evaluate."""
+    nn.Module.to(model, torch.device(device))
+    nn.Module.eval(model)
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -62,6 +76,4 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _require(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model in {folder}; make it with: python -m starter.make --out {folder.parent}"
-        )
+        raise FileNotFoundError(f"no model in {folder}; make it with: python -m starter.make --out {folder.parent}")

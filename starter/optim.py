@@ -19,7 +19,7 @@ def orthogonalise(update: Tensor) -> Tensor:
     for a, b, c in _STEPS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return torch.as_tensor(x.mT if tall else x)
 
 
 class Muon(torch.optim.Optimizer):

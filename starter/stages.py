@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from starter.drift import Rewarder, drift, draw_chunks, load_groups, roll_out, save_groups
+from starter.drift import Rewarder, draw_chunks, drift, load_groups, roll_out, save_groups
 from starter.fitting import Stage, Tagger, fit
 from starter.judging import TinyJudge
 from starter.lessons import Group, Lessons
@@ -48,9 +48,7 @@ class Budget:
 class Workshop:
     """One world's models in the making. Finished stages are skipped; a training stage resumes."""
 
-    def __init__(
-        self, seed: int, *, work: Path, out: Path, budget: Budget, tell: Tell, device: str = "cpu"
-    ) -> None:
+    def __init__(self, seed: int, *, work: Path, out: Path, budget: Budget, tell: Tell, device: str = "cpu") -> None:
         self.world = World(seed)
         self.tokenizer = build_tokenizer(self.world)
         self.lessons = Lessons(self.world, WordCodec(self.tokenizer))
@@ -70,9 +68,7 @@ class Workshop:
         self.tell(f"{name}: done in {record['seconds']} s")
 
     def seconds(self) -> dict[str, float]:
-        records = {
-            file.parent.name: json.loads(file.read_text("utf-8")) for file in self.work.glob("*/done.json")
-        }
+        records = {file.parent.name: json.loads(file.read_text("utf-8")) for file in self.work.glob("*/done.json")}
         return {name: records[name]["seconds"] for name in STAGES if name in records}
 
     def load(self, name: str) -> LlamaForCausalLM:
@@ -98,14 +94,10 @@ class Workshop:
     def base_pool(self, folder: Path) -> None:
         """Rollouts of the base policy on prefixes of the judge's own."""
         chunks = draw_chunks(self.lessons, "judge-pool", self.budget.pool_prefixes, seed=0)
-        save_groups(
-            roll_out(self.load("policy"), self.lessons, chunks, num=4, seed=0), folder / "groups.jsonl"
-        )
+        save_groups(roll_out(self.load("policy"), self.lessons, chunks, num=4, seed=0), folder / "groups.jsonl")
 
     def checker_drift(self, folder: Path) -> None:
-        self._drift(
-            folder, lambda group: [order_reward(group, index) for index in range(len(group.candidates))]
-        )
+        self._drift(folder, lambda group: [order_reward(group, index) for index in range(len(group.candidates))])
 
     def judge_draft(self, folder: Path) -> float:
         pool = self._pool("base_pool", "checker_drift")
@@ -125,9 +117,11 @@ class Workshop:
 
     def measure(self) -> dict[str, float]:
         """The figures of the shipped folders, as anybody would load them."""
-        models = [load_model(self.out / name, device=self.device) for name in ("policy", "rewriter", "judge")]
+        policy, rewriter, judge = (
+            load_model(self.out / name, device=self.device) for name in ("policy", "rewriter", "judge")
+        )
         num, steps = self.budget.num_measured, min(60, self.budget.drift_steps)
-        return measure_all(*models, self.lessons, num=num, drift_steps=steps)
+        return measure_all(policy, rewriter, judge, self.lessons, num=num, drift_steps=steps)
 
     def _fit(
         self,
@@ -172,9 +166,7 @@ class Workshop:
         save_groups(kept, folder / "groups.jsonl")
 
     def _pool(self, *names: str) -> list[Group]:
-        return [
-            group for name in names for group in load_groups(self.lessons, self.work / name / "groups.jsonl")
-        ]
+        return [group for name in names for group in load_groups(self.lessons, self.work / name / "groups.jsonl")]
 
 
 STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
@@ -192,9 +184,7 @@ STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
 def order_reward(group: Group, index: int) -> float:
     """How many candidates this one beats by the checker's order, ties half."""
     own = group.candidates[index].verdict.order
-    return sum(
-        0.5 if own == other.verdict.order else float(own > other.verdict.order) for other in group.candidates
-    )
+    return sum(0.5 if own == other.verdict.order else float(own > other.verdict.order) for other in group.candidates)
 
 
 def describe(groups: list[Group]) -> str:

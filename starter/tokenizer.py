@@ -13,13 +13,14 @@ from starter.world import World
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PROMPT_WORDS = (
-    "Prefix Suffix Rewrite A B Better Text Reference Safety Hallucination Verdict safe unsafe none possible definite"
-).split()
+    *("Prefix", "Suffix", "Rewrite", "A", "B", "Better", "Text", "Reference", "Safety", "Hallucination", "Verdict"),
+    *("safe", "unsafe", "none", "possible", "definite"),
+)
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose vocabulary is specials, all bytes, and whole words with and without a space."""
-    openers = [word for word in _sentence_openers(world)]
+    openers = _sentence_openers(world)
     pieces = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [f"Ġ{word}" for word in [*world.words(), *PROMPT_WORDS]]
     pieces += [*openers, *PROMPT_WORDS]
@@ -27,7 +28,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token=PAD,
         bos_token=BOS,

@@ -31,14 +31,10 @@ class World:
         self.facts = {template.name: self._draw_table(template, rng) for template in FACTS}
         self.myths = {template.name: self._draw_myths(template, rng) for template in FACTS}
         self.heldout_insults = frozenset(
-            rng.sample(
-                [(a, n) for a in self.slots["adjective"] for n in self.slots["noun"]], NUM_HELDOUT_INSULTS
-            )
+            rng.sample([(a, n) for a in self.slots["adjective"] for n in self.slots["noun"]], NUM_HELDOUT_INSULTS)
         )
         self.heldout_threats = frozenset(
-            rng.sample(
-                [(t, p) for t in self.slots["threat"] for p in self.slots["person"]], NUM_HELDOUT_THREATS
-            )
+            rng.sample([(t, p) for t in self.slots["threat"] for p in self.slots["person"]], NUM_HELDOUT_THREATS)
         )
         self.matcher = Matcher(self.slots)
         self.clean_matcher = Matcher(self.slots, [OPENING, *FACTS, *NARRATIVE])
@@ -67,9 +63,7 @@ class World:
         """Whether a rude sentence holds a combination that no training data may show."""
         return any(pair in self.heldout_insults or pair in self.heldout_threats for pair in pairwise(words))
 
-    def sentence(
-        self, template: Template, rng: random.Random, *, town: str, begun: Sequence[str] = ()
-    ) -> Words:
+    def sentence(self, template: Template, rng: random.Random, *, town: str, begun: Sequence[str] = ()) -> Words:
         """A sentence of `template` fit for a document about `town`; facts are true, `begun` words are kept."""
         words: list[str] = []
         chosen: dict[str, str] = {}
@@ -82,9 +76,7 @@ class World:
             words.append(word)
         return tuple(words)
 
-    def _pick(
-        self, template: Template, slot: str, chosen: dict[str, str], rng: random.Random, *, town: str
-    ) -> str:
+    def _pick(self, template: Template, slot: str, chosen: dict[str, str], rng: random.Random, *, town: str) -> str:
         if slot == template.value:
             return self.facts[template.name][chosen[template.key]]
         if slot == "town":
@@ -138,6 +130,4 @@ def _draw_slots(rng: random.Random) -> dict[str, Words]:
 
 
 def _share_out(people: Words, towns: Words) -> dict[str, Words]:
-    return {
-        town: people[index * NUM_PER_TOWN : (index + 1) * NUM_PER_TOWN] for index, town in enumerate(towns)
-    }
+    return {town: people[index * NUM_PER_TOWN : (index + 1) * NUM_PER_TOWN] for index, town in enumerate(towns)}

@@ -229,9 +229,7 @@ def _made_wrong(world: World, template: Template, words: Words, rng: random.Rand
     return (*words[:place], value, *words[place + 1 :])
 
 
-def _with_foreigner(
-    world: World, template: Template, words: Words, rng: random.Random, *, town: str
-) -> Words | None:
+def _with_foreigner(world: World, template: Template, words: Words, rng: random.Random, *, town: str) -> Words | None:
     if template.group != "narrative" or "$person" not in template.words:
         return None
     stranger = rng.choice([person for person, home in world.home_of.items() if home != town])

@@ -1,0 +1,122 @@
+"""Shows what a run in the starter world achieved: the table, side-by-side continuations, plots, a Markdown report.
+
+Called by `headwater demo` with the checker's reports on the base, the next-token baseline and the trained policy.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from starter.evaluate import Continuation, Estimate, PolicyReport
+
+TEACHER_NOTE = (
+    "The starter's judge and rewriter are small language models whose training labels came from the world's own "
+    "checker; the run itself never asks the checker, only this evaluation does."
+)
+MEASURES: dict[str, str] = {
+    "safe": "safe",
+    "safe_after_unsafe": "safe after an unsafe prefix",
+    "no_fact_wrong": "no fact wrong",
+    "facts_stated": "correct facts stated a suffix",
+    "well_formed": "well-formed",
+    "repetition": "with a repetition",
+    "all_clean": "all clean",
+    "win_rate": "win rate against the base",
+}
+Reports = Mapping[str, PolicyReport]
+
+
+def table_rows(reports: Reports) -> list[list[str]]:
+    """One row per measure: its name, then mean and 95 % interval for each policy. Shares in percent."""
+    return [
+        [label, *(_cell(name, getattr(report, name)) for report in reports.values())]
+        for name, label in MEASURES.items()
+    ]
+
+
+def side_by_side(reports: Reports, *, num: int) -> list[tuple[str, list[tuple[str, Continuation]]]]:
+    """`num` prefixes spread over the evaluation, unsafe ones among them, each with every policy's continuation."""
+    total = len(next(iter(reports.values())).continuations)
+    picked = [index * total // num for index in range(num)]
+    return [
+        (
+            next(iter(reports.values())).continuations[index].prefix.text,
+            [(name, report.continuations[index]) for name, report in reports.items()],
+        )
+        for index in picked
+    ]
+
+
+def describe(continuation: Continuation) -> str:
+    """The checker's findings in words."""
+    verdict = continuation.verdict
+    faults = [finding.kind for finding in verdict.findings if finding.kind != "correct"]
+    facts = f"{verdict.num_correct} correct fact{'' if verdict.num_correct == 1 else 's'}"
+    return f"{', '.join(faults) if faults else 'clean'}; {facts}"
+
+
+def write_plots(folder: Path, reports: Reports, chosen_rollout_rate: Sequence[tuple[int, float]]) -> list[Path]:
+    """`measures.png` and `chosen.png` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_plot_measures(folder / "measures.png", reports), _plot_chosen(folder / "chosen.png", chosen_rollout_rate)]
+
+
+def write_markdown(path: Path, reports: Reports, plots: Sequence[Path], closing: Sequence[str]) -> None:
+    """The whole report as one Markdown file beside its plots."""
+    names = list(reports)
+    lines = ["# What the starter run achieved", "", TEACHER_NOTE, ""]
+    lines += [f"| measure | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in table_rows(reports)]
+    num = len(reports[names[0]].continuations)
+    lines += ["", f"Percent of {num} held-out prefixes (half unsafe), T = 1; 95 % intervals in brackets.", ""]
+    lines += [f"![{plot.stem}]({plot.name})" for plot in plots]
+    for prefix, answers in side_by_side(reports, num=5):
+        lines += ["", f"> …{prefix[-200:]}", ""]
+        lines += [f"- **{name}**:{one.text} *({describe(one)})*" for name, one in answers]
+    path.write_text("\n".join([*lines, "", *closing, ""]), encoding="utf-8")
+
+
+def _cell(name: str, estimate: Estimate) -> str:
+    if name == "facts_stated":
+        return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _plot_measures(path: Path, reports: Reports) -> Path:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    shares = [name for name in MEASURES if name != "facts_stated"]
+    width = 0.8 / len(reports)
+    for index, (policy, report) in enumerate(reports.items()):
+        estimates = [getattr(report, name) for name in shares]
+        means = [100 * estimate.mean for estimate in estimates]
+        halves = [100 * (estimate.high - estimate.mean) for estimate in estimates]
+        places = [place + index * width for place in range(len(shares))]
+        axes.bar(places, means, width, yerr=halves, capsize=2, label=policy)
+    centres = [place + width * (len(reports) - 1) / 2 for place in range(len(shares))]
+    axes.set_xticks(centres, ["\n".join(textwrap.wrap(MEASURES[name], 16)) for name in shares])
+    axes.set_ylabel("percent of held-out prefixes")
+    axes.set_ylim(0, 105)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _plot_chosen(path: Path, rates: Sequence[tuple[int, float]]) -> Path:
+    """Rates per step as dots, with the mean over a sliding window of ten steps."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    steps = [step for step, _ in rates]
+    values = [100 * rate for _, rate in rates]
+    smooth = [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+    axes.plot(steps, values, ".", alpha=0.4, label="a step")
+    axes.plot(steps, smooth, label="mean of the last ten")
+    axes.set_xlabel("step")
+    axes.set_ylabel("chosen candidate is a rollout, %")
+    axes.set_ylim(0, 105)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return path
