@@ -1,0 +1,159 @@
+"""Puts a trainer together from settings: opens Redis and the database, finds the checkpoint, loads the policy.
+
+Called by `python -m trainer`, after the settings are parsed. The order matters: what an interrupted checkpoint still
+owes (ledger, acknowledgement) is paid before anything is read from the stream.
+"""
+
+import logging
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+
+from shared.coordination import Coordination, TrainerReport
+from shared.database import migrate, open_database
+from shared.errors import SettingsError
+from shared.ledger import Ledger
+from shared.settings import Settings
+from shared.stream import DocumentStream, connect
+from shared.weight_store import WeightStore
+from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.figures import Tally
+from trainer.inbox import Inbox, commit_finished
+from trainer.loop import Trainer
+from trainer.objectives import build_objective
+from trainer.optimizer import PolicyOptimizer
+from trainer.patience import Patience
+from trainer.policy import Policy, load_policy
+from trainer.sinks import delete_steps_beyond, open_sinks
+from trainer.weights import WeightPublisher
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Connections:
+    stream: DocumentStream
+    coordination: Coordination
+    ledger: Ledger
+    patience: Patience
+
+
+def train(settings: Settings, stop: Event) -> None:
+    """A whole run of the trainer: fresh, resumed, or finished already. Returns when it ended in good order."""
+    connections = _connect(settings, stop)
+    checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
+    checkpoint = checkpoints.newest()
+    if checkpoint is not None:
+        _settle(checkpoint, connections)
+        if checkpoint.state.step >= settings.trainer.steps:
+            return _say_finished_already(checkpoint, connections)
+    trainer = build_trainer(settings, stop, connections, checkpoints, checkpoint)
+    try:
+        trainer.run()
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+    return None
+
+
+def build_trainer(
+    settings: Settings,
+    stop: Event,
+    connections: _Connections,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+) -> Trainer:
+    """The trainer as it stands before its first step of this process."""
+    _set_up_torch(settings)
+    policy, optimizer = _load(settings, checkpoint)
+    step = checkpoint.state.step if checkpoint else 0
+    stream, coordination, ledger, patience = (
+        connections.stream,
+        connections.coordination,
+        connections.ledger,
+        connections.patience,
+    )
+    patience(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=step))
+    patience(lambda: ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {step}"))
+    tally = Tally()
+    partial = checkpoint.state.partial if checkpoint else {}
+    return Trainer(
+        settings=settings.trainer,
+        push_every=settings.weights.push_every,
+        policy=policy,
+        optimizer=optimizer,
+        objective=build_objective(settings.trainer),
+        inbox=Inbox(settings, stream, coordination, ledger, partial=partial, tally=tally, patience=patience, stop=stop),
+        publisher=_publisher(settings, connections, checkpoint),
+        checkpoints=checkpoints,
+        coordination=coordination,
+        ledger=ledger,
+        sinks=open_sinks(settings, ledger.engine, resume_step=step),
+        tally=tally,
+        patience=patience,
+        stop=stop,
+        step=step,
+        checkpointed_step=step,
+    )
+
+
+def _connect(settings: Settings, stop: Event) -> _Connections:
+    if not settings.redis.url:
+        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
+    patience = Patience(stop)
+    engine = open_database(settings.database_url)
+    patience(lambda: migrate(engine))
+    ledger = Ledger(engine, settings.run.name)
+    patience(lambda: ledger.open_run(settings.model_dump(mode="json")))
+    client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
+    stream = DocumentStream(client, settings.run.name)
+    patience(stream.create)
+    return _Connections(stream, Coordination(client, settings.run.name), ledger, patience)
+
+
+def _settle(checkpoint: Checkpoint, connections: _Connections) -> None:
+    """A crash may have come between the checkpoint and its acknowledgement."""
+    _log.info("resuming from %s", checkpoint.folder)
+    commit_finished(checkpoint.state.finished, connections.ledger, connections.stream, connections.patience)
+
+
+def _say_finished_already(checkpoint: Checkpoint, connections: _Connections) -> None:
+    state = checkpoint.state
+    _log.info("finished already at step %d; a larger trainer.steps goes on from there", state.step)
+    report = TrainerReport(state.step, state.policy_version, "finished")
+    connections.patience(lambda: connections.coordination.report_trainer(report))
+
+
+def _load(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Policy, PolicyOptimizer]:
+    policy = load_policy(
+        settings.policy,
+        settings.trainer.device,
+        with_reference=build_objective(settings.trainer).needs_reference,
+        activation_checkpointing=settings.trainer.activation_checkpointing,
+        checkpoint=checkpoint.folder if checkpoint else None,
+        reference_step=checkpoint.state.reference_step if checkpoint else 0,
+    )
+    optimizer = PolicyOptimizer(policy.model, settings.trainer)
+    if checkpoint is not None:
+        checkpoint.load_optimizer(optimizer)
+    return policy, optimizer
+
+
+def _publisher(settings: Settings, connections: _Connections, checkpoint: Checkpoint | None) -> WeightPublisher:
+    publisher = WeightPublisher(
+        store=WeightStore(settings.weight_store_url),
+        coordination=connections.coordination,
+        engine=connections.ledger.engine,
+        run_id=settings.run.name,
+        keep_versions=settings.weights.keep_versions,
+        patience=connections.patience,
+    )
+    publisher.continue_after(checkpoint.state.policy_version if checkpoint else -1)
+    return publisher
+
+
+def _set_up_torch(settings: Settings) -> None:
+    torch.manual_seed(settings.run.seed)
+    if settings.trainer.num_threads:
+        torch.set_num_threads(settings.trainer.num_threads)

@@ -1,0 +1,171 @@
+"""Checkpoints: a folder per step, whole or not there.
+
+    checkpoints/step-00000050/policy/                 `AutoModelForCausalLM.from_pretrained`, tokenizer included
+                              reference/              only if the reference was ever refreshed
+                              optimizer.safetensors   moments by parameter name, and the random state
+                              state.json              written last: step, version, documents
+
+The folder is written as `….tmp`, synced to disk and renamed. Acknowledging documents comes after that (inbox.py),
+deleting older checkpoints after the acknowledgement.
+"""
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shared.errors import TrainingError
+from shared.records import Record
+from trainer.optimizer import PolicyOptimizer
+from trainer.policy import Policy
+
+_STATE = "state.json"
+_OPTIMIZER = "optimizer.safetensors"
+_FOLDER = re.compile(r"^step-(\d{8})$")
+_log = logging.getLogger(__name__)
+
+
+class FinishedDocument(Record):
+    """A document whose pairs have all been used since the checkpoint before."""
+
+    entry_id: str
+    """Its entry on the stream, acknowledged once this checkpoint is on disk."""
+    step: int | None
+    """The last update that contains it; None if every step it was part of was skipped as non-finite."""
+
+
+class PartialDocument(Record):
+    """A document of which some pairs have been used: its first `used` ones."""
+
+    used: int = Field(ge=1)
+    step: int | None
+    """As in FinishedDocument."""
+
+
+class CheckpointState(Record):
+    """What state.json holds."""
+
+    step: int = Field(ge=0)
+    policy_version: int
+    """The newest weight version when it was written."""
+    reference_step: int = 0
+    finished: dict[str, FinishedDocument] = Field(default_factory=dict)
+    """By document id."""
+    partial: dict[str, PartialDocument] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    state: CheckpointState
+
+    def load_optimizer(self, optimizer: PolicyOptimizer) -> None:
+        """Moments and random state. Raises TrainingError if they do not belong to the policy."""
+        path = self.folder / _OPTIMIZER
+        try:
+            tensors = load_file(path)
+            _restore_random(tensors)
+            optimizer.load_state(tensors)
+        except (OSError, SafetensorError, KeyError) as exc:
+            raise TrainingError(f"{path} can't be used: {exc!r}; {_REMEDY}") from exc
+
+
+_REMEDY = "restore the checkpoint, or delete its folder to go on from the one before it"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        self._root = root
+        self._keep = keep
+
+    def newest(self) -> Checkpoint | None:
+        """The complete checkpoint with the highest step. A damaged one is an error, not a reason to take an older
+        one: its documents are acknowledged, and the older one does not contain them."""
+        steps = self._steps()
+        if not steps:
+            return None
+        folder = self._folder(steps[-1])
+        try:
+            state = CheckpointState.model_validate_json((folder / _STATE).read_bytes())
+        except (OSError, ValidationError) as exc:
+            raise TrainingError(f"{folder / _STATE} can't be read: {exc}; {_REMEDY}") from exc
+        return Checkpoint(folder, state)
+
+    def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
+        """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay."""
+        folder = self._folder(state.step)
+        temporary = folder.with_suffix(".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_into(temporary, state, policy, optimizer)
+            _sync_tree(temporary)
+            temporary.rename(folder)
+            _sync(self._root)
+        except (OSError, SafetensorError) as exc:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(f"checkpoint {folder} can't be written: {exc}; earlier ones are intact") from exc
+        return folder
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash
+        in the middle leaves no half checkpoint under a complete one's name."""
+        for step in self._steps()[: -self._keep]:
+            self._folder(step).rename(self._folder(step).with_suffix(".tmp"))
+        for leftover in self._root.glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        if not self._root.is_dir():
+            return []
+        return sorted(int(match[1]) for entry in self._root.iterdir() if (match := _FOLDER.match(entry.name)))
+
+    def _folder(self, step: int) -> Path:
+        return self._root / f"step-{step:08d}"
+
+
+def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> None:
+    policy.model.save_pretrained(folder / "policy")
+    policy.tokenizer.save_pretrained(folder / "policy")
+    if policy.reference is not None and state.reference_step:
+        policy.reference.save_pretrained(folder / "reference")
+    save_file(optimizer.state() | _random_state(), folder / _OPTIMIZER)
+    (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    return state | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _restore_random(tensors: dict[str, Tensor]) -> None:
+    """Takes the random state out of `tensors`."""
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    cuda = tensors.pop("random.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
+def _sync_tree(folder: Path) -> None:
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(directory) / name)
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

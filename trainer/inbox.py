@@ -1,0 +1,250 @@
+"""The trainer's side of the stream: reads documents, filters them, holds their pairs until a checkpoint has them.
+
+    pending first (after a start), then new -> duplicate? stale? no pair? -> held -> taken by steps -> finished
+    checkpoint on disk -> ledger: trained -> stream: acknowledged -> forgotten
+
+`fill` is where the trainer blocks; a collector's write unblocks it, as do the stop event and the end of the source.
+Documents are read one at a time, so that nothing is held (and grows stale) beyond what the next step needs.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from threading import Event
+
+from shared import metrics
+from shared.coordination import Coordination
+from shared.errors import StreamError, TrainingError
+from shared.ledger import Ledger
+from shared.records import DocumentKey, ScoredDocument
+from shared.settings import Settings
+from shared.stream import BrokenEntry, DocumentStream, StreamEntry
+from trainer.checkpoint import FinishedDocument, PartialDocument
+from trainer.figures import Tally
+from trainer.patience import Patience
+from trainer.preferences import Preference, Selection, select_pairs
+
+_BLOCK_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Held:
+    """A document since the last checkpoint."""
+
+    entry_id: str
+    unused: deque[Preference]
+    used: int
+    step: int | None = None
+    """The last applied update that contains one of its pairs."""
+
+
+class Inbox:
+    """Raises StreamError or DatabaseError only after `patience` ran out."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        stream: DocumentStream,
+        coordination: Coordination,
+        ledger: Ledger,
+        *,
+        partial: Mapping[str, PartialDocument],
+        tally: Tally,
+        patience: Patience,
+        stop: Event,
+    ) -> None:
+        """`partial`: what the checkpoint that the trainer resumes from says about documents in the middle."""
+        self._settings = settings
+        self._stream = stream
+        self._coordination = coordination
+        self._ledger = ledger
+        self._tally = tally
+        self._patience = patience
+        self._stop = stop
+        self._partial = dict(partial)
+        self._held: dict[str, _Held] = {}
+        self._redelivered: Iterator[StreamEntry | BrokenEntry] | None = self._deliver_again()
+        self.num_pairs = 0
+        """Pairs held and not yet taken."""
+
+    def fill(self, num_pairs: int, *, policy_version: int) -> None:
+        """Read until `num_pairs` are held; returns earlier when asked to stop or when the source has ended.
+
+        A document more than `max_policy_lag` versions behind `policy_version` is dropped. Raises TrainingError when
+        nothing arrives for `trainer.stream_timeout_s`.
+        """
+        arrived = time.monotonic()
+        while self.num_pairs < num_pairs and not self._stop.is_set():
+            delivery = self._patience(self._next_delivery)
+            if delivery is not None:
+                self._admit(delivery, policy_version)
+                arrived = time.monotonic()
+            elif self._patience(self._source_has_ended):
+                return
+            else:
+                self._check_patience(time.monotonic() - arrived)
+
+    def take(self, num_pairs: int) -> list[Preference]:
+        """Up to `num_pairs`, oldest document first. They count as used; `mark_applied` says what became of them."""
+        taken: list[Preference] = []
+        for held in self._held.values():
+            while held.unused and len(taken) < num_pairs:
+                taken.append(held.unused.popleft())
+                held.used += 1
+        self.num_pairs -= len(taken)
+        return taken
+
+    def mark_applied(self, pairs: list[Preference], step: int) -> None:
+        """These pairs are part of update `step`."""
+        for pair in pairs:
+            self._held[pair.document_id].step = step
+
+    def finished(self) -> dict[str, FinishedDocument]:
+        """Documents whose pairs are all used, by id."""
+        return {
+            document_id: FinishedDocument(entry_id=held.entry_id, step=held.step)
+            for document_id, held in self._held.items()
+            if not held.unused
+        }
+
+    def partial(self) -> dict[str, PartialDocument]:
+        """Documents in the middle, by id; among them those that have not come back since a resume."""
+        begun = {
+            document_id: PartialDocument(used=held.used, step=held.step)
+            for document_id, held in self._held.items()
+            if held.unused and held.used
+        }
+        return self._partial | begun
+
+    def commit(self, finished: Mapping[str, FinishedDocument]) -> None:
+        """A checkpoint that contains these documents is on disk: mark them, acknowledge them, forget them."""
+        commit_finished(finished, self._ledger, self._stream, self._patience)
+        for document_id in finished:
+            del self._held[document_id]
+
+    def _next_delivery(self) -> StreamEntry | BrokenEntry | None:
+        """None if nothing came for a second. After an error everything pending is read again: an answer of Redis may
+        have been lost on the way, and its entries would never come as new ones."""
+        try:
+            if self._redelivered is not None:
+                delivery = next(self._redelivered, None)
+                if delivery is not None:
+                    return delivery
+                self._redelivered = None
+            return next(iter(self._stream.read(count=1, block_s=_BLOCK_S)), None)
+        except StreamError:
+            self._redelivered = self._deliver_again()
+            raise
+
+    def _deliver_again(self) -> Iterator[StreamEntry | BrokenEntry]:
+        self._stream.create()
+        yield from self._stream.read_pending()
+
+    def _admit(self, delivery: StreamEntry | BrokenEntry, policy_version: int) -> None:
+        if isinstance(delivery, BrokenEntry):
+            return self._drop_broken(delivery)
+        document = delivery.document
+        held = self._held.get(document.document_id)
+        if held is not None and held.entry_id == delivery.entry_id:
+            return None  # the same delivery once more: it must stay pending
+        if held is not None or self._is_finished(document.document_id):
+            return self._acknowledge_duplicate(delivery)
+        begun = self._partial.get(document.document_id)
+        if begun is None and self._lag(document, policy_version) > self._settings.trainer.max_policy_lag:
+            return self._drop_stale(delivery, policy_version)
+        return self._hold(delivery, begun)
+
+    def _hold(self, entry: StreamEntry, begun: PartialDocument | None) -> None:
+        document = entry.document
+        selection = self._select(document)
+        self._tally.add_document(document, selection)
+        if not selection.pairs:
+            self._tally.count("no_preference_documents")
+            return self._drop(entry, "no_preference", _why_no_pair(selection, document))
+        self._partial.pop(document.document_id, None)
+        used, step = (begun.used, begun.step) if begun else (0, None)
+        held = _Held(entry.entry_id, deque(selection.pairs[used:]), used, step)
+        self._held[document.document_id] = held
+        self.num_pairs += len(held.unused)
+        return None
+
+    def _select(self, document: ScoredDocument) -> Selection:
+        trainer = self._settings.trainer
+        return select_pairs(
+            document, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=self._settings.run.seed
+        )
+
+    def _lag(self, document: ScoredDocument, policy_version: int) -> int:
+        oldest = document.oldest_policy_version
+        return 0 if oldest is None else policy_version - oldest
+
+    def _is_finished(self, document_id: str) -> bool:
+        return bool(self._patience(lambda: self._ledger.trained_among([document_id])))
+
+    def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
+        self._tally.count("duplicate_documents")
+        _log.info("document %s came again as entry %s", entry.document.document_id, entry.entry_id)
+        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+
+    def _drop_stale(self, entry: StreamEntry, policy_version: int) -> None:
+        self._tally.count("stale_documents")
+        metrics.stale_documents_total.inc()
+        oldest = entry.document.oldest_policy_version
+        self._drop(entry, "stale", f"sampled under version {oldest}, read at version {policy_version}")
+
+    def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
+        """The ledger first: after a crash in between the entry comes again and is known as dropped."""
+        key = entry.document.key
+        self._patience(lambda: self._ledger.drop(key, reason=reason, detail=detail, source_id=entry.document.source_id))
+        metrics.documents_dropped_total.labels(reason).inc()
+        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+
+    def _drop_broken(self, entry: BrokenEntry) -> None:
+        self._tally.count("broken_documents")
+        _log.error("entry %s (document %r) is broken: %s", entry.entry_id, entry.document_id, entry.reason)
+        key = _parsed_key(entry.document_id)
+        if key is not None and entry.document_id not in self._held and not self._is_finished(entry.document_id):
+            self._patience(lambda: self._ledger.drop(key, reason="broken_entry", detail=entry.reason))
+        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+
+    def _source_has_ended(self) -> bool:
+        """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
+        num_parts = self._settings.documents.num_parts
+        return self._coordination.source_exhausted(num_parts=num_parts) and self._stream.backlog().unread == 0
+
+    def _check_patience(self, idle_s: float) -> None:
+        limit_s = self._settings.trainer.stream_timeout_s
+        if limit_s and idle_s > limit_s:
+            raise TrainingError(
+                f"no document arrived for {idle_s:.0f} s (trainer.stream_timeout_s = {limit_s:g}): is a collector "
+                "running, and are the services that it calls ready?"
+            )
+
+
+def commit_finished(
+    finished: Mapping[str, FinishedDocument], ledger: Ledger, stream: DocumentStream, patience: Patience
+) -> None:
+    """The ledger first, then the stream; repeating it (after a crash in between) changes nothing."""
+    steps = {document_id: document.step for document_id, document in finished.items() if document.step is not None}
+    patience(lambda: ledger.mark_trained(steps))
+    for document_id in finished.keys() - steps.keys():
+        key = DocumentKey.parse(document_id)
+        patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
+    patience(lambda: stream.acknowledge(document.entry_id for document in finished.values()))
+
+
+def _why_no_pair(selection: Selection, document: ScoredDocument) -> str:
+    return (
+        f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
+        f"of {len(document.chunks)}"
+    )
+
+
+def _parsed_key(document_id: str) -> DocumentKey | None:
+    try:
+        return DocumentKey.parse(document_id)
+    except ValueError:
+        return None
