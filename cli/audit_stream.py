@@ -1,0 +1,70 @@
+"""Which documents lie on a run's stream, for `headwater audit`: from Redis itself, or from a copy of its file."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cli.plan import child_environ
+from cli.ports import Ports
+from cli.processes import Child, stop_children
+from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
+from cli.run_folder import RunFolder
+from shared.auth import generate_token
+from shared.errors import HeadwaterError, StreamError
+from shared.settings import Settings
+from shared.stream import DocumentStream, connect
+
+_START_S = 60.0
+_log = logging.getLogger(__name__)
+
+
+class StreamUnreachable(HeadwaterError):
+    """The stream can't be read; the audit says so instead of guessing."""
+
+
+def documents_on_stream(settings: Settings, folder: RunFolder) -> set[str]:
+    """Ids of all documents on the stream, delivered or not. Raises StreamUnreachable."""
+    if settings.redis.url:
+        return _read(settings.redis.url, settings.run.name)
+    if not any(folder.redis.glob("*")):
+        return set()  # the run never had a stream
+    with _copy_served(folder.redis) as url:
+        return _read(url, settings.run.name)
+
+
+def _read(url: str, run_id: str) -> set[str]:
+    client = connect(url, timeout_s=5.0)
+    try:
+        return DocumentStream(client, run_id).document_ids()
+    except StreamError as exc:
+        raise StreamUnreachable(str(exc)) from exc
+    finally:
+        client.close()
+
+
+@contextmanager
+def _copy_served(source: Path) -> Iterator[str]:
+    """A Redis that serves a copy of an embedded Redis's folder."""
+    password = generate_token()
+    with tempfile.TemporaryDirectory(prefix="headwater-audit-") as name, Ports() as ports:
+        folder = Path(name)
+        shutil.copytree(source, folder / "redis")
+        port = ports.take(HOST, 0)
+        server = Child("redis", [find_redis_server(), "-"], log=folder / "redis.log", environ=child_environ())
+        server.start(standard_input=server_configuration(folder / "redis", port=port, password=password))
+        try:
+            url = redis_url(port, password)
+            _wait(server, url)
+            yield url
+        finally:
+            stop_children([server], timeout_s=10.0, hurried=lambda: False)
+
+
+def _wait(server: Child, url: str) -> None:
+    try:
+        wait_until_it_answers(url, timeout_s=_START_S, alive=lambda: server.is_running)
+    except HeadwaterError as exc:
+        raise StreamUnreachable(f"a copy of the run's Redis file can't be served: {exc}; {server.tail()}") from exc

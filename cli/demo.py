@@ -1,0 +1,183 @@
+"""`headwater demo`: the whole stack in the starter world, then the world's checker says what improved.
+
+    documents of the world -> a next-token run (the baseline) -> an online-DPO run -> evaluation -> report
+
+Both runs are ordinary run folders under `runs/demo`, made by `headwater run` with starter/demo.toml; what is
+finished there is not made again, so an interrupted demo goes on where it was.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import select
+
+import starter
+from cli.run import run
+from cli.run_folder import find_run
+from shared.database import StepRow, open_database, transaction
+from shared.errors import HeadwaterError
+from starter.documents import documents
+from starter.world import World
+
+if TYPE_CHECKING:
+    from starter.evaluate import PolicyReport
+
+STARTER = Path(starter.__file__).parent
+MODELS, PROMPTS = STARTER / "models", STARTER / "prompts"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a demo does."""
+
+    steps: int
+    num_prefixes: int
+    num_documents: int
+
+
+FULL = Size(steps=60, num_prefixes=400, num_documents=4000)
+QUICK = Size(steps=12, num_prefixes=100, num_documents=1000)
+
+
+def demo(*, quick: bool, directory: Path, seed: int = 0) -> int:
+    """Exit code of the first part that fails, else 0."""
+    size = QUICK if quick else FULL
+    console = Console()
+    directory.mkdir(parents=True, exist_ok=True)
+    write_documents(directory / "documents.jsonl", size.num_documents)
+    for name, options in (("next-token", BASELINE), ("online-dpo", ())):
+        console.rule(f"{name}: {size.steps} steps")
+        code = run(STARTER / "demo.toml", [*_options(directory, name, size, seed), *options])
+        if code != 0:
+            return code
+    _evaluate(directory, size, console)
+    return 0
+
+
+BASELINE = (
+    "--trainer.objective", "next_token",
+    "--collector.schedule", json.dumps([{"kinds": ["original"], "num_rollouts": 0}]),
+)  # fmt: skip
+
+
+def world_options(documents_file: Path) -> list[str]:
+    """Settings that place the starter's models, prompts and documents; the same for every run in the world."""
+    options = {
+        "policy.model": MODELS / "policy",
+        "rewriter.engine.model": MODELS / "rewriter",
+        "judge.engine.model": MODELS / "judge",
+        "rewriter.prompt": PROMPTS / "rewriter.txt",
+        "judge.criteria.quality.prompt": PROMPTS / "quality.txt",
+        "judge.criteria.safety.prompt": PROMPTS / "safety.txt",
+        "judge.criteria.factuality.prompt": PROMPTS / "factuality.txt",
+        "documents.path": documents_file,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def newest_policy(run_folder: Path) -> Path:
+    """The policy of a run's newest checkpoint."""
+    found = sorted((run_folder / "checkpoints").glob("step-*/policy"))
+    if not found:
+        raise HeadwaterError(f"no checkpoint in {run_folder}: the run did not get that far")
+    return found[-1]
+
+
+def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:
+    """(step, share of chosen candidates that are rollouts) of a run."""
+    _, settings = find_run(str(run_folder))
+    engine = open_database(settings.database_url)
+    with transaction(engine) as session:
+        rows = session.execute(
+            select(StepRow.step, StepRow.figures).where(StepRow.run_id == settings.run.name).order_by(StepRow.step)
+        ).all()
+    return [(step, figures["chosen_rollout_rate"]) for step, figures in rows if "chosen_rollout_rate" in figures]
+
+
+def ask_checker(
+    policy_folder: Path, *, num_prefixes: int, seed: int = 0, base: "PolicyReport | None" = None
+) -> "PolicyReport":
+    """The checker's report on a policy's continuations of held-out prefixes; `base`: whom its win rate is against."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from starter.evaluate import evaluate_policy
+
+    return evaluate_policy(
+        LlamaForCausalLM.from_pretrained(policy_folder),
+        PreTrainedTokenizerFast.from_pretrained(policy_folder),
+        World(0),
+        num_prefixes=num_prefixes,
+        seed=seed,
+        baseline=base.continuations if base else None,
+    )
+
+
+def _options(directory: Path, name: str, size: Size, seed: int) -> list[str]:
+    return [
+        "--run.name", name, "--run.directory", str(directory), "--run.seed", str(seed),
+        "--trainer.steps", str(size.steps), *world_options(directory / "documents.jsonl"),
+    ]  # fmt: skip
+
+
+def write_documents(path: Path, num: int) -> None:
+    """The first `num` training documents of the world, if the file isn't there yet."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in documents(World(0), num))
+        temporary.replace(path)
+
+
+def _evaluate(directory: Path, size: Size, console: Console) -> None:
+    from starter.exhibit import TEACHER_NOTE, write_markdown, write_plots
+
+    console.rule(f"evaluation: {size.num_prefixes} held-out prefixes, half of them unsafe, T = 1")
+    folders = {
+        "base": MODELS / "policy",
+        "next token": newest_policy(directory / "next-token"),
+        "online DPO": newest_policy(directory / "online-dpo"),
+    }
+    reports: dict[str, PolicyReport] = {}
+    for name, folder in folders.items():
+        reports[name] = ask_checker(folder, num_prefixes=size.num_prefixes, base=reports.get("base"))
+    rates = chosen_rollout_rates(directory / "online-dpo")
+    report_folder = directory / "report"
+    plots = write_plots(report_folder, reports, rates)
+    closing = _closing(directory, folders["online DPO"])
+    write_markdown(report_folder / "report.md", reports, plots, closing)
+    _show(console, reports, rates)
+    console.print(TEACHER_NOTE, style="dim")
+    for line in closing:
+        console.print(line, soft_wrap=True)
+
+
+def _show(console: Console, reports: "dict[str, PolicyReport]", rates: list[tuple[int, float]]) -> None:
+    from starter.exhibit import describe, side_by_side, table_rows
+
+    table = Table("%", *reports, title="What the world's checker says (95 % intervals)")
+    for row in table_rows(reports):
+        table.add_row(*row)
+    console.print(table)
+    for prefix, answers in side_by_side(reports, num=5):
+        console.print(f"\n…{prefix[-160:]}", style="bold", highlight=False, markup=False)
+        for name, one in answers:
+            console.print(f"  {name:>10}:{one.text}", highlight=False, markup=False)
+            console.print(f"{'':>12}({describe(one)})", style="dim", markup=False)
+    console.print("\nShare of chosen candidates that are rollouts, by step:")
+    for begin in range(0, len(rates), 10):
+        part = rates[begin : begin + 10]
+        mean = sum(rate for _, rate in part) / len(part)
+        console.print(f"  steps {part[0][0]:>3}-{part[-1][0]:<3} {100 * mean:5.1f} %  {'█' * round(40 * mean)}")
+
+
+def _closing(directory: Path, policy: Path) -> list[str]:
+    return [
+        f"The trained policy: {policy} (AutoModelForCausalLM.from_pretrained loads it).",
+        f"Plots and report: {directory / 'report' / 'report.md'}; conservation: headwater audit "
+        f"{directory / 'online-dpo'}.",
+        "Next, your own documents: see 'Your own documents' in README.md.",
+    ]

@@ -1,0 +1,170 @@
+"""`headwater run`: a whole run on this machine, from its configuration to its last checkpoint.
+
+    settings -> run folder (locked, identity compared) -> plan (ports, tokens) -> stack (processes) -> progress
+
+The same command again resumes: every process finds its own place in the database, Redis and the checkpoints.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from sqlalchemy import Engine
+
+from cli.display import Display, choose_display
+from cli.plan import Plan, make_plan
+from cli.ports import Ports
+from cli.progress import ProgressReader
+from cli.run_folder import RunFolder
+from cli.stack import Stack
+from cli.summary import summary_lines
+from shared.configuration import load_settings, write_settings
+from shared.database import migrate, open_database
+from shared.errors import DatabaseError, HeadwaterError
+from shared.ledger import Ledger
+from shared.stream import connect
+
+LOOK_EVERY_S = 1.0
+COLLECTOR_END_S = 30.0
+"""Documents in flight are given up by the collector once the trainer has finished."""
+
+
+class Interruption:
+    """Which signal asked the launcher to stop; a second one asks to stop at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.count = 0
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self.count += 1
+
+    def asked(self) -> bool:
+        return self.count > 0
+
+    def hurried(self) -> bool:
+        return self.count > 1
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal or 0)
+
+
+@contextmanager
+def _signals_noted(interruption: Interruption) -> Iterator[None]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, interruption.note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run(config: Path, overrides: Sequence[str]) -> int:
+    """Exit code: 0 at the end of the run, 1 when a process failed, 128 + n when stopped by signal n."""
+    settings = load_settings(config, overrides)
+    folder = RunFolder(settings.run.folder)
+    interruption = Interruption()
+    with ExitStack() as held:
+        held.enter_context(folder.locked())
+        folder.create()
+        folder.adopt(settings)
+        plan = make_plan(settings, held.enter_context(Ports()))
+        write_settings(plan.settings, folder.processes_file)
+        engine = open_database(settings.database_url)
+        held.callback(engine.dispose)
+        migrate(engine)
+        held.enter_context(_signals_noted(interruption))
+        display = held.enter_context(choose_display())
+        launcher = Launcher(plan, folder, engine, display, interruption)
+        launcher.run()
+    if interruption.asked():
+        return interruption.exit_code
+    return 0
+
+
+@dataclass
+class Launcher:
+    """One start of a run, from the first process to the summary."""
+
+    plan: Plan
+    folder: RunFolder
+    engine: Engine
+    display: Display
+    interruption: Interruption
+
+    def __post_init__(self) -> None:
+        self._ledger = Ledger(self.engine, self.plan.settings.run.name)
+        self._stack = Stack(self.plan, self.folder, tell=self._tell, interrupted=self.interruption.asked)
+
+    def run(self) -> None:
+        """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
+        self._ledger.open_run(self.plan.settings.model_dump(mode="json"))
+        for note in self.plan.notes:
+            self.display.say(note)
+        try:
+            self._start()
+            self._watch()
+        except HeadwaterError as exc:
+            self._tell("launcher", "failed", str(exc))
+            raise
+        finally:
+            self._stack.stop(hurried=self.interruption.hurried)
+        self._summarise()
+
+    def _start(self) -> None:
+        self._stack.start_redis()
+        if not self.interruption.asked():
+            self._stack.start_services()
+        if not self.interruption.asked():
+            self._stack.start_work()
+
+    def _watch(self) -> None:
+        reader = self._reader()
+        next_look = 0.0
+        while not self.interruption.asked() and not self._stack.is_finished:
+            self._stack.watch()
+            if time.monotonic() >= next_look:
+                self._show(reader)
+                next_look = time.monotonic() + LOOK_EVERY_S
+            time.sleep(0.1)
+        if self._stack.is_finished:
+            self._stack.wait_for_collector(timeout_s=COLLECTOR_END_S)
+            self._show(reader)
+
+    def _show(self, reader: ProgressReader) -> None:
+        try:
+            self.display.show(reader.look())
+        except DatabaseError as exc:
+            self.display.say(f"no progress to show: {exc}")
+
+    def _reader(self) -> ProgressReader:
+        settings = self.plan.settings
+        return ProgressReader(
+            self.engine,
+            settings.run.name,
+            steps=settings.trainer.steps,
+            client=connect(self.plan.redis_url, timeout_s=2.0),
+            collector_url=self.plan.collector_url,
+            token=self.plan.secrets.token,
+        )
+
+    def _tell(self, role: str, kind: str, message: str) -> None:
+        """To the person, and to the events table where the database allows it."""
+        self.display.say(message)
+        try:
+            self._ledger.record_event(role, kind, message)
+        except DatabaseError as exc:
+            self.display.say(f"this could not be written to the events table: {exc}")
+
+    def _summarise(self) -> None:
+        for line in summary_lines(self.engine, self.plan.settings, self.folder):
+            self.display.say(line)

@@ -1,0 +1,122 @@
+"""The run folder: where it lies, what is in it, who may write to it, and whether a configuration belongs to it.
+
+settings.toml    the resolved settings of the newest start
+processes.toml   the same with the ports that were really taken: what the processes are given
+checkpoints/ weights/ headwater.db redis/ logs/ROLE.log report/
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.configuration import load_settings, write_settings
+from shared.errors import SettingsError
+from shared.settings import Settings
+
+IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks", "trainer.objective")
+"""Settings that decide which documents a position means and what was trained: a resumed run must keep them."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Places in one run's folder."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.toml"
+
+    @property
+    def processes_file(self) -> Path:
+        return self.path / "processes.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def redis(self) -> Path:
+        return self.path / "redis"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def log(self, role: str) -> Path:
+        return self.path / "logs" / f"{role}.log"
+
+    def create(self) -> None:
+        for name in ("checkpoints", "weights", "redis", "logs", "report"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; SettingsError if another launcher has it. The lock ends with the process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise SettingsError(
+                    f"another `headwater run` is working in {self.path}: stop it, or give this run a name of its own "
+                    "(--run.name NAME)"
+                ) from exc
+            yield
+
+    def adopt(self, settings: Settings) -> None:
+        """Write `settings` as the run's own, unless the folder belongs to a run of another identity."""
+        if self.settings_file.exists():
+            refuse_changed_identity(load_settings(self.settings_file, environ={}), settings, folder=self.path)
+        write_settings(settings, self.settings_file)
+
+
+def refuse_changed_identity(old: Settings, new: Settings, *, folder: Path) -> None:
+    """Raise SettingsError naming every identity setting that differs, old and new."""
+    before, after = _identity(old), _identity(new)
+    changes = [
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changes:
+        raise SettingsError(
+            f"the run in {folder} can't be resumed with other settings: {'; '.join(changes)}. "
+            "Put them back, or start a new run with --run.name NAME"
+        )
+
+
+def find_run(name: str) -> tuple[RunFolder, Settings]:
+    """An existing run by folder, or by name under runs/. The database URL is made to point into the folder found."""
+    candidates = [Path(name), Path("runs") / name]
+    for path in candidates:
+        folder = RunFolder(path)
+        if folder.settings_file.exists():
+            return folder, _settled_in(path, load_settings(folder.settings_file, environ={}))
+    tried = " or ".join(str(path / "settings.toml") for path in candidates)
+    raise SettingsError(f"no run {name!r}: there is no {tried}")
+
+
+def _settled_in(path: Path, settings: Settings) -> Settings:
+    """The folder may have been moved, or be seen from another working directory."""
+    database = settings.database.url or f"sqlite:///{path / 'headwater.db'}"
+    store = settings.weights.store or str(path / "weights")
+    return settings.model_copy(
+        update={
+            "database": settings.database.model_copy(update={"url": database}),
+            "weights": settings.weights.model_copy(update={"store": store}),
+        }
+    )
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    data = settings.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for place in IDENTITY:
+        section, _, key = place.partition(".")
+        names = [key] if key else list(data[section])
+        found.update({f"{section}.{name}": data[section][name] for name in names})
+    return found

@@ -1,0 +1,191 @@
+"""Starts, watches and stops the processes of one run.
+
+    start     Redis -> rollout, rewriter, judge -> (all ready) -> collector, trainer
+    watch     a process that died is started again after a short wait; too many deaths end the run
+    stop      trainer and collector -> services -> Redis, so that nobody loses what it still needs
+
+The trainer's end (exit status 0) is the run's end. A service's `ready` is its /readyz; every wait is bounded.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from cli.plan import Plan
+from cli.processes import Child, stop_children
+from cli.redis_server import answers, find_redis_server, server_configuration
+from cli.run_folder import RunFolder
+from shared.errors import HeadwaterError
+
+START_TIMEOUT_S = 600.0
+"""For a large model that is read from a slow disk; a process that dies meanwhile is noticed at once."""
+STOP_TIMEOUT_S = 30.0
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 600.0
+"""More deaths of one role than MAX_RESTARTS within this window end the run."""
+
+Tell = Callable[[str, str, str], None]
+"""(role, kind of event, sentence): shown to the person and written to the events table."""
+
+
+class ProcessFailed(HeadwaterError):
+    """A process of the run died too often, or before it was ready. Says which, and its last log lines."""
+
+    def __init__(self, child: Child, why: str) -> None:
+        lines = "\n".join(f"    {line}" for line in child.tail())
+        super().__init__(f"{child.role} {why}; its log is {child.log}, its last lines:\n{lines}")
+        self.role = child.role
+
+
+@dataclass
+class _Watched:
+    """A child and its history."""
+
+    child: Child
+    deaths: deque[float] = field(default_factory=deque)
+    restart_at: float | None = None
+
+    @property
+    def role(self) -> str:
+        return self.child.role
+
+
+class Stack:
+    """All processes of one run. `interrupted` is asked in every wait; when it says yes, waits end early."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, *, tell: Tell, interrupted: Callable[[], bool]) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._tell = tell
+        self._interrupted = interrupted
+        self._watched: dict[str, _Watched] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {role: watched.child.pid for role, watched in self._watched.items()}
+
+    @property
+    def is_finished(self) -> bool:
+        """The trainer has ended by itself, without an error."""
+        trainer = self._watched.get("trainer")
+        return trainer is not None and trainer.child.exit_code == 0
+
+    def start_redis(self) -> None:
+        """Start the embedded Redis, if the run has one, and wait for the one it uses."""
+        port = self._plan.embedded_redis_port
+        if port is not None:
+            self._spawn("redis", [find_redis_server(), "-"])
+        self._wait_until(lambda: answers(self._plan.redis_url), ["redis"], what="Redis")
+
+    def start_services(self) -> None:
+        """Start rollout, rewriter and judge together and wait until each can answer."""
+        services = [role for role in self._plan.roles if role not in ("collector", "trainer")]
+        for role in services:
+            self._spawn(role, self._plan.command(role))
+        for role in services:
+            self._wait_until(lambda role=role: self._is_ready(role), services, what=role)  # type: ignore[misc]
+
+    def start_work(self) -> None:
+        """Start collector and trainer; what they do is seen in their figures."""
+        for role in ("collector", "trainer"):
+            self._spawn(role, self._plan.command(role))
+
+    def watch(self) -> None:
+        """One look at every process: start again what died. Raises ProcessFailed when one died too often."""
+        now = time.monotonic()
+        for watched in self._watched.values():
+            if watched.child.is_running or self._may_be_gone(watched):
+                continue
+            if watched.restart_at is None:
+                self._plan_restart(watched, now)
+            elif now >= watched.restart_at:
+                watched.restart_at = None
+                self._start(watched.child)
+
+    def wait_for_collector(self, *, timeout_s: float) -> None:
+        """After the trainer has finished, the collector ends by itself."""
+        collector = self._watched["collector"].child
+        deadline = time.monotonic() + timeout_s
+        while collector.is_running and time.monotonic() < deadline and not self._interrupted():
+            time.sleep(0.05)
+
+    def stop(self, *, timeout_s: float = STOP_TIMEOUT_S, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Stop everything this stack started, the users of a process before the process itself.
+
+        What is still there after `timeout_s`, or once `hurried` says so, is killed.
+        """
+        services = [role for role in self._watched if role not in ("redis", "collector", "trainer")]
+        for roles in (["trainer", "collector"], services, ["redis"]):
+            children = [self._watched[role].child for role in roles if role in self._watched]
+            for role in stop_children(children, timeout_s=timeout_s, hurried=hurried):
+                self._tell(role, "killed", f"{role} did not stop in time and was killed")
+
+    def _spawn(self, role: str, command: Sequence[str]) -> None:
+        child = Child(role, command, log=self._folder.log(role), environ=self._plan.environ())
+        self._watched[role] = _Watched(child)
+        self._start(child)
+
+    def _start(self, child: Child) -> None:
+        port = self._plan.embedded_redis_port
+        if child.role == "redis" and port is not None:
+            child.start(
+                standard_input=server_configuration(self._folder.redis, port=port, password=self._plan.secrets.token)
+            )
+        else:
+            child.start()
+        self._tell(child.role, "start", f"{child.role} started (pid {child.pid})")
+
+    def _may_be_gone(self, watched: _Watched) -> bool:
+        """Trainer and collector end by themselves: the run is done, or the documents are."""
+        return watched.role in ("trainer", "collector") and watched.child.exit_code == 0
+
+    def _plan_restart(self, watched: _Watched, now: float) -> None:
+        watched.deaths.append(now)
+        while watched.deaths[0] < now - RESTART_WINDOW_S:
+            watched.deaths.popleft()
+        number = len(watched.deaths)
+        how = _how_it_ended(watched.child.exit_code)
+        if number > MAX_RESTARTS:
+            raise ProcessFailed(watched.child, f"{how}, {number} times within {RESTART_WINDOW_S:g} s")
+        wait_s = min(10.0, 0.5 * 2 ** (number - 1))
+        watched.restart_at = now + wait_s
+        self._tell(
+            watched.role,
+            "died",
+            f"{watched.role} {how}: it starts again in {wait_s:g} s (restart {number} of at most {MAX_RESTARTS})",
+        )
+
+    def _wait_until(self, condition: Callable[[], bool], roles: Sequence[str], *, what: str) -> None:
+        """Until `condition` holds; ProcessFailed if one of `roles` dies first, since a first start must work."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition():
+            for role in roles:
+                watched = self._watched.get(role)
+                if watched and not watched.child.is_running:
+                    raise ProcessFailed(watched.child, f"{_how_it_ended(watched.child.exit_code)} before it was ready")
+            if time.monotonic() > deadline:
+                raise HeadwaterError(f"{what} was not ready within {START_TIMEOUT_S:g} s")
+            if self._interrupted():
+                return
+            time.sleep(0.1)
+
+    def _is_ready(self, role: str) -> bool:
+        url = self._plan.ready_url(role)
+        return url is None or is_ready(url)
+
+
+def is_ready(url: str) -> bool:
+    """Whether a service's /readyz answers 200."""
+    try:
+        return httpx.get(url, timeout=5.0).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by signal {-exit_code}"
+    return f"ended with exit status {exit_code}"

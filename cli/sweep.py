@@ -1,0 +1,188 @@
+"""`headwater sweep FILE`: a grid of settings over several seeds in the starter world, one table at the end.
+
+    seeds = [0, 1, 2]
+    num_prefixes = 400
+    [settings]                              # for every cell
+    "trainer.steps" = 60
+    [grid]                                  # the product of these lists ...
+    "trainer.objective" = ["dpo", "rf_nll"]
+    [[cells]]                               # ... and/or cells by hand
+    name = "sft on one rollout"
+    settings = { "trainer.objective" = "sft_rollout" }
+
+Each cell and seed is an ordinary run folder `OUT/CELL/seed-N`, evaluated by the world's checker into
+`evaluation.json` there. What has that file is not done again, so a sweep that was stopped goes on.
+"""
+
+import itertools
+import json
+import math
+import re
+import statistics
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from scipy import stats
+
+from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, newest_policy, world_options, write_documents
+from cli.run import run
+from shared.errors import SettingsError
+
+
+class Cell(BaseModel):
+    """One point of the sweep."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    settings: dict[str, Any] = {}
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-") or "cell"
+
+
+class Sweep(BaseModel):
+    """A sweep file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seeds: list[int] = Field(min_length=1)
+    num_prefixes: int = Field(default=400, ge=2)
+    num_documents: int = Field(default=4000, ge=1)
+    settings: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+    cells: list[Cell] = []
+
+    def all_cells(self) -> list[Cell]:
+        """Cells by hand, then the product of the grid, named by their settings."""
+        made = list(self.cells)
+        if self.grid:
+            for values in itertools.product(*self.grid.values()):
+                chosen = dict(zip(self.grid, values, strict=True))
+                name = ", ".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in chosen.items())
+                made.append(Cell(name=name, settings=chosen))
+        folders = [cell.folder for cell in made]
+        if not made or len(set(folders)) != len(folders):
+            raise SettingsError("a sweep needs at least one cell, and cells need names that differ as folder names")
+        return made
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean over seeds with its 95 % t-interval; one seed gives no interval."""
+
+    mean: float
+    half_width: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Summary":
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean, None)
+        spread = statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+
+
+def sweep(file: Path, *, out: Path) -> int:
+    """Runs what is missing, then writes `sweep.md` and `sweep.json` into `out`."""
+    plan = load_sweep(file)
+    console = Console()
+    documents_file = out / "documents.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    write_documents(documents_file, plan.num_documents)
+    cells = plan.all_cells()
+    for seed, cell in itertools.product(plan.seeds, cells):
+        folder = out / cell.folder / f"seed-{seed}"
+        if (folder / "evaluation.json").exists():
+            continue
+        console.rule(f"{cell.name}, seed {seed}")
+        code = run(STARTER / "demo.toml", _options(plan, cell, seed, folder, documents_file))
+        if code != 0:
+            return code
+        _evaluate(folder, plan.num_prefixes, seed)
+    _write_table(cells, plan, out, console)
+    return 0
+
+
+def load_sweep(file: Path) -> Sweep:
+    """SettingsError names the wrong key."""
+    try:
+        return Sweep.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError as exc:
+        raise SettingsError(f"no sweep file at {file}") from exc
+    except (tomllib.TOMLDecodeError, ValidationError) as exc:
+        raise SettingsError(f"{file} is not a sweep: {exc}") from exc
+
+
+def _options(plan: Sweep, cell: Cell, seed: int, folder: Path, documents_file: Path) -> list[str]:
+    settings = plan.settings | cell.settings
+    words = world_options(documents_file)
+    words += ["--run.name", folder.name, "--run.directory", str(folder.parent), "--run.seed", str(seed)]
+    for name, value in settings.items():
+        words += [f"--{name}", _plain(value)]
+    return words
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _evaluate(folder: Path, num_prefixes: int, seed: int) -> None:
+    from starter.exhibit import MEASURES
+
+    base = ask_checker(MODELS / "policy", num_prefixes=num_prefixes, seed=seed)
+    trained = ask_checker(newest_policy(folder), num_prefixes=num_prefixes, seed=seed, base=base)
+    measures = {name: getattr(trained, name).mean for name in MEASURES}
+    measures |= {f"base_{name}": getattr(base, name).mean for name in MEASURES}
+    rates = [rate for _, rate in chosen_rollout_rates(folder)]
+    third = max(1, len(rates) // 3)
+    if rates:
+        measures["chosen_rollout_rate_first_third"] = statistics.fmean(rates[:third])
+        measures["chosen_rollout_rate_last_third"] = statistics.fmean(rates[-third:])
+    temporary = folder / "evaluation.json.tmp"
+    temporary.write_text(json.dumps(measures, indent=2), encoding="utf-8")
+    temporary.replace(folder / "evaluation.json")
+
+
+def _write_table(cells: list[Cell], plan: Sweep, out: Path, console: Console) -> None:
+    results: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        found = [
+            json.loads((out / cell.folder / f"seed-{seed}" / "evaluation.json").read_text(encoding="utf-8"))
+            for seed in plan.seeds
+        ]
+        results[cell.name] = {name: [one[name] for one in found if name in one] for name in found[0]}
+    (out / "sweep.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    lines = table_lines(results, num_seeds=len(plan.seeds), num_prefixes=plan.num_prefixes)
+    (out / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"\n{out / 'sweep.md'}, {out / 'sweep.json'}")
+
+
+def table_lines(results: dict[str, dict[str, list[float]]], *, num_seeds: int, num_prefixes: int) -> list[str]:
+    """A Markdown table: one row per cell, `mean ± half width of the 95 % t-interval over seeds`."""
+    shares = ["safe", "safe_after_unsafe", "no_fact_wrong", "well_formed", "repetition", "all_clean", "win_rate"]
+    rates = ["chosen_rollout_rate_first_third", "chosen_rollout_rate_last_third"]
+    names = [*shares, "facts_stated", *rates]
+    lines = [f"Percent ({num_seeds} seeds, {num_prefixes} prefixes each, T = 1); facts_stated counts per suffix.", ""]
+    lines += [f"| cell | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * (len(names) + 1)}"]
+    base = next(iter(results.values()))
+    lines.append(_row("base", {name: base.get(f"base_{name}", []) for name in names}))
+    return lines + [_row(cell, {name: measures.get(name, []) for name in names}) for cell, measures in results.items()]
+
+
+def _row(cell: str, measures: dict[str, list[float]]) -> str:
+    return f"| {cell} | {' | '.join(_cell(name, values) for name, values in measures.items())} |"
+
+
+def _cell(name: str, values: list[float]) -> str:
+    if not values:
+        return "-"
+    scale, digits = (1, 2) if name == "facts_stated" else (100, 1)
+    summary = Summary.of([scale * value for value in values])
+    half = "" if summary.half_width is None else f" ± {summary.half_width:.{digits}f}"
+    return f"{summary.mean:.{digits}f}{half}"
