@@ -61,6 +61,13 @@ class EngineError(HeadwaterError):
     retryable = True
 
 
+class PromptError(EngineError):
+    """The engine can never answer this prompt (too long for the model, empty): trying again is no use."""
+
+    status = 422
+    retryable = False
+
+
 class VerdictError(HeadwaterError):
     """A judge's answer holds no readable verdict. Never a score."""
 

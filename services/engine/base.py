@@ -7,7 +7,7 @@ A service holds exactly one `Engine` and knows no other way to a model. Tests fa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 TokenSequence = Sequence[int]
 Prompt = str | TokenSequence
@@ -41,6 +41,24 @@ class Generation:
     finish_reason: Literal["length", "stop"]
     weight_version: int
     """The oldest weight version that any of its tokens was sampled under."""
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """What the model thought of one given token, and which it would have liked best (natural logarithms)."""
+
+    log_prob: float
+    best_token_id: int
+    best_log_prob: float
+
+
+@runtime_checkable
+class TokenScorer(Protocol):
+    """An engine that can say more than `Engine.score`: what `echo` with `logprobs` of /v1/completions needs."""
+
+    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+        """One score per token of each continuation, and the weight version that they were computed under."""
+        ...
 
 
 class Engine(Protocol):

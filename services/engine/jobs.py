@@ -1,0 +1,157 @@
+"""Requests on their way to the thread that owns a model, and the bounded queue between.
+
+The event loop puts jobs and never blocks: a full queue is an OverloadedError. The model's thread blocks in `take`
+until a job, a weight update or the end comes; it takes jobs that fit into one batch together.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.engine.base import Generation, Sampling, TokenScore
+from shared import metrics
+from shared.errors import EngineError, OverloadedError
+
+Tokens = tuple[int, ...]
+Scores = tuple[list[list[TokenScore]], int]
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateJob:
+    prompts: Sequence[Tokens]
+    sampling: Sampling
+    future: "Future[list[list[Generation]]]" = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompts) * self.sampling.num_samples
+
+    @property
+    def row_tokens(self) -> int:
+        return max(map(len, self.prompts)) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreJob:
+    prompt: Tokens
+    continuations: Sequence[Tokens]
+    future: "Future[Scores]" = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_rows(self) -> int:
+        """Continuations of one token are read off the prompt's own forward pass."""
+        return max(1, sum(len(continuation) > 1 for continuation in self.continuations))
+
+    @property
+    def row_tokens(self) -> int:
+        return len(self.prompt) + max(map(len, self.continuations))
+
+
+@dataclass(frozen=True, eq=False)
+class LoadJob:
+    """Tensors that were checked against the model, to be copied into it between two batches."""
+
+    tensors: dict[str, Any]
+    version: int
+    future: "Future[None]" = field(default_factory=Future)
+
+
+Batch = list[GenerateJob] | list[ScoreJob] | LoadJob
+
+
+class JobQueue:
+    """First come, first served, but for company: a batch takes later jobs of the same kind while they fit."""
+
+    def __init__(self, *, max_queued: int, max_batch_tokens: int, batch_wait_s: float) -> None:
+        self._max_queued = max_queued
+        self._max_batch_tokens = max_batch_tokens
+        self._batch_wait_s = batch_wait_s
+        self._waiting: deque[GenerateJob | ScoreJob] = deque()
+        self._loads: deque[LoadJob] = deque()
+        self._closed = ""
+        self._changed = threading.Condition()
+
+    def put(self, job: GenerateJob | ScoreJob | LoadJob) -> None:
+        """Raises OverloadedError when full, EngineError when closed."""
+        with self._changed:
+            if self._closed:
+                raise EngineError(self._closed)
+            if isinstance(job, LoadJob):
+                self._loads.append(job)
+            elif len(self._waiting) >= self._max_queued:
+                raise OverloadedError(
+                    f"{len(self._waiting)} requests wait for the engine, engine.max_queued_requests allows no more"
+                )
+            else:
+                self._waiting.append(job)
+            metrics.engine_queued_requests.set(len(self._waiting))
+            self._changed.notify()
+
+    def take(self) -> Batch | None:
+        """The next batch, or a weight update before it. None once closed."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._closed or self._loads or self._waiting)
+                self._wait_for_company()
+                if self._closed:
+                    return None
+                if self._loads:
+                    return self._loads.popleft()
+                batch = self._take_fitting()
+                metrics.engine_queued_requests.set(len(self._waiting))
+                if batch:
+                    return batch
+
+    def close(self, reason: str) -> None:
+        """Refuse new jobs and fail those that wait."""
+        with self._changed:
+            self._closed = reason
+            left: list[GenerateJob | ScoreJob | LoadJob] = [*self._waiting, *self._loads]
+            self._waiting.clear()
+            self._loads.clear()
+            self._changed.notify_all()
+        for job in left:
+            fail(job, EngineError(reason))
+
+    def _wait_for_company(self) -> None:
+        if self._waiting:
+            until = self._waiting[0].queued_at + self._batch_wait_s
+            self._changed.wait_for(
+                lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, until - time.monotonic())
+            )
+
+    def _is_full(self) -> bool:
+        return sum(job.num_rows for job in self._waiting) * self._waiting[0].row_tokens >= self._max_batch_tokens
+
+    def _take_fitting(self) -> list[GenerateJob] | list[ScoreJob]:
+        """The oldest live job and all of its kind that fit beside it. Cancelled ones are dropped on the way."""
+        taken: list[Any] = []
+        rest: deque[GenerateJob | ScoreJob] = deque()
+        num_rows = row_tokens = 0
+        full = False
+        for job in self._waiting:
+            if job.future.cancelled():
+                continue
+            fits = (num_rows + job.num_rows) * max(row_tokens, job.row_tokens) <= self._max_batch_tokens
+            same_kind = not taken or type(taken[0]) is type(job)
+            if same_kind and not full and (fits or not taken):
+                taken.append(job)
+                num_rows, row_tokens = num_rows + job.num_rows, max(row_tokens, job.row_tokens)
+            else:
+                # A big job must not be overtaken forever by small ones of its kind.
+                full = full or same_kind
+                rest.append(job)
+        self._waiting = rest
+        return taken
+
+
+def fail(job: GenerateJob | ScoreJob | LoadJob, error: BaseException) -> None:
+    """Give the caller the error, unless it is gone or has its answer."""
+    if not job.future.done() and job.future.set_running_or_notify_cancel():
+        job.future.set_exception(error)

@@ -1,0 +1,175 @@
+"""A causal language model with its forward passes: prefill, continue, score. Owned by one thread (worker.py).
+
+Every function runs in inference mode and on the thread that calls it; nothing here knows of requests.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from services.engine.base import TokenScore
+from services.engine.rows import PrefilledPrompt, RowCache
+from services.engine.trunks import Tokens, Trunk, pack, plan_trunks
+from shared import metrics
+from shared.errors import EngineError
+from shared.settings import EngineSettings
+
+_log = logging.getLogger(__name__)
+
+MAX_LOGITS = 64 * 1024 * 1024
+"""Logits of one forward pass: 256 MB in float32."""
+
+
+@dataclass
+class CausalModel:
+    """The module and what must be known of it."""
+
+    module: Any
+    """A transformers causal language model in eval mode."""
+    device: torch.device
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+    max_batch_tokens: int
+
+    def prefill(self, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
+        """Keys, values and next-token logits of every distinct prompt; each trunk passes through the model once."""
+        trunks = plan_trunks(prompts)
+        found: dict[Tokens, PrefilledPrompt] = {}
+        lengths = [len(trunk.token_ids) for trunk in trunks]
+        for run in pack(lengths, max_tokens=self.max_batch_tokens, max_rows=self._max_prefill_rows(trunks)):
+            found.update(self._prefill_together(trunks[run.start : run.stop]))
+        return found
+
+    def step(self, token_ids: Tensor, rows: RowCache) -> Tensor:
+        """Next-token logits (R, V) float32 after one more token (R,) on each row."""
+        logits: Tensor = self.module(
+            input_ids=token_ids[:, None],
+            attention_mask=rows.mask(1),
+            position_ids=rows.positions(1),
+            past_key_values=rows.cache,
+            use_cache=True,
+        ).logits
+        return logits[:, -1].float()
+
+    def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[list[TokenScore]]:
+        """Per (prompt, continuation) one score per token of the continuation."""
+        prefilled = self.prefill([prompt for prompt, _ in pairs])
+        scores = [[_score_token(prefilled[prompt].logits, continuation[0])] for prompt, continuation in pairs]
+        longer = sorted(
+            (index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1),
+            key=lambda index: (-sum(map(len, pairs[index])), pairs[index][0]),
+        )
+        lengths = [sum(map(len, pairs[index])) for index in longer]
+        longest = max((len(pairs[index][1]) for index in longer), default=1)
+        max_rows = max(1, MAX_LOGITS // (longest * self.vocab_size))
+        for run in pack(lengths, max_tokens=self.max_batch_tokens, max_rows=max_rows):
+            chosen = longer[run.start : run.stop]
+            rest = self._score_rest([(prefilled[pairs[index][0]], pairs[index][1]) for index in chosen])
+            for index, found in zip(chosen, rest, strict=True):
+                scores[index].extend(found)
+        return scores
+
+    def _max_prefill_rows(self, trunks: Sequence[Trunk]) -> int:
+        """Rows share one list of positions whose logits are wanted, so too many different ones cost memory."""
+        positions = len({len(prompt) for trunk in trunks for prompt in trunk.prompts})
+        return max(1, MAX_LOGITS // (positions * self.vocab_size))
+
+    def _prefill_together(self, trunks: Sequence[Trunk]) -> dict[Tokens, PrefilledPrompt]:
+        lengths = sorted({len(prompt) for trunk in trunks for prompt in trunk.prompts})
+        wanted = torch.tensor([length - 1 for length in lengths], device=self.device)
+        # Padding on the right needs no mask: with causal attention nothing real looks at it.
+        cache = DynamicCache()
+        logits = self.module(
+            input_ids=_pad([trunk.token_ids for trunk in trunks], self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=wanted,
+        ).logits.float()
+        metrics.engine_prompt_tokens_total.inc(sum(len(trunk.token_ids) for trunk in trunks))
+        column = {length: index for index, length in enumerate(lengths)}
+        found = {}
+        for row, trunk in enumerate(trunks):
+            layers = [(keys[row], values[row]) for keys, values, *_ in cache]
+            for prompt in trunk.prompts:
+                found[prompt] = PrefilledPrompt(layers, len(prompt), logits[row, column[len(prompt)]])
+        return found
+
+    def _score_rest(self, pairs: Sequence[tuple[PrefilledPrompt, Tokens]]) -> list[list[TokenScore]]:
+        """Scores of all tokens but the first of each continuation."""
+        inputs = _pad([continuation[:-1] for _, continuation in pairs], self.device)
+        targets = _pad([continuation[1:] for _, continuation in pairs], self.device)
+        rows = RowCache([prompt for prompt, _ in pairs], room=inputs.shape[1])
+        logits = self.module(
+            input_ids=inputs,
+            attention_mask=_widened(rows.mask(inputs.shape[1])),
+            position_ids=rows.positions(inputs.shape[1]),
+            past_key_values=rows.cache,
+            use_cache=True,
+        ).logits.float()
+        metrics.engine_prompt_tokens_total.inc(sum(len(continuation) - 1 for _, continuation in pairs))
+        log_probs = torch.log_softmax(logits, dim=-1)
+        given = log_probs.gather(-1, targets[..., None])[..., 0].tolist()
+        best, best_ids = (part.tolist() for part in log_probs.max(dim=-1))
+        return [
+            [TokenScore(given[row][i], best_ids[row][i], best[row][i]) for i in range(len(continuation) - 1)]
+            for row, (_, continuation) in enumerate(pairs)
+        ]
+
+
+def load_model(settings: EngineSettings) -> CausalModel:
+    """Read the model named by `engine.model` onto the device. Raises EngineError with the reason."""
+    device = _device(settings.device)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        raise EngineError(f"engine.model {settings.model!r} can't be loaded: {exc}") from exc
+    module = cast(Any, module).to(device).eval()
+    config = module.config.get_text_config(decoder=True)
+    if any("attention" not in kind for kind in getattr(config, "layer_types", None) or []):
+        raise EngineError(f"engine.model {settings.model!r} has layers without attention: use another engine.kind")
+    return CausalModel(
+        module=module,
+        device=device,
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        eos_token_ids=_eos_token_ids(module),
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EngineError("engine.device = 'cuda', but torch sees no CUDA device: use 'auto' or 'cpu'")
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def _eos_token_ids(module: Any) -> frozenset[int]:
+    for config in (getattr(module, "generation_config", None), module.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+def _pad(rows: Sequence[Tokens], device: torch.device) -> Tensor:
+    """(R, longest) int64, padded on the right with a token that nobody looks at."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
+
+
+def _widened(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.long()
+
+
+def _score_token(logits: Tensor, token_id: int) -> TokenScore:
+    log_probs = torch.log_softmax(logits, dim=-1)
+    best, best_id = log_probs.max(dim=-1)
+    return TokenScore(float(log_probs[token_id]), int(best_id), float(best))

@@ -1,0 +1,141 @@
+"""The engine for CPUs and single GPUs: any causal model of Hugging Face transformers, in this process.
+
+Requests that arrive together are batched (jobs.py), samples and the chunks of one document share a prefill
+(trunks.py), rows of all lengths and temperatures decode together (decoding.py), each with its own randomness
+(sampling.py). One thread owns the model (worker.py). Built by build.py.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
+from services.engine.jobs import GenerateJob, JobQueue, LoadJob, ScoreJob
+from services.engine.model import CausalModel
+from services.engine.tokenizer import Tokenizer
+from services.engine.trunks import Tokens
+from services.engine.weights import read_weights
+from services.engine.worker import Worker
+from shared.errors import EngineError, PromptError
+from shared.settings import EngineSettings
+
+T = TypeVar("T")
+
+_CLOSE_S = 5.0
+
+
+class TransformersEngine:
+    """See `Engine`. Also a `TokenScorer`."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._queue = JobQueue(
+            max_queued=settings.max_queued_requests,
+            max_batch_tokens=settings.max_batch_tokens,
+            batch_wait_s=settings.batch_wait_s,
+        )
+        self._worker = Worker(settings, self._queue, lambda token_ids: self._tokens.decode_continuation(token_ids))
+        self._model: CausalModel | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def name(self) -> str:
+        return f"transformers:{self._settings.model}"
+
+    @property
+    def weight_version(self) -> int:
+        return self._worker.weight_version
+
+    @property
+    def can_score(self) -> bool:
+        return True
+
+    async def start(self) -> None:
+        self._tokenizer = await asyncio.to_thread(Tokenizer, self._settings.model)
+        self._model = await asyncio.wrap_future(self._worker.start())
+
+    async def close(self) -> None:
+        self._queue.close("the engine is closed")
+        await asyncio.to_thread(self._worker.join, timeout_s=_CLOSE_S)
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        if not prompts:
+            return []
+        job = GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling)
+        self._queue.put(job)
+        return await self._answer(job.future)
+
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+        scores, _ = await self.score_tokens(prompt, continuations)
+        return [[token.log_prob for token in of_continuation] for of_continuation in scores]
+
+    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+        if not continuations:
+            return [], self.weight_version
+        encoded = [self._encode(continuation) for continuation in continuations]
+        if not all(encoded):
+            raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
+        # The last token is only predicted, it needs no place of its own.
+        job = ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded)
+        self._queue.put(job)
+        return await self._answer(job.future)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokens.encode(text)
+
+    def decode(self, token_ids: TokenSequence) -> str:
+        return self._tokens.decode(token_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and self._tokenizer.has_chat_template
+
+    def render_chat(self, prompt: str) -> str:
+        return self._tokens.render_chat(prompt)
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
+        job = LoadJob(tensors, version)
+        self._queue.put(job)
+        await self._answer(job.future)
+
+    @property
+    def _started(self) -> CausalModel:
+        if self._model is None:
+            raise EngineError(f"{self.name} is still starting: try again")
+        return self._model
+
+    @property
+    def _tokens(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise EngineError(f"{self.name} is still starting: try again")
+        return self._tokenizer
+
+    def _encode(self, text: Prompt) -> Tokens:
+        token_ids = tuple(self._tokens.encode(text) if isinstance(text, str) else text)
+        vocab_size = self._started.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise PromptError(f"token ids must lie in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
+        return token_ids
+
+    def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
+        token_ids = self._encode(prompt)
+        if not token_ids:
+            raise PromptError("the prompt is empty: the model needs at least one token to continue")
+        if len(token_ids) + room > self._started.max_positions:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens and needs room for {room} more, "
+                f"but {self.name} takes {self._started.max_positions} in all"
+            )
+        return token_ids
+
+    async def _answer(self, future: "Future[T]") -> T:
+        """Bounded; giving up cancels the job, which the worker then skips."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._settings.timeout_s)
+        except TimeoutError as exc:
+            raise EngineError(
+                f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            ) from exc
