@@ -56,10 +56,12 @@ def redis_url(port: int, password: str) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether Redis answers there and has loaded its file."""
+    """Whether Redis answers there and has loaded its file. Raises HeadwaterError if it wants another password."""
     client = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
     try:
         return bool(client.ping())
+    except redis.AuthenticationError as exc:
+        raise HeadwaterError(f"Redis refuses the password in redis.url: {exc}") from exc
     except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError
         return False
     finally:

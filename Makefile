@@ -1,0 +1,46 @@
+# Needs Python 3.11, make and pip. `make setup` is part of every other target and quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/headwater-installed
+PACKAGES := shared services trainer evaluation starter cli benchmarks tests
+
+CONFIG ?= configs/local.toml
+DOCUMENTS ?=
+MODELS ?= runs/models
+TEACHER_STEPS ?= 100
+OPTIONS ?=
+
+.PHONY: setup run test lint fix
+
+setup: $(STAMP)
+
+# torch first and by its exact pin: it decides which builds of everything else fit.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# A first run on your own documents: make run DOCUMENTS=articles.jsonl
+# model from scratch -> teacher by next-token training -> the run that CONFIG describes. Again: goes on where it was.
+run: $(STAMP)
+	@test -n "$(DOCUMENTS)" || { echo 'make run DOCUMENTS=FILE.jsonl (one {"text": ...} a line)'; exit 2; }
+	test -e $(MODELS)/scratch/config.json || $(BIN)/headwater init-model --documents "$(DOCUMENTS)" \
+	    --out $(MODELS)/scratch --vocab-size 2048 --hidden-size 256 --num-layers 4 --num-heads 4 --context 512
+	$(BIN)/headwater run configs/real-text-pretrain.toml --run.name teacher --policy.model $(MODELS)/scratch \
+	    --documents.path "$(DOCUMENTS)" --trainer.steps $(TEACHER_STEPS)
+	$(BIN)/headwater run $(CONFIG) --policy.model $(MODELS)/scratch --documents.path "$(DOCUMENTS)" \
+	    --judge.engine.model "$$(ls -d runs/teacher/checkpoints/step-*[0-9] | tail -n 1)/policy" $(OPTIONS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,72 @@
+"""Whose folder it is."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.run_folder import RunFolder, find_run
+from shared.configuration import load_settings
+from shared.errors import SettingsError
+from shared.settings import Settings
+
+
+def _settings(*overrides: str) -> Settings:
+    return load_settings(None, ["--policy.model", "m", "--documents.path", "a.jsonl", *overrides], {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.adopt(_settings())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("policy.model", "other", "policy.model was 'm' and is now 'other'"),
+        ("documents.path", "b.jsonl", "documents.path was 'a.jsonl' and is now 'b.jsonl'"),
+        ("documents.num_parts", "2", "documents.num_parts was 1 and is now 2"),
+        ("chunks.suffix_tokens", "64", "chunks.suffix_tokens was 128 and is now 64"),
+        ("run.seed", "7", "run.seed was 0 and is now 7"),
+        ("trainer.objective", "rf_nll", "trainer.objective was 'dpo' and is now 'rf_nll'"),
+    ],
+)
+def test_another_identity_is_refused_with_old_and_new(
+    folder: RunFolder, option: str, value: str, sentence: str
+) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        folder.adopt(_settings(f"--{option}", value))
+    assert load_settings(folder.settings_file, environ={}) == _settings()
+
+
+def test_other_settings_may_change_and_are_kept(folder: RunFolder) -> None:
+    changed = _settings("--trainer.steps", "9", "--judge.port", "0")
+    folder.adopt(changed)
+    assert load_settings(folder.settings_file, environ={}) == changed
+
+
+def test_a_second_launcher_is_refused(folder: RunFolder) -> None:
+    other = RunFolder(folder.path)
+    with folder.locked(), pytest.raises(SettingsError, match="another `headwater run`"), other.locked():
+        """Never reached."""
+    with other.locked():
+        """Free again."""
+
+
+def test_a_run_is_found_by_folder_and_by_name(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, settings = find_run(str(folder.path))
+    assert found == folder
+    assert settings.database_url == f"sqlite:///{folder.path / 'headwater.db'}"
+    (tmp_path / "runs").mkdir()
+    folder.path.rename(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert find_run("mine")[1].database_url == "sqlite:///runs/mine/headwater.db"
+
+
+def test_an_unknown_run_names_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no run .*settings\.toml"):
+        find_run(str(tmp_path / "absent"))

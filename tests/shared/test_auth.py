@@ -1,0 +1,40 @@
+"""Who gets in."""
+
+import pytest
+
+from shared.auth import authorization_header, check_bearer, generate_token, refuse_open_binding
+from shared.errors import AuthError, SettingsError
+from shared.settings import Secrets
+
+
+def test_the_right_token_gets_in() -> None:
+    check_bearer(authorization_header("secret")["Authorization"], token="secret")
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic secret", "secret", "Bearer sécret"])
+def test_anything_else_is_refused(header: str | None) -> None:
+    with pytest.raises(AuthError):
+        check_bearer(header, token="secret")
+
+
+def test_without_a_token_everybody_gets_in() -> None:
+    check_bearer(None, token="")
+    assert authorization_header("") == {}
+
+
+def test_tokens_are_long_and_never_the_same() -> None:
+    tokens = {generate_token() for _ in range(100)}
+    assert len(tokens) == 100
+    assert min(map(len, tokens)) >= 40
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_an_open_binding_needs_both_tokens(host: str) -> None:
+    with pytest.raises(SettingsError, match="HEADWATER_ADMIN_TOKEN"):
+        refuse_open_binding(host, Secrets(token="a"))
+    refuse_open_binding(host, Secrets(token="a", admin_token="b"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
+def test_loopback_needs_none(host: str) -> None:
+    refuse_open_binding(host, Secrets())

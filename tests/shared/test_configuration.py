@@ -1,0 +1,131 @@
+"""Where a value comes from, and what is said when it is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.configuration import load_secrets, load_settings, write_settings
+from shared.errors import SettingsError
+from shared.settings import Settings
+
+
+def _toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_papers() -> None:
+    settings = load_settings(None, environ={})
+    assert (settings.trainer.steps, settings.trainer.pairs_per_step, settings.trainer.learning_rate) == (
+        2000,
+        256,
+        5e-6,
+    )
+    assert (settings.chunks.context_tokens, settings.chunks.suffix_tokens) == (2048, 128)
+    assert settings.collector.schedule[0].num_rollouts == 16
+
+
+def test_command_line_wins_over_environment_wins_over_file(tmp_path: Path) -> None:
+    path = _toml(tmp_path, "[trainer]\nsteps = 1\nwarmup_steps = 1\nbeta = 0.5\n")
+    environ = {"HEADWATER_TRAINER__STEPS": "2", "HEADWATER_TRAINER__WARMUP_STEPS": "2"}
+    trainer = load_settings(path, ["--trainer.steps", "3"], environ).trainer
+    assert (trainer.steps, trainer.warmup_steps, trainer.beta) == (3, 2, 0.5)
+
+
+def test_command_line_takes_equals_dashes_and_lists() -> None:
+    schedule = '[{"kinds": ["original", "rollout"], "num_rollouts": 2}]'
+    settings = load_settings(None, ["--trainer.pairs-per-step=4", "--collector.schedule", schedule], {})
+    assert settings.trainer.pairs_per_step == 4
+    assert settings.collector.schedule[0].num_rollouts == 2
+
+
+def test_a_list_may_be_written_as_toml() -> None:
+    settings = load_settings(
+        None, ["--collector.schedule", '[{ kinds = ["original", "rewrite"], num_rollouts = 0 }]'], {}
+    )
+    assert settings.collector.schedule[0].kinds == ("original", "rewrite")
+
+
+def test_an_unknown_key_in_the_file_is_named_with_its_file(tmp_path: Path) -> None:
+    path = _toml(tmp_path, "[trainer]\nstep = 3\n")
+    with pytest.raises(SettingsError, match=r"run\.toml: trainer\.step: no such setting"):
+        load_settings(path, environ={})
+
+
+def test_a_mistyped_environment_variable_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"HEADWATER_TRAINER__STEP: no setting 'trainer\.step'.*steps"):
+        load_settings(None, environ={"HEADWATER_TRAINER__STEP": "3"})
+
+
+def test_a_mistyped_section_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"no setting 'triner'.*trainer"):
+        load_settings(None, ["--triner.steps", "3"], {})
+
+
+def test_a_section_is_not_a_value() -> None:
+    with pytest.raises(SettingsError, match=r"rollout\.engine is a section"):
+        load_settings(None, ["--rollout.engine", "vllm"], {})
+
+
+@pytest.mark.parametrize("words", [["--trainer.steps"], ["trainer.steps", "3"], ["--steps", "3"]])
+def test_a_malformed_command_line_is_an_error(words: list[str]) -> None:
+    with pytest.raises(SettingsError):
+        load_settings(None, words, {})
+
+
+def test_a_wrong_value_says_what_was_given_and_where() -> None:
+    with pytest.raises(SettingsError, match=r"command line --trainer\.beta: trainer\.beta: .*greater than 0, got '-1'"):
+        load_settings(None, ["--trainer.beta", "-1"], {})
+
+
+def test_every_wrong_value_is_reported() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, ["--trainer.beta", "-1", "--trainer.steps", "many"], {})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no configuration file"):
+        load_settings(tmp_path / "absent.toml", environ={})
+
+
+def test_broken_toml_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="line 1"):
+        load_settings(_toml(tmp_path, "[trainer\n"), environ={})
+
+
+def test_settings_written_and_read_again_are_the_same(tmp_path: Path) -> None:
+    settings = load_settings(None, ["--judge.criteria", '{"safety": {"weight": 2.0}}', "--run.name", "a"], {})
+    write_settings(settings, tmp_path / "settings.toml")
+    assert load_settings(tmp_path / "settings.toml", environ={}) == settings
+
+
+def test_secrets_come_from_the_environment_and_are_no_settings() -> None:
+    environ = {"HEADWATER_TOKEN": "a", "HEADWATER_ADMIN_TOKEN": "b"}
+    assert load_settings(None, environ=environ) == Settings()
+    assert load_secrets(environ).token == "a"
+    assert load_secrets(environ).admin_token == "b"
+
+
+def test_an_objective_without_its_candidates_is_refused() -> None:
+    schedule = '[{"kinds": ["original"], "num_rollouts": 0}]'
+    with pytest.raises(SettingsError, match="needs candidates of kind \\['rewrite'\\]"):
+        load_settings(None, ["--trainer.objective", "sft_rewrite", "--collector.schedule", schedule], {})
+
+
+def test_a_preference_over_one_candidate_is_refused() -> None:
+    schedule = '[{"kinds": ["original"], "num_rollouts": 0}]'
+    with pytest.raises(SettingsError, match="at least two candidates"):
+        load_settings(None, ["--collector.schedule", schedule], {})
+
+
+def test_chunks_that_can_never_fit_are_refused() -> None:
+    with pytest.raises(SettingsError, match="no chunk would ever fit"):
+        load_settings(None, ["--chunks.context_tokens", "100"], {})
+
+
+def test_the_stage_in_force_is_the_last_that_has_begun() -> None:
+    schedule = '[{"kinds": ["original","rewrite"], "num_rollouts": 0}, {"from_version": 5, "num_rollouts": 4}]'
+    collector = load_settings(None, ["--collector.schedule", schedule], {}).collector
+    assert [collector.stage_at(version).num_rollouts for version in (0, 4, 5, 9)] == [0, 0, 4, 4]

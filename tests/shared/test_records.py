@@ -1,0 +1,70 @@
+"""What crosses a process border is checked there."""
+
+import pytest
+from pydantic import ValidationError
+
+from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, ScoredDocument
+
+ORIGINAL = Candidate(kind="original", token_ids=(1, 2), text="ab")
+
+
+def _rollout(version: int) -> Candidate:
+    return Candidate(kind="rollout", token_ids=(3,), text="c", policy_version=version, finish_reason="length")
+
+
+def _document(*candidates: Candidate) -> ScoredDocument:
+    return ScoredDocument(
+        run_id="r",
+        key=DocumentKey(part=0, epoch=1, position=2, window=3),
+        source_id="a:1",
+        token_ids=(1, 2, 3),
+        chunks=(ScoredChunk(start=1, candidates=candidates),),
+        read_at=0.0,
+        scored_at=1.0,
+    )
+
+
+def test_a_rollout_carries_its_version_and_nothing_else_does() -> None:
+    with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
+        Candidate(kind="rollout", token_ids=(1,), text="a")
+    with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
+        Candidate(kind="original", token_ids=(1,), text="a", policy_version=0)
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Candidate.model_validate({"kind": "original", "token_ids": [1], "text": "a", "score": 1})
+
+
+def test_records_never_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        ORIGINAL.text = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_score_lies_between_0_and_1(score: float) -> None:
+    with pytest.raises(ValidationError):
+        Judgement(rewards=(0.5,), scores={"quality": (score,)}, num_calls=1, fingerprint="f")
+
+
+def test_negative_token_ids_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        Candidate(kind="original", token_ids=(-1,), text="a")
+
+
+def test_every_candidate_has_a_reward() -> None:
+    judgement = Judgement(rewards=(0.5,), scores={}, num_calls=1, fingerprint="f")
+    with pytest.raises(ValidationError, match="1 rewards for 2 candidates at 1"):
+        ScoredChunk(start=1, candidates=(ORIGINAL, _rollout(0)), judgement=judgement)
+
+
+def test_a_document_key_survives_its_text() -> None:
+    key = DocumentKey(part=7, epoch=0, position=12, window=3)
+    assert str(key) == "7.0.12.3"
+    assert DocumentKey.parse("7.0.12.3") == key
+
+
+def test_the_oldest_rollout_gives_a_document_its_version() -> None:
+    assert _document(ORIGINAL, _rollout(4), _rollout(2)).oldest_policy_version == 2
+    assert _document(ORIGINAL).oldest_policy_version is None
+    assert _document(ORIGINAL).document_id == "0.1.2.3"

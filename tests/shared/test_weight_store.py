@@ -1,0 +1,94 @@
+"""A version is complete and intact, or it is not there."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import WeightStoreError
+from shared.weight_store import MANIFEST, WeightStore
+
+FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> WeightStore:
+    return WeightStore(str(tmp_path / "store"))
+
+
+def test_what_is_published_can_be_fetched(store: WeightStore, tmp_path: Path) -> None:
+    store.publish(FILES, version=3, step=2)
+    manifest = store.fetch(3, tmp_path / "local")
+    assert (manifest.version, manifest.step, manifest.num_bytes) == (3, 2, 9)
+    assert (tmp_path / "local" / "v00000003" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_an_empty_store_has_no_versions(store: WeightStore) -> None:
+    assert store.versions() == []
+
+
+def test_a_version_without_its_manifest_is_not_there(store: WeightStore, tmp_path: Path) -> None:
+    store.publish(FILES, version=1, step=1)
+    (tmp_path / "store" / "v00000001" / MANIFEST).unlink()
+    assert store.versions() == []
+    with pytest.raises(WeightStoreError, match="no complete weight version 1"):
+        store.fetch(1, tmp_path / "local")
+
+
+def test_a_version_is_never_overwritten(store: WeightStore) -> None:
+    store.publish(FILES, version=1, step=1)
+    with pytest.raises(WeightStoreError, match="versions only ascend"):
+        store.publish(FILES, version=1, step=2)
+
+
+def test_a_half_written_version_may_be_written_again(store: WeightStore, tmp_path: Path) -> None:
+    leftover = tmp_path / "store" / "v00000001"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    store.publish(FILES, version=1, step=1)
+    assert store.fetch(1, tmp_path / "local").num_bytes == 9
+
+
+@pytest.mark.parametrize("content", [b"weight", b"weighty", b"wEights"])
+def test_a_corrupt_file_is_refused_and_leaves_nothing(store: WeightStore, tmp_path: Path, content: bytes) -> None:
+    store.publish(FILES, version=1, step=1)
+    (tmp_path / "store" / "v00000001" / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightStoreError, match="is corrupt"):
+        store.fetch(1, tmp_path / "local")
+    assert not (tmp_path / "local" / "v00000001").exists()
+
+
+def test_a_missing_file_is_refused(store: WeightStore, tmp_path: Path) -> None:
+    store.publish(FILES, version=1, step=1)
+    (tmp_path / "store" / "v00000001" / "extra.json").unlink()
+    with pytest.raises(WeightStoreError, match="named in its manifest but missing"):
+        store.fetch(1, tmp_path / "local")
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(store: WeightStore, tmp_path: Path) -> None:
+    store.publish(FILES, version=1, step=1)
+    manifest = tmp_path / "store" / "v00000001" / MANIFEST
+    manifest.write_text(manifest.read_text().replace("extra.json", "../../outside.json"))
+    with pytest.raises(WeightStoreError, match="is not a manifest"):
+        store.fetch(1, tmp_path / "local")
+
+
+def test_pruning_keeps_the_newest(store: WeightStore) -> None:
+    for version in range(5):
+        store.publish(FILES, version=version, step=version)
+    assert store.prune(keep=2) == [0, 1, 2]
+    assert store.versions() == [3, 4]
+
+
+def test_other_folders_are_no_versions(store: WeightStore, tmp_path: Path) -> None:
+    (tmp_path / "store" / "v1").mkdir(parents=True)
+    (tmp_path / "store" / "notes").mkdir()
+    store.publish(FILES, version=2, step=0)
+    assert store.versions() == [2]
+
+
+def test_any_file_system_of_fsspec_serves(tmp_path: Path) -> None:
+    store = WeightStore("memory://weights-of-a-test")
+    store.publish(FILES, version=0, step=0)
+    assert store.versions() == [0]
+    assert store.fetch(0, tmp_path).num_bytes == 9
+    store.prune(keep=1)
