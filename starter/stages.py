@@ -42,7 +42,8 @@ class Budget:
 
     def scaled(self, factor: float) -> "Budget":
         """The same recipe on less (or more) of everything."""
-        return Budget(**{name: max(2, round(value * factor)) for name, value in vars(self).items()})
+        sizes = {name: max(2, round(value * factor)) for name, value in vars(self).items()}
+        return Budget(**sizes | {"num_measured": max(60, sizes["num_measured"])})
 
 
 class Workshop:
