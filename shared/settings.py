@@ -200,7 +200,7 @@ class CriterionSettings(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share in the combined reward (weights are normalised)."""
     prompt: Path | None = None
-    """Prompt file; None: services/judge/prompts/NAME.txt."""
+    """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `verdict = "labels"`."""
     verdict: Literal["answer", "labels"] = "answer"
     """`answer`: sample a text and read its last `Verdict: ...`. `labels`: compare the log-probs of the
     verdict words right after the prompt; one prefill, nothing sampled; needs an engine that can score."""

@@ -1,0 +1,72 @@
+"""The likelihood criterion: how probable a candidate is, per token, under the judge's own model."""
+
+import asyncio
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from services.engine.base import Engine, Prompt
+from services.judge.asking import Tally
+from services.judge.criteria import CriterionError, Scores
+from services.judge.framing import end_of
+from services.judge.rewards import scores_within_group
+from shared.api import JudgementItem
+
+
+@dataclass(frozen=True)
+class TokenReading:
+    """How texts become tokens of the judge's model."""
+
+    shares_policy_tokens: bool
+    """The policy's token ids mean the same to the judge's model, so they are scored as they were sampled."""
+    beginning: int | None
+    """The token that the model wants before every text (BOS), if it wants one."""
+
+
+class Likelihood:
+    """score = sigmoid((mean log-prob per token - mean of the group) / scale); one engine call per chunk."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        reading: TokenReading,
+        scale: float,
+        max_prefix_characters: int,
+        gate: asyncio.Semaphore,
+    ) -> None:
+        self._engine = engine
+        self._reading = reading
+        self._scale = scale
+        self._max_prefix_characters = max_prefix_characters
+        self._gate = gate
+
+    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
+        prompt, continuations = self._tokens(item)
+        async with self._gate:
+            tally.count_calls(1)
+            log_probs = await self._engine.score(prompt, continuations)
+        means = [fmean(row) for row in log_probs]
+        if not all(math.isfinite(mean) for mean in means):
+            raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
+        return Scores(scores_within_group(means, scale=self._scale))
+
+    def _tokens(self, item: JudgementItem) -> tuple[list[int], list[Prompt]]:
+        """The candidates' own token ids if all are given and shared, otherwise the tokens of their texts."""
+        shared = self._reading.shares_policy_tokens and all(candidate.token_ids for candidate in item.candidates)
+        if shared and item.prefix_token_ids:
+            return list(item.prefix_token_ids), [candidate.token_ids for candidate in item.candidates]
+        if not all(candidate.text for candidate in item.candidates):
+            raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
+        return self._prefix_tokens(item.prefix), [
+            candidate.token_ids if shared else candidate.text for candidate in item.candidates
+        ]
+
+    def _prefix_tokens(self, prefix: str) -> list[int]:
+        beginning = [] if self._reading.beginning is None else [self._reading.beginning]
+        tokens = beginning + self._engine.encode(end_of(prefix, self._max_prefix_characters))
+        if not tokens:
+            raise CriterionError(
+                "empty_prefix", "likelihood: the prefix is empty and the judge's model has no token to begin a text"
+            )
+        return tokens

@@ -1,0 +1,84 @@
+"""The python criterion: a user's own function scores the candidates.
+
+def score(prefix: str, candidates: list[str], reference: str) -> list[float]   # or async def; each in [0, 1]
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from services.judge.asking import Tally
+from services.judge.criteria import CriterionError, Scores
+from shared.api import JudgementItem
+from shared.errors import SettingsError
+
+UserFunction = Callable[[str, list[str], str], Any]
+
+_SETTING = "judge.criteria.python.function"
+
+
+class PythonCriterion:
+    """A sync function runs in a thread: it may block, and it may be called for several chunks at once."""
+
+    def __init__(self, function: UserFunction, *, timeout_s: float) -> None:
+        self._function = function
+        self._timeout_s = timeout_s
+
+    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
+        texts = [candidate.text for candidate in item.candidates]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                values = await self._call(item.prefix, texts, item.reference)
+        except TimeoutError as exc:
+            raise _failure(f"gave no scores within {self._timeout_s} s") from exc
+        except Exception as exc:
+            raise _failure(f"raised {type(exc).__name__}: {exc}") from exc
+        return Scores(_checked(values, num_candidates=len(texts)))
+
+    async def _call(self, prefix: str, candidates: list[str], reference: str) -> Any:
+        if inspect.iscoroutinefunction(self._function):
+            return await self._function(prefix, candidates, reference)
+        return await asyncio.to_thread(self._function, prefix, candidates, reference)
+
+
+def load_function(place: str) -> UserFunction:
+    """Import `module:name`. Raises SettingsError where that fails, whatever the module raised."""
+    module_name, _, name = place.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as exc:
+        raise SettingsError(f"{_SETTING} = {place!r}: importing {module_name!r} raised {exc!r}") from exc
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SettingsError(f"{_SETTING} = {place!r}: {module_name} has no function {name!r}")
+    found: UserFunction = function
+    return found
+
+
+def function_source(function: UserFunction) -> str:
+    """Source of the whole module that defines it, since helpers and constants decide as well; its name where there
+    is no source to be had."""
+    try:
+        module = inspect.getmodule(function)
+        return inspect.getsource(module if module is not None else function)
+    except (OSError, TypeError):
+        return repr(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _checked(values: Any, *, num_candidates: int) -> list[float]:
+    try:
+        scores = [float(value) for value in values]
+    except (TypeError, ValueError) as exc:
+        raise _failure(f"must return a list of numbers, got {values!r:.200}") from exc
+    if len(scores) != num_candidates:
+        raise _failure(f"returned {len(scores)} scores for {num_candidates} candidates")
+    if wrong := [score for score in scores if not (math.isfinite(score) and 0.0 <= score <= 1.0)]:
+        raise _failure(f"returned {wrong[0]}, scores must lie in [0, 1]")
+    return scores
+
+
+def _failure(message: str) -> CriterionError:
+    return CriterionError("python_criterion", f"{_SETTING} {message}")

@@ -1,0 +1,1 @@
+"""The rewriter: a teacher model's better version of each suffix."""
