@@ -57,7 +57,7 @@ class Rate:
         if self._seen and value < self._seen[-1][1]:
             self._seen.clear()
         self._seen.append((now, value))
-        while len(self._seen) > 2 and self._seen[1][0] < now - self._window_s:
+        while len(self._seen) > 2 and self._seen[0][0] < now - self._window_s:
             self._seen.popleft()
 
     @property

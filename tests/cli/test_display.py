@@ -1,0 +1,81 @@
+"""What a person sees while a run goes on."""
+
+import pytest
+
+from cli.display import PlainDisplay, duration, rows
+from cli.progress import Rate, Snapshot, sum_of_metric
+from shared.ledger import Balance
+from shared.stream import Backlog
+
+
+def _snapshot(step: int) -> Snapshot:
+    figures = {
+        "loss": 0.6931,
+        "reward_original": 0.5,
+        "reward_rollout": 0.25,
+        "chosen_rollout_rate": 0.125,
+        "policy_lag_mean": 1.5,
+        "policy_lag_max": 3.0,
+    }
+    return Snapshot(
+        step=step,
+        steps=60,
+        figures=figures,
+        balance=Balance(read=9, trained=4, dropped={"stale": 1}, reading=2, scored=2),
+        backlog=Backlog(unread=1, pending=3),
+        steps_per_minute=6.0,
+        candidates_per_second=12.34,
+    )
+
+
+def test_everything_known_is_shown() -> None:
+    assert dict(rows(_snapshot(10))) == {
+        "loss": "0.6931",
+        "reward": "original 0.500, rollout 0.250",
+        "rollout chosen": "12%",
+        "policy lag": "mean 1.5, max 3",
+        "queue": "1 unread, 3 pending",
+        "documents": "9 read, 4 trained",
+        "dropped": "1 stale",
+        "rate": "6.0 steps/min, 12.3 candidates/s",
+        "left": "8 min 20 s",
+    }
+
+
+def test_what_is_unknown_is_absent() -> None:
+    assert rows(Snapshot(step=0, steps=60)) == []
+
+
+def test_plain_lines_come_when_the_step_moves_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    display = PlainDisplay()
+    for step in (1, 1, 2, 60, 60):
+        display.show(_snapshot(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/60", "step 60/60"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (250, "4 min 10 s"), (11100, "3 h 05 min")])
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_rate_is_measured_over_its_window() -> None:
+    times = iter((0.0, 5.0, 10.0, 20.0))
+    rate = Rate(lambda: next(times), window_s=10.0)
+    assert rate.per_second is None
+    for value in (0.0, 10.0, 20.0, 80.0):
+        rate.observe(value)
+    assert rate.per_second == 6.0  # from the look at 10.0, the last one not older than the window
+
+
+def test_a_rate_begins_again_when_its_process_did() -> None:
+    times = iter((0.0, 1.0, 2.0))
+    rate = Rate(lambda: next(times))
+    for value in (100.0, 0.0, 3.0):
+        rate.observe(value)
+    assert rate.per_second == 3.0
+
+
+def test_a_metric_is_summed_over_its_labels() -> None:
+    text = '# TYPE a_total counter\na_total{kind="x"} 2\na_total{kind="y"} 3\n# TYPE b gauge\nb 7\n'
+    assert sum_of_metric(text, "a_total") == 5

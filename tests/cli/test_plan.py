@@ -1,0 +1,78 @@
+"""What a run consists of."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cli.plan import Plan, make_plan
+from cli.ports import Ports
+from shared.configuration import load_settings
+
+ORIGINAL_AND_ROLLOUT = '[{"kinds": ["original", "rollout"], "num_rollouts": 2}]'
+ORIGINAL_AND_REWRITE = '[{"kinds": ["original", "rewrite"], "num_rollouts": 0}]'
+ORIGINAL = '[{"kinds": ["original"], "num_rollouts": 0}]'
+
+
+@pytest.fixture
+def ports() -> Iterator[Ports]:
+    with Ports() as ports:
+        yield ports
+
+
+def _plan(ports: Ports, *overrides: str) -> Plan:
+    return make_plan(load_settings(None, overrides, {}), ports)
+
+
+def test_by_default_everything_runs(ports: Ports) -> None:
+    plan = _plan(ports)
+    assert plan.roles == ("rollout", "rewriter", "judge", "collector", "trainer")
+    assert plan.num_processes == 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective", "services"),
+    [
+        (ORIGINAL_AND_ROLLOUT, "dpo", ("rollout", "judge")),
+        (ORIGINAL_AND_REWRITE, "rf_nll", ("rewriter", "judge")),
+        (ORIGINAL_AND_REWRITE, "sft_rewrite", ("rewriter",)),
+        (ORIGINAL, "next_token", ()),
+    ],
+)
+def test_only_what_is_needed_runs(ports: Ports, schedule: str, objective: str, services: tuple[str, ...]) -> None:
+    plan = _plan(ports, "--collector.schedule", schedule, "--trainer.objective", objective)
+    assert plan.roles == (*services, "collector", "trainer")
+
+
+def test_what_runs_elsewhere_is_not_started(ports: Ports) -> None:
+    plan = _plan(ports, "--judge.url", "http://judge:8003", "--redis.url", "redis://redis:6379/0")
+    assert "judge" not in plan.roles
+    assert plan.embedded_redis_port is None
+    assert plan.redis_url == "redis://redis:6379/0"
+    assert plan.settings.judge.base_url == "http://judge:8003"
+
+
+def test_a_port_that_moved_is_told_and_given_to_everybody(ports: Ports) -> None:
+    taken = ports.take("127.0.0.1", 0)
+    plan = _plan(ports, "--judge.port", str(taken), "--rollout.port", "0")
+    moved = plan.settings.judge.port
+    assert moved != taken
+    assert f"port {taken} is taken: judge listens on {moved} instead" in plan.notes
+    assert not any("rollout" in note for note in plan.notes)
+    assert plan.ready_url("judge") == f"http://127.0.0.1:{moved}/readyz"
+    assert plan.settings.judge.base_url == f"http://127.0.0.1:{moved}"
+
+
+def test_tokens_are_made_unless_given(ports: Ports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_TOKEN", "mine")
+    plan = _plan(ports)
+    assert plan.secrets.token == "mine"
+    assert len(plan.secrets.admin_token) >= 40
+
+
+def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_JUDGE__PORT", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    environ = _plan(ports).environ()
+    assert "HEADWATER_JUDGE__PORT" not in environ
+    assert environ["OPENAI_API_KEY"] == "key"
+    assert environ["HEADWATER_TOKEN"] in environ["HEADWATER_REDIS__URL"]

@@ -1,0 +1,69 @@
+"""The report: pictures of what a run has, numbers in a table, nothing invented."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from cli.plots import PLOTS, running_mean
+from cli.report import report, write_report
+from shared.errors import HeadwaterError
+from tests.cli.conftest import MadeRun, key
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return int(width), int(height)
+
+
+def test_a_report_has_the_pictures_that_the_run_has_figures_for(made: MadeRun) -> None:
+    for step in range(1, 21):
+        made.step(step, loss=0.7 / step, chosen_rollout_rate=step / 20, seconds_judge=1.0)
+    text = write_report(made.engine, made.settings, made.folder).read_text()
+    assert {path.name for path in made.folder.report.glob("*.png")} == {"loss.png", "chosen.png", "seconds.png"}
+    assert "![Loss](loss.png)" in text
+    assert "margin.png" not in text
+    assert _png_size(made.folder.report / "loss.png") == (960, 504)
+
+
+def test_the_table_holds_the_first_and_last_tenth(made: MadeRun) -> None:
+    for step in range(1, 21):
+        made.step(step, loss=float(step))
+    text = write_report(made.engine, made.settings, made.folder).read_text()
+    assert "| loss | 1.5 | 19.5 |" in text
+
+
+def test_a_figure_that_is_not_finite_is_left_out(made: MadeRun) -> None:
+    made.step(1, loss=float("inf"), grad_norm=2.0)
+    text = write_report(made.engine, made.settings, made.folder).read_text()
+    assert "| loss |" not in text
+    assert "| grad_norm | 2 | 2 |" in text
+
+
+def test_drops_audit_and_events_stand_in_the_page(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    made.step(1, loss=1.0)
+    made.read(key(0))
+    made.ledger.drop(key(0), reason="not_json")
+    made.ledger.record_event("judge", "died", "judge was killed | by signal 9")
+    assert report(str(made.folder.path)) == 0
+    text = Path(capsys.readouterr().out.strip()).read_text()
+    assert "| not_json | 1 |" in text
+    assert "1 windows read = 0 trained + 1 dropped + 0 in flight" in text
+    assert "| judge | died | judge was killed \\| by signal 9 |" in text
+
+
+def test_a_run_without_a_step_has_nothing_to_report(made: MadeRun) -> None:
+    with pytest.raises(HeadwaterError, match="no step yet"):
+        write_report(made.engine, made.settings, made.folder)
+
+
+def test_every_picture_draws_figures_that_the_trainer_names() -> None:
+    from trainer.figures import FIGURES
+
+    assert {line.figure for plot in PLOTS for line in plot.lines} <= FIGURES.keys()
+
+
+def test_a_running_mean_ends_at_each_place() -> None:
+    assert running_mean([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]

@@ -1,0 +1,122 @@
+"""Deaths of processes: restarted, told, and bounded. The processes are small programs in the roles' places."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import cli.stack
+from cli.plan import Plan
+from cli.run_folder import RunFolder
+from cli.stack import ProcessFailed, Stack
+from shared.settings import Secrets, Settings
+
+SLEEP = "import time; time.sleep(100)"
+
+
+@dataclass(frozen=True)
+class _Programs(Plan):
+    """A plan whose roles run the given programs."""
+
+    programs: dict[str, str] = field(default_factory=dict)
+
+    def command(self, role: str) -> list[str]:
+        return [sys.executable, "-Sc", self.programs[role]]
+
+
+@pytest.fixture
+def told() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[..., Stack]]:
+    stacks: list[Stack] = []
+
+    def make(interrupted: bool = False, **programs: str) -> Stack:
+        roles = tuple(programs)
+        plan = _Programs(Settings(), Secrets(token="t", admin_token="a"), roles, None, (), programs)
+        folder = RunFolder(tmp_path)
+        folder.create()
+        tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731
+        stacks.append(Stack(plan, folder, tell=tell, interrupted=lambda: interrupted))
+        return stacks[-1]
+
+    yield make
+    for made in stacks:
+        made.stop(hurried=lambda: True)
+
+
+def _watch_until(stack: Stack, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        stack.watch()
+        time.sleep(0.02)
+
+
+def test_a_process_that_dies_starts_again(stack: Callable[..., Stack], told: list[tuple[str, str]]) -> None:
+    running = stack(collector="raise SystemExit(1)", trainer=SLEEP)
+    running.start_work()
+    _watch_until(running, lambda: told.count(("collector", "start")) == 2)
+    assert told[:3] == [("collector", "start"), ("trainer", "start"), ("collector", "died")]
+
+
+def test_too_many_deaths_end_the_run_with_its_last_lines(
+    stack: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.stack, "MAX_RESTARTS", 1)
+    running = stack(collector="print('out of luck'); raise SystemExit(4)", trainer=SLEEP)
+    running.start_work()
+    with pytest.raises(ProcessFailed, match=r"collector ended with exit status 4, 2 times(.|\n)*out of luck"):
+        _watch_until(running, lambda: False)
+
+
+def test_a_collector_that_has_finished_is_left_alone(stack: Callable[..., Stack], told: list[tuple[str, str]]) -> None:
+    running = stack(collector="", trainer="import time; time.sleep(1)")
+    running.start_work()
+    _watch_until(running, lambda: running.is_finished)
+    assert told == [("collector", "start"), ("trainer", "start")]
+
+
+def test_a_trainer_that_failed_has_not_finished(stack: Callable[..., Stack], told: list[tuple[str, str]]) -> None:
+    running = stack(collector=SLEEP, trainer="raise SystemExit(1)")
+    running.start_work()
+    _watch_until(running, lambda: ("trainer", "died") in told)
+    assert not running.is_finished
+
+
+def test_a_service_that_dies_before_it_is_ready_fails_at_once(stack: Callable[..., Stack]) -> None:
+    running = stack(judge="print('no such model'); raise SystemExit(1)")
+    with pytest.raises(ProcessFailed, match=r"judge .*exit status 1 before it was ready(.|\n)*no such model"):
+        running.start_services()
+
+
+def test_waiting_ends_when_the_person_interrupts(stack: Callable[..., Stack]) -> None:
+    began = time.monotonic()
+    stack(interrupted=True, judge=SLEEP).start_services()
+    assert time.monotonic() - began < 20.0
+
+
+def test_users_stop_before_what_they_use(stack: Callable[..., Stack], tmp_path: Path) -> None:
+    program = """
+import signal, sys
+def stop(*_):
+    open({order!r}, "a").write({role!r} + " ")
+    sys.exit(0)
+signal.signal(15, stop)
+print("up", flush=True)
+signal.pause()
+"""
+    order = tmp_path / "order"
+    roles = ("judge", "collector", "trainer")
+    running = stack(**{role: program.format(order=str(order), role=role) for role in roles})
+    for role in roles:
+        running._spawn(role, running._plan.command(role))
+    _watch_until(running, lambda: all(running._folder.log(role).read_text() == "up\n" for role in roles))
+    running.stop(timeout_s=30.0)
+    assert order.read_text().split()[-1] == "judge"
+    assert set(order.read_text().split()) == set(roles)
