@@ -41,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_init_model(commands)
     _add_audit(commands)
     _add_report(commands)
+    _add_demo(commands)
+    _add_sweep(commands)
     return parser
 
 
@@ -103,6 +105,21 @@ def _add_report(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("run", help="run folder, or the run's name under runs/")
 
 
+def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    text = "Train the shipped tiny models in the starter world, then let its checker say what improved."
+    parser = _add(commands, "demo", text, _demo, takes_settings=False)
+    parser.add_argument("--quick", action="store_true", help="a minute instead of a few: fewer steps and prefixes")
+    parser.add_argument("--directory", type=Path, help="where the demo's runs lie (runs/demo, or runs/demo-quick)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_sweep(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    text = "Run a grid of settings over several seeds in the starter world, or go on with it; ends with one table."
+    parser = _add(commands, "sweep", text, _sweep, takes_settings=False)
+    parser.add_argument("file", type=Path, help="TOML file of the sweep")
+    parser.add_argument("--out", type=Path, help="where its runs lie (runs/NAME, the file's name)")
+
+
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     from cli.run import run
 
@@ -147,6 +164,19 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> int:
     from cli.report import report
 
     return report(options.run)
+
+
+def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
+    from cli.demo import demo
+
+    default = Path("runs/demo-quick" if options.quick else "runs/demo")
+    return demo(quick=options.quick, directory=options.directory or default, seed=options.seed)
+
+
+def _sweep(options: argparse.Namespace, _rest: list[str]) -> int:
+    from cli.sweep import sweep
+
+    return sweep(options.file, out=options.out or Path("runs") / options.file.stem)
 
 
 if __name__ == "__main__":
