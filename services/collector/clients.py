@@ -1,0 +1,219 @@
+"""HTTP clients of the three services. Every status is checked; what may pass is tried again, what can't is said.
+
+connection error, timeout, 408 429 502 503 504   tried again with backoff, forever unless max_attempts
+401 403 404 405                                  configuration: SettingsError, which stops the collector
+500                                              tried twice more: a bug there may depend on company in a batch
+other 4xx, unreadable answers                    RefusedRequestError: this window is dropped and counted
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from services.collector.backoff import Backoff
+from shared import metrics
+from shared.api import (
+    JudgementRequest,
+    JudgementResponse,
+    RewriteRequest,
+    RewriteResponse,
+    RolloutRequest,
+    RolloutResponse,
+)
+from shared.auth import authorization_header
+from shared.errors import ServiceError, SettingsError
+from shared.records import Record
+from shared.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+Role = Literal["rollout", "rewriter", "judge"]
+Answer = TypeVar("Answer", bound=Record)
+
+_PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
+_CONFIGURATION_STATUSES = frozenset({401, 403, 404, 405})
+_MAX_BUG_ANSWERS = 3
+_MAX_RETRY_AFTER_S = 300.0
+_CONNECT_TIMEOUT_S = 10.0
+_REASONS: dict[Role, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge": "judge"}
+
+
+class RefusedRequestError(ServiceError):
+    """A service will not answer this request; `reason` is the ledger's word for it."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message, retryable=False)
+        self.reason = reason
+
+
+class _UnavailableError(ServiceError):
+    """One attempt failed in a way that may pass."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message, retryable=True)
+        self.retry_after_s = retry_after_s
+
+
+class _BugError(_UnavailableError):
+    """Status 500."""
+
+
+class ServiceClient:
+    """One service. Safe for many requests at once; knows whether the service was up when last asked."""
+
+    def __init__(
+        self, role: Role, base_url: str, http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
+    ) -> None:
+        self.role = role
+        self._base_url = base_url.rstrip("/")
+        self._http = http
+        self._max_backoff_s = max_backoff_s
+        self._max_attempts = max_attempts
+        self.trouble = ""
+        """Why the last attempt failed; empty when it succeeded."""
+
+    async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
+        """The service's answer, however long it is away. Raises RefusedRequestError or SettingsError."""
+        body = request.model_dump_json().encode()
+        backoff, attempt, bugs = Backoff(self._max_backoff_s), 0, 0
+        while True:
+            attempt += 1
+            try:
+                content = await self._post_once(path, body)
+                self._note_up()
+                return self._read(content, answer)
+            except _UnavailableError as exc:
+                self._note_down(str(exc))
+                bugs += isinstance(exc, _BugError)
+                if bugs >= _MAX_BUG_ANSWERS:
+                    raise RefusedRequestError(str(exc), reason=f"{_REASONS[self.role]}_refused") from exc
+                if attempt == self._max_attempts:
+                    detail = f"{exc} (after {attempt} attempts, collector.max_attempts)"
+                    raise RefusedRequestError(detail, reason=f"{_REASONS[self.role]}_unavailable") from exc
+                wait_s = backoff.next_s(at_least_s=exc.retry_after_s)
+            metrics.service_retries_total.labels(self.role).inc()
+            await asyncio.sleep(wait_s)
+
+    async def _post_once(self, path: str, body: bytes) -> bytes:
+        url = f"{self._base_url}{path}"
+        try:
+            response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
+            raise SettingsError(f"{self.role}.url {self._base_url!r} is not an http(s) URL: {exc}") from exc
+        except httpx.TransportError as exc:
+            raise _UnavailableError(f"{self.role} at {url}: {type(exc).__name__}: {exc}") from exc
+        if response.status_code == 200:
+            return response.content
+        raise self._error(response, url)
+
+    def _error(self, response: httpx.Response, url: str) -> Exception:
+        said = f"{self.role} at {url} answered {response.status_code}: {_message(response)}"
+        if response.status_code in _CONFIGURATION_STATUSES:
+            remedy = "set HEADWATER_TOKEN to the token that the service was started with"
+            if response.status_code in (404, 405):
+                remedy = f"is {self.role}.url right?"
+            return SettingsError(f"{said}; {remedy}")
+        if response.status_code in _PASSING_STATUSES:
+            return _UnavailableError(said, retry_after_s=_retry_after_s(response))
+        if response.status_code == 500:
+            return _BugError(said)
+        return RefusedRequestError(said, reason=f"{_REASONS[self.role]}_refused")
+
+    def _read(self, content: bytes, answer: type[Answer]) -> Answer:
+        try:
+            return answer.model_validate_json(content)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(piece) for piece in first["loc"])
+            raise RefusedRequestError(
+                f"{self.role} at {self._base_url} answered what is no {answer.__name__}: {place}: {first['msg']}",
+                reason=f"{_REASONS[self.role]}_refused",
+            ) from exc
+
+    def _note_up(self) -> None:
+        if self.trouble:
+            _log.info("%s is back", self.role, extra={"service": self.role})
+        self.trouble = ""
+        metrics.service_up.labels(self.role).set(1)
+
+    def _note_down(self, trouble: str) -> None:
+        """One line when it goes away, none for each retry."""
+        if not self.trouble:
+            _log.warning("%s is away, trying again: %s", self.role, trouble, extra={"service": self.role})
+        self.trouble = trouble
+        metrics.service_up.labels(self.role).set(0)
+
+
+@dataclass(frozen=True)
+class Services:
+    """The three, by their verbs."""
+
+    rollout: ServiceClient
+    rewriter: ServiceClient
+    judge: ServiceClient
+
+    async def continue_prefixes(self, request: RolloutRequest) -> RolloutResponse:
+        return await self.rollout.post("/v1/rollouts", request, RolloutResponse)
+
+    async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
+        return await self.rewriter.post("/v1/rewrites", request, RewriteResponse)
+
+    async def judge_candidates(self, request: JudgementRequest) -> JudgementResponse:
+        return await self.judge.post("/v1/judgements", request, JudgementResponse)
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with services that were down when last asked."""
+        return "; ".join(client.trouble for client in (self.rollout, self.rewriter, self.judge) if client.trouble)
+
+
+def http_client(
+    settings: Settings, *, token: str, transport: httpx.AsyncBaseTransport | None = None
+) -> httpx.AsyncClient:
+    """One connection pool for all services; every wait is bounded by collector.request_timeout_s."""
+    timeout_s = settings.collector.request_timeout_s
+    connections = 3 * settings.collector.max_documents_in_flight
+    return httpx.AsyncClient(
+        headers=authorization_header(token),
+        timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        transport=transport,
+        trust_env=False,
+    )
+
+
+def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
+    """Clients for the addresses in the settings."""
+
+    def client(role: Role, base_url: str) -> ServiceClient:
+        collector = settings.collector
+        return ServiceClient(
+            role, base_url, http, max_backoff_s=collector.max_backoff_s, max_attempts=collector.max_attempts
+        )
+
+    return Services(
+        rollout=client("rollout", settings.rollout.base_url),
+        rewriter=client("rewriter", settings.rewriter.base_url),
+        judge=client("judge", settings.judge.base_url),
+    )
+
+
+def _message(response: httpx.Response) -> str:
+    """The error's text in our own services' form, else the beginning of the body."""
+    try:
+        body = response.json()
+        return str(body["error"]["message"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    """Seconds only; a date would need clocks that agree."""
+    try:
+        return min(max(0.0, float(response.headers.get("Retry-After", "0"))), _MAX_RETRY_AFTER_S)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,82 @@
+"""The policy's tokenizer as the collector needs it: documents to ids, and ids to the text that others are shown.
+
+Blocking; every call is made in the collector's one tokenizer thread, since tokenizers keep state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.collector.windows import Chunk
+from services.policy_tokenizer import beginning_of_text, load_tokenizer
+
+_MAX_CUT_CHARACTERS = 4
+"""A cut UTF-8 character shows as at most three replacement characters."""
+
+
+@dataclass(frozen=True)
+class ChunkText:
+    """What teacher and judge read of one chunk. A character cut by a border is in neither of the two."""
+
+    prefix: str
+    suffix: str
+
+
+class PolicyTokenizer:
+    """Loads from a Hugging Face folder or name. SettingsError if there is none."""
+
+    def __init__(self, source: str) -> None:
+        self._tokenizer: Any = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
+        self._beginning = beginning_of_text(self._tokenizer)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a document, BOS first where the tokenizer puts one. `</s>` written in a text stays text."""
+        ids: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return ids if self._beginning is None else [self._beginning, *ids]
+
+    def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> list[ChunkText]:
+        """The text of each chunk of one window, so that prefix + suffix reads as the raw window does."""
+        borders = sorted({border for chunk in chunks for border in (chunk.start, chunk.end)})
+        # Each border is decoded from the window's start: tokenizers drop or add spaces where a text begins.
+        *decoded, whole = self._decode([*(list(token_ids[:border]) for border in borders), list(token_ids)])
+        at = {border: _uncut(text, whole) for border, text in zip(borders, decoded, strict=True)}
+        return [_chunk_text(whole, at[chunk.start], at[chunk.end]) for chunk in chunks]
+
+    def _decode(self, sequences: list[list[int]]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts
+
+
+@dataclass(frozen=True)
+class _Border:
+    """Where a token border lies in the window's text."""
+
+    length: int
+    """Whole characters before it."""
+    cuts: bool
+    """It lies inside the next character."""
+
+
+def _uncut(text: str, whole: str) -> _Border:
+    """The whole characters of a decoded beginning. A U+FFFD that the document really holds is kept."""
+    for cut in range(_MAX_CUT_CHARACTERS):
+        if whole.startswith(text[: len(text) - cut]):
+            return _Border(max(0, len(text) - cut), cuts=cut > 0)
+    return _Border(len(text.rstrip("\ufffd")), cuts=text.endswith("\ufffd"))
+
+
+def _chunk_text(whole: str, start: _Border, end: _Border) -> ChunkText:
+    return ChunkText(prefix=whole[: start.length], suffix=whole[start.length + start.cuts : end.length])
