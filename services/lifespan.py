@@ -25,6 +25,11 @@ class EngineLife:
         self.ready = False
         self.detail = "the engine is starting"
 
+    def check_ready(self) -> None:
+        """Raise EngineError (503, try again) while the engine can't answer."""
+        if not self.ready:
+            raise EngineError(f"not ready: {self.detail}")
+
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         task = asyncio.create_task(self._start(app))

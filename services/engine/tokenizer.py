@@ -18,7 +18,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, RuntimeError) as exc:
-            raise EngineError(f"engine.model {source!r} has no tokenizer that can be loaded: {exc}") from exc
+            raise EngineError(f"no tokenizer can be loaded from {source!r}: {exc}") from exc
         # Fast tokenizers keep truncation state, which two threads must not change at once.
         self._lock = threading.Lock()
         self._anchor = self.encode("a")[-1:]

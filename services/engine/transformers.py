@@ -29,8 +29,10 @@ _CLOSE_S = 5.0
 class TransformersEngine:
     """See `Engine`. Also a `TokenScorer`."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
+        """`tokenizer`: folder or name, where it is not the model's."""
         self._settings = settings
+        self._tokenizer_source = tokenizer or settings.model
         self._queue = JobQueue(
             max_queued=settings.max_queued_requests,
             max_batch_tokens=settings.max_batch_tokens,
@@ -53,7 +55,7 @@ class TransformersEngine:
         return True
 
     async def start(self) -> None:
-        self._tokenizer = await asyncio.to_thread(Tokenizer, self._settings.model)
+        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
         self._model = await asyncio.wrap_future(self._worker.start())
 
     async def close(self) -> None:

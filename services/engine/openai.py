@@ -1,0 +1,233 @@
+"""The engine for models that someone else hosts: any OpenAI-compatible endpoint, by the official client.
+
+Plain prompts (text or token ids) go to /completions, prompts that came through `render_chat` to /chat/completions.
+Scores come from `echo` with log-probs where the endpoint gives them, otherwise from the top log-probs of the next
+token, which is enough for one-token labels. Built by build.py.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import openai
+from openai import AsyncOpenAI
+
+from services.engine.base import Generation, Prompt, Sampling, TokenSequence
+from services.engine.openai_scores import read_echoed_scores, read_label_scores
+from shared.errors import EngineError, HeadwaterError, OverloadedError, RequestError
+from shared.settings import EngineSettings
+
+MAX_RETRIES = 3
+"""By the client itself, with backoff: connections, 408, 409, 429 and 5xx."""
+TOP_LOGPROBS = 20
+"""The most that chat endpoints give; /completions of OpenAI's own kind gives 5."""
+
+
+class ChatPrompt(str):
+    """One user message, as `render_chat` returns it: marks the prompt for the chat route."""
+
+    __slots__ = ()
+
+
+class OpenAIEngine:
+    """See `Engine`. It has no tokenizer and no weights of its own."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._in_flight = 0
+        self._echoes = self._gives_top = False
+        self._client = AsyncOpenAI(
+            base_url=settings.endpoint,
+            api_key=os.environ.get(settings.key_variable) or "none",
+            timeout=settings.timeout_s,
+            max_retries=MAX_RETRIES,
+        )
+
+    @property
+    def name(self) -> str:
+        return f"openai:{self._settings.model}@{self._settings.endpoint}"
+
+    @property
+    def weight_version(self) -> int:
+        return 0
+
+    @property
+    def can_score(self) -> bool:
+        """Found out by `start`: at least one-token labels can be scored."""
+        return self._echoes or self._gives_top
+
+    async def start(self) -> None:
+        """Wait until the endpoint answers, and find out how it scores."""
+        await self._wait_until_reachable()
+        self._echoes = await self._supports(self._probe_echo)
+        self._gives_top = await self._supports(self._probe_top)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        return await _together([self._generate(prompt, sampling, row) for row, prompt in enumerate(prompts)])
+
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+        if not continuations:
+            return []
+        if isinstance(prompt, ChatPrompt) or not self._echoes:
+            return await self._score_labels(prompt, continuations)
+        joined = [_join(prompt, continuation) for continuation in continuations]
+        async with self._request():
+            answer = await self._client.completions.create(
+                model=self._settings.model, prompt=joined, max_tokens=1, temperature=0, echo=True, logprobs=1
+            )
+        return read_echoed_scores(answer, prompt, continuations)
+
+    def encode(self, text: str) -> list[int]:
+        self._refuse("has no tokenizer here")
+
+    def decode(self, token_ids: TokenSequence) -> str:
+        self._refuse("has no tokenizer here")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return True
+
+    def render_chat(self, prompt: str) -> str:
+        """The endpoint applies the template itself."""
+        return ChatPrompt(prompt)
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        self._refuse("can't load weights: the rollout service needs engine.kind = 'transformers'")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise EngineError(f"{self.name} {what}")
+
+    async def _generate(self, prompt: Prompt, sampling: Sampling, row: int) -> list[Generation]:
+        options: dict[str, Any] = {
+            "model": self._settings.model,
+            "n": sampling.num_samples,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": (sampling.seed + row) % 2**63,
+        }
+        async with self._request():
+            if isinstance(prompt, ChatPrompt):
+                chat = await self._client.chat.completions.create(messages=_message(prompt), **options)
+                found = [(choice.message.content or "", choice.finish_reason) for choice in chat.choices]
+            else:
+                plain = await self._client.completions.create(prompt=_plain(prompt), **options)
+                found = [(choice.text, choice.finish_reason) for choice in plain.choices]
+        if len(found) != sampling.num_samples:
+            raise EngineError(f"{self.name} gave {len(found)} samples, {sampling.num_samples} were asked for")
+        return [Generation((), text, _finish_reason(reason), 0) for text, reason in found]
+
+    async def _score_labels(self, prompt: Prompt, labels: Sequence[Prompt]) -> list[list[float]]:
+        if not self._gives_top:
+            self._refuse("gives no log-probs: use verdict = 'answer'")
+        return read_label_scores(await self._next_token(prompt), labels, name=self.name)
+
+    async def _next_token(self, prompt: Prompt) -> dict[str, float]:
+        """Log-probs of the likeliest next tokens, by their text."""
+        options: dict[str, Any] = {"model": self._settings.model, "max_tokens": 1, "temperature": 0}
+        async with self._request():
+            if isinstance(prompt, ChatPrompt):
+                chat = await self._client.chat.completions.create(
+                    messages=_message(prompt), logprobs=True, top_logprobs=TOP_LOGPROBS, **options
+                )
+                content = chat.choices[0].logprobs.content if chat.choices and chat.choices[0].logprobs else None
+                return {token.token: token.logprob for token in content[0].top_logprobs} if content else {}
+            plain = await self._client.completions.create(prompt=_plain(prompt), logprobs=5, **options)
+            tops = plain.choices[0].logprobs.top_logprobs if plain.choices and plain.choices[0].logprobs else None
+            return dict(tops[0]) if tops else {}
+
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[None]:
+        """One place in the bounded queue; the client's errors become ours."""
+        if self._in_flight >= self._settings.max_queued_requests:
+            raise OverloadedError(f"{self._in_flight} requests wait for {self.name}: engine.max_queued_requests")
+        self._in_flight += 1
+        try:
+            yield
+        except openai.APIStatusError as exc:
+            raise self._translate(exc) from exc
+        except openai.OpenAIError as exc:
+            raise EngineError(f"{self.name} did not answer: {exc}") from exc
+        finally:
+            self._in_flight -= 1
+
+    def _translate(self, exc: openai.APIStatusError) -> HeadwaterError:
+        if exc.status_code in (401, 403):
+            return EngineError(
+                f"{self.name} refused the key in the environment variable {self._settings.key_variable}: {exc.message}"
+            )
+        if exc.status_code in (408, 409, 429) or exc.status_code >= 500:
+            return EngineError(f"{self.name} failed with status {exc.status_code}: {exc.message}")
+        return RequestError(f"{self.name} refused the request with status {exc.status_code}: {exc.message}")
+
+    async def _wait_until_reachable(self) -> None:
+        """Another container may still be loading its model: an endpoint that is away is waited for, bounded."""
+        deadline = asyncio.get_running_loop().time() + self._settings.timeout_s
+        wait_s = 0.5
+        while True:
+            try:
+                await self._client.models.list()
+                return
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
+                raise self._translate(exc) from exc
+            except (openai.NotFoundError, openai.BadRequestError):
+                return  # it answers, but lists no models
+            except openai.OpenAIError as exc:
+                if asyncio.get_running_loop().time() + wait_s > deadline:
+                    raise EngineError(f"engine.endpoint {self._settings.endpoint} can't be reached: {exc}") from exc
+            await asyncio.sleep(wait_s)
+            wait_s = min(10.0, wait_s * 2)
+
+    async def _supports(self, probe: Any) -> bool:
+        try:
+            return bool(await probe())
+        except RequestError:
+            return False
+
+    async def _probe_echo(self) -> bool:
+        async with self._request():
+            answer = await self._client.completions.create(
+                model=self._settings.model, prompt="a b c", max_tokens=1, temperature=0, echo=True, logprobs=1
+            )
+        choice = answer.choices[0] if answer.choices else None
+        found = choice.logprobs.token_logprobs if choice and choice.logprobs else None
+        return bool(found) and len(found or []) > 1 and bool(choice and choice.text.startswith("a b c"))
+
+    async def _probe_top(self) -> bool:
+        return bool(await self._next_token(ChatPrompt("Say yes or no.")))
+
+
+async def _together(work: Sequence[Any]) -> list[Any]:
+    """All results in order; the first error cancels the rest."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _message(prompt: str) -> Any:
+    return [{"role": "user", "content": str(prompt)}]
+
+
+def _plain(prompt: Prompt) -> Any:
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def _join(prompt: Prompt, continuation: Prompt) -> Any:
+    if isinstance(prompt, str) and isinstance(continuation, str):
+        return prompt + continuation
+    if isinstance(prompt, str) or isinstance(continuation, str):
+        raise RequestError("prompt and continuation must both be text or both token ids")
+    return [*prompt, *continuation]
+
+
+def _finish_reason(given: str) -> Literal["length", "stop"]:
+    return "length" if given == "length" else "stop"

@@ -1,0 +1,1 @@
+"""The rollout service: continuations sampled from the policy, under the newest weights."""

@@ -1,0 +1,78 @@
+"""Assembles the rollout service: engine, weight watcher, routes. Called by __main__.py and by tests."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from services.app import create_app
+from services.engine.base import Engine
+from services.engine.build import build_engine
+from services.lifespan import EngineLife
+from services.rollout import completions, rollouts
+from services.rollout.events import RunEvents
+from services.rollout.weights import WeightWatcher
+from shared.api import Readiness
+from shared.coordination import Coordination
+from shared.settings import Secrets, Settings
+from shared.stream import connect
+from shared.weight_store import WeightStore
+
+_DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each.
+
+`/v1/rollouts` is what the collector calls; `/v1/completions` and `/v1/models` speak OpenAI's protocol for
+evaluation harnesses and people."""
+
+
+def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
+    """`engine` replaces the one that the settings ask for (tests)."""
+    chosen = engine or build_engine(
+        settings.rollout.engine, default_model=settings.policy.model, tokenizer=settings.policy.tokenizer
+    )
+    watcher = _build_watcher(settings, chosen)
+    life = EngineLife(chosen, after_start=lambda: asyncio.to_thread(watcher.catch_up))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watcher.bind(asyncio.get_running_loop())
+        async with life.lifespan(app), watcher.watching(lambda exc: setattr(app.state, "failure", exc)):
+            yield
+
+    def readiness() -> Readiness:
+        return Readiness(
+            ready=life.ready,
+            service="rollout",
+            engine=chosen.name,
+            model=settings.rollout.engine.model or settings.policy.model,
+            policy_version=chosen.weight_version,
+            detail="; ".join(part for part in (life.detail, watcher.detail) if part),
+        )
+
+    app = create_app(
+        service="rollout",
+        title="Headwater rollout",
+        description=_DESCRIPTION,
+        secrets=secrets,
+        readiness=readiness,
+        max_request_bytes=settings.rollout.max_request_bytes,
+        lifespan=lifespan,
+    )
+    app.include_router(rollouts.build_router(chosen, life))
+    app.include_router(completions.build_router(chosen, life))
+    return app
+
+
+def _build_watcher(settings: Settings, engine: Engine) -> WeightWatcher:
+    store = WeightStore(settings.weight_store_url)
+    announced = None
+    if settings.redis.url:
+        client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
+        announced = Coordination(client, settings.run.name).announced_version
+    return WeightWatcher(
+        store=store,
+        engine=engine,
+        announced=announced,
+        events=RunEvents(settings, role="rollout"),
+        poll_interval_s=settings.rollout.poll_interval_s,
+    )

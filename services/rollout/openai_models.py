@@ -1,0 +1,125 @@
+"""OpenAI's completions protocol: what is asked and answered. Used by completions.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from shared.records import Record, TokenIds
+
+MODEL_ID = "policy"
+MAX_PROMPTS = 1024
+MAX_SAMPLES = 128
+
+Prompts = str | list[str] | TokenIds | list[TokenIds]
+
+
+class CompletionRequest(Record):
+    """The fields that OpenAI's clients send; those that can't be honoured are accepted at their neutral value only."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": MODEL_ID, "prompt": "The Moon moves around the", "max_tokens": 16, "temperature": 0}]
+        }
+    )
+    model: str = MODEL_ID
+    prompt: Prompts
+    """One text, several, one list of token ids, or several."""
+    max_tokens: int | None = Field(default=16, ge=0, le=8192)
+    """0 samples nothing: with `echo` and `logprobs` it only scores the prompt."""
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    best_of: int | None = None
+    temperature: float | None = Field(default=1.0, ge=0.0, le=10.0)
+    top_p: float | None = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0)
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=1)
+    """0: of the tokens themselves; 1: the most probable token beside each."""
+    stream: bool | None = False
+    stream_options: Any = None
+    suffix: str | None = None
+    frequency_penalty: float | None = 0.0
+    presence_penalty: float | None = 0.0
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_what_can_be_done(self) -> "CompletionRequest":
+        refused = {
+            "stream": self.stream,
+            "suffix": self.suffix,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": self.logit_bias,
+            "best_of": self.best_of is not None and self.best_of != self.n,
+        }
+        asked = [name for name, value in refused.items() if value]
+        if asked:
+            raise ValueError(f"{', '.join(asked)} can't be honoured here: leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens = 0 without echo asks for nothing")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise ValueError(f"{len(self.prompts)} prompts, at most {MAX_PROMPTS} in one request")
+        return self
+
+    @property
+    def prompts(self) -> list[str | TokenIds]:
+        """The four forms as one: a list of texts or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt, tuple):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @property
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        return [stop for stop in stops if stop]
+
+
+class ChoiceLogprobs(Record):
+    """Of the tokens of `text`, in order; the first token of an echoed prompt has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class Choice(Record):
+    index: int
+    """Prompt index * n + sample."""
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChoiceLogprobs | None = None
+
+
+class Usage(Record):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionResponse(Record):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str = MODEL_ID
+    choices: list[Choice]
+    usage: Usage
+    policy_version: int
+    """The oldest weight version that any choice was made under."""
+
+
+class ModelCard(Record):
+    id: str = MODEL_ID
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headwater"
+    metadata: dict[str, Any]
+    """`policy_version` and `engine`."""
+
+
+class ModelList(Record):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
