@@ -133,7 +133,7 @@ def write_documents(path: Path, num: int) -> None:
 
 
 def _evaluate(directory: Path, size: Size, console: Console) -> None:
-    from starter.exhibit import TEACHER_NOTE, write_markdown, write_plots
+    from starter.exhibit import TEACHER_NOTE, estimates, write_markdown, write_plots
 
     console.rule(f"evaluation: {size.num_prefixes} held-out prefixes, half of them unsafe, T = 1")
     folders = {
@@ -149,6 +149,8 @@ def _evaluate(directory: Path, size: Size, console: Console) -> None:
     plots = write_plots(report_folder, reports, rates)
     closing = _closing(directory, folders["online DPO"])
     write_markdown(report_folder / "report.md", reports, plots, closing)
+    measured = {name: estimates(report) for name, report in reports.items()}
+    (report_folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     _show(console, reports, rates)
     console.print(TEACHER_NOTE, style="dim")
     for line in closing:

@@ -4,19 +4,20 @@ The tokenizer is a byte-level BPE: every text has tokens, none is unknown. It ad
 padding. So a document starts directly with its first word, and prefix token ids are exactly the raw text's.
 """
 
-import glob
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import SettingsError
+from shared.settings import DocumentsSettings
 
+DocumentFormat = Literal["jsonl", "parquet", "text"]
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257
 """256 bytes and EOS."""
-_LARGEST_TRAINING_BYTES = 1_000_000_000
+_MOST_CHARACTERS = 1_000_000_000
 """More text than this changes a vocabulary of usual size very little, but must all fit in memory."""
 
 
@@ -60,7 +61,7 @@ def init_model(
     out: Path,
     shape: ModelShape,
     *,
-    document_format: str = "jsonl",
+    document_format: DocumentFormat = "jsonl",
     text_field: str = "text",
     seed: int = 0,
 ) -> int:
@@ -110,7 +111,9 @@ def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -
     """Random weights as safetensors; returns the number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -131,15 +134,17 @@ def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -
     return int(model.num_parameters())
 
 
-def _texts(documents: str, *, document_format: str, text_field: str) -> Iterator[str]:
-    """Texts of the documents until the bound of memory; what can't be read is skipped, the run will name it."""
-    import json
+def _texts(documents: str, *, document_format: DocumentFormat, text_field: str) -> Iterator[str]:
+    """Texts of the documents until the bound of memory; records that are refused are skipped, the run will name
+    them."""
+    from services.collector.sources.base import Document
+    from services.collector.sources.opening import open_source
 
-    num_bytes = 0
-    for path in [Path(name) for name in sorted(glob.glob(documents))]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            text = str(json.loads(line).get(text_field, ""))
-            num_bytes += len(text)
-            if num_bytes > _LARGEST_TRAINING_BYTES:
+    where = DocumentsSettings(format=document_format, path=documents, text_field=text_field, shuffle_buffer=1)
+    num_characters = 0
+    for record in open_source(where, seed=0, vocabulary_size=0).read(0, epoch=0, start=0):
+        if isinstance(record, Document) and isinstance(record.content, str):
+            num_characters += len(record.content)
+            if num_characters > _MOST_CHARACTERS:
                 return
-            yield text
+            yield record.content

@@ -1,0 +1,246 @@
+"""What `headwater check` tries: each probe reaches one thing that a run needs and says in a few words what it found.
+
+A probe raises HeadwaterError with the remedy when the thing is not usable. Nothing is written anywhere.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import redis
+import sqlalchemy as sa
+
+from cli.plan import Plan, needed_services
+from cli.redis_server import find_redis_server
+from cli.run_folder import RunFolder, refuse_changed_identity
+from services.collector.sources.base import Refusal
+from shared.auth import authorization_header
+from shared.configuration import load_settings
+from shared.database import open_database, translated
+from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
+from shared.settings import EngineSettings, Settings
+from shared.weight_store import WeightStore
+
+_TIMEOUT_S = 10.0
+_OLDEST_REDIS = (6, 2)
+_LARGEST_VOCABULARY = 2**31
+"""Ready token ids are compared with the policy's vocabulary by the collector, not here."""
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`name` is the setting or part that is tried."""
+
+    name: str
+    run: Callable[[], str]
+
+
+def probes(plan: Plan) -> Iterator[Probe]:
+    """Everything that this run would use, in the order in which it would."""
+    settings = plan.settings
+    yield Probe("run folder", lambda: run_folder(settings))
+    yield Probe("policy.model", lambda: policy(settings))
+    yield Probe("documents", lambda: first_document(settings))
+    yield Probe("redis", lambda: redis_server(settings))
+    yield Probe("database", lambda: database(settings))
+    yield Probe("weights.store", lambda: weight_store(settings))
+    for role in needed_services(settings):
+        service = plan.service(role)
+        if service.url:
+            yield Probe(role, lambda url=service.url: remote_service(url, plan.secrets.token))  # type: ignore[misc]
+        elif role != "judge" or judge_needs_engine(settings):
+            default = settings.policy.model if role == "rollout" else ""
+            yield Probe(
+                f"{role}.engine",
+                lambda role=role, engine=service.engine, default=default: model_of(  # type: ignore[misc]
+                    engine, default, setting=f"{role}.engine.model"
+                ),
+            )
+    if "rewriter" in plan.roles:
+        yield Probe("rewriter.prompt", lambda: rewriter_prompt(settings))
+    if "judge" in plan.roles:
+        yield Probe("judge.criteria", lambda: judge_criteria(settings))
+
+
+def run_folder(settings: Settings) -> str:
+    folder = RunFolder(settings.run.folder)
+    if not folder.settings_file.exists():
+        return f"{folder.path} is new"
+    refuse_changed_identity(load_settings(folder.settings_file, environ={}), settings, folder=folder.path)
+    return f"{folder.path} is there: this run would be resumed"
+
+
+def policy(settings: Settings) -> str:
+    """Loadable, and with room for the context."""
+    from services.policy_tokenizer import load_tokenizer
+
+    found = model_folder(settings.policy.model, setting="policy.model")
+    tokenizer = load_tokenizer(settings.policy.tokenizer_source, setting="policy.tokenizer")
+    room = found.context_tokens
+    if room is not None and room < settings.chunks.context_tokens:
+        raise SettingsError(
+            f"policy.model has room for {room} tokens, chunks.context_tokens is {settings.chunks.context_tokens}: "
+            "lower it, or take a model with a longer context"
+        )
+    return f"{found.description}; tokenizer with {len(tokenizer)} tokens"
+
+
+def model_of(engine: EngineSettings, default: str, *, setting: str) -> str:
+    """The model behind a local service's engine."""
+    from services.engine.build import build_engine
+
+    build_engine(engine, default_model=default)  # refuses what it can't build; nothing is loaded yet
+    if engine.kind == "openai":
+        return endpoint(engine)
+    return model_folder(engine.model or default, setting=setting).description
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    description: str
+    context_tokens: int | None
+
+
+def model_folder(source: str, *, setting: str) -> FoundModel:
+    """Configuration, and for a folder that its weights are whole safetensors."""
+    if not source:
+        raise SettingsError(f"{setting} is empty: name a model folder or a Hugging Face name")
+    if _is_path(source) and not Path(source).is_dir():
+        raise SettingsError(f"{setting} = {source!r}: there is no such folder (working directory {Path.cwd()})")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as exc:
+        raise SettingsError(f"{setting} = {source!r} can't be loaded: {exc}") from exc
+    text = config.get_text_config(decoder=True)
+    weights = _weights(Path(source), setting=setting) if Path(source).is_dir() else "weights come from the hub"
+    return FoundModel(f"{source} ({config.model_type}, {weights})", getattr(text, "max_position_embeddings", None))
+
+
+def _is_path(source: str) -> bool:
+    """Hugging Face names are `name` or `owner/name`."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+
+
+def _weights(folder: Path, *, setting: str) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SettingsError(f"{setting}: {folder} holds no *.safetensors")
+    num_tensors = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                num_tensors += len(opened.keys())
+        except (OSError, SafetensorError) as exc:
+            raise SettingsError(f"{setting}: {file} is damaged: {exc}") from exc
+    return f"{num_tensors} tensors, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+
+
+def endpoint(engine: EngineSettings) -> str:
+    """An OpenAI-compatible endpoint that knows the model."""
+    key = os.environ.get(engine.key_variable, "")
+    answer = _get(f"{engine.endpoint.rstrip('/')}/models", key)
+    names = [str(model.get("id")) for model in answer.json().get("data", [])]
+    if engine.model not in names:
+        raise SettingsError(f"{engine.endpoint} has no model {engine.model!r}; it has {', '.join(names) or 'none'}")
+    return f"{engine.model} at {engine.endpoint}"
+
+
+def remote_service(url: str, token: str) -> str:
+    """Ready, and the token opens it."""
+    answer = _get(f"{url.rstrip('/')}/readyz", "")
+    _get(f"{url.rstrip('/')}/metrics", token)
+    data = answer.json()
+    return f"{url} is ready ({data.get('engine', '')} {data.get('model', '')})".replace("  ", " ")
+
+
+def _get(url: str, token: str) -> httpx.Response:
+    try:
+        answer = httpx.get(url, headers=authorization_header(token), timeout=_TIMEOUT_S)
+    except httpx.HTTPError as exc:
+        raise ServiceError(f"{url} can't be reached: {exc}", retryable=True) from exc
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise ServiceError(f"{url} refuses the token (status {answer.status_code})", retryable=False)
+    if not answer.is_success:
+        raise ServiceError(f"{url} answers {answer.status_code}: {answer.text[:200]}", retryable=True)
+    return answer
+
+
+def redis_server(settings: Settings) -> str:
+    if not settings.redis.url:
+        return f"embedded: {find_redis_server()}"
+    client = redis.Redis.from_url(settings.redis.url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    try:
+        version = str(client.info("server")["redis_version"])
+    except redis.RedisError as exc:
+        raise HeadwaterError(f"redis.url can't be used: {exc}") from exc
+    finally:
+        client.close()
+    if tuple(int(piece) for piece in version.split(".")[:2]) < _OLDEST_REDIS:
+        raise HeadwaterError(f"redis.url is Redis {version}, 6.2 or newer is needed")
+    return f"Redis {version} at redis.url"
+
+
+def database(settings: Settings) -> str:
+    if not settings.database.url:
+        return f"SQLite in {settings.run.folder}"
+    engine = open_database(settings.database.url)
+    try:
+        with translated(), engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    finally:
+        engine.dispose()
+    return f"{engine.dialect.name} at database.url"
+
+
+def weight_store(settings: Settings) -> str:
+    try:
+        versions = WeightStore(settings.weight_store_url).versions()
+    except (OSError, ValueError, ImportError) as exc:
+        raise SettingsError(f"weights.store = {settings.weight_store_url!r} can't be read: {exc}") from exc
+    return f"{settings.weight_store_url} ({len(versions)} versions)"
+
+
+def rewriter_prompt(settings: Settings) -> str:
+    from services.rewriter.rewriting import load_prompt
+
+    load_prompt(settings.rewriter.prompt)
+    return str(settings.rewriter.prompt or "as shipped")
+
+
+def judge_criteria(settings: Settings) -> str:
+    from services.judge.building import load_parts
+
+    load_parts(settings.judge)
+    return ", ".join(f"{name} (weight {one.weight:g})" for name, one in settings.judge.criteria.items())
+
+
+def judge_needs_engine(settings: Settings) -> bool:
+    from services.judge.building import needs_engine
+
+    return needs_engine(settings.judge)
+
+
+def first_document(settings: Settings) -> str:
+    """The source as the collector opens it, and how its first record begins."""
+    from services.collector.sources.opening import open_source
+
+    source = open_source(settings.documents, seed=settings.run.seed, vocabulary_size=_LARGEST_VOCABULARY)
+    first = next(iter(source.read(0, epoch=0, start=0)), None)
+    if first is None:
+        raise SourceError(f"documents.path = {settings.documents.path!r} has no record")
+    if isinstance(first, Refusal):
+        raise SourceError(f"the first record is refused ({first.reason}): {first.detail}")
+    return f"{first.source_id}: {_beginning(first.content)}"
+
+
+def _beginning(content: str | tuple[int, ...]) -> str:
+    if isinstance(content, str):
+        return repr(content[:_SHOWN]) + ("..." if len(content) > _SHOWN else "")
+    return f"{len(content)} token ids: {', '.join(map(str, content[:8]))}, ..."
