@@ -5,6 +5,7 @@ Called by `headwater demo` with the checker's reports on the base, the next-toke
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -35,6 +36,11 @@ def table_rows(reports: Reports) -> list[list[str]]:
         [label, *(_cell(name, getattr(report, name)) for report in reports.values())]
         for name, label in MEASURES.items()
     ]
+
+
+def estimates(report: PolicyReport) -> dict[str, dict[str, float]]:
+    """Every measure's mean and 95 % interval, for machines."""
+    return {name: asdict(getattr(report, name)) for name in MEASURES}
 
 
 def side_by_side(reports: Reports, *, num: int) -> list[tuple[str, list[tuple[str, Continuation]]]]:

@@ -1,0 +1,73 @@
+"""The sweep: its file, its cells, its table. The runs themselves are the demo's."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.sweep import Summary, load_sweep, table_lines
+from shared.errors import SettingsError
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "sweep.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_grid_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    sweep = load_sweep(
+        written(tmp_path, 'seeds = [0]\n[grid]\n"trainer.objective" = ["dpo", "rf_nll"]\n"trainer.steps" = [5, 10]\n')
+    )
+
+    names = [cell.name for cell in sweep.all_cells()]
+
+    assert names == [
+        "objective=dpo, steps=5",
+        "objective=dpo, steps=10",
+        "objective=rf_nll, steps=5",
+        "objective=rf_nll, steps=10",
+    ]
+    assert sweep.all_cells()[2].settings == {"trainer.objective": "rf_nll", "trainer.steps": 5}
+
+
+def test_cells_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path, 'seeds = [0]\n[[cells]]\nname = "a b"\n[[cells]]\nname = "a-b"\n'))
+
+    with pytest.raises(SettingsError, match="differ as folder names"):
+        sweep.all_cells()
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="sedes"):
+        load_sweep(written(tmp_path, "sedes = [0]\n"))
+
+
+def test_the_interval_is_students_over_seeds() -> None:
+    # Three values 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
+    summary = Summary.of([1.0, 2.0, 3.0])
+
+    assert summary.mean == 2.0
+    assert summary.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert Summary.of([0.5]).half_width is None
+
+
+def test_the_table_has_the_base_and_every_cell() -> None:
+    names = ["safe", "safe_after_unsafe", "no_fact_wrong", "well_formed", "repetition", "all_clean", "win_rate"]
+    measures = {name: [0.5, 0.7] for name in [*names, "facts_stated"]}
+    measures |= {f"base_{name}": [0.25, 0.25] for name in [*names, "facts_stated"]}
+
+    lines = table_lines({"DPO": measures}, num_seeds=2, num_prefixes=10)
+
+    assert lines[-2].startswith("| base | 25.0 ± 0.0 |")
+    assert lines[-1].startswith("| DPO | 60.0 ± 127.1 |")  # t(0.975, 1) = 12.706, standard error 10
+    assert lines[-1].endswith("| 0.60 ± 1.27 | - | - |")
+
+
+def test_the_shipped_sweep_loads() -> None:
+    sweep = load_sweep(Path("configs/sweeps/starter-orderings.toml"))
+
+    assert len(sweep.all_cells()) == 9
+    assert len(sweep.seeds) >= 3
