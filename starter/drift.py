@@ -18,7 +18,7 @@ from starter.lessons import Candidate, Group, Lessons
 from starter.sampling import generate
 from starter.writer import SUFFIX_TOKENS, Chunk, stream
 
-Rewarder = Callable[[Group], list[float]]
+Rewarder = Callable[[Sequence[Group]], list[list[float]]]
 
 
 def roll_out(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk], *, num: int, seed: int) -> list[Group]:
@@ -76,7 +76,9 @@ def drift(
         chunks = draw_chunks(lessons, "drift", num_prompts, seed=seed * 100_000 + step)
         groups = roll_out(model, lessons, chunks, num=num_rollouts, seed=seed * 100_000 + step)
         yield step, model, groups
-        pairs = [pair for group in groups if (pair := choose_pair(group, reward(group), step))]
+        rewards = reward(groups)
+        choices = [choose_pair(group, own, step) for group, own in zip(groups, rewards, strict=True)]
+        pairs = [pair for pair in choices if pair]
         if pairs:
             loss = dpo_loss(model, reference, pairs, beta=beta)
             optimizer.zero_grad(set_to_none=True)

@@ -34,23 +34,26 @@ class TinyJudge:
 
     def quality(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
         """For (prefix, a, b): how surely a is the better one, the mean of both orders."""
-        layout = self.lessons.layouts["quality"]
-        there = [layout.fill({"prefix": prefix, "a": a.ids, "b": b.ids}).ids for prefix, a, b in items]
-        back = [layout.fill({"prefix": prefix, "a": b.ids, "b": a.ids}).ids for prefix, a, b in items]
-        scores = self._score([*there, *back], QUALITY_LABELS)
-        pairs = zip(scores[: len(items)], scores[len(items) :], strict=True)
-        return [(first[0] + second[1]) / 2 for first, second in pairs]
+        back = self.quality_once([(prefix, b, a) for prefix, a, b in items])
+        return [(first + 1 - second) / 2 for first, second in zip(self.quality_once(items), back, strict=True)]
 
-    def rewards(self, group: Group) -> list[float]:
-        """Mean win rate over the other candidates plus safety, for every candidate."""
-        places = list(combinations(range(len(group.candidates)), 2))
-        wins: list[list[float]] = [[] for _ in group.candidates]
-        items = [(group.prefix, group.candidates[i], group.candidates[j]) for i, j in places]
-        for (i, j), score in zip(places, self.quality(items), strict=True):
-            wins[i].append(score)
-            wins[j].append(1 - score)
-        safety = self.safety(group.candidates)
-        return [fmean(won) + safe for won, safe in zip(wins, safety, strict=True)]
+    def quality_once(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
+        """The same, asked in the given order only."""
+        layout = self.lessons.layouts["quality"]
+        prompts = [layout.fill({"prefix": prefix, "a": a.ids, "b": b.ids}).ids for prefix, a, b in items]
+        return [row[0] for row in self._score(prompts, QUALITY_LABELS)]
+
+    def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Mean win rate over the group's other candidates plus safety, for every candidate of every group."""
+        places = [(group, i, j) for group in groups for i, j in combinations(range(len(group.candidates)), 2)]
+        items = [(group.prefix, group.candidates[i], group.candidates[j]) for group, i, j in places]
+        wins: list[list[list[float]]] = [[[] for _ in group.candidates] for group in groups]
+        slots = {id(group): won for group, won in zip(groups, wins, strict=True)}
+        for (group, i, j), score in zip(places, self.quality_once(items), strict=True):
+            slots[id(group)][i].append(score)
+            slots[id(group)][j].append(1 - score)
+        safety = iter(self.safety([candidate for group in groups for candidate in group.candidates]))
+        return [[fmean(own) + next(safety) for own in won] for won in wins]
 
     def _score(self, prompts: Sequence[list[int]], labels: Sequence[str]) -> list[list[float]]:
         ids = [self.lessons.label_ids[label] for label in labels]

@@ -14,6 +14,7 @@ from starter.lessons import Candidate, Group, Lessons
 from starter.sampling import generate
 from starter.writer import SUFFIX_TOKENS, Chunk, stream
 
+MAX_REWRITE_TOKENS = SUFFIX_TOKENS + 8
 GOALS = {
     "rewriter.exact_copies": 0.97,
     "rewriter.repaired_clean": 0.90,
@@ -47,24 +48,23 @@ def heldout_groups(lessons: Lessons, num: int, *, seed: int = 0) -> list[Group]:
 
 
 def rewrite(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) -> list[list[int]]:
-    """Greedy rewrites, ended by EOS or cut at the suffix length as the rewriter service does."""
+    """Greedy rewrites as they end; one as long as `MAX_REWRITE_TOKENS` has run away."""
     layout, codec = lessons.layouts["rewriter"], lessons.codec
     prompts = [
         layout.fill({"prefix": lessons.prefix_ids(chunk.prefix), "suffix": codec.ids(chunk.suffix), "bridge": []}).ids
         for chunk in chunks
     ]
-    answers = generate(model, prompts, max_tokens=SUFFIX_TOKENS + 8, eos_id=codec.eos_id, pad_id=codec.pad_id)
-    return [answer[:SUFFIX_TOKENS] for answer in answers]
+    return generate(model, prompts, max_tokens=MAX_REWRITE_TOKENS, eos_id=codec.eos_id, pad_id=codec.pad_id)
 
 
 def measure_rewriter(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) -> dict[str, float]:
     """Exact copies among good suffixes; among bad ones the shares that came out clean, safe, true and so on."""
     copies: list[bool] = []
     repaired: list[Verdict] = []
-    lengths: list[bool] = []
-    for chunk, ids in zip(chunks, rewrite(model, lessons, chunks), strict=True):
+    answers = rewrite(model, lessons, chunks)
+    for chunk, answer in zip(chunks, answers, strict=True):
+        ids = answer[:SUFFIX_TOKENS]
         before = lessons.codec.decode(lessons.prefix_ids(chunk.prefix))
-        lengths.append(len(ids) == SUFFIX_TOKENS)
         if lessons.checker.check_words(chunk.suffix, prefix=chunk.prefix).clean:
             copies.append(ids == lessons.codec.ids(chunk.suffix))
         else:
@@ -76,7 +76,8 @@ def measure_rewriter(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence
         "rewriter.repaired_true": fmean(verdict.num_wrong == 0 for verdict in repaired),
         "rewriter.repaired_well_formed": fmean(verdict.well_formed for verdict in repaired),
         "rewriter.repaired_unrepeated": fmean(not verdict.repeated for verdict in repaired),
-        "rewriter.full_length": fmean(lengths),
+        "rewriter.full_length": fmean(len(answer) == SUFFIX_TOKENS for answer in answers),
+        "rewriter.ended": fmean(len(answer) < MAX_REWRITE_TOKENS for answer in answers),
     }
 
 

@@ -16,7 +16,8 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 def prompt_text(name: str) -> str:
-    return (PROMPT_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+    """The prompt as services read it: one newline at the file's very end is the file's own."""
+    return (PROMPT_FOLDER / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 @dataclass(frozen=True)

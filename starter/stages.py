@@ -7,7 +7,7 @@ reader (shared trunk) --------+-> judge-draft -> drift +
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,9 @@ class Budget:
     reader_steps: int = 1200
     rewriter_steps: int = 1500
     draft_steps: int = 700
-    judge_steps: int = 1400
+    judge_steps: int = 900
     pool_prefixes: int = 1200
-    drift_steps: int = 80
-    drift_runs: int = 2
+    drift_steps: int = 70
     num_measured: int = 600
 
     def scaled(self, factor: float) -> "Budget":
@@ -98,7 +97,8 @@ class Workshop:
         save_groups(roll_out(self.load("policy"), self.lessons, chunks, num=4, seed=0), folder / "groups.jsonl")
 
     def checker_drift(self, folder: Path) -> None:
-        self._drift(folder, lambda group: [order_reward(group, index) for index in range(len(group.candidates))])
+        """What policies write that were trained by the truth, slowly and fast."""
+        self._drift(folder, checker_rewards, rates=(3e-4, 6e-4))
 
     def judge_draft(self, folder: Path) -> float:
         pool = self._pool("base_pool", "checker_drift")
@@ -108,7 +108,8 @@ class Workshop:
 
     def judge_drift(self, folder: Path) -> None:
         """What policies write that were trained by the draft judge, its blind spots included."""
-        self._drift(folder, TinyJudge(self.load("judge_draft"), self.lessons).rewards)
+        judge = TinyJudge(self.load("judge_draft"), self.lessons)
+        self._drift(folder, judge.rewards, rates=(5e-4,))
 
     def judge(self, folder: Path) -> float:
         pool = self._pool("base_pool", "checker_drift", "judge_drift", "judge_drift")
@@ -147,23 +148,16 @@ class Workshop:
             save_model(model, self.tokenizer, self.out / publish)
         return spent
 
-    def _drift(self, folder: Path, reward: Rewarder) -> None:
-        """Groups of several runs, denser where the policy has moved further."""
+    def _drift(self, folder: Path, reward: Rewarder, *, rates: Sequence[float]) -> None:
+        """The groups of one run for every learning rate."""
         kept: list[Group] = []
-        for run in range(self.budget.drift_runs):
-            lr = (3e-4, 6e-4)[run % 2]
-            steps = drift(
-                self.load("policy"),
-                self.lessons,
-                reward,
-                num_steps=self.budget.drift_steps,
-                seed=10 + run,
-                lr=lr,
-            )
+        for run, lr in enumerate(rates):
+            num_steps, seed = self.budget.drift_steps, 10 + run
+            steps = drift(self.load("policy"), self.lessons, reward, num_steps=num_steps, seed=seed, lr=lr)
             for step, _, groups in steps:
                 kept += groups
                 if step % 20 == 19:
-                    self.tell(f"{folder.name} run {run} step {step + 1}: {describe(groups)}")
+                    self.tell(f"{folder.name} lr {lr} step {step + 1}: {describe(groups)}")
         save_groups(kept, folder / "groups.jsonl")
 
     def _pool(self, *names: str) -> list[Group]:
@@ -180,6 +174,10 @@ STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
     "judge_drift": Workshop.judge_drift,
     "judge": Workshop.judge,
 }
+
+
+def checker_rewards(groups: Sequence[Group]) -> list[list[float]]:
+    return [[order_reward(group, index) for index in range(len(group.candidates))] for group in groups]
 
 
 def order_reward(group: Group, index: int) -> float:
