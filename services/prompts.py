@@ -56,5 +56,14 @@ class Prompt:
         return Prompt(self.text.removesuffix(f"{{{name}}}"))
 
 
+def opened(rendered: str, opening: str) -> str:
+    """A chat prompt from `Engine.render_chat` with the beginning of the model's own answer after it.
+
+    Its type is kept: the engine for endpoints marks chat prompts by it. An endpoint puts the template around by
+    itself, so there `opening` ends the user's message instead.
+    """
+    return type(rendered)(rendered + opening)
+
+
 def _braced(names: Collection[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in names)

@@ -99,7 +99,10 @@ class Bench:
 
 
 def token_reading(settings: Settings) -> TokenReading:
-    """Compares the judge's tokenizer with the policy's; without a policy in the settings, texts are scored."""
+    """Compares the judge's tokenizer with the policy's. Texts are scored where they differ, where no policy is named,
+    and by endpoints, which cut texts into their own tokens and put their own beginning before them."""
+    if settings.judge.engine.kind == "openai":
+        return TokenReading(shares_policy_tokens=False, beginning=None)
     judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
     source = settings.policy.tokenizer_source
     shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))

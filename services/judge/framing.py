@@ -1,7 +1,7 @@
 """Turns a prompt file and the texts of a chunk into exactly what the judge's model is given."""
 
 from services.engine.base import Engine
-from services.prompts import Prompt
+from services.prompts import Prompt, opened
 
 
 class FramedPrompt:
@@ -16,7 +16,7 @@ class FramedPrompt:
     ) -> None:
         message, newline, last_line = prompt.text.rpartition("\n")
         opens_answer = chat and opens_answer and bool(newline) and last_line.endswith(":")
-        self._message = Prompt(message) if opens_answer else prompt
+        self._message = Prompt(message + newline) if opens_answer else prompt
         self._opening = Prompt(last_line if opens_answer else "")
         self._engine = engine
         self._chat = chat
@@ -26,7 +26,7 @@ class FramedPrompt:
         """The texts go in unchanged but for the prefix, of which the end is shown."""
         values = {"prefix": end_of(prefix, self._max_prefix_characters), **texts}
         message = self._message.fill(values)
-        return self._engine.render_chat(message) + self._opening.fill(values) if self._chat else message
+        return opened(self._engine.render_chat(message), self._opening.fill(values)) if self._chat else message
 
 
 def end_of(text: str, max_characters: int) -> str:

@@ -14,7 +14,7 @@ from services.judge.concurrency import all_of
 from services.judge.criteria import Criterion, CriterionError, Scores
 from services.judge.rewards import combined_rewards
 from shared.api import JudgementFailure, JudgementItem, JudgementRequest, JudgementResponse
-from shared.errors import PromptError, VerdictError
+from shared.errors import PromptError, RequestError, VerdictError
 from shared.records import Judgement
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Judge:
                 return _failure("unreadable_verdict", exc, tallies)
             except CriterionError as exc:
                 return _failure(exc.reason, exc, tallies)
-            except PromptError as exc:
+            except (PromptError, RequestError) as exc:
                 return _failure("unanswerable_prompt", exc, tallies)
 
     async def _judge_chunk(self, item: JudgementItem, *, seed: int, tallies: Mapping[str, Tally]) -> Judgement:

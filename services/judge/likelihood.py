@@ -51,22 +51,22 @@ class Likelihood:
             raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
         return Scores(scores_within_group(means, scale=self._scale))
 
-    def _tokens(self, item: JudgementItem) -> tuple[list[int], list[Prompt]]:
+    def _tokens(self, item: JudgementItem) -> tuple[Prompt, list[Prompt]]:
         """The candidates' own token ids if all are given and shared, otherwise the tokens of their texts."""
         shared = self._reading.shares_policy_tokens and all(candidate.token_ids for candidate in item.candidates)
         if shared and item.prefix_token_ids:
             return list(item.prefix_token_ids), [candidate.token_ids for candidate in item.candidates]
         if not all(candidate.text for candidate in item.candidates):
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
-        return self._prefix_tokens(item.prefix), [
+        return self._prompt(end_of(item.prefix, self._max_prefix_characters)), [
             candidate.token_ids if shared else candidate.text for candidate in item.candidates
         ]
 
-    def _prefix_tokens(self, prefix: str) -> list[int]:
-        beginning = [] if self._reading.beginning is None else [self._reading.beginning]
-        tokens = beginning + self._engine.encode(end_of(prefix, self._max_prefix_characters))
-        if not tokens:
+    def _prompt(self, prefix: str) -> Prompt:
+        if self._reading.beginning is not None:
+            return [self._reading.beginning, *self._engine.encode(prefix)]
+        if not prefix:
             raise CriterionError(
                 "empty_prefix", "likelihood: the prefix is empty and the judge's model has no token to begin a text"
             )
-        return tokens
+        return prefix

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.engine.base import Engine, Sampling
-from services.prompts import Prompt
+from services.prompts import Prompt, opened
 from services.rewriter.bridge import last_words
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.reading import AnswerReader
@@ -42,7 +42,7 @@ class Framing:
             return self.prompt.fill(values)
         if not self.begins_after_bridge:
             return engine.render_chat(self.prompt.fill(values))
-        return engine.render_chat(self.prompt.without_end("bridge").fill(values)) + bridge
+        return opened(engine.render_chat(self.prompt.without_end("bridge").fill(values)), bridge)
 
     def bridge(self, item: RewriteItem) -> str:
         """Empty where the prompt shows none."""
