@@ -121,7 +121,8 @@ class JudgementItem(Record):
     """The candidates of one chunk."""
 
     prefix: Text
-    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES)]
+    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES + 2)]
+    """Rollouts, and beside them the original and its rewrite."""
     reference: Text
     """The original suffix: what factuality is held against."""
     prefix_token_ids: TokenIds = ()

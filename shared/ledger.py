@@ -108,7 +108,7 @@ class Ledger:
                 session.add(row)
             if row.state == TRAINED:
                 raise AssertionError(f"document {key} is trained already and can't be dropped")
-            row.state, row.reason, row.detail, row.finished_at = DROPPED, reason, detail[:2000], self._clock()
+            row.state, row.reason, row.detail, row.finished_at = DROPPED, reason, storable(detail)[:2000], self._clock()
 
     def mark_trained(self, steps: dict[str, int]) -> None:
         """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing."""
@@ -165,6 +165,26 @@ class Ledger:
                     found.setdefault(Position(row.epoch, row.position), set()).add(row.window)
         return found
 
+    def mark_found(self, part: int, *, on_stream: set[str]) -> int:
+        """Windows of the part that are `reading` though their scored form is on the stream become `scored`.
+
+        Their collector ended between the write and `mark_scored`; how many chunks they have, only the entry knows.
+        """
+        with transaction(self.engine) as session:
+            rows = session.scalars(
+                sa.select(DocumentRow).where(
+                    DocumentRow.run_id == self.run_id, DocumentRow.part == part, DocumentRow.state == READING
+                )
+            ).all()
+            found = [
+                key
+                for row in rows
+                if str(key := DocumentKey(part=part, epoch=row.epoch, position=row.position, window=row.window))
+                in on_stream
+            ]
+            self._update(session, found, from_states=(READING,), state=SCORED)
+        return len(found)
+
     def balance(self) -> Balance:
         with transaction(self.engine) as session:
             rows = session.execute(
@@ -204,7 +224,7 @@ class Ledger:
         return DocumentRow(
             run_id=self.run_id,
             **window.key.model_dump(),
-            source_id=window.source_id,
+            source_id=storable(window.source_id),
             num_tokens=window.num_tokens,
             read_at=self._clock(),
             state=READING,
@@ -226,3 +246,8 @@ class Ledger:
                 )
                 .values(**values)
             )
+
+
+def storable(text: str) -> str:
+    """PostgreSQL's text can't hold a NUL character, which documents may."""
+    return text.replace("\x00", "\ufffd")

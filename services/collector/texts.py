@@ -1,8 +1,9 @@
 """The policy's tokenizer as the collector needs it: documents to ids, and ids to the text that others are shown.
 
-Blocking; every call is made in the collector's one tokenizer thread, since tokenizers keep state.
+Blocking: called from threads. A lock keeps them apart, since tokenizers keep state.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class PolicyTokenizer:
 
     def __init__(self, source: str) -> None:
         self._tokenizer: Any = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
+        self._lock = threading.Lock()
         self._beginning = beginning_of_text(self._tokenizer)
 
     @property
@@ -35,14 +37,15 @@ class PolicyTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a document, BOS first where the tokenizer puts one. `</s>` written in a text stays text."""
-        ids: list[int] = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        with self._lock:
+            ids: list[int] = self._tokenizer(
+                text,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
         return ids if self._beginning is None else [self._beginning, *ids]
 
     def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> list[ChunkText]:
@@ -53,10 +56,14 @@ class PolicyTokenizer:
         at = {border: _uncut(text, whole) for border, text in zip(borders, decoded, strict=True)}
         return [_chunk_text(whole, at[chunk.start], at[chunk.end]) for chunk in chunks]
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._decode([list(token_ids)])[0]
+
     def _decode(self, sequences: list[list[int]]) -> list[str]:
-        texts: list[str] = self._tokenizer.batch_decode(
-            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with self._lock:
+            texts: list[str] = self._tokenizer.batch_decode(
+                sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return texts
 
 

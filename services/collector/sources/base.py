@@ -17,6 +17,7 @@ RefusalReason = Literal[
     "too_large",
     "bad_token_ids",
     "broken_file",
+    "too_short",
 ]
 
 

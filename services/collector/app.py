@@ -1,0 +1,46 @@
+"""The collector's HTTP side: health, readiness and metrics. Nobody sends it requests of work."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from services.app import create_app
+from shared.api import Readiness
+from shared.settings import Secrets
+
+_MAX_REQUEST_BYTES = 65_536
+_DESCRIPTION = "Reads documents, has their chunks continued, rewritten and judged, and writes them on the stream."
+
+
+def build(secrets: Secrets, trouble: Callable[[], str]) -> FastAPI:
+    """`trouble()` says at once what keeps the collector from its work; empty when nothing does."""
+
+    def readiness() -> Readiness:
+        found = trouble()
+        return Readiness(ready=not found, service="collector", detail=found)
+
+    return create_app(
+        service="collector",
+        title="Headwater collector",
+        description=_DESCRIPTION,
+        secrets=secrets,
+        readiness=readiness,
+        max_request_bytes=_MAX_REQUEST_BYTES,
+    )
+
+
+class HealthServer(uvicorn.Server):
+    """Serves beside the work and leaves signals to it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def health_server(app: FastAPI, *, host: str, port: int) -> HealthServer:
+    config = uvicorn.Config(
+        app, host=host, port=port, lifespan="off", log_config=None, access_log=False, server_header=False
+    )
+    return HealthServer(config)

@@ -1,0 +1,156 @@
+"""The story of one document window: continuations and rewrites at the same time, then the verdict on all of them.
+
+    window --> rollout ----+
+           --> rewriter ---+--> candidates --> judge --> ScoredDocument
+
+Called by parts.py, many windows at once. Nothing here waits but for the three services; how they are asked again
+while they are away is clients.py, what becomes a candidate is pools.py.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from services.collector.clients import RefusedRequestError, Services
+from services.collector.failures import first_error
+from services.collector.pools import MIN_JUDGED, Pool, Verdict, build_pools, count_chunks, judgement_item, sort_chunks
+from services.collector.preparing import Window
+from services.collector.seeds import seed_of
+from services.collector.texts import ChunkText
+from shared import metrics
+from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
+from shared.records import ScoredDocument
+from shared.settings import ScheduleStage, Settings
+
+
+@dataclass(frozen=True)
+class DroppedWindow:
+    """A window that can't be scored: its reason in the ledger, and the whole sentence."""
+
+    reason: str
+    detail: str
+
+
+async def collect(
+    window: Window, texts: Sequence[ChunkText], *, stage: ScheduleStage, services: Services, settings: Settings
+) -> ScoredDocument | DroppedWindow:
+    """The window with its chunks scored. `texts` has one entry per chunk of the window."""
+    asking = _Asking(window, texts, services, settings, seconds={})
+    try:
+        rollouts, rewrites = await asking.generate(stage)
+        pools = build_pools(
+            window,
+            texts,
+            stage=stage,
+            rewrites=rewrites,
+            rollouts=rollouts,
+            suffix_tokens=settings.chunks.suffix_tokens,
+        )
+        verdicts = await asking.judge(pools) if settings.needs_judge else {}
+    except RefusedRequestError as exc:
+        return DroppedWindow(exc.reason, str(exc))
+    scored, dropped = sort_chunks(window, pools, verdicts, needs_judge=settings.needs_judge)
+    count_chunks(scored, dropped)
+    if not scored:
+        reasons = ", ".join(sorted({chunk.reason for chunk in dropped}))
+        return DroppedWindow("no_scored_chunks", f"all {len(dropped)} chunks were dropped: {reasons}")
+    return ScoredDocument(
+        run_id=settings.run.name,
+        key=window.key,
+        source_id=window.source_id,
+        token_ids=window.token_ids,
+        chunks=tuple(scored),
+        dropped_chunks=tuple(dropped),
+        read_at=window.read_at,
+        scored_at=time.time(),
+        seconds=asking.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """The requests for one window. Seeds come from its key: a window that is redone asks the same again."""
+
+    window: Window
+    texts: Sequence[ChunkText]
+    services: Services
+    settings: Settings
+    seconds: dict[str, float]
+
+    async def generate(self, stage: ScheduleStage) -> tuple[Sequence[Sequence[Rollout]], Sequence[Rewrite]]:
+        """Rollouts and rewrites per chunk; empty for a kind that the stage does not ask for."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                rollouts = group.create_task(self._roll_out(stage.num_rollouts))
+                rewrites = group.create_task(self._rewrite() if "rewrite" in stage.kinds else _nothing())
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from failures
+        return rollouts.result(), rewrites.result()
+
+    async def judge(self, pools: Sequence[Pool]) -> dict[int, Verdict]:
+        """Verdicts by index of the chunk; a chunk with nothing to compare is not shown to the judge."""
+        asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
+        if not asked:
+            return {}
+        items = tuple(judgement_item(self.window, index, self.texts[index], pools[index]) for index in asked)
+        request = JudgementRequest(items=items, seed=self._seed("judge"))
+        with self._timed("judge"):
+            answer = await self.services.judge_candidates(request)
+        _expect("judge", "verdicts", len(answer.judgements), len(asked))
+        for index, verdict in zip(asked, answer.judgements, strict=True):
+            if not isinstance(verdict, JudgementFailure):
+                _expect("judge", "rewards", len(verdict.rewards), len(pools[index]))
+        return dict(zip(asked, answer.judgements, strict=True))
+
+    async def _roll_out(self, num_rollouts: int) -> Sequence[Sequence[Rollout]]:
+        if not num_rollouts:
+            return ()
+        request = RolloutRequest(
+            token_ids=self.window.token_ids,
+            starts=tuple(chunk.start for chunk in self.window.chunks),
+            num_rollouts=num_rollouts,
+            max_suffix_tokens=self.settings.chunks.suffix_tokens,
+            temperature=self.settings.rollout.temperature,
+            top_p=self.settings.rollout.top_p,
+            seed=self._seed("rollout"),
+        )
+        with self._timed("generate"):
+            answer = await self.services.continue_prefixes(request)
+        _expect("rollout", "chunks", len(answer.rollouts), len(self.window.chunks))
+        for group in answer.rollouts:
+            _expect("rollout", "rollouts of a chunk", len(group), num_rollouts)
+        return answer.rollouts
+
+    async def _rewrite(self) -> Sequence[Rewrite]:
+        suffix_tokens = self.settings.chunks.suffix_tokens
+        items = tuple(
+            RewriteItem(prefix=text.prefix, suffix=text.suffix, max_suffix_tokens=suffix_tokens) for text in self.texts
+        )
+        with self._timed("rewrite"):
+            answer = await self.services.rewrite(RewriteRequest(items=items, seed=self._seed("rewrite")))
+        _expect("rewrite", "rewrites", len(answer.rewrites), len(items))
+        return answer.rewrites
+
+    def _seed(self, purpose: str) -> int:
+        return seed_of(self.settings.run.seed, self.window.key, purpose)
+
+    @contextmanager
+    def _timed(self, role: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[role] = time.perf_counter() - started
+            metrics.role_seconds_total.labels(role).inc(self.seconds[role])
+
+
+async def _nothing() -> Sequence[Rewrite]:
+    return ()
+
+
+def _expect(role: str, what: str, found: int, expected: int) -> None:
+    """An answer of another shape than its request is refused, never padded."""
+    if found != expected:
+        raise RefusedRequestError(f"{role} answered {found} {what}, expected {expected}", reason=f"{role}_refused")

@@ -1,0 +1,182 @@
+"""The work on one leased part of the source: first what an earlier collector left unfinished, then on from there.
+
+    redo unfinished windows -> read on -> (end of the source) next epoch ... -> mark the part exhausted
+
+Reading is one loop per part; every window then is a task of its own. The loop blocks at the gate (gate.py) until a
+window has left it or the trainer has read. Called by leases.py, which cancels it when the lease is lost.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from services.collector.clients import Services
+from services.collector.collect import DroppedWindow, collect
+from services.collector.failures import first_error
+from services.collector.gate import Gate
+from services.collector.preparing import Preparer, Window
+from services.collector.sources.base import Document, Refusal, Source
+from services.collector.storage import Storage
+from services.collector.watch import RunWatch
+from shared import metrics
+from shared.errors import SourceError
+from shared.ledger import Position
+from shared.records import DocumentKey
+from shared.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PartWorker:
+    """Shared by all parts of one collector; `run` is one part's life."""
+
+    settings: Settings
+    source: Source
+    preparer: Preparer
+    services: Services
+    storage: Storage
+    gate: Gate
+    watch: RunWatch
+    _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    async def run(self, part: int) -> None:
+        """Until the part has no more documents. Raises SourceError when it never gives any."""
+        try:
+            async with asyncio.TaskGroup() as windows:
+                await self._redo(part, windows)
+                await self._read_on(part, windows)
+        except BaseExceptionGroup as failures:
+            raise first_error(failures) from failures
+        await self._end(part)
+
+    async def _redo(self, part: int, windows: asyncio.TaskGroup) -> None:
+        left = await self.storage.left_over(part)
+        if left:
+            _log.info("part %d: %d positions are unfinished and worked on again", part, len(left))
+        for epoch in sorted({position.epoch for position in left}):
+            wanted = {position.position: found for position, found in left.items() if position.epoch == epoch}
+            async for item in self._items(part, epoch, min(wanted)):
+                if item.position in wanted:
+                    await self._redo_one(item, part, epoch, wanted.pop(item.position), windows)
+                if not wanted:
+                    break
+            for position, numbers in wanted.items():
+                await self._drop_missing(part, epoch, position, numbers)
+
+    async def _redo_one(
+        self, item: Document | Refusal, part: int, epoch: int, numbers: set[int], windows: asyncio.TaskGroup
+    ) -> None:
+        prepared = [] if isinstance(item, Refusal) else await self._prepare(item, part, epoch)
+        for window in prepared:
+            if window.key.window in numbers:
+                await self._start(window, windows)
+        gone = numbers - {window.key.window for window in prepared}
+        await self._drop_missing(part, epoch, item.position, gone)
+
+    async def _drop_missing(self, part: int, epoch: int, position: int, numbers: set[int]) -> None:
+        for number in sorted(numbers):
+            key = DocumentKey(part=part, epoch=epoch, position=position, window=number)
+            detail = f"window {key} was read before, but the source or its settings have changed: it is there no more"
+            await self.storage.drop(key, reason="source_changed", detail=detail, source_id="")
+
+    async def _read_on(self, part: int, windows: asyncio.TaskGroup) -> None:
+        position = await self.storage.next_position(part)
+        max_epochs = self.settings.documents.max_epochs
+        while not max_epochs or position.epoch < max_epochs:
+            found = await self._read_epoch(part, position, windows)
+            if position.position == 0 and not found["window"]:
+                _log.warning("part %d has no usable document in a whole epoch: %s", part, dict(found) or "it is empty")
+                return
+            position = Position(position.epoch + 1, 0)
+
+    async def _read_epoch(self, part: int, start: Position, windows: asyncio.TaskGroup) -> Counter[str]:
+        """How many windows, and refusals by reason, the rest of the epoch gave."""
+        found: Counter[str] = Counter()
+        async for item in self._items(part, start.epoch, start.position):
+            if isinstance(item, Refusal):
+                await self._refuse(item, part, start.epoch)
+                found[item.reason] += 1
+                continue
+            prepared = await self._prepare(item, part, start.epoch)
+            if not prepared:
+                await self._refuse(_too_short(item), part, start.epoch)
+                found["too_short"] += 1
+                continue
+            await self.storage.begin(prepared)
+            found["window"] += len(prepared)
+            for window in prepared:
+                await self._start(window, windows)
+        return found
+
+    async def _items(self, part: int, epoch: int, start: int) -> AsyncIterator[Document | Refusal]:
+        items = self.source.read(part, epoch=epoch, start=start)
+        while True:
+            await self.gate.wait_open()
+            item = await asyncio.to_thread(next, items, None)
+            if item is None:
+                return
+            yield item
+
+    async def _prepare(self, document: Document, part: int, epoch: int) -> list[Window]:
+        def prepare() -> list[Window]:
+            return self.preparer.windows(document, part=part, epoch=epoch)
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
+
+    async def _refuse(self, item: Refusal, part: int, epoch: int) -> None:
+        key = DocumentKey(part=part, epoch=epoch, position=item.position, window=0)
+        metrics.documents_read_total.inc()
+        await self.storage.drop(key, reason=item.reason, detail=item.detail, source_id=item.place)
+
+    async def _start(self, window: Window, windows: asyncio.TaskGroup) -> None:
+        await self.gate.enter()
+        windows.create_task(self._work(window), name=f"window-{window.key}")
+
+    async def _work(self, window: Window) -> None:
+        """One window from reading to its end. Its place at the gate is given back only when the ledger knows."""
+        try:
+            show = self.preparer.tokenizer.show
+            texts = await asyncio.get_running_loop().run_in_executor(
+                self._tokenizing, lambda: show(window.token_ids, window.chunks)
+            )
+            stage = self.settings.collector.stage_at(self.watch.policy_version)
+            outcome = await collect(window, texts, stage=stage, services=self.services, settings=self.settings)
+            if isinstance(outcome, DroppedWindow):
+                await self.storage.drop(
+                    window.key, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id
+                )
+            else:
+                await self.storage.write(outcome)
+                self.gate.note_written()
+                await self.storage.finish(outcome)
+        finally:
+            self.gate.leave()
+
+    async def _end(self, part: int) -> None:
+        """All windows of the part are on the stream or dropped."""
+        balance = await self.storage.database(self.storage.ledger.balance)
+        num_parts, coordination = self.settings.documents.num_parts, self.storage.coordination
+        last = await self.storage.redis(lambda: coordination.source_exhausted(num_parts=num_parts - 1))
+        if last and balance.read == sum(balance.dropped.values()):
+            raise SourceError(
+                f"documents.path = {self.settings.documents.path!r} gave no usable document: "
+                f"{balance.read} read, dropped {balance.dropped}"
+            )
+        await self.storage.redis(lambda: coordination.mark_exhausted(part))
+        _log.info("part %d has no more documents", part)
+
+    def close(self) -> None:
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+
+def _too_short(document: Document) -> Refusal:
+    return Refusal(
+        document.position,
+        document.source_id,
+        "too_short",
+        f"document {document.source_id!r} is too short for one chunk (chunks.min_prefix_tokens, min_suffix_tokens)",
+    )

@@ -1,0 +1,151 @@
+"""Assembles the collector from settings and runs it until the trainer has finished or a signal comes.
+
+    main task: wait for the first of   signal | trainer finished | a failure
+    beside it: health server, run watch (watch.py), leases (leases.py) -> parts (parts.py) -> windows (collect.py)
+
+Every task belongs to a group that is cancelled in the end. Unfinished windows stay `reading` in the ledger, which is
+"in flight": the next collector does them again.
+"""
+
+import asyncio
+import logging
+import os
+import secrets as random_names
+import signal
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+from services.collector.app import build, health_server
+from services.collector.clients import Services, build_services, http_client
+from services.collector.failures import first_error
+from services.collector.gate import Gate
+from services.collector.leases import LeaseKeeper
+from services.collector.parts import PartWorker
+from services.collector.preparing import Preparer
+from services.collector.recording import Recorder
+from services.collector.sources.opening import open_source
+from services.collector.storage import Storage
+from services.collector.texts import PolicyTokenizer
+from services.collector.watch import RunWatch
+from shared.auth import refuse_open_binding
+from shared.coordination import Coordination
+from shared.database import migrate, open_database
+from shared.errors import SettingsError
+from shared.ledger import Ledger
+from shared.settings import Secrets, Settings
+from shared.stream import DocumentStream, connect
+
+_log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, secrets: Secrets) -> None:
+    """The collector's whole life; returns when it is done. Raises HeadwaterError."""
+    refuse_open_binding(settings.collector.host, secrets)
+    if not settings.redis.url:
+        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
+    asyncio.run(_run_until_signal(settings, secrets))
+
+
+async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
+    work = asyncio.create_task(run_collector(settings, secrets))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, work.cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        _log.info("stopped by a signal; unfinished windows are done again by the next collector")
+
+
+@dataclass
+class _State:
+    """What /readyz tells."""
+
+    starting: bool = True
+    storage: Storage | None = None
+    services: list[Services] = field(default_factory=list)
+
+    def trouble(self) -> str:
+        if self.starting or self.storage is None:
+            return "; ".join(["the collector is starting", *(self.storage.trouble.values() if self.storage else ())])
+        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.services)]))
+
+
+async def run_collector(settings: Settings, secrets: Secrets) -> None:
+    """Until the trainer has finished (then it returns), or until cancelled."""
+    state = _State()
+    server = health_server(build(secrets, state.trouble), host=settings.collector.host, port=settings.collector.port)
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve())
+            await _collect_documents(settings, secrets, state)
+            server.should_exit = True
+            await serving
+    except BaseExceptionGroup as failures:
+        raise first_error(failures) from failures
+
+
+async def _collect_documents(settings: Settings, secrets: Secrets, state: _State) -> None:
+    async with AsyncExitStack() as stack:
+        tokenizer = await asyncio.to_thread(PolicyTokenizer, settings.policy.tokenizer_source)
+        storage = _open_storage(settings, tokenizer)
+        stack.callback(storage.close)
+        state.storage = storage
+        await _prepare_stores(settings, storage)
+        source = await asyncio.to_thread(
+            lambda: open_source(settings.documents, seed=settings.run.seed, vocabulary_size=tokenizer.vocabulary_size)
+        )
+        http = await stack.enter_async_context(http_client(settings, token=secrets.token))
+        services = build_services(settings, http)
+        gate = Gate(
+            max_in_flight=settings.collector.max_documents_in_flight, max_backlog=settings.collector.max_backlog
+        )
+        watch = RunWatch(storage, gate, num_parts=settings.documents.num_parts, steps=settings.trainer.steps)
+        preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
+        worker = PartWorker(settings, source, preparer, services, storage, gate, watch)
+        stack.callback(worker.close)
+        state.services.append(services)
+        state.starting = False
+        await _work_until_finished(_lease_keeper(settings, storage, worker), watch)
+    _log.info("the trainer has finished")
+
+
+async def _work_until_finished(leases: LeaseKeeper, watch: RunWatch) -> None:
+    async with asyncio.TaskGroup() as group:
+        holding = group.create_task(leases.run())
+        watching = group.create_task(watch.run())
+        await watch.finished.wait()
+        holding.cancel()
+        watching.cancel()
+
+
+def _lease_keeper(settings: Settings, storage: Storage, worker: PartWorker) -> LeaseKeeper:
+    owner = f"{socket.gethostname()}-{os.getpid()}-{random_names.token_hex(4)}"
+    return LeaseKeeper(
+        storage,
+        worker.run,
+        owner=owner,
+        lease_s=settings.collector.lease_s,
+        num_parts=settings.documents.num_parts,
+        max_parts=settings.collector.max_parts,
+    )
+
+
+def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
+    client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
+    ledger = Ledger(open_database(settings.database_url), settings.run.name)
+    return Storage(
+        stream=DocumentStream(client, settings.run.name),
+        coordination=Coordination(client, settings.run.name),
+        ledger=ledger,
+        recorder=Recorder(ledger, tokenizer, settings.collector.record_share),
+        max_backoff_s=settings.collector.max_backoff_s,
+    )
+
+
+async def _prepare_stores(settings: Settings, storage: Storage) -> None:
+    ledger = storage.ledger
+    await storage.database(lambda: migrate(ledger.engine))
+    await storage.database(lambda: ledger.open_run(settings.model_dump(mode="json")))
+    await storage.redis(storage.stream.create)

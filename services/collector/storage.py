@@ -1,0 +1,148 @@
+"""Redis and the database from async code: in threads, and patiently. A call that fails for now is made again until
+it succeeds, so that nothing is lost while one of them is away. Called by parts.py, leases.py and watch.py.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from services.collector.backoff import Backoff
+from services.collector.preparing import Window
+from services.collector.recording import Recorder
+from shared import metrics
+from shared.coordination import Coordination
+from shared.errors import DatabaseError, StreamError
+from shared.ledger import Ledger, Position, WindowStart
+from shared.records import DocumentKey, ScoredDocument
+from shared.stream import DocumentStream
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Storage:
+    """One run's stream, coordination and ledger."""
+
+    stream: DocumentStream
+    coordination: Coordination
+    ledger: Ledger
+    recorder: Recorder
+    max_backoff_s: float
+    trouble: dict[str, str] = field(default_factory=dict)
+    """Per store why its last call failed; absent when it succeeded."""
+    # One thread for the database: SQLite has one writer anyway. Redis calls may overlap.
+    _database: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "database"))
+    _redis: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "redis"))
+
+    async def redis(self, call: Callable[[], T]) -> T:
+        """The answer of a blocking Redis call, however long Redis is away."""
+        backoff = Backoff(self.max_backoff_s)
+        while True:
+            try:
+                return await self.redis_once(call)
+            except StreamError:
+                await asyncio.sleep(backoff.next_s())
+
+    async def redis_once(self, call: Callable[[], T]) -> T:
+        """One attempt. Raises StreamError."""
+        try:
+            answer = await asyncio.get_running_loop().run_in_executor(self._redis, call)
+        except StreamError as exc:
+            self._note_down("redis", str(exc))
+            raise
+        self._note_up("redis")
+        return answer
+
+    async def database(self, call: Callable[[], T]) -> T:
+        """The answer of a blocking database call, however long the database is away."""
+        backoff = Backoff(self.max_backoff_s)
+        while True:
+            try:
+                answer = await asyncio.get_running_loop().run_in_executor(self._database, call)
+            except DatabaseError as exc:
+                self._note_down("database", str(exc))
+                await asyncio.sleep(backoff.next_s())
+            else:
+                self._note_up("database")
+                return answer
+
+    async def begin(self, windows: list[Window]) -> None:
+        """The windows of one position are read."""
+        starts = [WindowStart(window.key, window.source_id, len(window.token_ids)) for window in windows]
+        await self.database(lambda: self.ledger.begin(starts))
+        metrics.documents_read_total.inc(len(windows))
+
+    async def write(self, document: ScoredDocument) -> None:
+        """Put the document on the stream, once as far as can be known.
+
+        After a failed attempt Redis may have it all the same, so its id is looked for before the next. A trainer that
+        read and acknowledged it in between makes the look miss it: then it is written twice, and the trainer, who
+        knows from the ledger that it is trained, drops the repeat.
+        """
+        backoff = Backoff(self.max_backoff_s)
+        while True:
+            try:
+                await self.redis_once(lambda: self.stream.write(document))
+                return
+            except StreamError:
+                await asyncio.sleep(backoff.next_s())
+            if document.document_id in await self.redis(self.stream.document_ids):
+                return
+
+    async def finish(self, document: ScoredDocument) -> None:
+        """It is on the stream: note it in the ledger, and keep its candidates for people if it is of their share."""
+
+        def note() -> None:
+            self.ledger.mark_scored(
+                document.key,
+                num_chunks=len(document.chunks),
+                num_dropped_chunks=len(document.dropped_chunks),
+                policy_version=document.oldest_policy_version,
+            )
+            self.recorder.record(document)
+
+        await self.database(note)
+        metrics.documents_scored_total.inc()
+
+    async def drop(self, key: DocumentKey, *, reason: str, detail: str, source_id: str) -> None:
+        """It will not be trained."""
+        await self.database(lambda: self.ledger.drop(key, reason=reason, detail=detail, source_id=source_id))
+        metrics.documents_dropped_total.labels(reason).inc()
+        _log.info("dropped %s: %s", key, detail, extra={"document_id": str(key), "reason": reason})
+
+    async def left_over(self, part: int) -> dict[Position, set[int]]:
+        """Windows of the part that an earlier collector read and did not finish.
+
+        The stream's ids are read BEFORE the ledger. The trainer marks a document `trained` before it acknowledges,
+        that is deletes, its entry. So a window that is missing among the ids because it was acknowledged is `trained`
+        in the ledger that is read afterwards, and not done again. (The other way round, an entry acknowledged between
+        the two looks would still be `scored` in the first and gone in the second.) Nobody adds entries of this part
+        in between: its lease is ours.
+        """
+        on_stream = await self.redis(self.stream.document_ids)
+        await self.database(lambda: self.ledger.mark_found(part, on_stream=on_stream))
+        return await self.database(lambda: self.ledger.unfinished(part, on_stream=on_stream))
+
+    async def next_position(self, part: int) -> Position:
+        return await self.database(lambda: self.ledger.next_position(part))
+
+    def close(self) -> None:
+        """Without waiting for calls under way: their waits are bounded by the clients' timeouts."""
+        for executor in (self._database, self._redis):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _note_up(self, store: str) -> None:
+        if self.trouble.pop(store, ""):
+            _log.info("%s is back", store, extra={"service": store})
+        metrics.service_up.labels(store).set(1)
+
+    def _note_down(self, store: str, trouble: str) -> None:
+        if store not in self.trouble:
+            _log.warning("%s is away, trying again: %s", store, trouble, extra={"service": store})
+        self.trouble[store] = trouble
+        metrics.service_up.labels(store).set(0)
+        metrics.service_retries_total.labels(store).inc()
