@@ -111,9 +111,9 @@ def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -
     """Random weights as safetensors; returns the number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,

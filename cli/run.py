@@ -23,8 +23,9 @@ from cli.run_folder import RunFolder
 from cli.stack import Stack
 from cli.summary import summary_lines
 from shared.configuration import load_settings, write_settings
+from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
-from shared.errors import DatabaseError, HeadwaterError
+from shared.errors import DatabaseError, HeadwaterError, StreamError
 from shared.ledger import Ledger
 from shared.stream import connect
 
@@ -103,7 +104,15 @@ class Launcher:
 
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.engine, self.plan.settings.run.name)
-        self._stack = Stack(self.plan, self.folder, tell=self._tell, interrupted=self.interruption.asked)
+        self._redis = connect(self.plan.redis_url, timeout_s=2.0)
+        self._coordination = Coordination(self._redis, self.plan.settings.run.name)
+        self._stack = Stack(
+            self.plan,
+            self.folder,
+            tell=self._tell,
+            interrupted=self.interruption.asked,
+            has_reason_to_end=self._has_reason_to_end,
+        )
 
     def run(self) -> None:
         """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
@@ -123,9 +132,27 @@ class Launcher:
     def _start(self) -> None:
         self._stack.start_redis()
         if not self.interruption.asked():
+            self._reopen()
             self._stack.start_services()
         if not self.interruption.asked():
             self._stack.start_work()
+
+    def _reopen(self) -> None:
+        """What an earlier start of this run said about its end must not end this one, which has more steps to go."""
+        report = self._coordination.trainer_report()
+        if report and report.state == "finished" and report.step < self.plan.settings.trainer.steps:
+            self._coordination.report_trainer(TrainerReport(report.step, report.policy_version, "training"))
+
+    def _has_reason_to_end(self, role: str) -> bool:
+        """No, when Redis is away: the process is then started again and finds its work done."""
+        try:
+            report = self._coordination.trainer_report()
+            if report is not None and report.state == "finished":
+                return True
+            num_parts = self.plan.settings.documents.num_parts
+            return role == "collector" and self._coordination.source_exhausted(num_parts=num_parts)
+        except StreamError:
+            return False
 
     def _watch(self) -> None:
         reader = self._reader()
@@ -152,7 +179,7 @@ class Launcher:
             self.engine,
             settings.run.name,
             steps=settings.trainer.steps,
-            client=connect(self.plan.redis_url, timeout_s=2.0),
+            client=self._redis,
             collector_url=self.plan.collector_url,
             token=self.plan.secrets.token,
         )

@@ -56,11 +56,22 @@ class _Watched:
 class Stack:
     """All processes of one run. `interrupted` is asked in every wait; when it says yes, waits end early."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, *, tell: Tell, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        *,
+        tell: Tell,
+        interrupted: Callable[[], bool],
+        has_reason_to_end: Callable[[str], bool],
+    ) -> None:
+        """`has_reason_to_end(role)`: whether trainer or collector, gone with exit status 0, has done its work. Someone
+        may also have sent it a SIGTERM, and then it must come back."""
         self._plan = plan
         self._folder = folder
         self._tell = tell
         self._interrupted = interrupted
+        self._has_reason_to_end = has_reason_to_end
         self._watched: dict[str, _Watched] = {}
 
     @property
@@ -69,9 +80,9 @@ class Stack:
 
     @property
     def is_finished(self) -> bool:
-        """The trainer has ended by itself, without an error."""
+        """The trainer has ended because its work is done."""
         trainer = self._watched.get("trainer")
-        return trainer is not None and trainer.child.exit_code == 0
+        return trainer is not None and self._may_be_gone(trainer)
 
     def start_redis(self) -> None:
         """Start the embedded Redis, if the run has one, and wait for the one it uses."""
@@ -140,7 +151,9 @@ class Stack:
 
     def _may_be_gone(self, watched: _Watched) -> bool:
         """Trainer and collector end by themselves: the run is done, or the documents are."""
-        return watched.role in ("trainer", "collector") and watched.child.exit_code == 0
+        if watched.role not in ("trainer", "collector") or watched.child.exit_code != 0:
+            return False
+        return self._has_reason_to_end(watched.role)
 
     def _plan_restart(self, watched: _Watched, now: float) -> None:
         watched.deaths.append(now)

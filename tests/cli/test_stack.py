@@ -36,13 +36,15 @@ def told() -> list[tuple[str, str]]:
 def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[..., Stack]]:
     stacks: list[Stack] = []
 
-    def make(interrupted: bool = False, **programs: str) -> Stack:
+    def make(interrupted: bool = False, over: bool = True, **programs: str) -> Stack:
         roles = tuple(programs)
         plan = _Programs(Settings(), Secrets(token="t", admin_token="a"), roles, None, (), programs)
         folder = RunFolder(tmp_path)
         folder.create()
         tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731
-        stacks.append(Stack(plan, folder, tell=tell, interrupted=lambda: interrupted))
+        stacks.append(
+            Stack(plan, folder, tell=tell, interrupted=lambda: interrupted, has_reason_to_end=lambda _role: over)
+        )
         return stacks[-1]
 
     yield make
@@ -80,6 +82,16 @@ def test_a_collector_that_has_finished_is_left_alone(stack: Callable[..., Stack]
     running.start_work()
     _watch_until(running, lambda: running.is_finished)
     assert told == [("collector", "start"), ("trainer", "start")]
+
+
+@pytest.mark.parametrize("role", ["collector", "trainer"])
+def test_a_calm_end_without_a_reason_is_a_death(
+    stack: Callable[..., Stack], told: list[tuple[str, str]], role: str
+) -> None:
+    running = stack(over=False, **({"collector": SLEEP, "trainer": SLEEP} | {role: ""}))
+    running.start_work()
+    _watch_until(running, lambda: told.count((role, "start")) == 2)
+    assert not running.is_finished
 
 
 def test_a_trainer_that_failed_has_not_finished(stack: Callable[..., Stack], told: list[tuple[str, str]]) -> None:
