@@ -1,0 +1,87 @@
+"""Runs a collector in the test's own event loop, and looks at what it leaves on the stream and in the ledger."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from services.collector.service import run_collector
+from shared.coordination import Coordination
+from shared.database import migrate, open_database
+from shared.ledger import Balance, Ledger
+from shared.records import ScoredDocument
+from shared.settings import Secrets, Settings
+from shared.stream import BrokenEntry, DocumentStream, connect
+
+SENTENCE = "The moon moves around the earth in about twenty-seven days. "
+
+
+def write_documents(path: Path, num_documents: int) -> Path:
+    """JSONL of documents `d0`, `d1`, ...: each one window of 32 tokens or a little less."""
+    lines = [json.dumps({"id": f"d{index}", "text": f"{index}: {SENTENCE[:40]}"}) for index in range(num_documents)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+class Seen:
+    """The trainer's view of a run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        client = connect(settings.redis.url, timeout_s=2)
+        self.stream = DocumentStream(client, settings.run.name)
+        self.stream.create()
+        self.coordination = Coordination(client, settings.run.name)
+        self.ledger = Ledger(open_database(settings.database_url), settings.run.name)
+        migrate(self.ledger.engine)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.coordination.source_exhausted(num_parts=self._settings.documents.num_parts)
+
+    @property
+    def balance(self) -> Balance:
+        return self.ledger.balance()
+
+    def take_all(self) -> list[ScoredDocument]:
+        """All documents on the stream that were not taken yet."""
+        found = []
+        for entry in self.stream.read(count=10_000, block_s=0.01):
+            assert not isinstance(entry, BrokenEntry)
+            found.append(entry.document)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def collecting(settings: Settings, secrets: Secrets | None = None) -> AsyncIterator[asyncio.Task[None]]:
+    """A running collector, cancelled (as SIGTERM does) in the end."""
+    task = asyncio.create_task(run_collector(settings, secrets or Secrets()))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=20)
+
+
+async def until(condition: Callable[[], bool], *, task: asyncio.Task[None], timeout_s: float = 30) -> None:
+    """Wait for the condition; a collector that ends before raises its error."""
+    deadline = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(condition):
+        if task.done():
+            task.result()
+        assert time.monotonic() < deadline, "the collector did not get there in time"
+        await asyncio.sleep(0.05)
+
+
+def collect_all(settings: Settings, secrets: Secrets | None = None) -> Seen:
+    """Run a collector until its source is exhausted."""
+    seen = Seen(settings)
+
+    async def run() -> None:
+        async with collecting(settings, secrets) as task:
+            await until(lambda: seen.exhausted, task=task)
+
+    asyncio.run(run())
+    return seen

@@ -1,0 +1,82 @@
+"""One ASGI app that answers as rollout, rewriter and judge would, and remembers what it was asked."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from shared.api import JudgementRequest, RewriteRequest, RolloutRequest
+
+Interference = Callable[[str, Any], Response | None]
+"""May answer in the service's place: gets path and body."""
+
+
+@dataclass
+class StubServices:
+    """Rollout i of a chunk is ` roll i`, the rewrite is the suffix in capitals, the reward falls with the index."""
+
+    interfere: Interference = lambda path, body: None
+    seconds: float = 0.0
+    """How long each answer takes."""
+    requests: list[tuple[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    num_now: int = 0
+    max_at_once: int = 0
+
+    @property
+    def app(self) -> Starlette:
+        routes = {"/v1/rollouts": _rollouts, "/v1/rewrites": _rewrites, "/v1/judgements": _judgements}
+        return Starlette(
+            routes=[Route(path, self._endpoint(path, answer), methods=["POST"]) for path, answer in routes.items()]
+        )
+
+    def bodies(self, path: str) -> list[Any]:
+        return [body for asked, body in self.requests if asked == path]
+
+    def _endpoint(self, path: str, answer: Callable[[Any], dict[str, Any]]) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> Response:
+            body = await request.json()
+            self.requests.append((path, body))
+            self.headers.append(dict(request.headers))
+            self.num_now += 1
+            self.max_at_once = max(self.max_at_once, self.num_now)
+            try:
+                await asyncio.sleep(self.seconds)
+                return self.interfere(path, body) or JSONResponse(answer(body))
+            finally:
+                self.num_now -= 1
+
+        return endpoint
+
+
+def _rollouts(body: Any) -> dict[str, Any]:
+    request = RolloutRequest.model_validate(body)
+
+    def rollout(index: int) -> dict[str, Any]:
+        return {"token_ids": [5, 6, index], "text": f" roll {index}", "finish_reason": "length", "policy_version": 3}
+
+    return {"rollouts": [[rollout(index) for index in range(request.num_rollouts)] for _ in request.starts]}
+
+
+def _rewrites(body: Any) -> dict[str, Any]:
+    request = RewriteRequest.model_validate(body)
+    return {
+        "rewrites": [
+            {"text": item.suffix.upper(), "token_ids": [7, 8], "finish_reason": "stop"} for item in request.items
+        ]
+    }
+
+
+def _judgements(body: Any) -> dict[str, Any]:
+    request = JudgementRequest.model_validate(body)
+    return {"judgements": [judgement(len(item.candidates)) for item in request.items]}
+
+
+def judgement(num_candidates: int) -> dict[str, Any]:
+    rewards = [1.0 - index / num_candidates for index in range(num_candidates)]
+    return {"rewards": rewards, "scores": {"quality": rewards}, "num_calls": 1, "fingerprint": "stub"}
