@@ -90,7 +90,7 @@ def _command_line_values(overrides: Sequence[str]) -> list[tuple[list[str], Any,
 
 def _parse(text: str) -> Any:
     """Lists and tables as JSON or TOML; everything else stays text, which pydantic turns into its type."""
-    if text[:1] not in "[{":
+    if not text.startswith(("[", "{")):
         return text
     try:
         return json.loads(text)

@@ -8,12 +8,14 @@ import argparse
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
 from shared.configuration import load_settings
-from shared.errors import HeadwaterError
+from shared.errors import HeadwaterError, SettingsError
 from shared.logs import configure_logs
+from shared.settings import Settings
 
 _log = logging.getLogger("trainer")
 
@@ -24,17 +26,31 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     configure_logs("trainer")
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _on_signal(lambda: sys.exit(0))  # until training begins there is nothing to save
     try:
         settings = load_settings(arguments.config, overrides)
+        _check(settings)
         from trainer.assembly import train  # torch loads only once the settings are known to be good
 
+        _on_signal(stop.set)
         train(settings, stop)
     except HeadwaterError as exc:
         _log.error("%s: %s", type(exc).__name__, exc)
         return 1
     return 0
+
+
+def _on_signal(react: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: react())
+
+
+def _check(settings: Settings) -> None:
+    """What may stay empty elsewhere, but not for the trainer."""
+    if not settings.redis.url:
+        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
+    if not settings.policy.model:
+        raise SettingsError("policy.model is empty: name a Hugging Face folder or model to start from")
 
 
 if __name__ == "__main__":

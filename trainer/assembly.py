@@ -12,7 +12,6 @@ import torch
 
 from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
-from shared.errors import SettingsError
 from shared.ledger import Ledger
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
@@ -41,39 +40,41 @@ class _Connections:
 
 def train(settings: Settings, stop: Event) -> None:
     """A whole run of the trainer: fresh, resumed, or finished already. Returns when it ended in good order."""
+    trainer = prepare(settings, stop)
+    if trainer is None:
+        return
+    try:
+        trainer.run()
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+
+
+def prepare(settings: Settings, stop: Event) -> Trainer | None:
+    """The trainer as it stands before its first step of this process; None if its steps are done already."""
     connections = _connect(settings, stop)
     checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
         _settle(checkpoint, connections)
         if checkpoint.state.step >= settings.trainer.steps:
-            return _say_finished_already(checkpoint, connections)
-    trainer = build_trainer(settings, stop, connections, checkpoints, checkpoint)
-    try:
-        trainer.run()
-    finally:
-        for sink in trainer.sinks:
-            sink.close()
-    return None
+            _say_finished_already(checkpoint, connections)
+            return None
+    return _build(settings, stop, connections, checkpoints, checkpoint)
 
 
-def build_trainer(
+def _build(
     settings: Settings,
     stop: Event,
     connections: _Connections,
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None,
 ) -> Trainer:
-    """The trainer as it stands before its first step of this process."""
     _set_up_torch(settings)
     policy, optimizer = _load(settings, checkpoint)
     step = checkpoint.state.step if checkpoint else 0
-    stream, coordination, ledger, patience = (
-        connections.stream,
-        connections.coordination,
-        connections.ledger,
-        connections.patience,
-    )
+    stream, coordination = connections.stream, connections.coordination
+    ledger, patience = connections.ledger, connections.patience
     patience(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=step))
     patience(lambda: ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {step}"))
     tally = Tally()
@@ -99,8 +100,6 @@ def build_trainer(
 
 
 def _connect(settings: Settings, stop: Event) -> _Connections:
-    if not settings.redis.url:
-        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
     patience = Patience(stop)
     engine = open_database(settings.database_url)
     patience(lambda: migrate(engine))

@@ -63,6 +63,8 @@ class Trainer:
 
     def run(self) -> TrainerState:
         """Train until `settings.steps`, the end of the source, or `stop`; a checkpoint is on disk when it returns."""
+        if self.stop.is_set():
+            return "training"
         self._publish()  # before the first step: a broken weight path shows at once
         self._report("training")
         while self.step < self.settings.steps:

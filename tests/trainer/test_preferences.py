@@ -1,0 +1,97 @@
+import os
+import subprocess
+import sys
+from collections import Counter
+
+from shared.records import Candidate, ScoredChunk, ScoredDocument
+from shared.settings import Objective
+from tests.trainer.documents import candidate, chunk, document
+from trainer.preferences import Selection, rewards_by_kind, select_pairs
+
+ORIGINAL, REWRITE = candidate("original", 1, 2), candidate("rewrite", 3, 4)
+ROLLOUTS = [candidate("rollout", 5, i, version=3 + i) for i in range(3)]
+POOL = [ORIGINAL, REWRITE, *ROLLOUTS]
+
+
+def select(chunks: list[ScoredChunk], objective: Objective = "dpo", *, gap: float = 0.0, seed: int = 0) -> Selection:
+    return select_pairs(document(0, chunks), objective, min_reward_gap=gap, seed=seed)
+
+
+def tied(position: int) -> ScoredDocument:
+    """The original and three rollouts share the highest reward; the rewrite is the lowest."""
+    return document(position, [chunk(2, POOL, (0.9, 0.1, 0.9, 0.9, 0.9))])
+
+
+def drawn(position: int, seed: int) -> Candidate:
+    return select_pairs(tied(position), "dpo", min_reward_gap=0.0, seed=seed).pairs[0].chosen
+
+
+def test_dpo_takes_the_highest_and_the_lowest_of_the_whole_pool() -> None:
+    pair = select([chunk(5, POOL, (0.2, 0.5, 0.1, 0.9, 0.4))]).pairs[0]
+    assert (pair.chosen, pair.rejected) == (ROLLOUTS[1], ROLLOUTS[0])
+    assert (pair.trunk[: pair.start], pair.policy_version) == ((1, 2, 3, 4, 5), 3)
+
+
+def test_ties_are_broken_evenly_over_documents() -> None:
+    kinds = Counter(drawn(position, 0).kind for position in range(400))
+    assert 240 < kinds["rollout"] < 360  # three of four tied candidates are rollouts: 300 expected
+    assert kinds["rewrite"] == 0
+
+
+def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    first = [drawn(position, 1) for position in range(50)]
+    assert first == [drawn(position, 1) for position in range(50)]
+    assert first != [drawn(position, 2) for position in range(50)]
+
+
+def test_the_draw_does_not_change_between_processes() -> None:
+    program = "from tests.trainer.test_preferences import *; print([POOL.index(drawn(p, 0)) for p in range(20)])"
+    ours = str([POOL.index(drawn(position, 0)) for position in range(20)])
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", program]
+    theirs = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert theirs.stdout.strip() == ours
+
+
+def test_rewards_within_the_gap_are_no_preference() -> None:
+    close = chunk(2, POOL[:2], (0.50, 0.75))
+    assert select([close], gap=0.25) == Selection((), no_preference=1, missing=0)
+    assert len(select([close], gap=0.2).pairs) == 1
+
+
+def test_identical_tokens_are_no_preference() -> None:
+    copies = [candidate("original", 1, 2), candidate("rewrite", 1, 2)]
+    assert select([chunk(2, copies, (1.0, 0.0))]).no_preference == 1
+
+
+def test_a_chunk_without_judgement_or_with_one_candidate_is_missing_not_zero() -> None:
+    assert select([chunk(2, POOL), chunk(4, POOL[:1], (1.0,))]).missing == 2
+    assert select([chunk(2, POOL[:2], (float("nan"), 0.5))]).missing == 1
+
+
+def test_rf_nll_takes_the_highest_even_if_all_tie() -> None:
+    assert select([chunk(2, POOL, (0.1, 0.8, 0.3, 0.2, 0.1))], "rf_nll").pairs[0].chosen == REWRITE
+    assert select([chunk(2, POOL, (0.5,) * 5)], "rf_nll").pairs[0].rejected is None
+
+
+def test_sft_and_next_token_take_their_kind_without_a_judge() -> None:
+    assert select([chunk(2, POOL)], "sft_rewrite").pairs[0].chosen == REWRITE
+    assert select([chunk(2, POOL)], "sft_rollout").pairs[0].chosen == ROLLOUTS[0]
+    assert select([chunk(2, POOL)], "next_token").pairs[0].chosen == ORIGINAL
+
+
+def test_a_missing_kind_gives_no_pair() -> None:
+    assert select([chunk(2, [ORIGINAL])], "sft_rewrite") == Selection((), 0, missing=1)
+    assert select([chunk(2, [ORIGINAL, REWRITE])], "dpo_rewrite_over_rollout").missing == 1
+
+
+def test_rewrite_over_rollout_draws_its_rollout() -> None:
+    documents = [document(position, [chunk(2, POOL)]) for position in range(60)]
+    pairs = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0, seed=0).pairs[0] for d in documents]
+    assert {pair.chosen for pair in pairs} == {REWRITE}
+    assert {pair.rejected for pair in pairs} == set(ROLLOUTS)
+
+
+def test_rewards_by_kind_sum_over_the_pool() -> None:
+    rewards = rewards_by_kind(document(0, [chunk(2, POOL, (0.5, 0.25, 0.0, 1.0, 0.5)), chunk(4, POOL)]))
+    assert rewards == {"original": (0.5, 1), "rewrite": (0.25, 1), "rollout": (1.5, 3)}

@@ -1,0 +1,150 @@
+"""`python -m trainer` as a process: killed, stopped, misconfigured; and a Redis that goes away under it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+import redis
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.configuration import write_settings
+from shared.coordination import Coordination
+from shared.database import migrate, open_database
+from shared.ledger import Ledger
+from shared.settings import Settings
+from shared.stream import DocumentStream
+from tests.trainer.conftest import RedisServer, Stack, free_port
+from tests.trainer.documents import plain_document
+from trainer.assembly import train
+
+MakeStack = Callable[..., Stack]
+OPTIONS = {"steps": 12, "pairs_per_step": 4, "checkpoint_every": 3, "stream_timeout_s": 60.0}
+
+
+class Process:
+    """A trainer of its own; killed at the end whatever happens."""
+
+    def __init__(self, stack: Stack, config: Path) -> None:
+        write_settings(stack.settings, config)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
+        command = [sys.executable, "-m", "trainer", "--config", str(config)]
+        self.stack = stack
+        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+
+    def wait_for_step(self, step: int) -> None:
+        until = time.monotonic() + 90
+        while time.monotonic() < until and self.popen.poll() is None:
+            report = self.stack.coordination.trainer_report()
+            if report is not None and report.step >= step:
+                return
+            time.sleep(0.02)
+        self.popen.kill()
+        raise AssertionError(self.popen.communicate(timeout=10)[1].decode())
+
+    def end(self, number: int | None = None) -> tuple[int, str]:
+        """Exit status and standard error, after signal `number` if given."""
+        if number is not None:
+            self.popen.send_signal(number)
+        try:
+            _, errors = self.popen.communicate(timeout=90)
+        finally:
+            self.popen.kill()
+        return self.popen.returncode, errors.decode()
+
+
+def weights_at(stack: Stack, step: int) -> dict[str, torch.Tensor]:
+    folder = stack.settings.run.folder / f"checkpoints/step-{step:08d}/policy"
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+@pytest.mark.slow
+def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: MakeStack, tmp_path: Path) -> None:
+    """Equal weights in the end mean that every pair was trained exactly once and in its order."""
+    whole, broken = make_stack("whole", **OPTIONS), make_stack("broken", **OPTIONS)
+    documents = [plain_document(number, run=broken.run) for number in range(16)]  # 48 pairs
+    config = tmp_path / "config.toml"
+
+    broken.write(documents[:6])  # 18 pairs: steps 1 to 4, then it waits with 2 pairs in hand
+    first = Process(broken, config)
+    first.wait_for_step(4)
+    assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    assert broken.ledger.balance().trained == 4  # the checkpoint of step 3 holds 12 pairs
+
+    broken.write(documents[6:10])
+    second = Process(broken, config)
+    second.wait_for_step(5)
+    assert second.end(signal.SIGTERM)[0] == 0
+
+    broken.write(documents[10:])
+    status, errors = Process(broken, config).end()
+    assert (status, "finished" in errors) == (0, True), errors
+
+    whole.write(document.model_copy(update={"run_id": whole.run}) for document in documents)
+    train(whole.settings, Event())
+    expected, found = weights_at(whole, 12), weights_at(broken, 12)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    balance = broken.ledger.balance()
+    assert (balance.read, balance.trained, balance.in_flight, balance.holds) == (16, 16, 0, True)
+    assert broken.stream.document_ids() == set()
+
+
+@pytest.mark.parametrize("given", ["--trainer.stepz", "--redis.url"])
+def test_wrong_settings_are_one_error_line_and_status_1(given: str) -> None:
+    command = [sys.executable, "-m", "trainer", given, ""]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    entry = json.loads(answer.stderr)  # exactly one line
+    assert (answer.returncode, entry["level"]) == (1, "error")
+    assert given.removeprefix("--") in entry["message"]
+
+
+def test_help_does_not_load_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "trainer", "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "torch" not in answer.stderr
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(free_port(), folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+def on_redis(stack: Stack, server: RedisServer) -> Stack:
+    settings = Settings.model_validate(stack.settings.model_dump() | {"redis": {"url": server.url}})
+    engine = open_database(settings.database_url)
+    migrate(engine)
+    client = redis.Redis.from_url(server.url)
+    return Stack(
+        settings, DocumentStream(client, stack.run), Coordination(client, stack.run), Ledger(engine, stack.run)
+    )
+
+
+def test_a_redis_that_is_killed_and_comes_back_loses_nothing(make_stack: MakeStack, own_redis: RedisServer) -> None:
+    stack = on_redis(make_stack(steps=3, pairs_per_step=4), own_redis)
+    stack.write(plain_document(number, run=stack.run) for number in range(2))
+
+    def interrupt() -> None:
+        time.sleep(2.0)  # step 1 is done, 2 pairs are held
+        own_redis.kill()
+        time.sleep(1.0)
+        own_redis.start()
+        stack.write(plain_document(number, run=stack.run) for number in range(2, 4))
+
+    thread = Thread(target=interrupt)
+    thread.start()
+    train(stack.settings, Event())
+    thread.join()
+    balance = stack.ledger.balance()
+    assert (balance.trained, balance.in_flight, stack.stream.document_ids()) == (4, 0, set())

@@ -1,0 +1,58 @@
+"""TRL 1.16's DPOTrainer as an independent witness: its loss and gradients on our token ids."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.trainer.conftest import tiny_llama
+from tests.trainer.test_batches import CPU, some_pairs
+from trainer.batches import micro_batches, suffix_log_probs
+from trainer.objectives import Dpo
+
+BETA = 0.3
+
+
+@pytest.fixture
+def trl_trainer(policy_folder: Path, tmp_path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own imports and deprecations are not ours to mend
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        tokenizer = AutoTokenizer.from_pretrained(policy_folder, pad_token="w0", eos_token="w0")
+        arguments = DPOConfig(output_dir=str(tmp_path), beta=BETA, report_to=[], use_cpu=True, bf16=False)
+        rows = Dataset.from_list([{"prompt": "w1 w2", "chosen": " w3", "rejected": " w4"}])
+        model, reference = tiny_llama(0), tiny_llama(1)
+        return DPOTrainer(model, reference, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_loss_and_gradients_are_those_of_trl(trl_trainer: Any) -> None:
+    pairs, model, reference = some_pairs(), tiny_llama(0), tiny_llama(1)
+    for batch in micro_batches(pairs, 60, device=CPU):
+        with torch.no_grad():
+            fixed = suffix_log_probs(reference, batch)
+        (Dpo(BETA).terms(suffix_log_probs(model, batch), fixed).loss_sum / len(pairs)).backward()  # type: ignore[no-untyped-call]
+    rows = [
+        {
+            "prompt_ids": list(pair.trunk[: pair.start]),
+            "chosen_ids": list(pair.suffixes[0]),
+            "rejected_ids": list(pair.suffixes[1]),
+        }
+        for pair in pairs
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = trl_trainer.compute_loss(trl_trainer.model, trl_trainer.data_collator(rows))
+        loss.backward()
+    batches = list(micro_batches(pairs, 10_000, device=CPU))
+    assert len(batches) == 1
+    with torch.no_grad():
+        log_probs = suffix_log_probs(model, batches[0])
+        ours = Dpo(BETA).terms(log_probs, suffix_log_probs(reference, batches[0])).loss_sum / len(pairs)
+    assert loss.item() == pytest.approx(ours.item(), rel=1e-5)
+    for mine, theirs in zip(model.parameters(), trl_trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
