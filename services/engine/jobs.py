@@ -111,7 +111,7 @@ class JobQueue:
     def close(self, reason: str) -> None:
         """Refuse new jobs and fail those that wait."""
         with self._changed:
-            self._closed = reason
+            self._closed = self._closed or reason
             left: list[GenerateJob | ScoreJob | LoadJob] = [*self._waiting, *self._loads]
             self._waiting.clear()
             self._loads.clear()

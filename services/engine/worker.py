@@ -25,6 +25,8 @@ from shared.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
 
+_BATCH_ERRORS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
 
 class Worker:
     """`decode` turns a continuation's tokens into text."""
@@ -88,11 +90,11 @@ class Worker:
                 self._generate(model, [job for job in batch if isinstance(job, GenerateJob)])
             else:
                 self._score(model, [job for job in batch if isinstance(job, ScoreJob)])
-        except RuntimeError as exc:
-            # What torch raises, out of memory among it: this batch fails, the next may not.
+        except _BATCH_ERRORS as exc:
+            # Out of memory, or a bug that one batch sets off: this batch fails, the next may not.
             _log.exception("a batch of %d requests failed", len(jobs))
             for job in jobs:
-                fail(job, EngineError(f"the model failed on a batch of {len(jobs)} requests: {exc}"))
+                fail(job, EngineError(f"the model failed on a batch of {len(jobs)} requests: {type(exc).__name__}: {exc}"))
         except BaseException as exc:
             for job in jobs:
                 fail(job, EngineError(f"the engine broke down: {type(exc).__name__}: {exc}"))

@@ -1,0 +1,41 @@
+"""The rollout service as a whole: a tiny policy, a weight store, a real server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.rollout.app import build_app
+from shared.settings import Secrets, Settings
+from tests.services.conftest import build_tiny_model
+from tests.services.serving import running
+
+TOKEN = "t0ken"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+SECRETS = Secrets(token=TOKEN, admin_token="adm1n")
+
+
+def make_settings(model: Path, folder: Path, **rollout: object) -> Settings:
+    """No Redis: the newest version in the store counts as announced."""
+    return Settings.model_validate(
+        {
+            "run": {"name": "test", "directory": str(folder)},
+            "policy": {"model": str(model)},
+            "rollout": {"poll_interval_s": 0.02, "engine": {"device": "cpu"}} | rollout,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A safetensors file that fits the tiny model, with other values."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    build_tiny_model(folder, seed=1)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A rollout service that nobody sends weights to."""
+    with running(build_app(make_settings(tiny_model, tmp_path_factory.mktemp("run")), SECRETS)) as url:
+        yield url

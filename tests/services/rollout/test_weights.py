@@ -1,0 +1,290 @@
+"""New weights while the service answers: swaps, refusals, catching up. Real store, engine, server and database."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from safetensors.torch import load, save
+from torch import Tensor
+
+from services.rollout.app import build_app
+from services.rollout.weights import WeightWatcher
+from shared import metrics
+from shared.api import RolloutResponse
+from shared.database import EventRow, open_database, transaction
+from shared.errors import StreamError
+from shared.weight_store import WeightStore
+from tests.services.fakes import FakeEngine
+from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
+from tests.services.serving import running, wait_until
+
+BODY = {"token_ids": list(range(20, 60)), "starts": [16, 40], "num_rollouts": 2, "max_suffix_tokens": 32}
+
+
+@contextmanager
+def service(model: Path, folder: Path) -> Iterator[tuple[str, WeightStore]]:
+    settings = make_settings(model, folder)
+    with running(build_app(settings, SECRETS)) as url:
+        yield url, WeightStore(settings.weight_store_url)
+
+
+def ask(url: str, seed: int = 0) -> RolloutResponse:
+    answer = httpx.post(f"{url}/v1/rollouts", json=BODY | {"seed": seed}, headers=HEADERS, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return RolloutResponse.model_validate_json(answer.content)
+
+
+def readiness(url: str) -> dict[str, object]:
+    found: dict[str, object] = httpx.get(f"{url}/readyz", timeout=5).json()
+    return found
+
+
+def versions(answer: RolloutResponse) -> set[int]:
+    return {rollout.policy_version for of_start in answer.rollouts for rollout in of_start}
+
+
+def test_a_published_version_is_served(tiny_model: Path, other_weights: bytes, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path) as (url, store):
+        before = ask(url)
+        store.publish({"model.safetensors": other_weights}, version=3, step=3)
+        wait_until(lambda: readiness(url)["policy_version"] == 3, what="version 3")
+        after = ask(url)
+        assert (versions(before), versions(after)) == ({0}, {3})
+        assert before.rollouts[0][0].token_ids != after.rollouts[0][0].token_ids
+
+
+def test_a_swap_loses_no_request_in_flight(tiny_model: Path, other_weights: bytes, tmp_path: Path) -> None:
+    with service(tiny_model, tmp_path) as (url, store), ThreadPoolExecutor(16) as pool:
+        store.publish({"model.safetensors": (tiny_model / "model.safetensors").read_bytes()}, version=1, step=1)
+        wait_until(lambda: readiness(url)["policy_version"] == 1, what="version 1")
+        under_first = {seed: ask(url, seed) for seed in range(2)}
+        asked = [pool.submit(ask, url, seed % 2) for seed in range(32)]
+        store.publish({"model.safetensors": other_weights}, version=2, step=2)
+        answers = [future.result(60) for future in asked]
+        wait_until(lambda: readiness(url)["policy_version"] == 2, what="version 2")
+        under_second = {seed: ask(url, seed) for seed in range(2)}
+        for seed, answer in enumerate(answers):
+            (version,) = versions(answer)
+            assert answer == {1: under_first, 2: under_second}[version][seed % 2]
+
+
+def refused_total() -> float:
+    return metrics.REGISTRY.get_sample_value("headwater_refused_weights_total") or 0.0
+
+
+def tensors_of(content: bytes) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load(content)  # type: ignore[no-untyped-call]
+    return found
+
+
+def wrong_shape(content: bytes) -> bytes:
+    tensors = tensors_of(content)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].clone()
+    return save(tensors)
+
+
+def missing_tensor(content: bytes) -> bytes:
+    return save({name: tensor for name, tensor in tensors_of(content).items() if name != "model.norm.weight"})
+
+
+def not_finite(content: bytes) -> bytes:
+    tensors = tensors_of(content)
+    tensors["model.norm.weight"][0] = float("nan")
+    return save(tensors)
+
+
+SPOILED = {
+    "shape (5,)": wrong_shape,
+    "missing": missing_tensor,
+    "NaN": not_finite,
+    "not a readable safetensors": lambda content: content[:1000],
+}
+
+
+@pytest.mark.parametrize("words", SPOILED)
+def test_weights_that_do_not_fit_are_refused(
+    tiny_model: Path, other_weights: bytes, tmp_path: Path, words: str
+) -> None:
+    with service(tiny_model, tmp_path) as (url, store):
+        before = ask(url)
+        store.publish({"model.safetensors": SPOILED[words](other_weights)}, version=1, step=1)
+        wait_until(lambda: "version 1 was refused" in str(readiness(url)["detail"]), what="the refusal")
+        assert words in str(readiness(url)["detail"])
+        assert readiness(url)["ready"]
+        assert ask(url) == before
+
+
+def test_a_corrupt_file_keeps_the_last_good_version_until_a_newer_one(
+    tiny_model: Path, other_weights: bytes, tmp_path: Path
+) -> None:
+    with service(tiny_model, tmp_path) as (url, store):
+        store.publish({"model.safetensors": other_weights}, version=1, step=1)
+        wait_until(lambda: readiness(url)["policy_version"] == 1, what="version 1")
+        counted, good = refused_total(), ask(url)
+        publish_corrupt(store, other_weights, version=2)
+        wait_until(lambda: "version 2 was refused" in str(readiness(url)["detail"]), what="the refusal")
+        assert "corrupt" in str(readiness(url)["detail"])
+        assert ask(url) == good
+        assert refused_total() == counted + 1
+        store.publish({"model.safetensors": other_weights}, version=3, step=3)
+        wait_until(lambda: readiness(url)["policy_version"] == 3, what="version 3")
+        assert readiness(url)["detail"] == ""
+    events = read_events(tmp_path)
+    assert [(event.kind, event.data["version"]) for event in events] == [("refused_weights", 2)]
+
+
+def publish_corrupt(store: WeightStore, content: bytes, *, version: int) -> None:
+    """A version whose manifest is right and whose file has one flipped byte; the manifest comes last, as always."""
+    folder = Path(store.root) / f"v{version:08d}"
+    donor = WeightStore(str(folder.parent.parent / "donor"))
+    donor.publish({"model.safetensors": content}, version=version, step=version)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    manifest = Path(donor.root) / folder.name / "manifest.json"
+    (folder / "manifest.json").write_bytes(manifest.read_bytes())
+
+
+def read_events(folder: Path) -> list[EventRow]:
+    engine = open_database(make_settings(Path("unused"), folder).database_url)
+    with transaction(engine) as session:
+        rows = list(session.scalars(sa.select(EventRow).order_by(EventRow.id)))
+        session.expunge_all()
+    engine.dispose()
+    return rows
+
+
+def test_a_new_replica_catches_up_before_it_is_ready(tiny_model: Path, other_weights: bytes, tmp_path: Path) -> None:
+    store = WeightStore(make_settings(tiny_model, tmp_path).weight_store_url)
+    store.publish({"model.safetensors": other_weights}, version=7, step=7)
+    with service(tiny_model, tmp_path) as (url, _):
+        assert readiness(url)["policy_version"] == 7
+        assert versions(ask(url)) == {7}
+
+
+def test_a_new_replica_goes_back_to_the_newest_good_version(
+    tiny_model: Path, other_weights: bytes, tmp_path: Path
+) -> None:
+    store = WeightStore(make_settings(tiny_model, tmp_path).weight_store_url)
+    store.publish({"model.safetensors": other_weights}, version=7, step=7)
+    publish_corrupt(store, other_weights, version=8)
+    with service(tiny_model, tmp_path) as (url, _):
+        assert readiness(url)["policy_version"] == 7
+        assert "version 8 was refused" in str(readiness(url)["detail"])
+
+
+class RecordedEvents:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def record(self, kind: str, message: str, **data: object) -> None:
+        self.kinds.append(kind)
+
+
+class Watched:
+    """A watcher on a fake engine, with announcements and a clock set by hand."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self.engine, self.events = FakeEngine(), RecordedEvents()
+        self.now, self.announced, self.redis_is_up = 0.0, 0, True
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.watcher = WeightWatcher(
+            store=store,
+            engine=self.engine,
+            announced=self._read,
+            events=self.events,
+            poll_interval_s=0.01,
+            clock=lambda: self.now,
+        )
+        self.watcher.bind(self.loop)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+    def _read(self) -> int:
+        if not self.redis_is_up:
+            raise StreamError("Redis: connection refused")
+        return self.announced
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> WeightStore:
+    store = WeightStore(str(tmp_path / "store"))
+    for version in (1, 2, 3):
+        store.publish({"model.safetensors": b"content"}, version=version, step=version)
+    return store
+
+
+@pytest.fixture
+def watched(store: WeightStore) -> Iterator[Watched]:
+    watched = Watched(store)
+    yield watched
+    watched.close()
+
+
+def test_a_refused_version_is_tried_again_with_backoff(watched: Watched) -> None:
+    watched.announced, watched.engine.failing_loads = 1, 2
+    for now, failures_left in ((0.0, 1), (0.5, 1), (1.1, 0), (2.0, 0)):
+        watched.now = now
+        watched.watcher.check()
+        assert watched.engine.failing_loads == failures_left
+    watched.now = 3.2
+    watched.watcher.check()
+    assert (watched.engine.weight_version, watched.watcher.detail) == (1, "")
+    assert watched.events.kinds == ["refused_weights"]
+
+
+def test_a_newer_version_does_not_wait_for_the_backoff(watched: Watched) -> None:
+    watched.announced, watched.engine.failing_loads = 1, 1
+    watched.watcher.check()
+    watched.announced = 2
+    watched.watcher.check()
+    assert (watched.engine.weight_version, watched.watcher.detail) == (2, "")
+
+
+def test_a_pruned_version_gives_way_to_the_newest(watched: Watched, store: WeightStore) -> None:
+    store.prune(keep=1)
+    watched.announced = 2
+    watched.watcher.check()
+    assert watched.engine.weight_version == 3
+    assert watched.events.kinds == []
+
+
+def test_a_version_that_is_nowhere_is_refused(watched: Watched) -> None:
+    watched.announced = 9
+    watched.watcher.check()
+    assert watched.engine.weight_version == 0
+    assert "no complete weight version 9" in watched.watcher.detail
+
+
+def test_without_redis_the_last_version_stays_and_the_detail_says_so(watched: Watched) -> None:
+    watched.announced = 1
+    watched.watcher.check()
+    watched.redis_is_up = False
+    watched.watcher.check()
+    assert watched.engine.weight_version == 1
+    assert "connection refused" in watched.watcher.detail
+    watched.redis_is_up, watched.announced = True, 2
+    watched.watcher.check()
+    assert (watched.engine.weight_version, watched.watcher.detail) == (2, "")
+
+
+def test_older_announcements_are_ignored(watched: Watched) -> None:
+    for announced in (3, 2):
+        watched.announced = announced
+        watched.watcher.check()
+    assert watched.engine.weight_version == 3
+
+
+def test_manifests_of_the_tests_are_real(store: WeightStore) -> None:
+    assert json.loads((Path(store.root) / "v00000003" / "manifest.json").read_text())["version"] == 3
