@@ -98,11 +98,11 @@ class Lessons:
             rows.append(Row(ids, labels, Candidate(ids, verdict).tags))
         return rows
 
-    def rewriter_rows(self, step: int, *, size: int) -> list[Row]:
+    def rewriter_rows(self, step: int, *, size: int, clean_rate: float) -> list[Row]:
         rng = stream(self.world, "rewriter-rows", step)
         rows: list[Row] = []
         while len(rows) < size:
-            chunk = self.draw_chunk(rng, clean_rate=0.2)
+            chunk = self.draw_chunk(rng, clean_rate=clean_rate)
             if chunk:
                 rows.append(self.rewriter_row(chunk))
         return rows

@@ -32,7 +32,8 @@ class Budget:
 
     policy_steps: int = 1000
     reader_steps: int = 1200
-    rewriter_steps: int = 1500
+    rewriter_draft_steps: int = 1500
+    rewriter_steps: int = 500
     draft_steps: int = 700
     judge_steps: int = 900
     pool_prefixes: int = 1200
@@ -86,10 +87,16 @@ class Workshop:
         rows = lambda step: self.lessons.reader_rows(step, size=24)  # noqa: E731
         return self._fit(Stage("reader", self.budget.reader_steps, 2e-3, rows), model, None, folder)
 
+    def rewriter_draft(self, folder: Path) -> float:
+        rows = lambda step: self.lessons.rewriter_rows(step, size=24, clean_rate=0.2)  # noqa: E731
+        stage = Stage("rewriter_draft", self.budget.rewriter_draft_steps, 1.5e-3, rows, tag_weight=0.3)
+        return self._fit(stage, self.load("reader"), "reader", folder)
+
     def rewriter(self, folder: Path) -> float:
-        rows = lambda step: self.lessons.rewriter_rows(step, size=24)  # noqa: E731
-        stage = Stage("rewriter", self.budget.rewriter_steps, 1.5e-3, rows, tag_weight=0.3)
-        return self._fit(stage, self.load("reader"), "reader", folder, publish="rewriter")
+        """More copying, at a lower rate: exact copies come last."""
+        rows = lambda step: self.lessons.rewriter_rows(step + 10**6, size=24, clean_rate=0.35)  # noqa: E731
+        stage = Stage("rewriter", self.budget.rewriter_steps, 8e-4, rows, tag_weight=0.3)
+        return self._fit(stage, self.load("rewriter_draft"), "rewriter_draft", folder, publish="rewriter")
 
     def base_pool(self, folder: Path) -> None:
         """Rollouts of the base policy on prefixes of the judge's own."""
@@ -169,6 +176,7 @@ STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
     "reader": Workshop.reader,
     "base_pool": Workshop.base_pool,
     "checker_drift": Workshop.checker_drift,
+    "rewriter_draft": Workshop.rewriter_draft,
     "rewriter": Workshop.rewriter,
     "judge_draft": Workshop.judge_draft,
     "judge_drift": Workshop.judge_drift,
