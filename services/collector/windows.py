@@ -4,7 +4,8 @@
     window 0  [BOS . prefix . |chunk|chunk|chunk|chunk]
     window 1                               [overlap . |chunk|chunk|tail]
 
-Chunks start at multiples of `suffix_tokens` from the window's start. A chunk that begins in the overlap was a chunk
+Chunks start at multiples of `suffix_tokens` from the window's start; where `min_prefix_tokens` is less than that, the
+first one starts right after it and the others follow. A chunk that begins in the overlap was a chunk
 of the window before; one with too short a prefix, or too short itself, is context only. A window without any chunk
 is none.
 """
@@ -59,7 +60,8 @@ def draw_chunks(
 
 
 def _cut_chunks(length: int, overlap: int, chunks: ChunksSettings) -> tuple[Chunk, ...]:
-    first = max(chunks.min_prefix_tokens, overlap)
-    starts = range(-(-first // chunks.suffix_tokens) * chunks.suffix_tokens, length, chunks.suffix_tokens)
+    origin = min(chunks.min_prefix_tokens, chunks.suffix_tokens)
+    first = max(chunks.min_prefix_tokens, overlap) - origin
+    starts = range(origin + -(-first // chunks.suffix_tokens) * chunks.suffix_tokens, length, chunks.suffix_tokens)
     cut = (Chunk(start, min(start + chunks.suffix_tokens, length)) for start in starts)
     return tuple(chunk for chunk in cut if chunk.end - chunk.start >= chunks.min_suffix_tokens)
