@@ -1,0 +1,148 @@
+"""The judge over HTTP."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from services.judge.app import build, create_judge_app
+from shared import metrics
+from shared.api import JudgementFailure, JudgementResponse
+from shared.errors import EngineError, SettingsError
+from shared.records import Judgement
+from shared.settings import Secrets, Settings
+from tests.services.fakes import FakeEngine
+
+TOKEN = {"Authorization": "Bearer t0ken"}
+SECRETS = Secrets(token="t0ken", admin_token="adm1n")
+ITEM = {"prefix": "The", "candidates": [{"text": " moon"}, {"text": " sun"}], "reference": " moon"}
+
+
+def settings(**judge: Any) -> Settings:
+    return Settings.model_validate({"judge": {"criteria": {"safety": {"samples": 2}}} | judge})
+
+
+@contextmanager
+def serving(engine: FakeEngine, chosen: Settings) -> Iterator[TestClient]:
+    with TestClient(create_judge_app(chosen, SECRETS, engine=engine), raise_server_exceptions=False) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+def ask(client: TestClient, *items: dict[str, Any]) -> Any:
+    return client.post("/v1/judgements", headers=TOKEN, json={"items": items or (ITEM,)})
+
+
+def test_judgements_come_back_in_order_with_the_fingerprint_of_readiness() -> None:
+    engine = FakeEngine(answer=lambda prompt, index: "?" if " strange" in prompt else "Fine.\nVerdict: safe")
+    with serving(engine, settings(max_retries=0)) as client:
+        answer = ask(client, ITEM, ITEM | {"candidates": [{"text": " strange"}, {"text": " sun"}]})
+        ready = client.get("/readyz").json()
+    found = JudgementResponse.model_validate_json(answer.content).judgements
+    assert isinstance(found[0], Judgement)
+    assert isinstance(found[1], JudgementFailure)
+    assert (found[0].rewards, found[0].reasoning) == ((1.0, 1.0), "Fine.\nVerdict: safe")
+    assert found[0].fingerprint == ready["fingerprint"] != ""
+    assert (engine.started, engine.closed) == (True, True)
+
+
+def test_a_failing_engine_is_503_for_the_whole_request() -> None:
+    engine = FakeEngine(answer=lambda prompt, index: EngineError("out of memory"))
+    with serving(engine, settings()) as client:
+        answer = ask(client, ITEM)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "out of memory")
+
+
+def test_calls_and_failures_are_counted_by_criterion() -> None:
+    def value(name: str) -> float:
+        return metrics.REGISTRY.get_sample_value(f"headwater_{name}", {"criterion": "safety"}) or 0.0
+
+    names = ("judge_calls_total", "judge_failures_total")
+    before = [value(name) for name in names]
+    with serving(FakeEngine(answer=lambda prompt, index: "hm"), settings(max_retries=0)) as client:
+        failure = ask(client, ITEM | {"candidates": [{"text": " x"}, {"text": " x"}]}).json()["judgements"][0]
+    assert failure == {"reason": "unreadable_verdict", "num_calls": 2, "num_failures": 2}
+    assert [value(name) - past for name, past in zip(names, before, strict=True)] == [2, 2]
+
+
+def test_one_candidate_alone_is_refused() -> None:
+    with serving(FakeEngine(), settings()) as client:
+        assert ask(client, ITEM | {"candidates": [{"text": " moon"}]}).status_code == 422
+
+
+def test_a_token_is_needed() -> None:
+    with serving(FakeEngine(), settings()) as client:
+        assert client.post("/v1/judgements", json={"items": [ITEM]}).status_code == 401
+
+
+def test_the_schema_carries_examples_that_parse() -> None:
+    app = create_judge_app(settings(), SECRETS, engine=FakeEngine())
+    content = app.openapi()["paths"]["/v1/judgements"]["post"]["responses"]["200"]["content"]["application/json"]
+    example = JudgementResponse.model_validate(content["example"])
+    assert [type(one) for one in example.judgements] == [Judgement, JudgementFailure]
+
+
+def test_a_prompt_that_can_not_be_used_stops_the_service_before_its_engine_loads(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("Is {text} safe?")
+    with pytest.raises(SettingsError, match=r"mine\.txt: nothing fills \{text\}"):
+        create_judge_app(settings(criteria={"safety": {"prompt": str(path)}}), SECRETS, engine=FakeEngine())
+
+
+def failure_at_start(chosen: Settings, engine: FakeEngine) -> Any:
+    app = create_judge_app(chosen, SECRETS, engine=engine)
+    with TestClient(app) as client:
+        wait_until(lambda: hasattr(app.state, "failure"))
+        assert client.get("/readyz").status_code == 503
+    return app.state.failure
+
+
+def test_an_engine_that_can_not_score_labels_ends_the_process() -> None:
+    failure = failure_at_start(settings(criteria={"safety": {"verdict": "labels"}}), FakeEngine())
+    assert isinstance(failure, SettingsError)
+    assert "judge.criteria.safety compares log-probs" in str(failure)
+
+
+def test_a_python_criterion_alone_loads_no_model() -> None:
+    place = "tests.services.judge.scorers:by_length"
+    app = build(settings(criteria={"python": {"function": place}}), SECRETS)
+    with TestClient(app) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        answer = ask(client, ITEM | {"candidates": [{"text": "ab"}, {"text": "abcd"}], "reference": "abcd"})
+    assert answer.json()["judgements"][0]["rewards"] == [0.5, 1.0]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class SlowEngine(FakeEngine):
+    """Counts how many calls are in work at once."""
+
+    in_work = most_in_work = 0
+
+    async def generate(self, *given: Any) -> Any:
+        self.in_work += 1
+        self.most_in_work = max(self.most_in_work, self.in_work)
+        await asyncio.sleep(0.002)
+        self.in_work -= 1
+        return await super().generate(*given)
+
+
+def test_the_engine_is_kept_full_and_never_overrun() -> None:
+    """2 chunks of 3 pairs in 2 orders are 12 calls; the queue takes 5."""
+    engine = SlowEngine(answer=lambda prompt, index: "Verdict: tie")
+    chosen = settings(criteria={"quality": {"samples": 2}}, engine={"max_queued_requests": 5})
+    item = ITEM | {"candidates": [{"text": " a"}, {"text": " b"}, {"text": " c"}]}
+    with serving(engine, chosen) as client:
+        answer = ask(client, item, item)
+    assert [judgement["num_calls"] for judgement in answer.json()["judgements"]] == [6, 6]
+    assert engine.most_in_work == 5

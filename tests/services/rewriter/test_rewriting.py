@@ -1,0 +1,180 @@
+"""The rewriter over the fake engine and a real tokenizer: what is asked, and what becomes of the answers."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from services.engine.base import Generation
+from services.rewriter.cutting import PolicyTokens
+from services.rewriter.rewriting import Rewriter, load_prompt
+from shared.api import Rewrite, RewriteItem, RewriteRequest
+from shared.errors import EngineError, SettingsError
+from shared.settings import RewriterSettings
+from tests.services.fakes import FakeEngine
+
+ITEM = RewriteItem(prefix="The moon moves around the", suffix=" earth in 70 days.", max_suffix_tokens=64)
+
+
+class Endless(FakeEngine):
+    """Answers that fill their whole bound."""
+
+    def _generation(self, prompt: str, index: int) -> Generation:
+        ended = super()._generation(prompt, index)
+        return Generation(ended.token_ids, ended.text, "length", ended.weight_version)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_model: Path) -> PolicyTokens:
+    return PolicyTokens(AutoTokenizer.from_pretrained(tiny_model))
+
+
+Ask = Callable[..., Rewrite]
+
+
+@pytest.fixture
+def rewrite(tokens: PolicyTokens, tmp_path: Path) -> Ask:
+    """Rewrites one item with a given prompt and a given answer; the engine stays to be looked at."""
+
+    def ask(engine: FakeEngine, item: RewriteItem = ITEM, *, prompt: str | None = None, **settings: Any) -> Rewrite:
+        path = None
+        if prompt is not None:
+            path = tmp_path / "prompt.txt"
+            path.write_text(prompt)
+        parsed = RewriterSettings.model_validate(settings)
+        rewriter = Rewriter(engine, settings=parsed, prompt=load_prompt(path), tokens=tokens)
+        return asyncio.run(rewriter.rewrite(RewriteRequest(items=(item,)))).rewrites[0]
+
+    return ask
+
+
+PLAIN = "{prefix}|{suffix}|"
+STRIPPED = "{prefix}|{bridge}{suffix}|{bridge}:"
+CONTINUED = "{prefix}|{suffix}|{bridge}"
+
+
+def answering(text: str, *, chat: bool = False) -> FakeEngine:
+    return FakeEngine(answer=lambda prompt, index: text, chat=chat)
+
+
+def test_the_bridge_is_shown_and_taken_off_the_answer(rewrite: Ask, tokens: PolicyTokens) -> None:
+    engine = answering("around the earth in 27 days.")
+    found = rewrite(engine, prompt=STRIPPED, bridge_words=2)
+    assert engine.prompts == ["The moon moves around the|around the earth in 70 days.|around the:"]
+    assert (found.text, found.finish_reason, found.refusal) == (" earth in 27 days.", "stop", "")
+    assert found.token_ids == tokens.cut(" earth in 27 days.", 64).token_ids
+
+
+def test_a_prompt_that_ends_with_the_bridge_is_continued(rewrite: Ask) -> None:
+    engine = answering(" earth around the sun.")
+    found = rewrite(engine, prompt=CONTINUED + "\n", bridge_words=2)
+    assert engine.prompts == ["The moon moves around the| earth in 70 days.|around the"]
+    assert found.text == " earth around the sun."
+
+
+def test_a_prompt_without_bridge_gets_an_answer_as_it_is(rewrite: Ask) -> None:
+    """Also where the answer begins like the end of the prefix."""
+    engine = answering("the earth.")
+    assert rewrite(engine, prompt=PLAIN, bridge_words=1).text == " the earth."
+
+
+def test_under_a_chat_template_the_bridge_opens_the_answer(rewrite: Ask) -> None:
+    engine = answering("around the earth.", chat=True)
+    assert rewrite(engine, prompt=CONTINUED, bridge_words=2).text == " earth."
+    assert engine.prompts == ["<user>The moon moves around the| earth in 70 days.|</user>around the"]
+    engine = answering(" earth.", chat=True)
+    assert rewrite(engine, prompt=CONTINUED, bridge_words=2).text == " earth."
+
+
+def test_the_chat_template_can_be_switched_off_but_not_invented(rewrite: Ask) -> None:
+    engine = answering(" earth.", chat=True)
+    rewrite(engine, prompt=PLAIN, chat=False)
+    assert engine.prompts == ["The moon moves around the| earth in 70 days.|"]
+    with pytest.raises(SettingsError, match=r"rewriter\.chat = true, but fake:model has no chat template"):
+        rewrite(answering(""), chat=True)
+
+
+def test_a_long_prefix_shows_its_end_and_keeps_its_bridge(rewrite: Ask) -> None:
+    engine = answering("x")
+    rewrite(engine, prompt=STRIPPED, max_prefix_characters=3, bridge_words=2)
+    assert engine.prompts == ["the|around the earth in 70 days.|around the:"]
+
+
+def test_braces_in_a_document_stay(rewrite: Ask) -> None:
+    engine = answering("x")
+    item = RewriteItem(prefix="a {suffix}", suffix=" {prefix} {}", max_suffix_tokens=8)
+    rewrite(engine, item, prompt=STRIPPED, bridge_words=1)
+    assert engine.prompts == ["a {suffix}|{suffix} {prefix} {}|{suffix}:"]
+
+
+def test_a_long_rewrite_is_cut_to_the_suffix_length_in_policy_tokens(rewrite: Ask, tokens: PolicyTokens) -> None:
+    item = ITEM.model_copy(update={"max_suffix_tokens": 5})
+    found = rewrite(answering(" earth in about twenty-seven days."), item, prompt=PLAIN)
+    whole = tokens.cut(" earth in about twenty-seven days.", 64)
+    assert found.token_ids == whole.token_ids[:5]
+    assert whole.text.startswith(found.text)
+    assert found.finish_reason == "length"
+
+
+@pytest.mark.parametrize("answer", ["", "  \n ", "around the", " around the \n"])
+def test_an_empty_answer_is_no_candidate(rewrite: Ask, answer: str) -> None:
+    found = rewrite(answering(answer), prompt=STRIPPED, bridge_words=2)
+    assert (found.refusal, found.text, found.token_ids) == ("empty", "", ())
+
+
+@pytest.mark.parametrize(
+    "answer", ["I can't help with that.", "around the I’m sorry, but", '**"i cannot** do this', "As an AI model"]
+)
+def test_a_refusing_answer_is_no_candidate(rewrite: Ask, answer: str) -> None:
+    found = rewrite(answering(answer), prompt=STRIPPED, bridge_words=2)
+    assert (found.refusal, found.text, found.token_ids) == ("refused", "", ())
+
+
+def test_a_suffix_that_begins_like_a_refusal_may_be_copied(rewrite: Ask) -> None:
+    item = RewriteItem(prefix="She said:", suffix=" I can't swim.", max_suffix_tokens=64)
+    assert rewrite(answering(" I can't swim."), item, prompt=PLAIN).text == " I can't swim."
+    quoting = RewriteItem(prefix="She said: I can't", suffix=" swim.", max_suffix_tokens=64)
+    assert rewrite(answering("I can't swim."), quoting, prompt=STRIPPED, bridge_words=2).text == " swim."
+
+
+def test_an_answer_that_fills_its_bound_is_overlong(rewrite: Ask) -> None:
+    found = rewrite(Endless(answer=lambda prompt, index: " and on and on"), prompt=PLAIN)
+    assert (found.refusal, found.text, found.token_ids, found.finish_reason) == ("overlong", "", (), "length")
+
+
+@pytest.mark.parametrize(("given", "bound"), [(0, 2 * 64 + 16), (30, 30)])
+def test_the_bound_of_an_answer_follows_the_suffix_or_the_settings(rewrite: Ask, given: int, bound: int) -> None:
+    engine = answering("x")
+    rewrite(engine, max_answer_tokens=given, temperature=0.5, top_p=0.9)
+    sampling = engine.samplings[0]
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (bound, 0.5, 0.9)
+
+
+def test_all_items_share_one_engine_call(tokens: PolicyTokens) -> None:
+    engine = FakeEngine(answer=lambda prompt, index: " two" if " 2" in prompt else "")
+    rewriter = Rewriter(engine, settings=RewriterSettings(), prompt=load_prompt(None), tokens=tokens)
+    items = tuple(RewriteItem(prefix="P", suffix=suffix, max_suffix_tokens=9) for suffix in (" 1", " 2", " 3"))
+    response = asyncio.run(rewriter.rewrite(RewriteRequest(items=items, seed=7)))
+    assert [rewrite.text for rewrite in response.rewrites] == ["", " two", ""]
+    assert (engine.num_generate_calls, engine.samplings[0].seed) == (1, 7)
+
+
+def test_a_failing_engine_is_an_error_never_an_empty_rewrite(rewrite: Ask) -> None:
+    with pytest.raises(EngineError, match="away"):
+        rewrite(FakeEngine(answer=lambda prompt, index: EngineError("away")))
+
+
+def test_the_shipped_prompt_ends_where_the_rewrite_begins(rewrite: Ask) -> None:
+    engine = answering(" earth.")
+    assert rewrite(engine, bridge_words=2).text == " earth."
+    assert engine.prompts[0].endswith("\naround the")
+    assert "\naround the earth in 70 days.\n" in engine.prompts[0]
+
+
+@pytest.mark.parametrize("prompt", ["{prefix} only", "{suffix} only", "{prefix}{suffix}{reference}"])
+def test_a_prompt_that_can_not_be_used_is_refused(rewrite: Ask, prompt: str) -> None:
+    with pytest.raises(SettingsError, match=r"prompt\.txt"):
+        rewrite(answering(""), prompt=prompt)
