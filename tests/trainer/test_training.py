@@ -367,3 +367,8 @@ def test_tensorboard_gets_every_figure(make_stack: MakeStack) -> None:
     train(stack.settings, Event())
     files = list((stack.settings.run.folder / "tensorboard").iterdir())
     assert b"reward_margin" in files[0].read_bytes()
+
+
+def test_the_documentation_names_every_figure() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    assert [name for name, meaning in FIGURES.items() if f"| `{name}` | {meaning} |" not in page] == []
