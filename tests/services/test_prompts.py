@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.prompts import Prompt
+from services.prompts import Prompt, opened
 from shared.errors import SettingsError
 
 
@@ -47,3 +47,15 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) ->
         (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(SettingsError, match=r"x\.txt can't be read"):
         Prompt.load(tmp_path / "x.txt", required={"a"})
+
+
+class Marked(str):
+    """As an endpoint's engine marks a chat prompt."""
+
+    __slots__ = ()
+
+
+def test_opening_an_answer_keeps_the_mark_of_a_chat_prompt() -> None:
+    prompt = opened(Marked("Safe?\n"), "Verdict:")
+    assert (prompt, type(prompt)) == ("Safe?\nVerdict:", Marked)
+    assert type(opened("plain", "x")) is str
