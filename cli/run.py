@@ -193,5 +193,16 @@ class Launcher:
             self.display.say(f"this could not be written to the events table: {exc}")
 
     def _summarise(self) -> None:
+        report = self._report()
         for line in summary_lines(self.engine, self.plan.settings, self.folder):
             self.display.say(line)
+        self.display.say(f"report: {report}")
+
+    def _report(self) -> str:
+        """A report that can't be made must not look like a failed run."""
+        from cli.report import write_report
+
+        try:
+            return str(write_report(self.engine, self.plan.settings, self.folder))
+        except (HeadwaterError, OSError) as exc:
+            return f"none ({exc})"
