@@ -173,6 +173,8 @@ def migrate(engine: Engine) -> None:
     with translated(), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(7201)"))
+        else:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver begins none before DDL: two would both create
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
