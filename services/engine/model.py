@@ -60,7 +60,12 @@ class CausalModel:
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[list[TokenScore]]:
         """Per (prompt, continuation) one score per token of the continuation."""
         prefilled = self.prefill([prompt for prompt, _ in pairs])
-        scores = [[_score_token(prefilled[prompt].logits, continuation[0])] for prompt, continuation in pairs]
+        next_token = {prompt: torch.log_softmax(known.logits, dim=-1) for prompt, known in prefilled.items()}
+        best = {prompt: log_probs.max(dim=-1) for prompt, log_probs in next_token.items()}
+        scores = [
+            [TokenScore(float(next_token[prompt][given[0]]), int(best[prompt].indices), float(best[prompt].values))]
+            for prompt, given in pairs
+        ]
         longer = sorted(
             (index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1),
             key=lambda index: (-sum(map(len, pairs[index])), pairs[index][0]),
@@ -167,9 +172,3 @@ def _pad(rows: Sequence[Tokens], device: torch.device) -> Tensor:
 
 def _widened(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.long()
-
-
-def _score_token(logits: Tensor, token_id: int) -> TokenScore:
-    log_probs = torch.log_softmax(logits, dim=-1)
-    best, best_id = log_probs.max(dim=-1)
-    return TokenScore(float(log_probs[token_id]), int(best_id), float(best))

@@ -93,8 +93,9 @@ class Worker:
         except _BATCH_ERRORS as exc:
             # Out of memory, or a bug that one batch sets off: this batch fails, the next may not.
             _log.exception("a batch of %d requests failed", len(jobs))
+            error = f"the model failed on a batch of {len(jobs)} requests: {type(exc).__name__}: {exc}"
             for job in jobs:
-                fail(job, EngineError(f"the model failed on a batch of {len(jobs)} requests: {type(exc).__name__}: {exc}"))
+                fail(job, EngineError(error))
         except BaseException as exc:
             for job in jobs:
                 fail(job, EngineError(f"the engine broke down: {type(exc).__name__}: {exc}"))

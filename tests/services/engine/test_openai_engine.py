@@ -1,0 +1,227 @@
+"""The engine behind OpenAI-compatible endpoints, against real HTTP servers: our own and a scripted one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from services.engine.base import Sampling
+from services.engine.build import build_engine
+from services.engine.openai import OpenAIEngine
+from services.engine.transformers import TransformersEngine
+from services.rollout.app import build_app
+from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError, SettingsError
+from shared.settings import EngineSettings
+from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
+from tests.services.serving import running
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def policy_url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running(build_app(make_settings(tiny_model, tmp_path_factory.mktemp("run")), SECRETS)) as url:
+        yield url
+
+
+def with_engine(url: str, work: Callable[[OpenAIEngine], Awaitable[T]], **settings: Any) -> T:
+    async def run() -> T:
+        engine = OpenAIEngine(EngineSettings(kind="openai", model="policy", endpoint=f"{url}/v1", **settings))
+        try:
+            await asyncio.wait_for(engine.start(), 60)
+            return await asyncio.wait_for(work(engine), 60)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def with_local(model: Path, work: Callable[[TransformersEngine], Awaitable[T]]) -> T:
+    async def run() -> T:
+        engine = TransformersEngine(EngineSettings(model=str(model), device="cpu"))
+        try:
+            await engine.start()
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def test_it_answers_as_the_model_behind_the_endpoint(
+    policy_url: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    sampling = Sampling(max_tokens=6, num_samples=2, seed=3)
+    far = with_engine(policy_url, lambda engine: engine.generate(["The moon", [9, 10]], sampling))
+    near = with_local(tiny_model, lambda engine: engine.generate(["The moon", [9, 10]], sampling))
+    texts = [[generation.text for generation in of_prompt] for of_prompt in far]
+    assert texts == [[generation.text for generation in of_prompt] for of_prompt in near]
+
+
+def test_echoed_scores_are_the_models_own(policy_url: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLICY_KEY", TOKEN)
+    prompt, continuations = [52, 258], [[40], [41, 42, 43]]
+    far = with_engine(policy_url, lambda engine: engine.score(prompt, continuations), key_variable="POLICY_KEY")
+    near = with_local(tiny_model, lambda engine: engine.score(prompt, continuations))
+    assert [pytest.approx(scores, abs=1e-4) for scores in near] == far
+
+
+def test_a_wrong_key_names_its_variable(policy_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLICY_KEY", "wrong")
+    with pytest.raises(EngineError, match="POLICY_KEY"):
+        with_engine(policy_url, lambda engine: engine.score("a", ["b"]), key_variable="POLICY_KEY")
+
+
+@dataclass
+class Endpoint:
+    """A chat-only endpoint: answers what it is told to, notes what it was asked."""
+
+    top: dict[str, float] = field(default_factory=lambda: {" yes": -0.5, " no": -1.5})
+    status: int = 200
+    num_failures: int = 0
+    """So many requests fail with `status`, then all is well."""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/readyz")
+        async def ready() -> dict[str, str]:
+            return {}
+
+        @app.get("/v1/models")
+        async def models() -> dict[str, Any]:
+            return {"object": "list", "data": []}
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            body = await request.json()
+            self.asked.append(body)
+            if self.num_failures:
+                self.num_failures -= 1
+                return JSONResponse({"error": {"message": "no"}}, status_code=self.status, headers={"retry-after": "0"})
+            return JSONResponse(self._answer(body))
+
+        return app
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        top = [{"token": token, "logprob": value, "bytes": None} for token, value in self.top.items()]
+        content = [{**first, "top_logprobs": top} for first in top[:1]]
+        logprobs = {"content": content, "refusal": None} if body.get("logprobs") and top else None
+        choices = [
+            {
+                "index": index,
+                "finish_reason": "stop",
+                "logprobs": logprobs,
+                "message": {"role": "assistant", "content": f"answer {index}"},
+            }
+            for index in range(body.get("n", 1))
+        ]
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
+
+
+@pytest.fixture
+def endpoint() -> Endpoint:
+    return Endpoint()
+
+
+@pytest.fixture
+def chat_url(endpoint: Endpoint) -> Iterator[str]:
+    with running(endpoint.app()) as url:
+        yield url
+
+
+def test_chat_prompts_go_to_the_chat_route(endpoint: Endpoint, chat_url: str) -> None:
+    sampling = Sampling(max_tokens=9, num_samples=2, temperature=0.5, top_p=0.6, seed=4)
+    (answers,) = with_engine(chat_url, lambda engine: engine.generate([engine.render_chat("Is it so?")], sampling))
+    assert [answer.text for answer in answers] == ["answer 0", "answer 1"]
+    asked = endpoint.asked[-1]
+    assert asked["messages"] == [{"role": "user", "content": "Is it so?"}]
+    assert {"n": 2, "max_tokens": 9, "temperature": 0.5, "top_p": 0.6, "seed": 4}.items() <= asked.items()
+
+
+def test_labels_are_scored_by_the_top_log_probs(chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> list[list[float]]:
+        assert engine.can_score
+        return await engine.score(engine.render_chat("So?"), [" yes", " no"])
+
+    assert with_engine(chat_url, work) == [[-0.5], [-1.5]]
+
+
+def test_a_label_that_is_not_listed_has_no_score(chat_url: str) -> None:
+    with pytest.raises(PromptError, match="'maybe'"):
+        with_engine(chat_url, lambda engine: engine.score(engine.render_chat("So?"), ["maybe"]))
+
+
+def test_an_endpoint_without_log_probs_cannot_score(endpoint: Endpoint, chat_url: str) -> None:
+    endpoint.top = {}
+
+    async def work(engine: OpenAIEngine) -> None:
+        assert not engine.can_score
+        with pytest.raises(EngineError, match="gives no log-probs"):
+            await engine.score(engine.render_chat("So?"), [" yes"])
+
+    with_engine(chat_url, work)
+
+
+def test_a_passing_failure_is_retried(endpoint: Endpoint, chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> str:
+        endpoint.num_failures, endpoint.status = 2, 503
+        ((answer,),) = await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1))
+        return answer.text
+
+    assert with_engine(chat_url, work) == "answer 0"
+
+
+@pytest.mark.parametrize(("status", "kind", "retryable"), [(500, EngineError, True), (400, RequestError, False)])
+def test_lasting_failures_become_our_errors(
+    endpoint: Endpoint, chat_url: str, status: int, kind: type[HeadwaterError], retryable: bool
+) -> None:
+    async def work(engine: OpenAIEngine) -> None:
+        endpoint.num_failures, endpoint.status = 99, status
+        with pytest.raises(kind, match=str(status)) as caught:
+            await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1))
+        assert caught.value.retryable == retryable
+
+    with_engine(chat_url, work)
+
+
+def test_more_requests_than_allowed_are_refused(chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> None:
+        prompts = [engine.render_chat("So?")] * 3
+        with pytest.raises(OverloadedError):
+            await engine.generate(prompts, Sampling(max_tokens=1))
+
+    with_engine(chat_url, work, max_queued_requests=2)
+
+
+def test_an_unreachable_endpoint_is_waited_for_and_then_an_error() -> None:
+    with pytest.raises(EngineError, match="can't be reached"):
+        with_engine("http://127.0.0.1:9", lambda engine: engine.score("a", ["b"]), timeout_s=0.5)
+
+
+def test_it_has_no_tokenizer(chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> None:
+        with pytest.raises(EngineError, match="no tokenizer"):
+            engine.encode("a")
+
+    with_engine(chat_url, work)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "not available yet")],
+)
+def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        build_engine(settings)
+
+
+def test_the_default_model_stands_in() -> None:
+    assert build_engine(EngineSettings(), default_model="a/b").name == "transformers:a/b"
