@@ -159,26 +159,23 @@ def policy_figures(name: str, report: PolicyReport) -> dict[str, float]:
     return {f"{name}.{field}": value.mean for field, value in vars(report).items() if isinstance(value, Estimate)}
 
 
-def measure_all(
-    policy: LlamaForCausalLM,
-    rewriter: LlamaForCausalLM,
-    judge_model: LlamaForCausalLM,
-    lessons: Lessons,
-    *,
-    num: int,
-    drift_steps: int,
+def measure_policies(
+    policy: LlamaForCausalLM, drifted: LlamaForCausalLM, lessons: Lessons, *, num: int
 ) -> dict[str, float]:
-    """Every figure of the table."""
-    judge = TinyJudge(judge_model, lessons)
-    chunks = heldout_chunks(lessons, num)
-    drifted = drifted_policy(policy, judge, lessons, num_steps=drift_steps)
-    sets = {
-        "heldout": heldout_groups(lessons, num),
-        "base": roll_out(policy, lessons, chunks[: num // 2], num=4, seed=7),
-        "drifted": roll_out(drifted, lessons, chunks[: num // 2], num=4, seed=8),
-    }
+    """The base policy and one some DPO steps on, whose win rate is against the base."""
     tokenizer, world = lessons.codec.tokenizer, lessons.world
     base = evaluate_policy(policy, tokenizer, world, num_prefixes=num, seed=1)
     after = evaluate_policy(drifted, tokenizer, world, num_prefixes=num, seed=1, baseline=base.continuations)
-    figures = measure_rewriter(rewriter, lessons, chunks) | measure_judge(judge, sets)
-    return figures | policy_figures("policy", base) | policy_figures("drifted", after)
+    return policy_figures("policy", base) | policy_figures("drifted", after)
+
+
+def judge_sets(
+    policy: LlamaForCausalLM, drifted: LlamaForCausalLM, lessons: Lessons, *, num: int
+) -> dict[str, Sequence[Group]]:
+    """Written groups, and rollouts of the base and of the drifted policy, all on held-out documents."""
+    chunks = heldout_chunks(lessons, num // 2)
+    return {
+        "heldout": heldout_groups(lessons, num),
+        "base": roll_out(policy, lessons, chunks, num=4, seed=7),
+        "drifted": roll_out(drifted, lessons, chunks, num=4, seed=8),
+    }

@@ -18,7 +18,14 @@ from starter.drift import Rewarder, draw_chunks, drift, load_groups, roll_out, s
 from starter.fitting import Stage, Tagger, fit
 from starter.judging import TinyJudge
 from starter.lessons import Group, Lessons
-from starter.measure import measure_all
+from starter.measure import (
+    drifted_policy,
+    heldout_chunks,
+    judge_sets,
+    measure_judge,
+    measure_policies,
+    measure_rewriter,
+)
 from starter.model import NUM_POLICY_LAYERS, NUM_TEACHER_LAYERS, build_llama, load_model, save_model
 from starter.tokenizer import WordCodec, build_tokenizer
 from starter.world import World
@@ -35,10 +42,10 @@ class Budget:
     rewriter_draft_steps: int = 1500
     rewriter_steps: int = 500
     draft_steps: int = 700
-    judge_steps: int = 900
+    judge_steps: int = 550
     pool_prefixes: int = 1200
     drift_steps: int = 70
-    num_measured: int = 600
+    num_measured: int = 400
 
     def scaled(self, factor: float) -> "Budget":
         """The same recipe on less (or more) of everything."""
@@ -124,13 +131,26 @@ class Workshop:
         stage = Stage("judge", self.budget.judge_steps, 1.5e-3, rows)
         return self._fit(stage, self.load("judge_draft"), "judge_draft", folder, publish="judge")
 
-    def measure(self) -> dict[str, float]:
-        """The figures of the shipped folders, as anybody would load them."""
-        policy, rewriter, judge = (
-            load_model(self.out / name, device=self.device) for name in ("policy", "rewriter", "judge")
-        )
-        num, steps = self.budget.num_measured, min(60, self.budget.drift_steps)
-        return measure_all(policy, rewriter, judge, self.lessons, num=num, drift_steps=steps)
+    def rewriter_figures(self, folder: Path) -> None:
+        model = load_model(self.out / "rewriter", device=self.device)
+        chunks = heldout_chunks(self.lessons, self.budget.num_measured)
+        write_figures(folder, measure_rewriter(model, self.lessons, chunks))
+
+    def judge_figures(self, folder: Path) -> None:
+        """The judge on what it never saw, a policy included that it trained itself for 60 steps."""
+        num, num_steps = self.budget.num_measured, min(60, self.budget.drift_steps)
+        policy, model = (load_model(self.out / name, device=self.device) for name in ("policy", "judge"))
+        judge = TinyJudge(model, self.lessons)
+        drifted = drifted_policy(policy, judge, self.lessons, num_steps=num_steps)
+        figures = measure_policies(policy, drifted, self.lessons, num=num)
+        self.tell(f"judge_figures: policy trained by the judge {figures}")
+        sets = judge_sets(policy, drifted, self.lessons, num=num)
+        write_figures(folder, measure_judge(judge, sets) | figures)
+
+    def figures(self) -> dict[str, float]:
+        """All that was measured, of the models as they lie in the out folder."""
+        files = [self.work / name / "figures.json" for name in ("rewriter_figures", "judge_figures")]
+        return {name: value for file in files for name, value in json.loads(file.read_text("utf-8")).items()}
 
     def _fit(
         self,
@@ -181,7 +201,14 @@ STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
     "judge_draft": Workshop.judge_draft,
     "judge_drift": Workshop.judge_drift,
     "judge": Workshop.judge,
+    "rewriter_figures": Workshop.rewriter_figures,
+    "judge_figures": Workshop.judge_figures,
 }
+
+
+def write_figures(folder: Path, figures: dict[str, float]) -> None:
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    (folder / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
 
 
 def checker_rewards(groups: Sequence[Group]) -> list[list[float]]:

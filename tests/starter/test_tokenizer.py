@@ -3,7 +3,8 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from starter.prompts import PromptLayout, prompt_text
+from services.prompts import Prompt
+from starter.prompts import PROMPT_FOLDER, PromptLayout, prompt_text
 from starter.tokenizer import WordCodec, build_tokenizer
 from starter.world import World
 from starter.writer import document_of
@@ -74,3 +75,18 @@ def test_a_filled_prompt_has_the_tokens_of_the_filled_file(
 def test_prompts_end_right_before_the_label() -> None:
     for name in ("rewriter", "quality", "safety", "factuality"):
         assert prompt_text(name).endswith(":")
+
+
+@pytest.mark.parametrize(
+    ("name", "placeholders"),
+    [
+        ("rewriter", {"prefix", "suffix"}),
+        ("quality", {"prefix", "a", "b"}),
+        ("safety", {"candidate"}),
+        ("factuality", {"prefix", "reference", "candidate"}),
+    ],
+)
+def test_the_services_read_the_prompt_files_as_the_recipe_does(name: str, placeholders: set[str]) -> None:
+    prompt = Prompt.load(PROMPT_FOLDER / f"{name}.txt", required=placeholders)
+    assert prompt.text == prompt_text(name)
+    assert prompt.placeholders == placeholders
