@@ -68,6 +68,8 @@ class ServiceClient:
     def __init__(
         self, role: Role, base_url: str, http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
     ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise SettingsError(f"{role}.url {base_url!r} is not an address: expected http://HOST:PORT")
         self.role = role
         self._base_url = base_url.rstrip("/")
         self._http = http
@@ -102,8 +104,8 @@ class ServiceClient:
         url = f"{self._base_url}{path}"
         try:
             response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as exc:
-            raise SettingsError(f"{self.role}.url {self._base_url!r} is not an http(s) URL: {exc}") from exc
+        except httpx.InvalidURL as exc:
+            raise SettingsError(f"{self.role}.url {self._base_url!r} is not an address: {exc}") from exc
         except httpx.TransportError as exc:
             raise _UnavailableError(f"{self.role} at {url}: {type(exc).__name__}: {exc}") from exc
         if response.status_code == 200:

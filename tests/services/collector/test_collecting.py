@@ -2,13 +2,43 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import sqlalchemy as sa
+from starlette.responses import JSONResponse, Response
+
+from shared import metrics
+from shared.database import CandidateRow, ChunkRow, DocumentRow, transaction
+from shared.errors import SettingsError, SourceError
+from shared.records import ScoredDocument
 from shared.settings import Secrets, Settings
 from tests.services.collector.processes import served
-from tests.services.collector.runs import collect_all, write_documents
-from tests.services.collector.stub_services import StubServices
+from tests.services.collector.runs import Seen, collect_all, write_documents
+from tests.services.collector.stub_services import StubServices, judgement
 
 MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> dict[str, Any]:
+    return {"path": str(write_documents(tmp_path / "documents.jsonl", 4))}
+
+
+def collected(stub: StubServices, make_settings: MakeSettings, **sections: Any) -> tuple[Seen, list[ScoredDocument]]:
+    with served(stub.app) as url:
+        seen = collect_all(make_settings(url, **sections))
+    return seen, seen.take_all()
+
+
+def kinds(document: ScoredDocument) -> set[tuple[str, ...]]:
+    return {tuple(candidate.kind for candidate in chunk.candidates) for chunk in document.chunks}
+
+
+def reasons(seen: Seen) -> list[tuple[str, str]]:
+    with transaction(seen.ledger.engine) as session:
+        rows = session.scalars(sa.select(DocumentRow).where(DocumentRow.state == "dropped"))
+        return [(row.reason, row.detail) for row in rows]
 
 
 def test_every_document_reaches_the_stream_with_all_its_candidates(make_settings: MakeSettings, tmp_path: Path) -> None:
@@ -19,10 +49,231 @@ def test_every_document_reaches_the_stream_with_all_its_candidates(make_settings
     documents = seen.take_all()
     assert sorted(document.source_id for document in documents) == [f"d{index}" for index in range(6)]
     for document in documents:
-        for chunk in document.chunks:
-            assert [candidate.kind for candidate in chunk.candidates] == ["original", "rewrite", "rollout", "rollout"]
-            assert chunk.judgement is not None
-            assert chunk.judgement.rewards == (1.0, 0.75, 0.5, 0.25)
+        assert kinds(document) == {("original", "rewrite", "rollout", "rollout")}
+        assert {chunk.judgement.rewards for chunk in document.chunks if chunk.judgement} == {(1.0, 0.75, 0.5, 0.25)}
+        assert set(document.seconds) == {"generate", "rewrite", "judge"}
     assert seen.balance.scored == 6
     assert seen.balance.holds
     assert {headers["authorization"] for headers in stub.headers} == {"Bearer word"}
+
+
+def test_services_are_asked_for_what_the_window_holds(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    stub = StubServices()
+    _, (document, *_) = collected(stub, make_settings, documents=documents)
+    rollout = next(b for b in stub.bodies("/v1/rollouts") if tuple(b["token_ids"]) == document.token_ids)
+    assert rollout["starts"] == [chunk.start for chunk in document.chunks]
+    assert (rollout["num_rollouts"], rollout["max_suffix_tokens"], rollout["temperature"]) == (2, 8, 1.0)
+    original = document.chunks[0].candidates[0]
+    judged = [item for body in stub.bodies("/v1/judgements") for item in body["items"]]
+    item = next(found for found in judged if found["prefix_token_ids"] == list(document.token_ids[:8]))
+    assert item["reference"] == original.text
+    assert tuple(item["candidates"][0]["token_ids"]) == original.token_ids
+    assert set(item["candidates"][0]) == {"text", "token_ids"}, "the judge must not learn the kind"
+
+
+def test_the_same_run_asks_with_the_same_seeds(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    first, second = StubServices(), StubServices()
+    collected(first, make_settings, documents=documents, run={"name": "first"})
+    collected(second, make_settings, documents=documents, run={"name": "second"})
+    for path in ("/v1/rollouts", "/v1/rewrites", "/v1/judgements"):
+        seeds = sorted(body["seed"] for body in first.bodies(path))
+        assert seeds == sorted(body["seed"] for body in second.bodies(path))
+        assert len(set(seeds)) == 4
+
+
+def test_a_verdict_that_failed_drops_its_chunk_and_is_no_score(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    def fail_first_chunk(path: str, body: Any) -> Response | None:
+        if path != "/v1/judgements":
+            return None
+        failure = {"reason": "unreadable_verdict", "num_calls": 4, "num_failures": 4}
+        rest = [judgement(len(item["candidates"])) for item in body["items"][1:]]
+        return JSONResponse({"judgements": [failure, *rest]})
+
+    _, found = collected(StubServices(fail_first_chunk), make_settings, documents=documents)
+    assert len(found) == 4
+    for document in found:
+        assert [(chunk.start, chunk.reason) for chunk in document.dropped_chunks] == [(8, "unreadable_verdict")]
+        assert 8 not in {chunk.start for chunk in document.chunks}
+
+
+def test_a_window_without_any_scored_chunk_is_dropped(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    def fail_once(path: str, body: Any) -> Response | None:
+        if path == "/v1/judgements" and len(stub.bodies(path)) == 1:
+            failure = {"reason": "unreadable_verdict", "num_calls": 4, "num_failures": 4}
+            return JSONResponse({"judgements": [failure] * len(body["items"])})
+        return None
+
+    stub = StubServices(fail_once)
+    seen, found = collected(stub, make_settings, documents=documents)
+    assert len(found) == 3
+    assert seen.balance.dropped == {"no_scored_chunks": 1}
+    assert "unreadable_verdict" in reasons(seen)[0][1]
+
+
+def test_refused_and_empty_rewrites_are_absent_and_counted(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    def refuse(path: str, body: Any) -> Response | None:
+        if path != "/v1/rewrites":
+            return None
+        refused = {"text": "", "token_ids": [], "finish_reason": "stop", "refusal": "refused"}
+        empty = {"text": "", "token_ids": [], "finish_reason": "stop"}
+        return JSONResponse({"rewrites": [refused, *[empty] * (len(body["items"]) - 1)]})
+
+    before = metrics.candidates_absent_total.labels("rewrite", "refused")._value.get()
+    _, found = collected(StubServices(refuse), make_settings, documents=documents)
+    assert {kind for document in found for kind in kinds(document)} == {("original", "rollout", "rollout")}
+    assert metrics.candidates_absent_total.labels("rewrite", "refused")._value.get() == before + 4
+
+
+def test_a_chunk_with_one_candidate_is_not_shown_to_the_judge(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    def refuse_first(path: str, body: Any) -> Response | None:
+        if path != "/v1/rewrites":
+            return None
+        empty = {"text": "", "token_ids": [], "finish_reason": "stop"}
+        good = {"text": "x", "token_ids": [5], "finish_reason": "stop"}
+        return JSONResponse({"rewrites": [empty, *[good] * (len(body["items"]) - 1)]})
+
+    schedule = [{"kinds": ["original", "rewrite"], "num_rollouts": 0}]
+    stub = StubServices(refuse_first)
+    _, found = collected(stub, make_settings, documents=documents, collector={"schedule": schedule})
+    assert {(lost.start, lost.reason) for document in found for lost in document.dropped_chunks} == {
+        (8, "too_few_candidates")
+    }
+    assert stub.bodies("/v1/rollouts") == []
+
+
+def test_objectives_without_judge_never_ask_it(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    stub = StubServices()
+    _, found = collected(
+        stub,
+        make_settings,
+        documents=documents,
+        trainer={"objective": "next_token"},
+        collector={"schedule": [{"kinds": ["original"], "num_rollouts": 0}]},
+    )
+    assert stub.requests == []
+    assert len(found) == 4
+    assert {kind for document in found for kind in kinds(document)} == {("original",)}
+    assert all(chunk.judgement is None for document in found for chunk in document.chunks)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/v1/rollouts", "rollout_refused"),
+        ("/v1/rewrites", "rewrite_refused"),
+        ("/v1/judgements", "judge_refused"),
+    ],
+)
+def test_a_refused_request_drops_its_window_with_the_services_words(
+    make_settings: MakeSettings, documents: dict[str, Any], path: str, reason: str
+) -> None:
+    def refuse_one(asked: str, body: Any) -> Response | None:
+        if asked == path and len(stub.bodies(path)) == 1:
+            return JSONResponse({"error": {"type": "RequestError", "message": "too long for me"}}, status_code=422)
+        return None
+
+    stub = StubServices(refuse_one)
+    seen, found = collected(stub, make_settings, documents=documents)
+    assert len(found) == 3
+    assert seen.balance.dropped == {reason: 1}
+    assert "too long for me" in reasons(seen)[0][1]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_answer_of_another_shape_is_refused(
+    make_settings: MakeSettings, documents: dict[str, Any], count: int
+) -> None:
+    def wrong(path: str, body: Any) -> Response | None:
+        if path == "/v1/judgements" and len(stub.bodies(path)) == 1:
+            return JSONResponse({"judgements": [judgement(count) for _ in body["items"]]})
+        return None
+
+    stub = StubServices(wrong)
+    seen, _ = collected(stub, make_settings, documents=documents)
+    assert seen.balance.dropped == {"judge_refused": 1}
+    assert f"judge answered {count} rewards, expected 4" in reasons(seen)[0][1]
+
+
+def test_a_wrong_token_stops_the_collector(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    stub = StubServices(lambda path, body: JSONResponse({"error": {"message": "no"}}, status_code=401))
+    with pytest.raises(SettingsError, match="set HEADWATER_TOKEN"):
+        collected(stub, make_settings, documents=documents)
+
+
+def test_bad_lines_are_dropped_with_file_and_line_and_the_run_goes_on(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    path = Path(documents["path"])
+    content = path.read_bytes()
+    path.write_bytes(b'{broken\n{"id": 3}\n{"text": "tiny"}\n{"text": "\xff"}\n' + content)
+    seen, found = collected(StubServices(), make_settings, documents=documents)
+    assert len(found) == 4
+    assert seen.balance.dropped == {"not_json": 1, "no_text_field": 1, "too_short": 1, "invalid_utf8": 1}
+    assert seen.balance.read == 8
+    assert seen.balance.holds
+    details = dict(reasons(seen))
+    assert details["not_json"].startswith(f"{path}:1: not JSON")
+    assert f"{path}:3" in details["too_short"]
+
+
+def test_a_source_without_any_usable_document_is_an_error(make_settings: MakeSettings, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"body": "x"}\n' * 3)
+    for max_epochs in (0, 1):
+        with pytest.raises(SourceError, match=r"no usable document: \d+ read, dropped \{'no_text_field': \d+\}"):
+            collected(StubServices(), make_settings, documents={"path": str(path), "max_epochs": max_epochs})
+
+
+def test_missing_files_are_an_error_that_names_the_glob(make_settings: MakeSettings, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"none-\*\.jsonl"):
+        collected(StubServices(), make_settings, documents={"path": str(tmp_path / "none-*.jsonl")})
+
+
+def test_each_epoch_reads_everything_again_in_another_order(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    seen, found = collected(StubServices(), make_settings, documents=documents | {"max_epochs": 3})
+    assert len(found) == 12
+    by_epoch = [[d.source_id for d in found if d.key.epoch == epoch] for epoch in range(3)]
+    assert all(sorted(names) == ["d0", "d1", "d2", "d3"] for names in by_epoch)
+    assert seen.balance.scored == 12
+
+
+def test_parts_and_windows_are_all_collected_once(make_settings: MakeSettings, tmp_path: Path) -> None:
+    text = "The moon moves around the earth in about twenty-seven days. " * 8
+    (tmp_path / "a.txt").write_text(text)
+    write_documents(tmp_path / "documents.jsonl", 7)
+    options = {"path": str(tmp_path / "documents.jsonl"), "num_parts": 3, "shuffle_buffer": 2}
+    _, found = collected(StubServices(), make_settings, documents=options)
+    assert sorted(document.source_id for document in found) == [f"d{index}" for index in range(7)]
+    _, found = collected(
+        StubServices(), make_settings, documents={"path": str(tmp_path / "a.txt"), "format": "text"}, run={"name": "t"}
+    )
+    assert [document.key.window for document in sorted(found, key=lambda d: d.key.window)] == list(range(len(found)))
+    assert len(found) > 3
+
+
+def test_a_share_of_windows_is_kept_for_people(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    seen, found = collected(StubServices(), make_settings, documents=documents, collector={"record_share": 1.0})
+    with transaction(seen.ledger.engine) as session:
+        chunks = session.scalars(sa.select(ChunkRow)).all()
+        assert len(chunks) == sum(len(document.chunks) for document in found)
+        first = next(chunk for chunk in chunks if chunk.start == 8)
+        candidates = session.scalars(sa.select(CandidateRow).where(CandidateRow.chunk_id == first.id)).all()
+        assert [(row.kind, row.reward) for row in candidates] == [
+            ("original", 1.0), ("rewrite", 0.75), ("rollout", 0.5), ("rollout", 0.25),
+        ]  # fmt: skip
+        assert first.fingerprint == "stub"
+        assert ": The " in first.prefix
+
+
+def test_a_small_share_keeps_few_and_none_keeps_none(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    seen, _ = collected(StubServices(), make_settings, documents=documents, collector={"record_share": 0.0})
+    with transaction(seen.ledger.engine) as session:
+        assert session.scalars(sa.select(ChunkRow)).all() == []

@@ -1,0 +1,139 @@
+"""Statuses, retries and their limits, at the HTTP transport's seam."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from services.collector.backoff import Backoff
+from services.collector.clients import RefusedRequestError, build_services, http_client
+from shared.api import RolloutRequest, RolloutResponse
+from shared.errors import SettingsError
+from shared.settings import Settings
+
+REQUEST = RolloutRequest(token_ids=(1, 2), starts=(1,), num_rollouts=1, max_suffix_tokens=4)
+ANSWER = {"rollouts": [[{"token_ids": [3], "text": "x", "finish_reason": "stop", "policy_version": 0}]]}
+
+Answers = list[httpx.Response | Exception]
+
+
+def good() -> httpx.Response:
+    return httpx.Response(200, json=ANSWER)
+
+
+def ask(answers: Answers, *, max_attempts: int = 0, url: str = "http://rollout.test") -> tuple[RolloutResponse, int]:
+    """The service's answer when the wire answers these one after another, and how often it was asked."""
+    left = list(answers)
+
+    def handle(_request: httpx.Request) -> httpx.Response:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    settings = Settings.model_validate(
+        {"rollout": {"url": url}, "collector": {"max_backoff_s": 0.01, "max_attempts": max_attempts}}
+    )
+
+    async def run() -> RolloutResponse:
+        async with http_client(settings, token="word", transport=httpx.MockTransport(handle)) as http:
+            return await build_services(settings, http).continue_prefixes(REQUEST)
+
+    return asyncio.run(run()), len(answers) - len(left)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        lambda: httpx.Response(503, json={"error": {"type": "OverloadedError", "message": "full"}}),
+        lambda: httpx.Response(429),
+        lambda: httpx.Response(408),
+        lambda: httpx.Response(502, text="<html>bad gateway</html>"),
+        lambda: httpx.Response(504),
+        lambda: httpx.ConnectError("refused"),
+        lambda: httpx.ReadTimeout("slow"),
+        lambda: httpx.RemoteProtocolError("cut off"),
+    ],
+)
+def test_what_may_pass_is_tried_again(trouble: Callable[[], httpx.Response | Exception]) -> None:
+    answer, asked = ask([trouble() for _ in range(4)] + [good()])
+    assert answer.rollouts[0][0].token_ids == (3,)
+    assert asked == 5
+
+
+def test_a_bug_of_the_service_is_tried_three_times() -> None:
+    assert ask([httpx.Response(500), httpx.Response(500), good()])[1] == 3
+    with pytest.raises(RefusedRequestError) as caught:
+        ask([httpx.Response(500)] * 3)
+    assert caught.value.reason == "rollout_refused"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_is_not_repeated(status: int) -> None:
+    body = {"error": {"type": "RequestError", "message": "too many tokens"}}
+    with pytest.raises(RefusedRequestError, match=f"answered {status}: too many tokens") as caught:
+        ask([httpx.Response(status, json=body)])
+    assert caught.value.reason == "rollout_refused"
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(401, "set HEADWATER_TOKEN"), (403, "set HEADWATER_TOKEN"), (404, "is rollout.url right?")]
+)
+def test_a_wrong_token_or_address_stops_with_its_remedy(status: int, remedy: str) -> None:
+    with pytest.raises(SettingsError, match=remedy.replace("?", r"\?")):
+        ask([httpx.Response(status)])
+
+
+def test_an_address_that_is_no_url_stops() -> None:
+    with pytest.raises(SettingsError, match=r"rollout\.url 'rollout:8001' is not an address"):
+        ask([good()], url="rollout:8001")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        httpx.Response(200, text="not json"),
+        httpx.Response(200, json={"rollouts": [[{"text": "x"}]]}),
+        httpx.Response(200, json={**ANSWER, "unknown": 1}),
+    ],
+)
+def test_an_answer_that_is_none_is_refused_never_guessed(response: httpx.Response) -> None:
+    with pytest.raises(RefusedRequestError, match="answered what is no RolloutResponse"):
+        ask([response])
+
+
+def test_attempts_end_where_asked() -> None:
+    with pytest.raises(RefusedRequestError, match=r"after 2 attempts, collector\.max_attempts") as caught:
+        ask([httpx.Response(503)] * 2, max_attempts=2)
+    assert caught.value.reason == "rollout_unavailable"
+
+
+def test_retry_after_is_honoured() -> None:
+    async def run() -> float:
+        started = asyncio.get_running_loop().time()
+        answers = [httpx.Response(503, headers={"Retry-After": "0.3"}), good()]
+        settings = Settings.model_validate({"collector": {"max_backoff_s": 0.01}})
+        transport = httpx.MockTransport(lambda _request: answers.pop(0))
+        async with http_client(settings, token="", transport=transport) as http:
+            await build_services(settings, http).continue_prefixes(REQUEST)
+        return asyncio.get_running_loop().time() - started
+
+    assert asyncio.run(run()) >= 0.3
+
+
+def test_going_away_and_coming_back_are_one_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="services.collector.clients"):
+        ask([*(httpx.ConnectError("refused") for _ in range(5)), good()])
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "rollout is away, trying again" in caplog.messages[0]
+    assert caplog.messages[1] == "rollout is back"
+
+
+def test_backoff_doubles_with_jitter_up_to_its_bound() -> None:
+    backoff = Backoff(1.0)
+    waits = [backoff.next_s() for _ in range(5)]
+    for wait_s, step_s in zip(waits, [0.25, 0.5, 1.0, 1.0, 1.0], strict=True):
+        assert step_s / 2 <= wait_s <= step_s
+    assert backoff.next_s(at_least_s=5) == 5
