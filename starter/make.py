@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from starter.stages import Budget
 
 HERE = Path(__file__).parent
-QUICK_SCALE = 0.25
+QUICK_SCALE = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=HERE / "models", help="where the models go")
     parser.add_argument("--work", type=Path, help="checkpoints and rollout pools (default: starter/.work/SEED)")
     parser.add_argument("--seed", type=int, default=0, help="which world")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
+    parser.add_argument("--quick", action="store_true", help="half of everything")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages only")
