@@ -42,7 +42,9 @@ def generate(model: CausalModel, rows: Sequence[Row]) -> None:
     prefilled = model.prefill([row.prompt for row in rows])
     ordered = sorted(rows, key=lambda row: (-_width(row), row.prompt))
     for run in pack([_width(row) for row in ordered], max_tokens=model.max_batch_tokens):
-        group = ordered[run.start : run.stop]
+        group = [row for row in ordered[run.start : run.stop] if not row.is_abandoned()]
+        if not group:
+            continue
         metrics.engine_batch_rows.set(len(group))
         _continue(model, group, prefilled)
         metrics.engine_generated_tokens_total.inc(sum(len(row.token_ids) for row in group))

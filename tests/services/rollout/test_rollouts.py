@@ -67,3 +67,15 @@ def test_readiness_names_model_and_version(url: str) -> None:
     assert answer["ready"]
     assert answer["engine"].startswith("transformers:")
     assert answer["policy_version"] == 0
+
+
+def test_work_for_a_caller_who_hung_up_is_dropped(url: str) -> None:
+    """The whole of it would take minutes."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{url}/v1/rollouts",
+            json={"token_ids": DOCUMENT, "starts": [40] * 100, "num_rollouts": 128, "max_suffix_tokens": 200},
+            headers=HEADERS,
+            timeout=1.0,
+        )
+    assert ask(url, num_rollouts=1).status_code == 200
