@@ -1,0 +1,338 @@
+"""Kills, outages and restarts: nothing lost, nothing twice."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from starlette.responses import Response
+
+from services.collector.recording import Recorder
+from services.collector.storage import Storage
+from services.collector.texts import PolicyTokenizer
+from shared.coordination import TrainerReport
+from shared.errors import StreamError
+from shared.ledger import WindowStart
+from shared.records import DocumentKey, ScoredDocument
+from shared.settings import Settings
+from shared.stream import DocumentStream, connect
+from tests.services.collector.processes import RedisProcess, served
+from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
+from tests.services.collector.stub_services import StubServices
+from tests.shared.scored import scored_document
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> dict[str, Any]:
+    return {"path": str(write_documents(tmp_path / "documents.jsonl", 8))}
+
+
+def names(found: list[ScoredDocument]) -> list[str]:
+    return sorted(document.source_id for document in found)
+
+
+ALL_EIGHT = [f"d{index}" for index in range(8)]
+
+
+def test_a_judge_that_is_away_is_waited_for_and_nothing_is_lost(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    def away(path: str, body: Any) -> Response | None:
+        return Response(status_code=503) if path == "/v1/judgements" and time.monotonic() < back else None
+
+    back = time.monotonic() + 2
+    with served(StubServices(away).app) as url:
+        seen = collect_all(make_settings(url, documents=documents))
+    found = seen.take_all()
+    assert names(found) == ALL_EIGHT
+    assert seen.balance.dropped == {}
+    assert all(chunk.judgement for document in found for chunk in document.chunks)
+
+
+def test_no_more_windows_start_than_backlog_and_flight_allow(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    stub = StubServices(seconds=0.05)
+    with served(stub.app) as url:
+        limits = {"max_documents_in_flight": 2, "max_backlog": 5}
+        settings = make_settings(url, documents=documents, collector=limits)
+        seen = Seen(settings)
+
+        async def run() -> list[ScoredDocument]:
+            async with collecting(settings) as task:
+                await until(lambda: seen.stream.backlog().unread == 5, task=task)
+                await asyncio.sleep(0.6)
+                assert seen.stream.backlog().unread == 5
+                assert len(stub.bodies("/v1/rollouts")) == 5
+                found = seen.take_all()
+                await until(lambda: seen.exhausted, task=task)
+                return found + seen.take_all()
+
+        assert names(asyncio.run(run())) == ALL_EIGHT
+    assert stub.max_at_once <= 2 * 2, "two windows, each asking rollout and rewriter at the same time"
+
+
+def test_the_collector_ends_when_the_trainer_has_finished(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    with served(StubServices(seconds=60).app) as url:
+        settings = make_settings(url, documents=documents, trainer={"steps": 5})
+        seen = Seen(settings)
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: seen.balance.reading > 0, task=task)
+                seen.coordination.report_trainer(TrainerReport(5, 5, "finished"))
+                await asyncio.wait_for(task, 10)
+
+        asyncio.run(run())
+    assert seen.balance.reading == seen.balance.read > 0
+    assert seen.coordination.acquire_lease(0, "another", lease_s=1)
+
+
+def test_the_report_of_an_earlier_end_does_not_stop_a_longer_run(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    with served(StubServices().app) as url:
+        settings = make_settings(url, documents=documents, trainer={"steps": 50})
+        Seen(settings).coordination.report_trainer(TrainerReport(5, 5, "finished"))
+        assert names(collect_all(settings).take_all()) == ALL_EIGHT
+
+
+def test_the_schedules_stage_follows_the_trainers_version(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    stages = [{"kinds": ["original", "rewrite"], "num_rollouts": 0}, {"from_version": 3, "num_rollouts": 5}]
+    with served(StubServices().app) as url:
+        settings = make_settings(url, documents=documents, collector={"schedule": stages, "max_backlog": 2})
+        seen = Seen(settings)
+
+        async def run() -> tuple[list[ScoredDocument], list[ScoredDocument]]:
+            async with collecting(settings) as task:
+                await until(lambda: seen.stream.backlog().unread == 2, task=task)
+                early = seen.take_all()
+                seen.coordination.report_trainer(TrainerReport(3, 3, "training"))
+                await asyncio.sleep(0.5)
+                seen.take_all()
+                await until(lambda: seen.stream.backlog().unread == 2, task=task)
+                return early, seen.take_all()
+
+        early, late = asyncio.run(run())
+    assert {len(chunk.candidates) for document in early for chunk in document.chunks} == {2}
+    assert {len(chunk.candidates) for document in late for chunk in document.chunks} == {7}
+
+
+def test_a_stopped_collector_gives_its_leases_back_and_the_next_redoes_its_windows(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    slow = StubServices(seconds=60)
+    with served(slow.app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+
+        async def stop_midway() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: len(slow.requests) >= 6, task=task)
+
+        asyncio.run(stop_midway())
+    assert seen.coordination.acquire_lease(0, "another", lease_s=0.001)
+    assert seen.balance.reading >= 3
+    with served(StubServices().app) as url:
+        found = collect_all(make_settings(url, documents=documents)).take_all()
+    assert names(found) == ALL_EIGHT
+    assert seen.balance.read == seen.balance.scored == 8
+
+
+def test_a_crash_between_write_and_mark_scored_gives_no_duplicate(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    stub = StubServices()
+    with served(stub.app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+        seen.ledger.begin([WindowStart(DocumentKey(part=0, epoch=0, position=0, window=0), "d", 32)])
+        seen.stream.write(scored_document(0))
+        collect_all(settings)
+    found = seen.take_all()
+    assert Counter(document.document_id for document in found) == {f"0.0.{index}.0": 1 for index in range(8)}
+    assert len(stub.bodies("/v1/rollouts")) == 7
+    assert seen.balance.scored == 8
+
+
+def test_documents_of_a_redis_that_lost_its_memory_are_done_again(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    with served(StubServices().app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = collect_all(settings)
+        taken = seen.take_all()
+        seen.ledger.mark_trained({taken[0].document_id: 1})
+        connect(settings.redis.url, timeout_s=2).flushall()
+        again = collect_all(settings).take_all()
+    assert names(again) == sorted(document.source_id for document in taken[1:])
+
+
+def test_windows_whose_source_is_gone_are_dropped_not_kept_forever(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    with served(StubServices().app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+        keys = [
+            DocumentKey(part=0, epoch=0, position=place, window=window) for place, window in ((2, 0), (2, 9), (77, 0))
+        ]
+        seen.ledger.begin([WindowStart(key, "d", 32) for key in keys])
+        collect_all(settings)
+    assert seen.balance.dropped == {"source_changed": 2}
+    assert seen.balance.reading == 0
+
+
+def test_a_write_whose_answer_was_lost_is_not_repeated(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
+    class AnswerLost(DocumentStream):
+        num_writes = 0
+
+        def write(self, document: ScoredDocument) -> str:
+            entry = super().write(document)
+            self.num_writes += 1
+            if self.num_writes == 1:
+                raise StreamError("the answer was lost")
+            return entry
+
+    seen = Seen(settings := make_settings("http://127.0.0.1:1"))
+    stream = AnswerLost(connect(settings.redis.url, timeout_s=2), settings.run.name)
+    recorder = Recorder(seen.ledger, tokenizer, 0.0)
+    storage = Storage(stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
+    asyncio.run(storage.write(scored_document(0)))
+    assert stream.num_writes == 1
+    assert [document.document_id for document in seen.take_all()] == ["0.0.0.0"]
+
+
+def test_a_redis_restart_in_mid_run_loses_nothing(
+    make_settings: MakeSettings, documents: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "redis").mkdir()
+    server = RedisProcess(tmp_path / "redis")
+    server.start()
+    with served(StubServices(seconds=0.3).app) as url:
+        limits = {"max_documents_in_flight": 2}
+        redis_section = {"url": server.url, "timeout_s": 1}
+        settings = make_settings(url, documents=documents, redis=redis_section, collector=limits)
+        seen = Seen(settings)
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: seen.stream.backlog().unread >= 2, task=task)
+                server.stop()
+                await asyncio.sleep(2.5)
+                server.start()
+                await until(lambda: seen.exhausted, task=task)
+
+        asyncio.run(run())
+    found = seen.take_all()
+    assert names(found) == ALL_EIGHT
+    assert seen.balance.scored == 8
+    server.stop()
+
+
+def test_a_locked_database_is_waited_for(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
+    with served(StubServices(seconds=0.1).app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: seen.balance.scored >= 1, task=task)
+                with seen.ledger.engine.connect() as other:
+                    other.exec_driver_sql("BEGIN EXCLUSIVE")
+                    await asyncio.sleep(1)
+                    other.rollback()
+                await until(lambda: seen.exhausted, task=task)
+
+        asyncio.run(run())
+    assert names(seen.take_all()) == ALL_EIGHT
+
+
+class CollectorProcess:
+    """`python -m services.collector` with a TOML file, its log in a file."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        config = folder / "config.toml"
+        config.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+        self.log = folder / "collector.log"
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "services.collector", "--config", str(config)]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stderr=log, env=environment)
+
+    def end(self, number: signal.Signals, *, timeout_s: float = 10) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_killed_collector_is_followed_by_another_that_takes_its_part(
+    make_settings: MakeSettings, documents: dict[str, Any], tmp_path: Path
+) -> None:
+    def slow_at_first(path: str, body: Any) -> Response | None:
+        return Response(status_code=503) if killed is None and len(stub.bodies("/v1/judgements")) > 3 else None
+
+    killed: float | None = None
+    stub = StubServices(slow_at_first)
+    with served(stub.app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+        first = CollectorProcess(settings, tmp_path)
+        wait_for(lambda: seen.balance.reading >= 2 and len(stub.bodies("/v1/judgements")) > 6)
+
+        async def run() -> None:
+            nonlocal killed
+            async with collecting(settings) as task:
+                await asyncio.sleep(1)
+                assert not seen.coordination.acquire_lease(0, "third", lease_s=1), "the first still holds it"
+                first.end(signal.SIGKILL)
+                killed = time.monotonic()
+                await until(lambda: seen.exhausted, task=task)
+
+        asyncio.run(run())
+    found = seen.take_all()
+    assert names(found) == ALL_EIGHT
+    assert seen.balance.read == seen.balance.scored == 8
+
+
+def test_sigterm_ends_the_process_calmly_with_status_0(
+    make_settings: MakeSettings, documents: dict[str, Any], tmp_path: Path
+) -> None:
+    with served(StubServices(seconds=60).app) as url:
+        settings = make_settings(url, documents=documents)
+        seen = Seen(settings)
+        process = CollectorProcess(settings, tmp_path)
+        wait_for(lambda: seen.balance.reading >= 2)
+        assert process.end(signal.SIGTERM) == 0
+    assert "Traceback" not in process.log.read_text()
+    assert seen.coordination.acquire_lease(0, "another", lease_s=1)
+
+
+def test_a_wrong_setting_ends_the_process_with_one_line(make_settings: MakeSettings, tmp_path: Path) -> None:
+    settings = make_settings("http://127.0.0.1:1", documents={"path": str(tmp_path / "none.jsonl")})
+    process = CollectorProcess(settings, tmp_path)
+    assert process.process.wait(90) == 1
+    errors = [line for line in process.log.read_text().splitlines() if '"level": "error"' in line]
+    assert len(errors) == 1
+    assert "matches no file" in errors[0]
+    assert "Traceback" not in process.log.read_text()
