@@ -11,7 +11,7 @@ MODELS ?= runs/models
 TEACHER_STEPS ?= 100
 OPTIONS ?=
 
-.PHONY: setup run test lint fix
+.PHONY: setup demo run test lint fix
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+# A small world with ground truth: what the policy learned there, said by the world's own checker.
+demo: $(STAMP)
+	$(BIN)/headwater demo $(OPTIONS)
 
 # A first run on your own documents: make run DOCUMENTS=articles.jsonl
 # model from scratch -> teacher by next-token training -> the run that CONFIG describes. Again: goes on where it was.

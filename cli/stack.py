@@ -18,14 +18,17 @@ from cli.plan import Plan
 from cli.processes import Child, stop_children
 from cli.redis_server import answers, find_redis_server, server_configuration
 from cli.run_folder import RunFolder
+from shared.auth import authorization_header
 from shared.errors import HeadwaterError
 
 START_TIMEOUT_S = 600.0
 """For a large model that is read from a slow disk; a process that dies meanwhile is noticed at once."""
 STOP_TIMEOUT_S = 30.0
-MAX_RESTARTS = 5
+MAX_KILLS = 5
+MAX_FAILURES = 2
 RESTART_WINDOW_S = 600.0
-"""More deaths of one role than MAX_RESTARTS within this window end the run."""
+"""A role is started again after up to MAX_KILLS deaths by a signal and MAX_FAILURES ends of its own within this window.
+The processes wait out what may pass (a Redis that is away), so one that gives up by itself will mostly do so again."""
 
 Tell = Callable[[str, str, str], None]
 """(role, kind of event, sentence): shown to the person and written to the events table."""
@@ -45,7 +48,8 @@ class _Watched:
     """A child and its history."""
 
     child: Child
-    deaths: deque[float] = field(default_factory=deque)
+    deaths: deque[tuple[float, int]] = field(default_factory=deque)
+    """Time and exit status; negative: the signal that killed it."""
     restart_at: float | None = None
 
     @property
@@ -156,29 +160,32 @@ class Stack:
         return self._has_reason_to_end(watched.role)
 
     def _plan_restart(self, watched: _Watched, now: float) -> None:
-        watched.deaths.append(now)
-        while watched.deaths[0] < now - RESTART_WINDOW_S:
+        status = watched.child.exit_code or 0
+        watched.deaths.append((now, status))
+        while watched.deaths[0][0] < now - RESTART_WINDOW_S:
             watched.deaths.popleft()
-        number = len(watched.deaths)
-        how = _how_it_ended(watched.child.exit_code)
-        if number > MAX_RESTARTS:
+        how, allowed = (_how_it_ended(status), MAX_KILLS if status < 0 else MAX_FAILURES)
+        number = sum((death < 0) == (status < 0) for _, death in watched.deaths)
+        if number > allowed:
             raise ProcessFailed(watched.child, f"{how}, {number} times within {RESTART_WINDOW_S:g} s")
         wait_s = min(10.0, 0.5 * 2 ** (number - 1))
         watched.restart_at = now + wait_s
         self._tell(
             watched.role,
             "died",
-            f"{watched.role} {how}: it starts again in {wait_s:g} s (restart {number} of at most {MAX_RESTARTS})",
+            f"{watched.role} {how}: it starts again in {wait_s:g} s (restart {number} of at most {allowed})",
         )
 
     def _wait_until(self, condition: Callable[[], bool], roles: Sequence[str], *, what: str) -> None:
         """Until `condition` holds; ProcessFailed if one of `roles` dies first, since a first start must work."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not condition():
+        while True:
             for role in roles:
                 watched = self._watched.get(role)
                 if watched and not watched.child.is_running:
                     raise ProcessFailed(watched.child, f"{_how_it_ended(watched.child.exit_code)} before it was ready")
+            if condition():
+                return
             if time.monotonic() > deadline:
                 raise HeadwaterError(f"{what} was not ready within {START_TIMEOUT_S:g} s")
             if self._interrupted():
@@ -187,18 +194,21 @@ class Stack:
 
     def _is_ready(self, role: str) -> bool:
         url = self._plan.ready_url(role)
-        return url is None or is_ready(url)
+        return url is None or is_ready(url, token=self._plan.secrets.token)
 
 
-def is_ready(url: str) -> bool:
-    """Whether a service's /readyz answers 200."""
+def is_ready(url: str, *, token: str) -> bool:
+    """Whether a service's /readyz answers 200, and it is ours: its other routes open to our token. Another run's
+    service may have taken the port in between."""
     try:
-        return httpx.get(url, timeout=5.0).status_code == httpx.codes.OK
+        ready = httpx.get(url, timeout=5.0)
+        ours = httpx.get(url.replace("/readyz", "/metrics"), headers=authorization_header(token), timeout=5.0)
     except httpx.HTTPError:
         return False
+    return ready.is_success and ours.is_success
 
 
 def _how_it_ended(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
+    if exit_code and exit_code < 0:
         return f"was killed by signal {-exit_code}"
     return f"ended with exit status {exit_code}"

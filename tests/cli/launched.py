@@ -19,7 +19,7 @@ from shared.database import CandidateRow, StepRow, open_database, transaction
 from shared.errors import DatabaseError
 
 ROOT = Path(__file__).parent.parent.parent
-WAIT_S = 150.0
+WAIT_S = 240.0
 _STARTED = re.compile(r"^(\w+) started \(pid (\d+)\)$", re.MULTILINE)
 
 

@@ -1,0 +1,82 @@
+"""`headwater check` finds every problem at once, and writes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.check import check
+from cli.init_model import ModelShape, init_model
+
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "real-text.toml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "documents.jsonl").write_text(json.dumps({"text": "the sea and the hills"}) + "\n")
+    shape = ModelShape(vocab_size=280, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, context_tokens=256)
+    init_model(str(folder / "documents.jsonl"), folder / "model", shape)
+    return folder
+
+
+def _check(folder: Path, *options: str) -> int:
+    words = ["--run.directory", str(folder / "runs"), "--documents.path", str(folder / "documents.jsonl")]
+    words += ["--policy.model", str(folder / "model"), "--judge.engine.model", str(folder / "model")]
+    return check(CONFIG, [*words, *options])
+
+
+def test_a_good_configuration_says_what_would_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(folder) == 0
+    text = capsys.readouterr().out
+    assert "would start 5 processes" in text
+    assert "'the sea and the hills'" in text
+    assert " NO " not in text
+    assert not (folder / "runs").exists()
+
+
+def test_every_problem_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "--policy.model": str(folder / "absent"),
+        "--documents.path": str(folder / "absent.jsonl"),
+        "--redis.url": "redis://127.0.0.1:1/0",
+        "--database.url": "postgresql://127.0.0.1:1/x?connect_timeout=2",
+        "--judge.url": "http://127.0.0.1:1",
+        "--rollout.engine.kind": "vllm",
+    }
+    assert _check(folder, *[word for option in options.items() for word in option]) == 1
+    text = capsys.readouterr().out
+    assert "6 problems:" in text
+    for place in ("policy.model", "documents", "redis", "database", "judge", "rollout.engine"):
+        assert f"  - {place}: " in text
+
+
+def test_wrong_settings_are_problems_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(folder, "--trainer.beta", "-1", "--trainer.steps", "0") == 1
+    assert "2 problems:" in capsys.readouterr().out
+
+
+def test_a_context_longer_than_the_policys_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(folder, "--chunks.context_tokens", "512") == 1
+    assert "room for 256 tokens, chunks.context_tokens is 512" in capsys.readouterr().out
+
+
+def test_a_refused_first_record_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(folder, "--documents.text_field", "body") == 1
+    assert "the first record is refused (no_text_field)" in capsys.readouterr().out
+
+
+def test_a_prompt_without_its_placeholder_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "prompt.txt").write_text("Which one?")
+    criteria = json.dumps({"quality": {"prompt": str(folder / "prompt.txt")}})
+    assert _check(folder, "--judge.criteria", criteria) == 1
+    assert "judge.criteria" in capsys.readouterr().out
+
+
+def test_damaged_weights_are_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = folder / "damaged"
+    teacher.mkdir()
+    (teacher / "config.json").write_text((folder / "model" / "config.json").read_text())
+    (teacher / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes()[:1000])
+    assert _check(folder, "--judge.engine.model", str(teacher)) == 1
+    assert "is damaged" in capsys.readouterr().out
