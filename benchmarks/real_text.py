@@ -32,17 +32,17 @@ class Size:
     num_prefixes: int
 
 
-FULL = Size(teacher_steps=400, base_steps=60, steps=60, num_prefixes=128)
-QUICK = Size(teacher_steps=100, base_steps=30, steps=20, num_prefixes=48)
+FULL = Size(teacher_steps=100, base_steps=30, steps=60, num_prefixes=128)
+QUICK = Size(teacher_steps=40, base_steps=20, steps=20, num_prefixes=48)
 
 
 def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("--documents", type=Path, required=True, help="JSONL with `text`")
-    options.add_argument("--work", type=Path, default=Path("runs/real-text"))
+    options.add_argument("--work", type=Path, help="folder of the runs (runs/real-text, or runs/real-text-quick)")
     given = options.parse_args()
     size = QUICK if given.quick else FULL
-    stages = Stages(given.work / ("quick" if given.quick else "full"), size)
+    stages = Stages(given.work or Path("runs/real-text-quick" if given.quick else "runs/real-text"), size)
     stages.split(given.documents)
     stages.train()
     report = Report()

@@ -3,6 +3,7 @@
 Whatever can't be read with certainty is an error: a guess would look like a score.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from openai.types import Completion, CompletionChoice
@@ -20,16 +21,21 @@ def read_echoed_scores(answer: Completion, prompt: Prompt, continuations: Sequen
 
 
 def read_label_scores(top: Mapping[str, float], labels: Sequence[Prompt], *, name: str) -> list[list[float]]:
-    """From the top log-probs of the next token. A label that isn't among them is an error, not a low score."""
+    """From the top log-probs of the next token. A label that isn't among them is an error, not a low score.
+
+    A chat answer begins without the space that follows a plain prompt: " A" and "A" are the same label, their
+    probabilities added.
+    """
     scores = []
     for label in labels:
         if not isinstance(label, str):
             raise PromptError(f"{name} can score text labels of one token only, got token ids")
-        if label not in top:
+        forms = {label, label.lstrip(" ")} & top.keys()
+        if not forms:
             raise PromptError(
                 f"{name}: {label!r} is not among the {len(top)} likeliest next tokens, so it has no score"
             )
-        scores.append([top[label]])
+        scores.append([math.log(sum(math.exp(top[form]) for form in forms))])
     return scores
 
 
