@@ -1,7 +1,9 @@
 """`python -m services.collector --config FILE [--section.key VALUE ...]`."""
 
+import logging
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from services.serve import run_process
 
@@ -15,5 +17,13 @@ def _work(settings: "Settings", secrets: "Secrets") -> None:
     run(settings, secrets)
 
 
+def _leave(status: int) -> NoReturn:
+    """At once: a thread that still waits for a source or for Redis must not hold the process, and an interpreter with
+    torch in it (transformers imports it) takes seconds to come down. Everything that must be closed is."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(run_process("collector", _work))
+    _leave(run_process("collector", _work))

@@ -41,7 +41,9 @@ class PartWorker:
     storage: Storage
     gate: Gate
     watch: RunWatch
+    # Threads of its own, not the event loop's: that one waits for its threads in the end, and a source may hang.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))
 
     async def run(self, part: int) -> None:
         """Until the part has no more documents. Raises SourceError when it never gives any."""
@@ -116,7 +118,7 @@ class PartWorker:
         items = self.source.read(part, epoch=epoch, start=start)
         while True:
             await self.gate.wait_open()
-            item = await asyncio.to_thread(next, items, None)
+            item = await asyncio.get_running_loop().run_in_executor(self._reading, next, items, None)
             if item is None:
                 return
             yield item
@@ -170,7 +172,8 @@ class PartWorker:
         _log.info("part %d has no more documents", part)
 
     def close(self) -> None:
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._tokenizing, self._reading):
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _too_short(document: Document) -> Refusal:

@@ -13,6 +13,7 @@ import os
 import secrets as random_names
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from services.collector.leases import LeaseKeeper
 from services.collector.parts import PartWorker
 from services.collector.preparing import Preparer
 from services.collector.recording import Recorder
+from services.collector.sources.base import Source
 from services.collector.sources.opening import open_source
 from services.collector.storage import Storage
 from services.collector.texts import PolicyTokenizer
@@ -88,14 +90,15 @@ async def run_collector(settings: Settings, secrets: Secrets) -> None:
 
 async def _collect_documents(settings: Settings, secrets: Secrets, state: _State) -> None:
     async with AsyncExitStack() as stack:
-        tokenizer = await asyncio.to_thread(PolicyTokenizer, settings.policy.tokenizer_source)
+        loading = ThreadPoolExecutor(1, "loading")
+        stack.callback(loading.shutdown, wait=False, cancel_futures=True)
+        loop = asyncio.get_running_loop()
+        tokenizer = await loop.run_in_executor(loading, PolicyTokenizer, settings.policy.tokenizer_source)
         storage = _open_storage(settings, tokenizer)
         stack.callback(storage.close)
         state.storage = storage
         await _prepare_stores(settings, storage)
-        source = await asyncio.to_thread(
-            lambda: open_source(settings.documents, seed=settings.run.seed, vocabulary_size=tokenizer.vocabulary_size)
-        )
+        source = await loop.run_in_executor(loading, _open_source, settings, tokenizer.vocabulary_size)
         http = await stack.enter_async_context(http_client(settings, token=secrets.token))
         services = build_services(settings, http)
         gate = Gate(
@@ -130,6 +133,10 @@ def _lease_keeper(settings: Settings, storage: Storage, worker: PartWorker) -> L
         num_parts=settings.documents.num_parts,
         max_parts=settings.collector.max_parts,
     )
+
+
+def _open_source(settings: Settings, vocabulary_size: int) -> Source:
+    return open_source(settings.documents, seed=settings.run.seed, vocabulary_size=vocabulary_size)
 
 
 def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
