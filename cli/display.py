@@ -6,9 +6,12 @@ Events (a process died, a port moved) are lines above the panel in both forms.
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from cli.progress import Snapshot
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
 
 _PLAIN_EVERY_S = 10.0
 
@@ -71,18 +74,23 @@ class LiveDisplay:
         self._live.console.print(text, markup=False, highlight=False)
 
     def show(self, snapshot: Snapshot) -> None:
-        from rich.console import Group
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+        self._live.update(panel(snapshot))
 
-        figures = Table.grid(padding=(0, 2))
-        for name, value in rows(snapshot):
-            figures.add_row(Text(name, style="dim"), Text(value))
-        bar = ProgressBar(total=snapshot.steps, completed=snapshot.step, width=60)
-        title = f"step {snapshot.step} of {snapshot.steps}"
-        self._live.update(Panel(Group(bar, figures), title=title, title_align="left", expand=False))
+
+def panel(snapshot: Snapshot) -> "Panel":
+    """What a terminal shows: a bar, and a row for everything known."""
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    figures = Table.grid(padding=(0, 2))
+    for name, value in rows(snapshot):
+        figures.add_row(Text(name, style="dim"), Text(value))
+    content = Table.grid()  # a bar in a Group would swallow the line after it
+    content.add_row(ProgressBar(total=snapshot.steps, completed=snapshot.step, width=60))
+    content.add_row(figures)
+    return Panel(content, title=f"step {snapshot.step} of {snapshot.steps}", title_align="left", expand=False)
 
 
 def choose_display() -> Display:

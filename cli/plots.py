@@ -3,8 +3,8 @@
 A picture whose figures a run does not have (margins of an NLL objective, rewards without a judge) is left out.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Line:
     """Name in trainer/figures.py."""
     label: str
     colour: str = _OTHER
+    kind: str = ""
+    """The kind of candidate that it is about."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ PLOTS: tuple[Plot, ...] = (
         "chosen.png",
         "Which kind is chosen (the rollout line is the paper's main plot)",
         "share of chosen suffixes",
-        tuple(Line(f"chosen_{kind}_rate", kind, colour) for kind, colour in _KIND_COLOURS.items()),
+        tuple(Line(f"chosen_{kind}_rate", kind, colour, kind) for kind, colour in _KIND_COLOURS.items()),
         share=True,
     ),
     Plot("margin.png", "Reward margin", "margin (nats x beta)", (Line("reward_margin", "margin", "#4c72b0"),)),
@@ -87,11 +89,13 @@ PLOTS: tuple[Plot, ...] = (
 )
 
 
-def write_plots(steps: "Sequence[StepRecord]", folder: Path) -> list[Plot]:
-    """Those that the run has figures for; files of earlier reports are replaced."""
+def write_plots(steps: "Sequence[StepRecord]", folder: Path, *, kinds: Collection[str]) -> list[Plot]:
+    """Those that the run has figures for; files of earlier reports are replaced. `kinds`: the kinds of candidates
+    that the run makes. The others' share of chosen suffixes is no news."""
     drawn = []
     for plot in PLOTS:
-        figure = draw(plot, steps)
+        lines = tuple(line for line in plot.lines if not line.kind or line.kind in kinds)
+        figure = draw(replace(plot, lines=lines), steps)
         if figure is not None:
             figure.savefig(folder / plot.file, dpi=120)
             drawn.append(plot)
@@ -125,7 +129,10 @@ def _draw_line(axes: Any, line: Line, steps: "Sequence[StepRecord]") -> bool:
     if not points:
         return False
     places, values = [place for place, _ in points], [value for _, value in points]
-    width = max(1, len(values) // 20)
+    if len(points) < len(steps) / 2:  # now and then, such as checkpoints
+        axes.plot(places, values, color=line.colour, label=line.label, linestyle="", marker="o", markersize=4)
+        return True
+    width = max(1, len(values) // 10)
     if width == 1:
         axes.plot(places, values, color=line.colour, label=line.label, linewidth=1.6, marker="o", markersize=3)
         return True

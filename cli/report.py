@@ -51,7 +51,7 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
     from cli.plots import write_plots
 
     folder.report.mkdir(exist_ok=True)
-    plots = write_plots(steps, folder.report)
+    plots = write_plots(steps, folder.report, kinds=settings.kinds)
     lines = [
         f"# Run {settings.run.name}",
         "",
@@ -62,6 +62,9 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
         *_figure_table(steps),
         "",
         "## Plots",
+        "",
+        "Pale: each step. Full: the mean of the last tenth of the steps. Seconds of generate, rewrite and judge are the",
+        "collector's waits, summed over the step's documents; it waits for several documents at once.",
         "",
         *[f"![{plot.title}]({plot.file})\n" for plot in plots],
         "## Audit",

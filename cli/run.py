@@ -84,9 +84,7 @@ def run(config: Path, overrides: Sequence[str]) -> int:
         held.callback(engine.dispose)
         migrate(engine)
         held.enter_context(_signals_noted(interruption))
-        display = held.enter_context(choose_display())
-        launcher = Launcher(plan, folder, engine, display, interruption)
-        launcher.run()
+        Launcher(plan, folder, engine, choose_display(), interruption).run()
     if interruption.asked():
         return interruption.exit_code
     return 0
@@ -117,17 +115,21 @@ class Launcher:
     def run(self) -> None:
         """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
         self._ledger.open_run(self.plan.settings.model_dump(mode="json"))
-        for note in self.plan.notes:
-            self.display.say(note)
+        with self.display:
+            for note in self.plan.notes:
+                self.display.say(note)
+            self._run_to_the_end()
+        self._summarise()
+
+    def _run_to_the_end(self) -> None:
         try:
             self._start()
             self._watch()
         except HeadwaterError as exc:
-            self._tell("launcher", "failed", str(exc))
+            self._record("launcher", "failed", str(exc))
             raise
         finally:
             self._stack.stop(hurried=self.interruption.hurried)
-        self._summarise()
 
     def _start(self) -> None:
         self._stack.start_redis()
@@ -187,6 +189,9 @@ class Launcher:
     def _tell(self, role: str, kind: str, message: str) -> None:
         """To the person, and to the events table where the database allows it."""
         self.display.say(message)
+        self._record(role, kind, message)
+
+    def _record(self, role: str, kind: str, message: str) -> None:
         try:
             self._ledger.record_event(role, kind, message)
         except DatabaseError as exc:

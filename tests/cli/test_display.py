@@ -1,8 +1,11 @@
 """What a person sees while a run goes on."""
 
-import pytest
+import io
 
-from cli.display import PlainDisplay, duration, rows
+import pytest
+from rich.console import Console
+
+from cli.display import PlainDisplay, duration, panel, rows
 from cli.progress import Rate, Snapshot, sum_of_metric
 from shared.ledger import Balance
 from shared.stream import Backlog
@@ -44,6 +47,17 @@ def test_everything_known_is_shown() -> None:
 
 def test_what_is_unknown_is_absent() -> None:
     assert rows(Snapshot(step=0, steps=60)) == []
+
+
+def test_a_terminal_sees_every_row() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with console.capture() as capture:
+        console.print(panel(_snapshot(10)))
+    shown = capture.get()
+    assert "step 10 of 60" in shown
+    for name, value in rows(_snapshot(10)):
+        assert name in shown
+        assert value in shown
 
 
 def test_plain_lines_come_when_the_step_moves_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.plots import PLOTS, running_mean
-from cli.report import report, write_report
+from cli.plots import PLOTS, running_mean, write_plots
+from cli.report import StepRecord, report, write_report
 from shared.errors import HeadwaterError
 from tests.cli.conftest import MadeRun, key
 
@@ -26,6 +26,13 @@ def test_a_report_has_the_pictures_that_the_run_has_figures_for(made: MadeRun) -
     assert "![Loss](loss.png)" in text
     assert "margin.png" not in text
     assert _png_size(made.folder.report / "loss.png") == (960, 504)
+
+
+def test_a_kind_that_never_wins_is_drawn_and_one_that_is_never_made_is_not(made: MadeRun) -> None:
+    steps = [StepRecord(n, 0.0, {"chosen_rollout_rate": 0.0, "chosen_rewrite_rate": 0.0}) for n in (1, 2)]
+    (chosen,) = [plot for plot in PLOTS if plot.file == "chosen.png"]
+    assert write_plots(steps, made.folder.report, kinds={"rollout"}) == [chosen]
+    assert write_plots(steps, made.folder.report, kinds={"original"}) == []
 
 
 def test_the_table_holds_the_first_and_last_tenth(made: MadeRun) -> None:
