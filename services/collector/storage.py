@@ -34,6 +34,7 @@ class Storage:
     max_backoff_s: float
     trouble: dict[str, str] = field(default_factory=dict)
     """Per store why its last call failed; absent when it succeeded."""
+    _logged_reasons: set[str] = field(default_factory=set)
     # One thread for the database: SQLite has one writer anyway. Redis calls may overlap.
     _database: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "database"))
     _redis: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "redis"))
@@ -112,7 +113,10 @@ class Storage:
         """It will not be trained."""
         await self.database(lambda: self.ledger.drop(key, reason=reason, detail=detail, source_id=source_id))
         metrics.documents_dropped_total.labels(reason).inc()
-        _log.info("dropped %s: %s", key, detail, extra={"document_id": str(key), "reason": reason})
+        # The ledger has every one; the log shows the first of each reason, since a bad file may hold millions.
+        level = logging.DEBUG if reason in self._logged_reasons else logging.WARNING
+        self._logged_reasons.add(reason)
+        _log.log(level, "dropped %s: %s", key, detail, extra={"document_id": str(key), "reason": reason})
 
     async def left_over(self, part: int) -> dict[Position, set[int]]:
         """Windows of the part that an earlier collector read and did not finish.
