@@ -26,6 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/headwater demo $(OPTIONS)
 
+# The whole stack in the starter world, a few minutes on two cores; OPTIONS=--quick for a shorter one.
+demo: $(STAMP)
+	$(BIN)/headwater demo $(OPTIONS)
+
 # A first run on your own documents: make run DOCUMENTS=articles.jsonl
 # model from scratch -> teacher by next-token training -> the run that CONFIG describes. Again: goes on where it was.
 run: $(STAMP)
