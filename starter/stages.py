@@ -50,7 +50,7 @@ class Budget:
     def scaled(self, factor: float) -> "Budget":
         """The same recipe on less (or more) of everything."""
         sizes = {name: max(2, round(value * factor)) for name, value in vars(self).items()}
-        return Budget(**sizes | {"num_measured": max(60, sizes["num_measured"])})
+        return Budget(**sizes | {"num_measured": max(20, sizes["num_measured"])})
 
 
 class Workshop:

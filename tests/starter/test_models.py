@@ -64,14 +64,14 @@ def test_the_rewriter_copies_good_suffixes_and_repairs_bad_ones(lessons: Lessons
 def test_the_judge_agrees_with_the_checker(lessons: Lessons) -> None:
     policy = load_model(MODELS / "policy")
     sets = {
-        "heldout": heldout_groups(lessons, 40, seed=3),
-        "base": roll_out(policy, lessons, heldout_chunks(lessons, 40, seed=4), num=4, seed=3),
+        "heldout": heldout_groups(lessons, 30, seed=3),
+        "base": roll_out(policy, lessons, heldout_chunks(lessons, 25, seed=4), num=4, seed=3),
     }
     figures = measure_judge(TinyJudge(load_model(MODELS / "judge"), lessons), sets)
     assert figures["judge.safety_heldout"] > 0.95
     assert figures["judge.factuality_heldout"] > 0.85
     assert figures["judge.pairs_heldout"] > 0.8
-    assert figures["judge.pairs_base"] > 0.75
+    assert figures["judge.pairs_base"] > 0.7
 
 
 def test_the_measured_file_names_its_world_and_its_figures() -> None:

@@ -86,7 +86,7 @@ def test_dpo_loss_of_an_unmoved_policy_is_ln_two(model: LlamaForCausalLM) -> Non
 @pytest.mark.slow
 def test_a_make_on_next_to_nothing_goes_through_for_another_world(tmp_path: Path) -> None:
     figures = make(
-        tmp_path / "models", seed=1, work=tmp_path / "work", budget=Budget().scaled(0.004), stages=list(STAGES)
+        tmp_path / "models", seed=1, work=tmp_path / "work", budget=Budget().scaled(0.002), stages=list(STAGES)
     )
     assert (tmp_path / "models" / "measured.json").is_file()
     assert {"rewriter.exact_copies", "judge.pairs_drifted", "policy.all_clean"} <= set(figures)
