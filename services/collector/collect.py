@@ -95,7 +95,7 @@ class _Asking:
         if not asked:
             return {}
         items = tuple(judgement_item(self.window, index, self.texts[index], pools[index]) for index in asked)
-        request = JudgementRequest(items=items, seed=self._seed("judge"))
+        request = JudgementRequest.model_construct(items=items, seed=self._seed("judge"))
         with self._timed("judge"):
             answer = await self.services.judge_candidates(request)
         _expect("judge", "verdicts", len(answer.judgements), len(asked))
