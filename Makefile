@@ -22,10 +22,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-# A small world with ground truth: what the policy learned there, said by the world's own checker.
-demo: $(STAMP)
-	$(BIN)/headwater demo $(OPTIONS)
-
 # The whole stack in the starter world, a few minutes on two cores; OPTIONS=--quick for a shorter one.
 demo: $(STAMP)
 	$(BIN)/headwater demo $(OPTIONS)
