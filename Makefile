@@ -8,7 +8,7 @@ PACKAGES := shared services trainer evaluation starter cli benchmarks tests
 CONFIG ?= configs/local.toml
 DOCUMENTS ?=
 MODELS ?= runs/models
-TEACHER_STEPS ?= 100
+TEACHER_STEPS ?= 40
 OPTIONS ?=
 
 .PHONY: setup demo run test lint fix
