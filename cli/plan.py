@@ -14,7 +14,7 @@ from cli.ports import Ports
 from cli.redis_server import HOST, redis_url
 from shared.auth import generate_token
 from shared.configuration import load_secrets
-from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings
+from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings, TrainerSettings
 
 ServiceRole = Literal["rollout", "rewriter", "judge"]
 SERVICE_ROLES: tuple[ServiceRole, ...] = ("rollout", "rewriter", "judge")
@@ -45,7 +45,7 @@ class Plan:
         return len(self.roles) + (self.embedded_redis_port is not None)
 
     def ready_url(self, role: str) -> str | None:
-        """Where the role says that it is ready; None for the trainer, which serves nothing."""
+        """Where the role says that it is ready; None for the trainer, which serves no requests."""
         if role == "trainer":
             return None
         if role == "collector":
@@ -89,6 +89,8 @@ def make_plan(settings: Settings, ports: Ports, *, environ: Mapping[str, str] | 
     for role in services:
         updates[role] = _with_free_port(service_settings(settings, role), role, ports, notes)
     updates["collector"] = _with_free_port(settings.collector, "collector", ports, notes)
+    if settings.trainer.metrics_port:
+        updates["trainer"] = _with_free_metrics_port(settings.trainer, ports, notes)
     return Plan(
         settings=settings.model_copy(update=updates),
         secrets=secrets,
@@ -121,11 +123,19 @@ def _complete(given: Secrets) -> Secrets:
 def _with_free_port(
     section: ServiceSettings | CollectorSettings, role: str, ports: Ports, notes: list[str]
 ) -> ServiceSettings | CollectorSettings:
-    wanted = section.port
-    port = ports.take(section.host, wanted)
+    return section.model_copy(update={"port": _take(section.host, section.port, role, ports, notes)})
+
+
+def _with_free_metrics_port(trainer: TrainerSettings, ports: Ports, notes: list[str]) -> TrainerSettings:
+    port = _take(trainer.host, trainer.metrics_port, "trainer", ports, notes)
+    return trainer.model_copy(update={"metrics_port": port})
+
+
+def _take(host: str, wanted: int, role: str, ports: Ports, notes: list[str]) -> int:
+    port = ports.take(host, wanted)
     if wanted and port != wanted:
         notes.append(f"port {wanted} is taken: {role} listens on {port} instead")
-    return section.model_copy(update={"port": port})
+    return port
 
 
 def _reachable(host: str) -> str:

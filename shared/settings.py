@@ -313,6 +313,10 @@ class TrainerSettings(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     max_bad_steps: int = Field(default=5, ge=1)
     """Steps in a row with a non-finite loss before the run stops."""
+    host: str = "127.0.0.1"
+    """Where `metrics_port` binds. Another than loopback needs tokens set by hand."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Serves /metrics and /healthz; 0: neither, since without a scraper nobody would read them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(default=1, ge=0)
     """CPU threads; 0 takes torch's default."""

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
-from shared.configuration import load_settings
+from shared.configuration import load_secrets, load_settings
 from shared.errors import HeadwaterError, SettingsError
 from shared.logs import configure_logs
 from shared.settings import Settings
+from trainer.metrics_server import serving_metrics
 
 _log = logging.getLogger("trainer")
 
@@ -30,10 +31,11 @@ def main() -> int:
     try:
         settings = load_settings(arguments.config, overrides)
         _check(settings)
-        from trainer.assembly import train  # torch loads only once the settings are known to be good
+        with serving_metrics(settings.trainer.host, settings.trainer.metrics_port, load_secrets()):
+            from trainer.assembly import train  # torch loads only once the settings are known to be good
 
-        _on_signal(stop.set)
-        train(settings, stop)
+            _on_signal(stop.set)
+            train(settings, stop)
     except HeadwaterError as exc:
         _log.error("%s: %s", type(exc).__name__, exc)
         return 1

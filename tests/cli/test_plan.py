@@ -62,6 +62,14 @@ def test_a_port_that_moved_is_told_and_given_to_everybody(ports: Ports) -> None:
     assert plan.settings.judge.base_url == f"http://127.0.0.1:{moved}"
 
 
+def test_the_trainers_metrics_port_moves_like_the_others(ports: Ports) -> None:
+    taken = ports.take("127.0.0.1", 0)
+    plan = _plan(ports, "--trainer.metrics_port", str(taken))
+    assert plan.settings.trainer.metrics_port not in (0, taken)
+    assert any(f"port {taken} is taken: trainer" in note for note in plan.notes)
+    assert _plan(ports).settings.trainer.metrics_port == 0
+
+
 def test_tokens_are_made_unless_given(ports: Ports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TOKEN", "mine")
     plan = _plan(ports)
