@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.middleware import OPEN_PATHS, AuthMiddleware, MetricsMiddleware, SizeMiddleware
+from services.middleware import METRICS_PATH, OPEN_PATHS, AuthMiddleware, MetricsMiddleware, SizeMiddleware
 from services.rendering import error_response, render_error
 from shared import metrics
 from shared.api import Readiness
@@ -81,7 +81,7 @@ def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness]) -> 
         metrics.ready.set(answer.ready)
         return JSONResponse(answer.model_dump(mode="json"), status_code=200 if answer.ready else 503)
 
-    @app.get("/metrics", tags=["operations"], response_class=Response)
+    @app.get(METRICS_PATH, tags=["operations"], response_class=Response)
     async def metrics_text() -> Response:
         """Prometheus metrics as text."""
         metrics.ready.set(readiness().ready)

@@ -13,10 +13,11 @@ from shared.errors import AuthError, RequestTooLargeError
 from shared.settings import Secrets
 
 OPEN_PATHS = ("/healthz", "/readyz")
+METRICS_PATH = "/metrics"
 
 
 class MetricsMiddleware:
-    """Counts requests by route template and status, and their seconds."""
+    """Counts requests by route template and status, their seconds, and those of work that are in flight."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -26,6 +27,8 @@ class MetricsMiddleware:
             await self._app(scope, receive, send)
             return
         status = 500
+        is_work = scope["path"] not in (*OPEN_PATHS, METRICS_PATH)
+        metrics.requests_in_flight.inc(is_work)
         started = time.perf_counter()
 
         async def send_noting_status(message: Message) -> None:
@@ -37,6 +40,7 @@ class MetricsMiddleware:
         try:
             await self._app(scope, receive, send_noting_status)
         finally:
+            metrics.requests_in_flight.dec(is_work)
             route = _template(scope)
             metrics.requests_total.labels(route, str(status)).inc()
             metrics.request_seconds.labels(route).observe(time.perf_counter() - started)

@@ -21,6 +21,7 @@ def _histogram(name: str, text: str, *labels: str) -> Histogram:
 # Every service
 requests_total = _counter("requests_total", "HTTP requests answered", "route", "status")
 request_seconds = _histogram("request_seconds", "Seconds to answer a request", "route")
+requests_in_flight = _gauge("requests_in_flight", "Requests of work not yet answered, health and metrics left out")
 ready = _gauge("ready", "1 when the service can answer")
 
 # Engines
@@ -38,6 +39,7 @@ refused_weights_total = _counter("refused_weights_total", "Weight versions that 
 rewrites_total = _counter("rewrites_total", "Rewrites by outcome", "outcome")
 judge_calls_total = _counter("judge_calls_total", "Engine calls for verdicts", "criterion")
 judge_failures_total = _counter("judge_failures_total", "Verdicts that could not be read", "criterion")
+judge_info = _gauge("judge_info", "1 for the judge in service: model, prompts and settings as one hash", "fingerprint")
 
 # Collector
 documents_read_total = _counter("documents_read_total", "Document windows read, refused ones included")

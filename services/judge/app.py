@@ -15,6 +15,7 @@ from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
 from services.lifespan import EngineLife
 from services.policy_tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
 from shared.errors import EngineError
 from shared.settings import Secrets, Settings
@@ -87,6 +88,7 @@ class Bench:
         if "likelihood" in self._settings.judge.criteria:
             reading = await asyncio.to_thread(token_reading, self._settings)
         self._judge = build_judge(self._settings.judge, self._parts, engine=self._engine, reading=reading)
+        metrics.judge_info.labels(self._judge.fingerprint).set(1)
         _log.info(
             "judge ready",
             extra={

@@ -31,6 +31,10 @@ def make_app(*, ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
     async def echo(name: str, request: RolloutRequest) -> dict[str, Any]:
         return {"name": name, "starts": request.starts}
 
+    @app.get("/v1/requests-in-flight")
+    async def requests_in_flight() -> float | None:
+        return metrics.REGISTRY.get_sample_value("headwater_requests_in_flight")
+
     @app.post("/v1/fail/{kind}")
     async def fail(kind: str) -> None:
         raise {"engine": EngineError, "overloaded": OverloadedError, "request": RequestError, "bug": KeyError}[kind](
@@ -122,6 +126,14 @@ def test_requests_are_counted_by_route_template(client: TestClient) -> None:
     assert client.post("/v1/echo/a", headers=TOKEN, json=BODY).status_code == 200
     assert metrics.REGISTRY.get_sample_value("headwater_requests_total", labels) == before + 1
     assert "headwater_requests_total" in client.get("/metrics", headers=TOKEN).text
+
+
+def test_requests_of_work_are_counted_while_they_are_in_flight_and_no_longer(client: TestClient) -> None:
+    before = metrics.REGISTRY.get_sample_value("headwater_requests_in_flight")
+    assert before is not None
+    assert client.get("/v1/requests-in-flight", headers=TOKEN).json() == before + 1
+    assert client.post("/v1/fail/bug", headers=TOKEN).status_code == 500
+    assert f"headwater_requests_in_flight {before}\n" in client.get("/metrics", headers=TOKEN).text
 
 
 def test_the_schema_names_the_token_and_carries_examples(client: TestClient) -> None:

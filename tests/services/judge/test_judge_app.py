@@ -48,6 +48,7 @@ def test_judgements_come_back_in_order_with_the_fingerprint_of_readiness() -> No
     assert isinstance(found[1], JudgementFailure)
     assert (found[0].rewards, found[0].reasoning) == ((1.0, 1.0), "Fine.\nVerdict: safe")
     assert found[0].fingerprint == ready["fingerprint"] != ""
+    assert metrics.REGISTRY.get_sample_value("headwater_judge_info", {"fingerprint": ready["fingerprint"]}) == 1
     assert (engine.started, engine.closed) == (True, True)
 
 
