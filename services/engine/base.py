@@ -61,6 +61,30 @@ class TokenScorer(Protocol):
         ...
 
 
+@runtime_checkable
+class PatchableEngine(Protocol):
+    """An engine that may take the changed elements of a version alone, in place, instead of all its weights."""
+
+    @property
+    def can_patch(self) -> bool:
+        """Whether `patch_weights` works with the model as it was loaded; asked before every update."""
+        ...
+
+    async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
+        """Change elements so that the weights of version `base`, which must be in service, become those of `version`.
+
+        `patches` is a safetensors file, verified. Per changed tensor NAME it holds `NAME.indices` (int64, into the
+        flattened tensor, ascending, distinct) and `NAME.values` (the new elements, in the dtype that was published);
+        its metadata `shapes` is a JSON object {NAME: shape}. Names and shapes are checked before anything changes;
+        NAMEs are checkpoint names. services/engine/weights.py reads it (`read_patches`).
+
+        Requests in flight go on, as with `load_weights`. On EngineError either the weights of `base` stay in service,
+        or generation is held until the `load_weights` that follows: the caller has the whole of `version` on disk and
+        loads that next, or the last good one. Half-patched weights never answer.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Asynchronous, bounded in queue and time. Raises EngineError, or OverloadedError when its queue is full."""
 

@@ -1,14 +1,17 @@
 """Reads a weight version's safetensors files and holds them against a model before anything changes.
 
-`read_weights` may run on any thread (it only looks at the model's names and shapes); `apply_weights` belongs to the
-thread that owns the model.
+`read_weights` and `check_patches` may run on any thread (they only look at the model's names and shapes);
+`apply_weights` and `apply_patches` belong to the thread that owns the model.
 """
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,20 +41,77 @@ def apply_weights(module: Any, tensors: dict[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
+@dataclass(frozen=True)
+class Patch:
+    """The changed elements of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    indices: Tensor
+    """(N,) int64 into the flattened tensor, ascending, distinct."""
+    values: Tensor
+    """(N,)"""
+
+
+def read_patches(file: Path) -> list[Patch]:
+    """What `PatchableEngine.patch_weights` is given. Raises EngineError if it isn't of that form."""
+    try:
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            shapes: dict[str, list[int]] = json.loads((opened.metadata() or {})["shapes"])
+        patches = [
+            Patch(name, tuple(shape), tensors[f"{name}.indices"], tensors[f"{name}.values"])
+            for name, shape in shapes.items()
+        ]
+    except (SafetensorError, OSError, ValueError, KeyError) as exc:
+        raise EngineError(f"{file} does not hold readable patches: {exc!r}") from exc
+    for patch in patches:
+        _check_indices(patch, file)
+    return patches
+
+
+def check_patches(module: Any, patches: Sequence[Patch]) -> None:
+    """Raise EngineError naming the first patch that doesn't fit the model."""
+    own = module.state_dict()
+    for patch in patches:
+        _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
+
+
+@torch.no_grad()
+def apply_patches(module: Any, patches: Sequence[Patch]) -> None:
+    """Write the changed elements into the model's own storage; its dtype stays."""
+    own = module.state_dict()
+    for patch in patches:
+        tensor = own[patch.name]
+        # put_ takes flat indices whatever the strides are
+        tensor.put_(patch.indices.to(tensor.device), patch.values.to(tensor.device, tensor.dtype))
+
+
+def _check_indices(patch: Patch, file: Path) -> None:
+    count = torch.Size(patch.shape).numel()
+    indices = patch.indices
+    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.shape != patch.values.shape:
+        raise EngineError(f"{file}: the indices of {patch.name} are not int64, one per value")
+    if len(indices) and (int(indices[0]) < 0 or int(indices[-1]) >= count or not bool((indices.diff() > 0).all())):
+        raise EngineError(f"{file}: the indices of {patch.name} do not ascend within its {count} elements")
+
+
 def _check(own: dict[str, Tensor], given: dict[str, Tensor], folder: Path) -> None:
     for name, tensor in given.items():
-        if name not in own:
-            raise EngineError(f"{folder}: the model has no tensor {name!r}")
-        if tensor.shape != own[name].shape:
-            raise EngineError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
-            )
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise EngineError(f"{folder}: {name} has dtype {tensor.dtype}, the model's is {own[name].dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise EngineError(f"{folder}: {name} holds NaN or infinite values")
+        _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
     # Tied tensors share storage: one of their names is enough.
     written = {own[name].data_ptr() for name in given}
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]
     if missing:
         raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
+
+
+def _check_fit(own: dict[str, Tensor], name: str, shape: tuple[int, ...], values: Tensor, where: str) -> None:
+    if name not in own:
+        raise EngineError(f"{where}: the model has no tensor {name!r}")
+    if shape != tuple(own[name].shape):
+        raise EngineError(f"{where}: {name} has shape {shape}, the model's is {tuple(own[name].shape)}")
+    if values.is_floating_point() != own[name].is_floating_point():
+        raise EngineError(f"{where}: {name} has dtype {values.dtype}, the model's is {own[name].dtype}")
+    if not bool(torch.isfinite(values).all()):
+        raise EngineError(f"{where}: {name} holds NaN or infinite values")
