@@ -1,0 +1,84 @@
+# One image for every part of the stack; compose and Kubernetes say which command it runs.
+#
+#   docker build --target cpu -t headwater:cpu .
+#   docker build --target gpu -t headwater:gpu .     # on vLLM's own CUDA image
+#
+# Other package indexes: --build-arg PIP_INDEX_URL=..., PIP_FIND_LINKS=..., PIP_TRUSTED_HOST=..., TORCH_INDEX_URL=...
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# The vLLM that the engine is written for; newer ones change its API.
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
+
+# What is installed, without the code: only these three files can spoil the layers of dependencies.
+FROM scratch AS requirements
+COPY pyproject.toml constraints.txt LICENSE /
+
+# The code, and the folders that volumes are mounted on: a new named volume takes over their owner.
+FROM ${PYTHON_IMAGE} AS tree
+RUN install -d -o 10001 -g 10001 /headwater/runs /headwater/weights /headwater/documents /headwater/huggingface \
+    && install -d /headwater/config/prompts
+WORKDIR /headwater
+COPY shared shared
+COPY services services
+COPY trainer trainer
+COPY evaluation evaluation
+COPY starter starter
+COPY cli cli
+
+# pyproject.toml without the packages that it names installs their requirements and the `headwater` script.
+FROM ${PYTHON_IMAGE} AS cpu-dependencies
+ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
+# PyTorch's own index has builds without CUDA: 200 MB instead of several GB. Empty: torch comes from PIP_INDEX_URL.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN python -m venv /opt/headwater
+WORKDIR /build
+COPY --from=requirements / ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/headwater/bin/pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
+        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+RUN --mount=type=cache,target=/root/.cache/pip \
+    touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
+
+FROM ${PYTHON_IMAGE} AS cpu
+COPY --from=cpu-dependencies /opt/headwater /opt/headwater
+COPY --from=tree /headwater /headwater
+ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false
+RUN python -m compileall -q /headwater
+WORKDIR /headwater
+USER 10001:10001
+STOPSIGNAL SIGTERM
+CMD ["headwater", "--help"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Headwater" \
+      org.opencontainers.image.description="Self-improving pretraining as a service stack, for CPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+
+# The image brings torch, transformers and vLLM; the environment on top sees them and adds what is missing.
+FROM ${VLLM_IMAGE} AS gpu
+ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
+WORKDIR /build
+COPY --from=requirements / ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv --system-site-packages /opt/headwater \
+    && touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
+COPY --from=tree /headwater /headwater
+ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false \
+    XDG_CACHE_HOME=/headwater/cache VLLM_NO_USAGE_STATS=1
+RUN install -d -o 10001 -g 10001 /headwater/cache && python -m compileall -q /headwater
+WORKDIR /headwater
+USER 10001:10001
+STOPSIGNAL SIGTERM
+# The base's own is `vllm serve`.
+ENTRYPOINT []
+CMD ["headwater", "--help"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Headwater" \
+      org.opencontainers.image.description="Self-improving pretraining as a service stack, for GPUs, with vLLM" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
