@@ -136,6 +136,10 @@ def test_requests_of_work_are_counted_while_they_are_in_flight_and_no_longer(cli
     assert f"headwater_requests_in_flight {before}\n" in client.get("/metrics", headers=TOKEN).text
 
 
+def test_the_process_tells_its_memory(client: TestClient) -> None:
+    assert "\nprocess_resident_memory_bytes " in client.get("/metrics", headers=TOKEN).text
+
+
 def test_the_schema_names_the_token_and_carries_examples(client: TestClient) -> None:
     schema = client.get("/openapi.json", headers=TOKEN).json()
     assert schema["security"] == [{"bearer": []}]
