@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 import openai
 from openai import AsyncOpenAI
 
+from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenSequence
 from services.engine.openai_scores import read_echoed_scores, read_label_scores
 from shared.errors import EngineError, HeadwaterError, OverloadedError, RequestError
@@ -69,7 +70,7 @@ class OpenAIEngine:
         await self._client.close()
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
-        return await _together([self._generate(prompt, sampling, row) for row, prompt in enumerate(prompts)])
+        return await all_of(self._generate(prompt, sampling, row) for row, prompt in enumerate(prompts))
 
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
         if not continuations:
@@ -201,16 +202,6 @@ class OpenAIEngine:
 
     async def _probe_top(self) -> bool:
         return bool(await self._next_token(ChatPrompt("Say yes or no.")))
-
-
-async def _together(work: Sequence[Any]) -> list[Any]:
-    """All results in order; the first error cancels the rest."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _message(prompt: str) -> Any:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
+from services.concurrency import all_of
 from services.judge.asking import Answer, Tally, VerdictSource, derived_seed
-from services.judge.concurrency import all_of
 from services.judge.framing import FramedPrompt
 from services.judge.pairing import Pair, all_pairs
 from services.judge.rewards import win_rates

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.concurrency import all_of
 from services.judge.asking import Tally, derived_seed
-from services.judge.concurrency import all_of
 from services.judge.criteria import Criterion, CriterionError, Scores
 from services.judge.rewards import combined_rewards
 from shared.api import JudgementFailure, JudgementItem, JudgementRequest, JudgementResponse

@@ -1,4 +1,4 @@
-"""Waits for many coroutines at once; used by the judge at each of its levels (chunks, criteria, questions)."""
+"""Waits for many coroutines at once: the judge at each of its levels, an engine for the rows of a request."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
