@@ -147,11 +147,29 @@ class EngineSettings(Section):
     key_variable: str = "OPENAI_API_KEY"
     """`openai`: the environment variable that holds the endpoint's key; may be unset for open endpoints."""
     timeout_s: float = Field(default=600.0, gt=0)
+    max_model_tokens: int = Field(default=0, ge=0)
+    """`vllm`: longest prompt plus answer; 0: the model's own. Shorter leaves more of the cache to each request."""
+    kv_cache_gib: float = Field(default=0.0, ge=0)
+    """`vllm`: memory of keys and values; 0: what gpu_memory_utilization leaves, on a CPU 1 GiB."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """`vllm` on a GPU: share of its memory for weights, activations and cache. Lower where services share a GPU."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """`vllm`: devices that one copy of the model is split over."""
+    data_parallel_size: int = Field(default=1, ge=1)
+    """`vllm`: copies of the model behind this one service."""
+    lora_adapter: str = ""
+    """`vllm`: folder of a LoRA adapter in PEFT's form, applied to every request; for judges and rewriters."""
 
     @model_validator(mode="after")
     def _openai_has_an_endpoint(self) -> Self:
         if self.kind == "openai" and not self.endpoint:
             raise ValueError("engine.kind = 'openai' needs engine.endpoint, such as http://127.0.0.1:8000/v1")
+        return self
+
+    @model_validator(mode="after")
+    def _only_vllm_takes_adapters(self) -> Self:
+        if self.lora_adapter and self.kind != "vllm":
+            raise ValueError(f"engine.lora_adapter needs engine.kind = 'vllm', not '{self.kind}'")
         return self
 
 
