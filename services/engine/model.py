@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from services.engine.base import TokenScore
 from services.engine.rows import PrefilledPrompt, RowCache
-from services.engine.trunks import Tokens, Trunk, pack, plan_trunks
+from services.engine.trunks import Branch, Tokens, pack, plan_branches
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
@@ -38,12 +38,13 @@ class CausalModel:
     max_batch_tokens: int
 
     def prefill(self, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
-        """Keys, values and next-token logits of every distinct prompt; each trunk passes through the model once."""
-        trunks = plan_trunks(prompts)
+        """Keys, values and next-token logits of every distinct prompt; what prompts share passes through once."""
         found: dict[Tokens, PrefilledPrompt] = {}
-        lengths = [len(trunk.token_ids) for trunk in trunks]
-        for run in pack(lengths, max_tokens=self.max_batch_tokens, max_rows=self._max_prefill_rows(trunks)):
-            found.update(self._prefill_together(trunks[run.start : run.stop]))
+        stems: dict[Tokens, PrefilledPrompt] = {}
+        for branches in plan_branches(prompts):
+            lengths = [len(branch.token_ids) for branch in branches]
+            for run in pack(lengths, max_tokens=self.max_batch_tokens, max_rows=self._max_prefill_rows(branches)):
+                self._run_together(branches[run.start : run.stop], found, stems)
         return found
 
     def step(self, token_ids: Tensor, rows: RowCache) -> Tensor:
@@ -80,30 +81,42 @@ class CausalModel:
                 scores[index].extend(found)
         return scores
 
-    def _max_prefill_rows(self, trunks: Sequence[Trunk]) -> int:
+    def _max_prefill_rows(self, branches: Sequence[Branch]) -> int:
         """Rows share one list of positions whose logits are wanted, so too many different ones cost memory."""
-        positions = len({len(prompt) for trunk in trunks for prompt in trunk.prompts})
-        return max(1, MAX_LOGITS // (positions * self.vocab_size))
+        return max(1, MAX_LOGITS // (len(_logit_positions(branches)) * self.vocab_size))
 
-    def _prefill_together(self, trunks: Sequence[Trunk]) -> dict[Tokens, PrefilledPrompt]:
-        lengths = sorted({len(prompt) for trunk in trunks for prompt in trunk.prompts})
-        wanted = torch.tensor([length - 1 for length in lengths], device=self.device)
+    def _run_together(
+        self,
+        branches: Sequence[Branch],
+        found: dict[Tokens, PrefilledPrompt],
+        stems: dict[Tokens, PrefilledPrompt],
+    ) -> None:
+        """Runs branches of one level; adds their prompts to `found`, and themselves to `stems` for the next level."""
+        branches = sorted(branches, key=lambda branch: branch.stem)  # neighbours share the copy of their stem
+        new = _pad([branch.token_ids[len(branch.stem) :] for branch in branches], self.device)
+        positions = _logit_positions(branches)
+        wanted = torch.tensor(positions, device=self.device)
         # Padding on the right needs no mask: with causal attention nothing real looks at it.
-        cache = DynamicCache()
+        rows = RowCache([stems[branch.stem] for branch in branches], room=new.shape[1]) if branches[0].stem else None
+        fresh = DynamicCache()
         logits = self.module(
-            input_ids=_pad([trunk.token_ids for trunk in trunks], self.device),
-            past_key_values=cache,
+            input_ids=new,
+            attention_mask=_widened(rows.mask(new.shape[1])) if rows else None,
+            position_ids=rows.positions(new.shape[1]) if rows else None,
+            past_key_values=rows.cache if rows else fresh,
             use_cache=True,
             logits_to_keep=wanted,
         ).logits.float()
-        metrics.engine_prompt_tokens_total.inc(sum(len(trunk.token_ids) for trunk in trunks))
-        column = {length: index for index, length in enumerate(lengths)}
-        found = {}
-        for row, trunk in enumerate(trunks):
-            layers = [(keys[row], values[row]) for keys, values, *_ in cache]
-            for prompt in trunk.prompts:
-                found[prompt] = PrefilledPrompt(layers, len(prompt), logits[row, column[len(prompt)]])
-        return found
+        metrics.engine_prompt_tokens_total.inc(sum(len(branch.token_ids) - len(branch.stem) for branch in branches))
+        column = {position: index for index, position in enumerate(positions)}
+        for row, branch in enumerate(branches):
+            layers = rows.layers_of(row) if rows else [(keys[row], values[row]) for keys, values, *_ in fresh]
+            own = {
+                prompt: PrefilledPrompt(layers, len(prompt), logits[row, column[len(prompt) - len(branch.stem) - 1]])
+                for prompt in {*branch.prompts, branch.token_ids}
+            }
+            stems[branch.token_ids] = own[branch.token_ids]
+            found.update((prompt, own[prompt]) for prompt in branch.prompts)
 
     def _score_rest(self, pairs: Sequence[tuple[PrefilledPrompt, Tokens]]) -> list[list[TokenScore]]:
         """Scores of all tokens but the first of each continuation."""
@@ -125,6 +138,12 @@ class CausalModel:
             [TokenScore(given[row][i], best_ids[row][i], best[row][i]) for i in range(len(continuation) - 1)]
             for row, (_, continuation) in enumerate(pairs)
         ]
+
+
+def _logit_positions(branches: Sequence[Branch]) -> list[int]:
+    """Where prompts and branches end, counted in the tokens that are run."""
+    ends = {len(end) - len(branch.stem) - 1 for branch in branches for end in (*branch.prompts, branch.token_ids)}
+    return sorted(ends)
 
 
 def load_model(settings: EngineSettings) -> CausalModel:

@@ -1,7 +1,7 @@
 """Keys and values of rows being continued: laid out once from prefilled trunks, then written in place.
 
 Rows are padded on the left, so that all rows write the same next column. Positions were applied to the keys at
-prefill, so a beginning of a trunk may be laid anywhere. Used by decoding.py and scoring in model.py.
+prefill, so a beginning of a trunk may be laid anywhere. Used by decoding.py and model.py.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,10 @@ class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self.length
 
+    def of_row(self, row: int, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, T, head_dim) of one row from column `first` on."""
+        return self._all_keys[row, :, first : self.length], self._all_values[row, :, first : self.length]
+
     def select(self, rows: Tensor) -> None:
         self._all_keys = self._all_keys.index_select(0, rows)
         self._all_values = self._all_values.index_select(0, rows)
@@ -76,6 +80,11 @@ class RowCache:
         """(R, num_new) of the next columns."""
         filled = self._layers[0].length - self._width
         return (self.lengths + filled)[:, None] + torch.arange(num_new, device=self.lengths.device)
+
+    def layers_of(self, row: int) -> Layers:
+        """All that a row holds, its padding on the left cut off."""
+        first = self._width - int(self.lengths[row])
+        return [layer.of_row(row, first) for layer in self._layers]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""

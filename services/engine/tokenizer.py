@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -9,6 +10,8 @@ from transformers import AutoTokenizer
 from shared.errors import EngineError
 
 _REPLACEMENT = "\ufffd"
+_LABEL_CHARACTERS = 32
+"""Texts as short as a judge's labels are asked for again and again: their tokens are remembered."""
 
 
 class Tokenizer:
@@ -21,10 +24,14 @@ class Tokenizer:
             raise EngineError(f"no tokenizer can be loaded from {source!r}: {exc}") from exc
         # Fast tokenizers keep truncation state, which two threads must not change at once.
         self._lock = threading.Lock()
+        self._encode_label = lru_cache(maxsize=1024)(self._encode)
         self._anchor = self.encode("a")[-1:]
         self._anchor_text = self.decode(self._anchor)
 
     def encode(self, text: str) -> list[int]:
+        return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
         with self._lock:
             found: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return found

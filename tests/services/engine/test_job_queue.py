@@ -6,7 +6,7 @@ import torch
 from services.engine.base import Sampling
 from services.engine.jobs import GenerateJob, JobQueue, LoadJob, ScoreJob
 from services.engine.sampling import RowSampling, draw_uniforms
-from services.engine.trunks import Trunk, pack, plan_trunks
+from services.engine.trunks import Branch, pack, plan_branches
 from shared.errors import EngineError, OverloadedError
 
 
@@ -18,17 +18,28 @@ def make_queue(*, max_queued: int = 10, max_batch_tokens: int = 100) -> JobQueue
     return JobQueue(max_queued=max_queued, max_batch_tokens=max_batch_tokens, batch_wait_s=0.0)
 
 
-def test_prompts_that_begin_another_share_its_trunk() -> None:
-    assert plan_trunks([(1, 2), (7,), (1, 2, 3), (1,), (1, 2)]) == [
-        Trunk((1, 2, 3), ((1, 2, 3), (1, 2), (1,))),
-        Trunk((7,), ((7,),)),
+def test_prompts_that_begin_another_share_its_branch() -> None:
+    assert plan_branches([(1, 2), (7,), (1, 2, 3), (1,), (1, 2)]) == [
+        [Branch((1, 2, 3), ((1, 2, 3), (1, 2), (1,))), Branch((7,), ((7,),))]
     ]
+    assert plan_branches([]) == []
 
 
-def test_a_shared_beginning_hangs_on_one_of_two_trunks() -> None:
-    trunks = plan_trunks([(1,), (1, 2), (1, 3)])
-    assert sorted(trunk.token_ids for trunk in trunks) == [(1, 2), (1, 3)]
-    assert sorted(prompt for trunk in trunks for prompt in trunk.prompts) == [(1,), (1, 2), (1, 3)]
+def test_a_short_shared_beginning_hangs_on_one_of_two_branches() -> None:
+    (level,) = plan_branches([(1,), (1, 2), (1, 3)])
+    assert sorted(branch.token_ids for branch in level) == [(1, 2), (1, 3)]
+    assert sorted(prompt for branch in level for prompt in branch.prompts) == [(1,), (1, 2), (1, 3)]
+
+
+def test_a_long_shared_beginning_is_run_once_and_gone_on_from() -> None:
+    document, a, b = (1,) * 64, (2,) * 64, (3,) * 64
+    prompts = [(*document, *first, last) for first in (a, b) for last in (4, 5)]
+    beginning = document[:10]
+    roots, stems, ends = plan_branches([*prompts, beginning])
+    assert roots == [Branch(document, (beginning,))]
+    assert stems == [Branch((*document, *first), (), document) for first in (a, b)]
+    assert sorted(branch.token_ids for branch in ends) == sorted(prompts)
+    assert all(branch.stem == branch.token_ids[:-1] and branch.prompts == (branch.token_ids,) for branch in ends)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,24 @@ def test_concurrent_scores_share_batches_and_stay_right(tiny_model: Path) -> Non
             assert given == pytest.approx(hf_log_probs(tiny_model, prompt, continuation), abs=1e-4)
 
 
+def test_questions_that_begin_alike_run_what_they_share_once(tiny_model: Path) -> None:
+    document, candidates = list(range(20, 90)), [[n] * 40 + [n + 1, 3] for n in (100, 120, 140, 160)]
+    prompts = [document + a + b for a in candidates for b in candidates if a != b] + [document[:30]]
+
+    async def work(engine: TransformersEngine) -> list[list[list[float]]]:
+        before = prefilled()
+        answers = await asyncio.gather(*(engine.score(prompt, [[5], [6, 7]]) for prompt in prompts))
+        # the document, four candidates after it, and twelve after those; then one more token of [6, 7] each
+        assert prefilled() - before == 70 + 4 * 42 + 12 * 42 + len(prompts)
+        return answers
+
+    answers = with_engine(tiny_model, work, batch_wait_s=0.2)
+    assert isinstance(answers, list)
+    for prompt, scores in zip(prompts, answers, strict=True):
+        for continuation, given in zip([[5], [6, 7]], scores, strict=True):
+            assert given == pytest.approx(hf_log_probs(tiny_model, prompt, continuation), abs=1e-4)
+
+
 def test_token_scores_name_the_best_token(tiny_model: Path) -> None:
     async def work(engine: TransformersEngine) -> None:
         ((generation,),) = await engine.generate([PROMPT], Sampling(max_tokens=3, temperature=0))
