@@ -140,7 +140,8 @@ class Engine(Protocol):
         """Switch to the safetensors files in `folder` between batches: requests in flight are not lost.
 
         The files are checked against the model (names, shapes, dtypes) before anything changes; on EngineError the
-        last good weights stay.
+        last good weights stay. The caller leaves `folder` as it is while its version is in service, so that an engine
+        whose update broke off can load the last good one again.
         """
         ...
 
