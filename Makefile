@@ -11,7 +11,7 @@ MODELS ?= runs/models
 TEACHER_STEPS ?= 40
 OPTIONS ?=
 
-.PHONY: setup demo run test lint fix
+.PHONY: setup demo run env test test-compose lint fix
 
 setup: $(STAMP)
 
@@ -37,8 +37,16 @@ run: $(STAMP)
 	$(BIN)/headwater run $(CONFIG) --policy.model $(MODELS)/scratch --documents.path "$(DOCUMENTS)" \
 	    --judge.engine.model "$$(ls -d runs/teacher/checkpoints/step-*[0-9] | tail -n 1)/policy" $(OPTIONS)
 
+# Tokens and passwords for docker compose: .env, mode 0600, never overwritten.
+env:
+	@sh compose/make-env.sh .env
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The compose stack for real, with containers killed in the middle; needs a container engine, takes several minutes.
+test-compose: $(STAMP)
+	$(BIN)/python -m pytest tests/compose --run-compose --timeout=1800 $(OPTIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from cli.run import run
 from cli.run_folder import find_run
 from shared.database import StepRow, open_database, transaction
 from shared.errors import HeadwaterError
-from starter.documents import documents
+from starter.documents import documents, write_documents
 from starter.world import World
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def demo(*, quick: bool, directory: Path, seed: int = 0) -> int:
     size = QUICK if quick else FULL
     console = Console()
     directory.mkdir(parents=True, exist_ok=True)
-    write_documents(directory / "documents.jsonl", size.num_documents)
+    world_documents(directory / "documents.jsonl", size.num_documents)
     for name, options in (("next-token", BASELINE), ("online-dpo", ())):
         console.rule(f"{name}: {size.steps} steps")
         code = run(STARTER / "demo.toml", [*_options(directory, name, size, seed), *options])
@@ -123,13 +123,10 @@ def _options(directory: Path, name: str, size: Size, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def write_documents(path: Path, num: int) -> None:
+def world_documents(path: Path, num: int) -> None:
     """The first `num` training documents of the world, if the file isn't there yet."""
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in documents(World(0), num))
-        temporary.replace(path)
+        write_documents(path, documents(World(0), num))
 
 
 def _evaluate(directory: Path, size: Size, console: Console) -> None:

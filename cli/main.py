@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     _add_check(commands)
+    _add_prepare(commands)
     _add_init_model(commands)
     _add_audit(commands)
     _add_report(commands)
@@ -72,6 +73,12 @@ def _add_run(commands: "_Commands[argparse.ArgumentParser]") -> None:
 def _add_check(commands: "_Commands[argparse.ArgumentParser]") -> None:
     text = "Validate a configuration, reach everything it names, and say what would run."
     parser = _add(commands, "check", text, _check, takes_settings=True)
+    parser.add_argument("config", type=Path, help="TOML file of the run")
+
+
+def _add_prepare(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    text = "Make run folder and database ready for processes that are started one by one (compose, Kubernetes)."
+    parser = _add(commands, "prepare", text, _prepare, takes_settings=True)
     parser.add_argument("config", type=Path, help="TOML file of the run")
 
 
@@ -130,6 +137,12 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
     from cli.check import check
 
     return check(options.config, overrides)
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
+    from cli.prepare import prepare
+
+    return prepare(options.config, overrides)
 
 
 def _init_model(options: argparse.Namespace, _rest: list[str]) -> int:

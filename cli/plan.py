@@ -66,12 +66,17 @@ class Plan:
         return [sys.executable, "-m", module, "--config", str(self.settings.run.folder / "processes.toml")]
 
     def environ(self) -> dict[str, str]:
-        """The children's environment. The Redis URL travels here, since it has a password."""
-        return child_environ() | {
-            "HEADWATER_TOKEN": self.secrets.token,
-            "HEADWATER_ADMIN_TOKEN": self.secrets.admin_token,
-            "HEADWATER_REDIS__URL": self.redis_url,
-        }
+        """The children's environment. The URLs of Redis and database travel here, since they may have passwords."""
+        database_url = self.settings.database.url
+        return (
+            child_environ()
+            | {
+                "HEADWATER_TOKEN": self.secrets.token,
+                "HEADWATER_ADMIN_TOKEN": self.secrets.admin_token,
+                "HEADWATER_REDIS__URL": self.redis_url,
+            }
+            | ({"HEADWATER_DATABASE__URL": database_url} if database_url else {})
+        )
 
 
 def child_environ() -> dict[str, str]:

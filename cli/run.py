@@ -22,7 +22,7 @@ from cli.progress import ProgressReader
 from cli.run_folder import RunFolder
 from cli.stack import Stack
 from cli.summary import summary_lines
-from shared.configuration import load_settings, write_settings
+from shared.configuration import load_settings, without_passwords, write_settings
 from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
 from shared.errors import DatabaseError, HeadwaterError, StreamError
@@ -79,7 +79,7 @@ def run(config: Path, overrides: Sequence[str]) -> int:
         folder.create()
         folder.adopt(settings)
         plan = make_plan(settings, held.enter_context(Ports()))
-        write_settings(plan.settings, folder.processes_file)
+        write_settings(without_passwords(plan.settings), folder.processes_file)
         engine = open_database(settings.database_url)
         held.callback(engine.dispose)
         migrate(engine)
@@ -114,7 +114,7 @@ class Launcher:
 
     def run(self) -> None:
         """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
-        self._ledger.open_run(self.plan.settings.model_dump(mode="json"))
+        self._ledger.open_run(without_passwords(self.plan.settings).model_dump(mode="json"))
         with self.display:
             for note in self.plan.notes:
                 self.display.say(note)

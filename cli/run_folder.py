@@ -6,13 +6,14 @@ checkpoints/ weights/ headwater.db redis/ logs/ROLE.log report/
 """
 
 import fcntl
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.configuration import load_settings, write_settings
+from shared.configuration import load_settings, without_passwords, write_settings
 from shared.errors import SettingsError
 from shared.settings import Settings
 
@@ -68,10 +69,11 @@ class RunFolder:
             yield
 
     def adopt(self, settings: Settings) -> None:
-        """Write `settings` as the run's own, unless the folder belongs to a run of another identity."""
+        """Write `settings` as the run's own, unless the folder belongs to a run of another identity. Passwords stay
+        out."""
         if self.settings_file.exists():
             refuse_changed_identity(load_settings(self.settings_file, environ={}), settings, folder=self.path)
-        write_settings(settings, self.settings_file)
+        write_settings(without_passwords(settings), self.settings_file)
 
 
 def refuse_changed_identity(old: Settings, new: Settings, *, folder: Path) -> None:
@@ -89,15 +91,31 @@ def refuse_changed_identity(old: Settings, new: Settings, *, folder: Path) -> No
         )
 
 
-def find_run(name: str) -> tuple[RunFolder, Settings]:
-    """An existing run by folder, or by name under runs/. The database URL is made to point into the folder found."""
+_STORES = {"HEADWATER_REDIS__URL": "redis", "HEADWATER_DATABASE__URL": "database"}
+"""Their URLs may hold passwords, which the run folder doesn't have."""
+
+
+def find_run(name: str, environ: Mapping[str, str] | None = None) -> tuple[RunFolder, Settings]:
+    """An existing run by folder, or by name under runs/. The database URL is made to point into the folder found; a
+    run on a Redis or database of its own takes their URLs from the environment, where it has them."""
+    given = os.environ if environ is None else environ
     candidates = [Path(name), Path("runs") / name]
     for path in candidates:
         folder = RunFolder(path)
         if folder.settings_file.exists():
-            return folder, _settled_in(path, load_settings(folder.settings_file, environ={}))
+            return folder, _settled_in(path, _reaching_stores(load_settings(folder.settings_file, environ={}), given))
     tried = " or ".join(str(path / "settings.toml") for path in candidates)
     raise SettingsError(f"no run {name!r}: there is no {tried}")
+
+
+def _reaching_stores(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """What a run had embedded stays embedded."""
+    updates: dict[str, object] = {}
+    for variable, name in _STORES.items():
+        section = getattr(settings, name)
+        if section.url and variable in environ:
+            updates[name] = section.model_copy(update={"url": environ[variable]})
+    return settings.model_copy(update=updates)
 
 
 def _settled_in(path: Path, settings: Settings) -> Settings:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from scipy import stats
 
-from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, newest_policy, world_options, write_documents
+from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, newest_policy, world_documents, world_options
 from cli.run import run
 from shared.errors import SettingsError
 
@@ -92,7 +92,7 @@ def sweep(file: Path, *, out: Path) -> int:
     console = Console()
     documents_file = out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    write_documents(documents_file, plan.num_documents)
+    world_documents(documents_file, plan.num_documents)
     cells = plan.all_cells()
     for seed, cell in itertools.product(plan.seeds, cells):
         folder = out / cell.folder / f"seed-{seed}"

@@ -5,6 +5,7 @@ Every process begins here: `load_settings(path, overrides)`. Errors name the pla
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,19 @@ def write_settings(settings: Settings, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(tomli_w.dumps(data), encoding="utf-8")
     temporary.replace(path)
+
+
+def without_passwords(settings: Settings) -> Settings:
+    """For everything that is kept: the passwords in the URLs of Redis and database are secrets, which come from the
+    environment only."""
+    redis = settings.redis.model_copy(update={"url": _without_password(settings.redis.url)})
+    database = settings.database.model_copy(update={"url": _without_password(settings.database.url)})
+    return settings.model_copy(update={"redis": redis, "database": database})
+
+
+def _without_password(url: str) -> str:
+    """Up to the last @: what makes the password strange must not keep it in."""
+    return re.sub(r"^([^:/]+://[^:/@]*):.*@", r"\1@", url)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

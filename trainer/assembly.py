@@ -10,6 +10,7 @@ from threading import Event
 
 import torch
 
+from shared.configuration import without_passwords
 from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
 from shared.ledger import Ledger
@@ -104,7 +105,7 @@ def _connect(settings: Settings, stop: Event) -> _Connections:
     engine = open_database(settings.database_url)
     patience(lambda: migrate(engine))
     ledger = Ledger(engine, settings.run.name)
-    patience(lambda: ledger.open_run(settings.model_dump(mode="json")))
+    patience(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
     stream = DocumentStream(client, settings.run.name)
     patience(stream.create)
@@ -145,6 +146,8 @@ def _publisher(settings: Settings, connections: _Connections, checkpoint: Checkp
         coordination=connections.coordination,
         engine=connections.ledger.engine,
         run_id=settings.run.name,
+        dtype=settings.weights_dtype,
+        full_every=settings.weights.full_every,
         keep_versions=settings.weights.keep_versions,
         patience=connections.patience,
     )

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from shared import metrics
+from shared.configuration import without_passwords
 from shared.database import StepRow, transaction
 from shared.errors import SettingsError
 from shared.settings import Settings
@@ -75,7 +76,7 @@ class WandbSink:
                 "trainer.log_wandb is on but wandb is not installed: pip install 'headwater[wandb]', or turn it off"
             ) from exc
         name = settings.run.name
-        config = settings.model_dump(mode="json")
+        config = without_passwords(settings).model_dump(mode="json")
         self._run: Any = wandb.init(project="headwater", id=name, name=name, resume="allow", config=config)
 
     def write(self, step: int, policy_version: int, figures: Mapping[str, float]) -> None:

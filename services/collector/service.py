@@ -31,6 +31,7 @@ from services.collector.storage import Storage
 from services.collector.texts import PolicyTokenizer
 from services.collector.watch import RunWatch
 from shared.auth import refuse_open_binding
+from shared.configuration import without_passwords
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.errors import SettingsError
@@ -154,5 +155,5 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
     ledger = storage.ledger
     await storage.database(lambda: migrate(ledger.engine))
-    await storage.database(lambda: ledger.open_run(settings.model_dump(mode="json")))
+    await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
     await storage.redis(storage.stream.create)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from shared.configuration import without_passwords
 from shared.database import migrate, open_database
 from shared.errors import DatabaseError
 from shared.ledger import Ledger
@@ -32,5 +33,5 @@ class RunEvents:
         engine = open_database(self._settings.database_url)
         migrate(engine)
         ledger = Ledger(engine, self._settings.run.name)
-        ledger.open_run(self._settings.model_dump(mode="json"))
+        ledger.open_run(without_passwords(self._settings).model_dump(mode="json"))
         return ledger

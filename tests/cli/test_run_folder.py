@@ -70,3 +70,22 @@ def test_a_run_is_found_by_folder_and_by_name(
 def test_an_unknown_run_names_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no run .*settings\.toml"):
         find_run(str(tmp_path / "absent"))
+
+
+def test_stores_of_its_own_are_reached_as_the_environment_says(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.adopt(_settings("--redis.url", "redis://:word@redis/0", "--database.url", "postgresql://me:word@db/runs"))
+    here = {
+        "HEADWATER_REDIS__URL": "redis://:word@127.0.0.1/0",
+        "HEADWATER_DATABASE__URL": "postgresql://me:word@::1/r",
+    }
+    _, settings = find_run(str(folder.path), here)
+    assert (settings.redis.url, settings.database.url) == tuple(here.values())
+    _, settings = find_run(str(folder.path), {})
+    assert (settings.redis.url, settings.database.url) == ("redis://@redis/0", "postgresql://me@db/runs")
+
+
+def test_embedded_stores_are_not_replaced_by_the_environment(folder: RunFolder) -> None:
+    _, settings = find_run(str(folder.path), {"HEADWATER_REDIS__URL": "redis://elsewhere/0"})
+    assert settings.redis.url == ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.configuration import load_secrets, load_settings, write_settings
+from shared.configuration import load_secrets, load_settings, without_passwords, write_settings
 from shared.errors import SettingsError
 from shared.settings import Settings
 
@@ -129,3 +129,19 @@ def test_the_stage_in_force_is_the_last_that_has_begun() -> None:
     schedule = '[{"kinds": ["original","rewrite"], "num_rollouts": 0}, {"from_version": 5, "num_rollouts": 4}]'
     collector = load_settings(None, ["--collector.schedule", schedule], {}).collector
     assert [collector.stage_at(version).num_rollouts for version in (0, 4, 5, 9)] == [0, 0, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("redis://:word@redis:6379/0", "redis://@redis:6379/0"),
+        ("postgresql+psycopg://me:w:o/r@d@db:5432/runs", "postgresql+psycopg://me@db:5432/runs"),
+        ("postgresql://me@db/runs", "postgresql://me@db/runs"),
+        ("redis://redis:6379/0", "redis://redis:6379/0"),
+        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
+        ("", ""),
+    ],
+)
+def test_passwords_in_urls_are_not_kept(url: str, kept: str) -> None:
+    settings = without_passwords(load_settings(None, ["--redis.url", url, "--database.url", url], {}))
+    assert (settings.redis.url, settings.database.url) == (kept, kept)
