@@ -35,6 +35,9 @@ ALL_DEFECTS: tuple[Defect, ...] = (
     "foreign",
     "doubled",
     "doubled",
+    "broken_off",
+    "lost_word",
+    "stray_word",
 )
 
 

@@ -1,7 +1,7 @@
 """The stages of the recipe, each with its own folder in the work folder and a `done.json` written last.
 
-policy ---------> base pool --+                        +-> judge (drifted pool too) -> measure
-reader (shared trunk) --------+-> judge-draft -> drift +
+policy ---------> base pool, checker drift --+
+reader (shared trunk) -----------------------+-> judge_draft -> drift -> judge_second -> drift -> judge -> measure
        `-> rewriter
 """
 
@@ -42,7 +42,8 @@ class Budget:
     rewriter_draft_steps: int = 1500
     rewriter_steps: int = 500
     draft_steps: int = 700
-    judge_steps: int = 550
+    second_steps: int = 550
+    judge_steps: int = 500
     pool_prefixes: int = 1200
     drift_steps: int = 70
     num_measured: int = 400
@@ -121,15 +122,26 @@ class Workshop:
         return self._fit(stage, self.load("reader"), "reader", folder)
 
     def judge_drift(self, folder: Path) -> None:
-        """What policies write that were trained by the draft judge, its blind spots included."""
+        """What a policy writes that was trained by the draft judge, its blind spots included."""
         judge = TinyJudge(self.load("judge_draft"), self.lessons)
         self._drift(folder, judge.rewards, rates=(5e-4,))
 
-    def judge(self, folder: Path) -> float:
+    def judge_second(self, folder: Path) -> float:
         pool = self._pool("base_pool", "checker_drift", "judge_drift", "judge_drift")
         rows = lambda step: self.lessons.judge_rows(step + 10**6, size=24, pool=pool, pool_rate=0.65)  # noqa: E731
-        stage = Stage("judge", self.budget.judge_steps, 1.5e-3, rows)
-        return self._fit(stage, self.load("judge_draft"), "judge_draft", folder, publish="judge")
+        stage = Stage("judge_second", self.budget.second_steps, 1.5e-3, rows)
+        return self._fit(stage, self.load("judge_draft"), "judge_draft", folder)
+
+    def judge_second_drift(self, folder: Path) -> None:
+        """The blind spots that were left, found at two rates."""
+        judge = TinyJudge(self.load("judge_second"), self.lessons)
+        self._drift(folder, judge.rewards, rates=(3e-4, 5e-4))
+
+    def judge(self, folder: Path) -> float:
+        pool = self._pool("base_pool", "checker_drift", "judge_drift", *["judge_second_drift"] * 3)
+        rows = lambda step: self.lessons.judge_rows(step + 2 * 10**6, size=24, pool=pool, pool_rate=0.65)  # noqa: E731
+        stage = Stage("judge", self.budget.judge_steps, 1e-3, rows)
+        return self._fit(stage, self.load("judge_second"), "judge_second", folder, publish="judge")
 
     def rewriter_figures(self, folder: Path) -> None:
         model = load_model(self.out / "rewriter", device=self.device)
@@ -200,6 +212,8 @@ STAGES: dict[str, Callable[[Workshop, Path], float | None]] = {
     "rewriter": Workshop.rewriter,
     "judge_draft": Workshop.judge_draft,
     "judge_drift": Workshop.judge_drift,
+    "judge_second": Workshop.judge_second,
+    "judge_second_drift": Workshop.judge_second_drift,
     "judge": Workshop.judge,
     "rewriter_figures": Workshop.rewriter_figures,
     "judge_figures": Workshop.judge_figures,

@@ -20,8 +20,11 @@ TRAIT_RATE = 0.4
 SENTENCE_RATES = {"rude": 0.45, "myths": 0.6, "sloppy": 0.35}
 SKIP_RATE = 0.12
 
-Defect = Literal["rude", "wrong", "scrambled", "stuttered", "foreign", "doubled"]
+Defect = Literal[
+    "rude", "wrong", "scrambled", "stuttered", "foreign", "doubled", "broken_off", "lost_word", "stray_word"
+]
 SLOPPY: tuple[Defect, ...] = ("scrambled", "scrambled", "stuttered", "foreign", "doubled")
+"""Defects of documents. Sentences broken off, or with a word lost or astray, are what a policy in training writes."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ def spoil(
         return _scrambled(world, words, rng)
     if defect == "stuttered":
         return _stuttered(words, rng)
+    if defect in ("broken_off", "lost_word", "stray_word"):
+        return _made_ragged(world, words, defect, rng)
     return words
 
 
@@ -250,3 +255,19 @@ def _stuttered(words: Words, rng: random.Random) -> Words:
     size = rng.randint(1, 3)
     start = rng.randrange(max(1, len(words) - 1 - size))
     return (*words[: start + size], *words[start : start + size], *words[start + size :])
+
+
+def _made_ragged(world: World, words: Words, defect: Defect, rng: random.Random) -> Words | None:
+    """The sentence stopped early, or with one or two words lost, or with a word or a stop where none belongs."""
+    for _ in range(8):
+        place = rng.randrange(len(words) - 1)
+        if defect == "broken_off":
+            ragged = (*words[:place], ".")
+        elif defect == "lost_word":
+            ragged = (*words[:place], *words[place + rng.choice((1, 1, 2)) :])
+        else:
+            astray = rng.choice([".", *words, *rng.choice(list(world.slots.values()))])
+            ragged = (*words[: place + 1], astray, *words[place + 1 :])
+        if not world.matcher.follow(ragged):
+            return ragged
+    return None
