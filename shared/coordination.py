@@ -1,6 +1,7 @@
 """The small facts that processes of one run tell each other through Redis, beside the document stream.
 
     trainer   -> rollout      `announce_weights`: the newest version in the weight store
+    rollout   -> trainer      `report_replica`: which weight version each living replica serves, with expiry
     trainer   -> collector    `report_trainer`: step, policy version, whether the run is finished
     collector -> collectors   leases on parts of the source, with expiry
     collector -> trainer      `mark_exhausted`: a part of the source has no more documents
@@ -13,7 +14,15 @@ from typing import Any, Literal, cast
 
 import redis
 
-from shared.stream import exhausted_key, lease_key, trainer_key, translated, weights_key
+from shared.stream import (
+    exhausted_key,
+    lease_key,
+    replica_key,
+    replicas_key,
+    trainer_key,
+    translated,
+    weights_key,
+)
 
 TrainerState = Literal["training", "finished"]
 
@@ -46,6 +55,31 @@ class Coordination:
         with translated():
             value = self._client.get(weights_key(self._run))
         return None if value is None else int(value)
+
+    def report_replica(self, replica: str, version: int, *, lifetime_s: float) -> None:
+        """It lives and serves `version`; unless it says so again within `lifetime_s`, it counts as dead."""
+        with translated():
+            self._client.set(replica_key(self._run, replica), version, px=int(lifetime_s * 1000))
+            self._client.sadd(replicas_key(self._run), replica)
+
+    def forget_replica(self, replica: str) -> None:
+        """It stops in good order."""
+        with translated():
+            self._client.delete(replica_key(self._run, replica))
+            self._client.srem(replicas_key(self._run), replica)
+
+    def live_replicas(self) -> dict[str, int]:
+        """The weight version that each living replica serves."""
+        with translated():
+            names = sorted(name.decode() for name in self._client.smembers(replicas_key(self._run)))
+            if not names:
+                return {}
+            versions = self._client.mget([replica_key(self._run, name) for name in names])
+            dead = [name for name, version in zip(names, versions, strict=True) if version is None]
+            if dead:
+                # one that comes back at this moment is in again with its next heartbeat
+                self._client.srem(replicas_key(self._run), *dead)
+        return {name: int(version) for name, version in zip(names, versions, strict=True) if version is not None}
 
     def report_trainer(self, report: TrainerReport) -> None:
         with translated():

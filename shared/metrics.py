@@ -34,6 +34,8 @@ engine_queued_requests = _gauge("engine_queued_requests", "Requests waiting for 
 # Rollout
 policy_version = _gauge("policy_version", "Weight version that new requests are answered under")
 weight_load_seconds = _histogram("weight_load_seconds", "Seconds of a weight update by phase", "phase")
+weight_bytes_fetched_total = _counter("weight_bytes_fetched_total", "Bytes of weight versions fetched", "form")
+failed_patches_total = _counter("failed_patches_total", "Changes that an engine could not take in place")
 refused_weights_total = _counter("refused_weights_total", "Weight versions that could not be loaded")
 
 # Rewriter, judge
@@ -67,4 +69,8 @@ training_figure = _gauge("training_figure", "Figures of the last step", "name")
 trained_tokens_total = _counter("trained_tokens_total", "Target tokens in losses")
 stale_documents_total = _counter("stale_documents_total", "Windows dropped for their policy lag")
 skipped_steps_total = _counter("skipped_steps_total", "Steps skipped for a non-finite loss")
+live_replicas = _gauge("live_replicas", "Rollout replicas whose heartbeat has not expired")
+replica_version = _gauge("replica_version", "Weight version that a live replica serves", "replica")
+replica_waits_total = _counter("replica_waits_total", "Times the trainer waited for replicas to catch up", "outcome")
+weight_push_bytes_total = _counter("weight_push_bytes_total", "Bytes of weight versions written", "form")
 weight_push_seconds = _histogram("weight_push_seconds", "Seconds to write and announce a version")

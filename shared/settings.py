@@ -124,6 +124,11 @@ class WeightsSettings(Section):
     """Folder or fsspec URL; empty: `weights/` in the run folder."""
     push_every: int = Field(default=1, ge=1)
     """Steps between pushes of fresh weights to the rollout service."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """What the trainer's weights are sent as; empty: rollout.engine.dtype, since replicas would round them anyway."""
+    full_every: int = Field(default=10, ge=1)
+    """bfloat16: every n-th version is full, those between hold only what changed. Below trainer.max_policy_lag, so
+    that a replica which lost a version is whole again before its rollouts are stale; 1: all versions are full."""
     keep_versions: int = Field(default=3, ge=2)
     """Older versions are deleted; 3 leaves a slow replica time to finish its fetch."""
 
@@ -193,6 +198,12 @@ class RolloutSettings(ServiceSettings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     poll_interval_s: float = Field(default=0.2, gt=0)
     """How often a replica looks for an announced weight version."""
+    replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
+    """This replica's name among those of a run; empty: HOSTNAME-PORT."""
+    weights_folder: str = ""
+    """Where this replica keeps its own copy of the newest weights; empty: `replicas/NAME` in the run folder."""
+    heartbeat_s: float = Field(default=15.0, gt=0)
+    """A replica that is silent for this long counts as dead: nobody waits for it."""
 
 
 class RewriterSettings(ServiceSettings):
@@ -390,6 +401,10 @@ class Settings(Section):
     @property
     def database_url(self) -> str:
         return self.database.url or f"sqlite:///{self.run.folder / 'headwater.db'}"
+
+    @property
+    def weights_dtype(self) -> Literal["float32", "bfloat16"]:
+        return self.weights.dtype or self.rollout.engine.dtype
 
     @property
     def weight_store_url(self) -> str:

@@ -33,6 +33,16 @@ def weights_key(run: str) -> str:
     return f"headwater:{run}:weights"
 
 
+def replica_key(run: str, replica: str) -> str:
+    """String with expiry: the weight version that a living rollout replica serves."""
+    return f"headwater:{run}:replica:{replica}"
+
+
+def replicas_key(run: str) -> str:
+    """Set: names of rollout replicas, some of which may be dead."""
+    return f"headwater:{run}:replicas"
+
+
 def lease_key(run: str, part: int) -> str:
     """String with expiry: which collector holds this part of the source."""
     return f"headwater:{run}:lease:{part}"

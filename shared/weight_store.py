@@ -1,29 +1,35 @@
 """The weight store: numbered versions of the policy in a folder or at an fsspec URL.
 
-    v00000012/model.safetensors   written first
-    v00000012/manifest.json       written last: its presence means that the version is complete
+    v00000012/model.safetensors   full: everything, in the dtype that replicas serve
+    v00000013/changes.zst         sparse: what changed since the version that its manifest names as base
+    v00000013/manifest.json       written last: its presence means that the version is complete
 
 The trainer is the only writer. Readers fetch into a local folder and compare checksums before they let an engine
 touch a file. Versions only ever ascend, also after a resume from an older checkpoint; `step` says which update
-a version belongs to.
+a version belongs to. A sparse version rests on its base and so, link by link, on a full one: `chain` finds it.
 """
 
 import hashlib
 import json
 import re
-import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import fsspec
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import WeightStoreError
 from shared.records import Record
 
 MANIFEST = "manifest.json"
+FULL_FILE = "model.safetensors"
+SPARSE_FILE = "changes.zst"
+
 _VERSION_FOLDER = re.compile(r"^v(\d{8})$")
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "r2", "memory"})
+"""Where putting one object is atomic, and renaming it is a copy followed by a deletion."""
 
 
 class WeightFile(Record):
@@ -37,7 +43,11 @@ class Manifest(Record):
 
     version: int = Field(ge=0)
     step: int = Field(ge=0)
-    form: Literal["full"] = "full"
+    form: Literal["full", "sparse"] = "full"
+    base: int | None = None
+    """Sparse: the version that the changes are to be applied to."""
+    state_checksum: str = ""
+    """Of all tensors together (shared/weight_state.py), after the changes. A sparse version has one always."""
     files: tuple[WeightFile, ...]
     created_at: float
 
@@ -45,34 +55,54 @@ class Manifest(Record):
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files)
 
+    @model_validator(mode="after")
+    def _form_is_whole(self) -> Self:
+        if self.form == "full" and self.base is not None:
+            raise ValueError("a full version rests on no other")
+        if self.form == "sparse" and (self.base is None or self.base >= self.version or not self.state_checksum):
+            raise ValueError("a sparse version needs a base below itself and the checksum of its result")
+        return self
+
 
 class WeightStore:
-    """Versions under one root. `root` is a folder or any fsspec URL."""
+    """Versions under one root. `root` is a folder or any fsspec URL. One thread at a time."""
 
     def __init__(self, root: str) -> None:
         self._fs, self._root = fsspec.core.url_to_fs(root)
         self.root = root
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
+        self._known: dict[int, Manifest] = {}
+        """Manifests read before: once written they never change."""
 
-    def publish(self, files: dict[str, bytes], *, version: int, step: int) -> Manifest:
-        """Write all files, then the manifest. Raises WeightStoreError if the version is there already."""
+    def publish(
+        self, files: dict[str, bytes], *, version: int, step: int, base: int | None = None, state_checksum: str = ""
+    ) -> Manifest:
+        """Write all files, then the manifest; sparse if there is a `base`.
+
+        Raises WeightStoreError if the version is there already, OSError where the store can't be written.
+        """
         folder = self._folder(version)
         if self._fs.exists(f"{folder}/{MANIFEST}"):
             raise WeightStoreError(f"weight version {version} already lies in {self.root}: versions only ascend")
-        self._fs.makedirs(folder, exist_ok=True)
-        for name, content in files.items():
-            self._fs.pipe_file(f"{folder}/{name}", content)
         manifest = Manifest(
             version=version,
             step=step,
+            form="full" if base is None else "sparse",
+            base=base,
+            state_checksum=state_checksum,
             files=tuple(
                 WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                 for name, content in files.items()
             ),
             created_at=time.time(),
         )
-        temporary = f"{folder}/{MANIFEST}.tmp"
-        self._fs.pipe_file(temporary, manifest.model_dump_json(indent=2).encode())
-        self._fs.mv(temporary, f"{folder}/{MANIFEST}")
+        if not self._puts_are_atomic:
+            self._fs.makedirs(folder, exist_ok=True)
+        for name, content in files.items():
+            self._fs.pipe_file(f"{folder}/{name}", content)
+        self._write_at_once(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        self._known[version] = manifest
         return manifest
 
     def versions(self) -> list[int]:
@@ -87,44 +117,84 @@ class WeightStore:
     def manifest(self, version: int) -> Manifest:
         path = f"{self._folder(version)}/{MANIFEST}"
         try:
-            return Manifest.model_validate(json.loads(self._fs.cat_file(path)))
+            found = Manifest.model_validate(json.loads(self._fs.cat_file(path)))
         except FileNotFoundError as exc:
             raise WeightStoreError(f"no complete weight version {version} in {self.root}") from exc
         except (ValueError, ValidationError) as exc:
             raise WeightStoreError(f"{path} is not a manifest: {exc}") from exc
+        if found.version != version:
+            raise WeightStoreError(f"{path} is the manifest of version {found.version}")
+        return found
 
-    def fetch(self, version: int, into: Path) -> Manifest:
-        """Copy a version into the folder `into/vNNNNNNNN`, checksums compared; nothing stays there on failure."""
-        manifest = self.manifest(version)
-        target = into / f"v{version:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        try:
-            for file in manifest.files:
-                self._fetch_file(file, f"{self._folder(version)}/{file.name}", target / file.name)
-        except WeightStoreError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-        return manifest
+    def chain(self, version: int, *, known: int | None = None) -> list[Manifest]:
+        """What leads to `version`, in order: from the last full one, or from behind version `known` if that is on
+        the way. WeightStoreError if a link's manifest is missing or unreadable."""
+        links: list[Manifest] = []
+        wanted: int | None = version
+        while wanted is not None and wanted != known:
+            try:
+                links.append(self.manifest(wanted))
+            except WeightStoreError as exc:
+                raise exc if not links else WeightStoreError(f"version {version} rests on {wanted}: {exc}") from exc
+            wanted = links[-1].base
+        return links[::-1]
+
+    def fetch(self, manifest: Manifest, into: Path) -> None:
+        """Copy a version's files into the folder `into`, checksums compared; WeightStoreError at the first that is
+        missing or corrupt, which does not stay there."""
+        into.mkdir(parents=True, exist_ok=True)
+        for file in manifest.files:
+            self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
 
     def prune(self, *, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions, manifests first so that no half version looks complete."""
-        gone = self.versions()[:-keep]
+        """Delete all but the newest `keep` versions and what these rest on; returns what is gone.
+
+        Manifests go first, so that no half version looks complete. WeightStoreError, and nothing deleted, where a kept
+        version's chain can't be read.
+        """
+        present = self.versions()
+        needed = self._needed(present[-keep:])
+        gone = [version for version in present if version not in needed]
         for version in gone:
+            self._known.pop(version, None)
             self._fs.rm_file(f"{self._folder(version)}/{MANIFEST}")
             self._fs.rm(self._folder(version), recursive=True)
         return gone
 
+    def _needed(self, kept: Iterable[int]) -> set[int]:
+        needed: set[int] = set()
+        for version in kept:
+            wanted: int | None = version
+            while wanted is not None and wanted not in needed:
+                needed.add(wanted)
+                if wanted not in self._known:
+                    self._known[wanted] = self.manifest(wanted)
+                wanted = self._known[wanted].base
+        return needed
+
     def _fetch_file(self, file: WeightFile, path: str, target: Path) -> None:
         try:
-            content = self._fs.cat_file(path)
+            self._fs.get_file(path, str(target))
         except FileNotFoundError as exc:
             raise WeightStoreError(f"{path} is named in its manifest but missing") from exc
-        if len(content) != file.num_bytes or hashlib.sha256(content).hexdigest() != file.sha256:
+        with target.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        num_bytes = target.stat().st_size
+        if num_bytes != file.num_bytes or digest != file.sha256:
+            target.unlink()
             raise WeightStoreError(
-                f"{path} is corrupt: {len(content)} bytes, expected {file.num_bytes} with sha256 {file.sha256[:12]}"
+                f"{path} is corrupt: {num_bytes} bytes, expected {file.num_bytes} with sha256 {file.sha256[:12]}"
             )
-        target.write_bytes(content)
+
+    def _write_at_once(self, path: str, content: bytes) -> None:
+        """Readers see the whole of it or nothing. Nothing is synced to disk: what a crash of the machine takes,
+        checksums miss, and the trainer begins every start with a full version."""
+        if self._puts_are_atomic:
+            self._fs.pipe_file(path, content)
+            return
+        temporary = f"{path}.tmp"
+        self._fs.pipe_file(temporary, content)
+        self._fs.mv(temporary, path)
 
     def _folder(self, version: int) -> str:
         return f"{self._root}/v{version:08d}"

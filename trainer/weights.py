@@ -1,14 +1,18 @@
 """Sends the policy's weights to the rollout service: store, announcement, row. Called by the loop.
 
-    state_dict -> safetensors bytes -> WeightStore.publish (manifest last) -> WeightVersionRow -> announce
+    state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes against the version before
+               -> WeightStore.publish (manifest last) -> WeightVersionRow -> announce
 
 Versions only ascend: after a resume from an older checkpoint the loaded weights get a new number, above everything
-that the store, Redis or the checkpoint has seen.
+that the store, Redis or the checkpoint has seen. The first version of a process is full, then every `full_every`th,
+and any that would not be smaller as changes. What was published last stays in memory to be compared with: 2 bytes a
+parameter in bfloat16, nothing in float32, where every element changes at every step and no version is sparse.
 """
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -20,11 +24,34 @@ from shared import metrics
 from shared.coordination import Coordination
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
-from shared.weight_store import Manifest, WeightStore
+from shared.weight_patches import encode_patches, find_patches
+from shared.weight_state import State, parse_state, state_checksum
+from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from trainer.patience import Patience
 
-WEIGHTS_FILE = "model.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """The newest version, as replicas have it."""
+
+    version: int
+    state: State
+    num_sparse: int
+    """Sparse versions since the last full one, this one included."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What is to be written: one file."""
+
+    name: str
+    content: bytes
+    state: State
+    state_checksum: str
+    base: int | None = None
 
 
 @dataclass
@@ -33,10 +60,13 @@ class WeightPublisher:
     coordination: Coordination
     engine: Engine
     run_id: str
+    dtype: Literal["float32", "bfloat16"]
+    full_every: int
     keep_versions: int
     patience: Patience
     version: int = -1
     """The newest published version; -1 before the first."""
+    _last: _Published | None = field(default=None, init=False)
 
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that anybody has seen; 0 where nobody has seen any."""
@@ -48,24 +78,51 @@ class WeightPublisher:
         """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
         began = time.perf_counter()
         version = self.version + 1
-        manifest = self._write(weight_bytes(model), version, step)
+        update = self._prepare(weight_bytes(model, _DTYPES[self.dtype]))
+        manifest = self._write(update, version, step)
         seconds = time.perf_counter() - began
         self.patience(lambda: self._record(manifest, seconds))
         self.patience(lambda: self.coordination.announce_weights(version))
         self.version = version
+        self._remember(update)
         self._prune()
         metrics.weight_push_seconds.observe(time.perf_counter() - began)
+        metrics.weight_push_bytes_total.labels(manifest.form).inc(manifest.num_bytes)
         return version
 
-    def _write(self, content: bytes, version: int, step: int) -> Manifest:
+    def _prepare(self, content: bytes) -> _Update:
+        """The changes since the last version, if there is one, if a full one isn't due, and if they are smaller."""
+        state = parse_state(content, where="the policy")
+        full = _Update(FULL_FILE, content, state, state_checksum(state))
+        last = self._last
+        if last is None or last.num_sparse + 1 >= self.full_every:
+            return full
+        changes = encode_patches(find_patches(last.state, state), last.state)
+        if len(changes) >= len(content):
+            return full
+        return _Update(SPARSE_FILE, changes, state, full.state_checksum, base=last.version)
+
+    def _write(self, update: _Update, version: int, step: int) -> Manifest:
         try:
-            return self.store.publish({WEIGHTS_FILE: content}, version=version, step=step)
+            return self.store.publish(
+                {update.name: update.content},
+                version=version,
+                step=step,
+                base=update.base,
+                state_checksum=update.state_checksum,
+            )
         except OSError as exc:
             # without a manifest the version does not exist; the next start writes over its folder
             raise WeightStoreError(
-                f"weight version {version} ({len(content)} bytes) can't be written to {self.store.root}: {exc}; "
+                f"weight version {version} ({len(update.content)} bytes) can't be written to {self.store.root}: {exc}; "
                 "free space or mend weights.store, then start again"
             ) from exc
+
+    def _remember(self, update: _Update) -> None:
+        """Only where a next version may be compared with it."""
+        if self.dtype == "bfloat16" and self.full_every > 1:
+            num_sparse = 0 if update.base is None or self._last is None else self._last.num_sparse + 1
+            self._last = _Published(self.version, update.state, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
         row = WeightVersionRow(
@@ -84,13 +141,18 @@ class WeightPublisher:
         """A version that can't be deleted costs space, not the run."""
         try:
             self.store.prune(keep=self.keep_versions)
-        except OSError as exc:
+        except (OSError, WeightStoreError) as exc:
             _log.warning("old weight versions in %s can't be deleted: %s", self.store.root, exc)
 
 
-def weight_bytes(model: PreTrainedModel) -> bytes:
-    """The state as one safetensors file; of tied weights only the first name is kept, as `save_pretrained` does."""
-    return safetensors.torch.save(untied_state(model), metadata={"format": "pt"})
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytes:
+    """The state as one safetensors file, floating tensors as `dtype`; of tied weights only the first name is kept, as
+    `save_pretrained` does."""
+    state = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in untied_state(model).items()
+    }
+    return safetensors.torch.save(state, metadata={"format": "pt"})
 
 
 def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -101,5 +163,5 @@ def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
         place = (tensor.data_ptr(), tensor.shape)
         if place not in seen:
             seen.add(place)
-            state[name] = tensor.contiguous()
+            state[name] = tensor
     return state

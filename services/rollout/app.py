@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -12,10 +14,12 @@ from services.engine.build import build_engine
 from services.lifespan import EngineLife
 from services.rollout import completions, rollouts
 from services.rollout.events import RunEvents
+from services.rollout.heartbeat import Heartbeat
+from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared.api import Readiness
 from shared.coordination import Coordination
-from shared.settings import Secrets, Settings
+from shared.settings import RolloutSettings, Secrets, Settings
 from shared.stream import connect
 from shared.weight_store import WeightStore
 
@@ -30,13 +34,19 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     chosen = engine or build_engine(
         settings.rollout.engine, default_model=settings.policy.model, tokenizer=settings.policy.tokenizer
     )
-    watcher = _build_watcher(settings, chosen)
+    coordination = _connect(settings)
+    watcher = _build_watcher(settings, chosen, coordination)
     life = EngineLife(chosen, after_start=lambda: asyncio.to_thread(watcher.catch_up))
+    heartbeat = _build_heartbeat(settings, coordination, lambda: chosen.weight_version if life.ready else None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watcher.bind(asyncio.get_running_loop())
-        async with life.lifespan(app), watcher.watching(lambda exc: setattr(app.state, "failure", exc)):
+        async with (
+            heartbeat.beating() if heartbeat else contextlib.nullcontext(),
+            life.lifespan(app),
+            watcher.watching(lambda exc: setattr(app.state, "failure", exc)),
+        ):
             yield
 
     def readiness() -> Readiness:
@@ -63,16 +73,40 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     return app
 
 
-def _build_watcher(settings: Settings, engine: Engine) -> WeightWatcher:
-    store = WeightStore(settings.weight_store_url)
-    announced = None
-    if settings.redis.url:
-        client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-        announced = Coordination(client, settings.run.name).announced_version
+def _connect(settings: Settings) -> Coordination | None:
+    """None without Redis: then the newest version in the store counts as announced, and nobody counts replicas."""
+    if not settings.redis.url:
+        return None
+    return Coordination(connect(settings.redis.url, timeout_s=settings.redis.timeout_s), settings.run.name)
+
+
+def _build_watcher(settings: Settings, engine: Engine, coordination: Coordination | None) -> WeightWatcher:
+    folder = settings.rollout.weights_folder or settings.run.folder / "replicas" / replica_name(settings.rollout)
     return WeightWatcher(
-        store=store,
+        store=WeightStore(settings.weight_store_url),
+        copy=WeightCopy(Path(folder)),
         engine=engine,
-        announced=announced,
+        announced=coordination.announced_version if coordination else None,
         events=RunEvents(settings, role="rollout"),
         poll_interval_s=settings.rollout.poll_interval_s,
     )
+
+
+def _build_heartbeat(
+    settings: Settings, coordination: Coordination | None, served_version: Callable[[], int | None]
+) -> Heartbeat | None:
+    if coordination is None:
+        return None
+    rollout = settings.rollout
+    return Heartbeat(
+        coordination,
+        replica_name(rollout),
+        served_version,
+        lifetime_s=rollout.heartbeat_s,
+        poll_interval_s=rollout.poll_interval_s,
+    )
+
+
+def replica_name(rollout: RolloutSettings) -> str:
+    """What tells this replica from the others of its run, the same after a restart."""
+    return rollout.replica or f"{socket.gethostname()}-{rollout.port}"

@@ -1,6 +1,7 @@
 """The weight watcher: brings announced weight versions from the store into the engine. One thread of its own.
 
-    announced (Redis) --poll--> fetch into a local folder, checksums compared --> engine.load_weights --> version served
+    announced (Redis) --poll--> fetch, compare checksums, patch the own copy (weight_copy.py), the engine generates on
+                      --------> engine.patch_weights, where it can, or engine.load_weights --> version served
 
 Whatever fails before the engine has switched leaves the last good version in service: it is counted, logged, written
 as an event and shown in /readyz, and tried again with backoff or when a newer version is announced.
@@ -9,17 +10,16 @@ as an event and shown in /readyz, and tried again with backoff or when a newer v
 import asyncio
 import contextlib
 import logging
-import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from services.engine.base import Engine
+from services.engine.base import Engine, PatchableEngine
+from services.rollout.weight_copy import Staged, WeightCopy
 from shared import metrics
-from shared.errors import EngineError, HeadwaterError, StreamError
+from shared.errors import EngineError, HeadwaterError, StreamError, WeightStoreError
 from shared.weight_store import WeightStore
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class WeightWatcher:
         self,
         *,
         store: WeightStore,
+        copy: WeightCopy,
         engine: Engine,
         announced: Callable[[], int | None] | None,
         events: Events,
@@ -57,6 +58,7 @@ class WeightWatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._copy = copy
         self._engine = engine
         self._announced = announced or self._newest
         self._events = events
@@ -80,7 +82,11 @@ class WeightWatcher:
         self._loop = loop
 
     def catch_up(self) -> None:
-        """Load the newest good version in the store, if it holds any. Blocking; before the service is ready."""
+        """Load the newest good version in the store, if it holds any. Blocking; before the service is ready.
+
+        SettingsError if the folder of the own copy can't be used.
+        """
+        self._copy.open()
         try:
             for version in reversed(self._store.versions()):
                 if self._try_version(version):
@@ -99,6 +105,7 @@ class WeightWatcher:
         finally:
             self._stop.set()
             await asyncio.to_thread(thread.join, _STOP_S)
+            self._copy.close()
 
     def check(self) -> None:
         """One look: load what is announced if it is new and not refused a moment ago."""
@@ -144,31 +151,62 @@ class WeightWatcher:
         self._trouble = f"new weights can't be heard of: {exc}"
 
     def _try_version(self, version: int) -> bool:
-        """True once the engine serves it."""
+        """True once the engine serves it, or a newer one than before that lies on the way to it."""
         try:
-            self._load(version)
+            staged = self._load(version)
         except (HeadwaterError, OSError) as exc:
             self._refuse(version, exc)
             return False
-        self._loaded = version
-        if self._refusal and self._refusal.version <= version:
+        self._loaded = staged.version
+        if self._refusal and self._refusal.version <= staged.version:
             self._refusal = None
-        metrics.policy_version.set(version)
-        _log.info("weights loaded", extra={"version": version})
+        metrics.policy_version.set(staged.version)
+        _log.info("weights loaded", extra={"version": staged.version})
+        if staged.trouble:
+            self._refuse(version, WeightStoreError(staged.trouble))
         return True
 
-    def _load(self, version: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="headwater-weights-") as folder:
-            started = time.perf_counter()
-            self._store.fetch(version, Path(folder))
-            fetched = time.perf_counter()
-            metrics.weight_load_seconds.labels("fetch").observe(fetched - started)
-            self._switch_engine(Path(folder) / f"v{version:08d}", version)
-            metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - fetched)
+    def _load(self, version: int) -> Staged:
+        began = time.perf_counter()
+        staged = self._copy.stage(self._store, version, with_patches=self._takes_patches())
+        ready = time.perf_counter()
+        metrics.weight_load_seconds.labels("fetch").observe(ready - began)
+        try:
+            if self._loaded is not None and staged.version <= self._loaded:
+                raise WeightStoreError(staged.trouble or f"only version {staged.version} could be had")
+            self._switch_engine(staged)
+        except BaseException:
+            self._copy.discard(staged)
+            raise
+        self._copy.adopt(staged)
+        metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - ready)
+        return staged
 
-    def _switch_engine(self, folder: Path, version: int) -> None:
+    def _takes_patches(self) -> bool:
+        """Whether the engine can go from the own copy's version, which it must serve, to the next in place."""
+        engine = self._engine
+        return isinstance(engine, PatchableEngine) and engine.can_patch and engine.weight_version == self._copy.version
+
+    def _switch_engine(self, staged: Staged) -> None:
+        if not self._patch_engine(staged):
+            self._wait_for(self._engine.load_weights(staged.folder, staged.version))
+
+    def _patch_engine(self, staged: Staged) -> bool:
+        """False where the whole version must be loaded: that also heals what a failed patch has left."""
+        engine = self._engine
+        if staged.patches is None or staged.base is None or not isinstance(engine, PatchableEngine):
+            return False
+        try:
+            self._wait_for(engine.patch_weights(staged.patches, base=staged.base, version=staged.version))
+        except (EngineError, OSError) as exc:
+            _log.warning("weight version %d can't be patched in, all of it is loaded: %s", staged.version, exc)
+            metrics.failed_patches_total.inc()
+            return False
+        return True
+
+    def _wait_for(self, switching: Coroutine[Any, Any, None]) -> None:
         assert self._loop is not None, "bind() comes first"
-        asyncio.run_coroutine_threadsafe(self._engine.load_weights(folder, version), self._loop).result(LOAD_TIMEOUT_S)
+        asyncio.run_coroutine_threadsafe(switching, self._loop).result(LOAD_TIMEOUT_S)
 
     def _refuse(self, version: int, exc: Exception) -> None:
         before = self._refusal

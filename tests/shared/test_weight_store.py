@@ -10,6 +10,11 @@ from shared.weight_store import MANIFEST, WeightStore
 FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
 
 
+def fetched(store: WeightStore, version: int, into: Path) -> dict[str, bytes]:
+    store.fetch(store.manifest(version), into)
+    return {path.name: path.read_bytes() for path in into.iterdir()}
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> WeightStore:
     return WeightStore(str(tmp_path / "store"))
@@ -17,9 +22,9 @@ def store(tmp_path: Path) -> WeightStore:
 
 def test_what_is_published_can_be_fetched(store: WeightStore, tmp_path: Path) -> None:
     store.publish(FILES, version=3, step=2)
-    manifest = store.fetch(3, tmp_path / "local")
-    assert (manifest.version, manifest.step, manifest.num_bytes) == (3, 2, 9)
-    assert (tmp_path / "local" / "v00000003" / "model.safetensors").read_bytes() == b"weights"
+    manifest = store.manifest(3)
+    assert (manifest.version, manifest.step, manifest.form, manifest.num_bytes) == (3, 2, "full", 9)
+    assert fetched(store, 3, tmp_path / "local") == FILES
 
 
 def test_an_empty_store_has_no_versions(store: WeightStore) -> None:
@@ -31,7 +36,7 @@ def test_a_version_without_its_manifest_is_not_there(store: WeightStore, tmp_pat
     (tmp_path / "store" / "v00000001" / MANIFEST).unlink()
     assert store.versions() == []
     with pytest.raises(WeightStoreError, match="no complete weight version 1"):
-        store.fetch(1, tmp_path / "local")
+        store.fetch(store.manifest(1), tmp_path / "local")
 
 
 def test_a_version_is_never_overwritten(store: WeightStore) -> None:
@@ -45,7 +50,7 @@ def test_a_half_written_version_may_be_written_again(store: WeightStore, tmp_pat
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     store.publish(FILES, version=1, step=1)
-    assert store.fetch(1, tmp_path / "local").num_bytes == 9
+    assert fetched(store, 1, tmp_path / "local") == FILES
 
 
 @pytest.mark.parametrize("content", [b"weight", b"weighty", b"wEights"])
@@ -53,15 +58,15 @@ def test_a_corrupt_file_is_refused_and_leaves_nothing(store: WeightStore, tmp_pa
     store.publish(FILES, version=1, step=1)
     (tmp_path / "store" / "v00000001" / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightStoreError, match="is corrupt"):
-        store.fetch(1, tmp_path / "local")
-    assert not (tmp_path / "local" / "v00000001").exists()
+        store.fetch(store.manifest(1), tmp_path / "local")
+    assert not (tmp_path / "local" / "model.safetensors").exists()
 
 
 def test_a_missing_file_is_refused(store: WeightStore, tmp_path: Path) -> None:
     store.publish(FILES, version=1, step=1)
     (tmp_path / "store" / "v00000001" / "extra.json").unlink()
     with pytest.raises(WeightStoreError, match="named in its manifest but missing"):
-        store.fetch(1, tmp_path / "local")
+        store.fetch(store.manifest(1), tmp_path / "local")
 
 
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(store: WeightStore, tmp_path: Path) -> None:
@@ -69,7 +74,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(store: WeightStore, 
     manifest = tmp_path / "store" / "v00000001" / MANIFEST
     manifest.write_text(manifest.read_text().replace("extra.json", "../../outside.json"))
     with pytest.raises(WeightStoreError, match="is not a manifest"):
-        store.fetch(1, tmp_path / "local")
+        store.fetch(store.manifest(1), tmp_path / "local")
 
 
 def test_pruning_keeps_the_newest(store: WeightStore) -> None:
@@ -90,5 +95,5 @@ def test_any_file_system_of_fsspec_serves(tmp_path: Path) -> None:
     store = WeightStore("memory://weights-of-a-test")
     store.publish(FILES, version=0, step=0)
     assert store.versions() == [0]
-    assert store.fetch(0, tmp_path).num_bytes == 9
+    assert fetched(store, 0, tmp_path / "local") == FILES
     store.prune(keep=1)

@@ -22,9 +22,10 @@ def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: Callable[...,
     stack = make_stack()
     trainer = stack.prepare()
     version = trainer.publisher.publish(trainer.policy.model, 7)
-    manifest = store_of(stack).fetch(version, tmp_path)
+    manifest = store_of(stack).manifest(version)
+    store_of(stack).fetch(manifest, tmp_path)
     fresh = tiny_llama(seed=5)
-    tensors = load_file(tmp_path / f"v{version:08d}" / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
     assert fresh.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # tied to the embedding
     assert all(
         torch.equal(a, b)

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from services.rollout.app import build_app
+from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared import metrics
 from shared.api import RolloutResponse
@@ -190,7 +191,7 @@ class RecordedEvents:
 class Watched:
     """A watcher on a fake engine, with announcements and a clock set by hand."""
 
-    def __init__(self, store: WeightStore) -> None:
+    def __init__(self, store: WeightStore, folder: Path) -> None:
         self.engine, self.events = FakeEngine(), RecordedEvents()
         self.now, self.announced, self.redis_is_up = 0.0, 0, True
         self.loop = asyncio.new_event_loop()
@@ -198,6 +199,7 @@ class Watched:
         self.thread.start()
         self.watcher = WeightWatcher(
             store=store,
+            copy=WeightCopy(folder),
             engine=self.engine,
             announced=self._read,
             events=self.events,
@@ -226,8 +228,9 @@ def store(tmp_path: Path) -> WeightStore:
 
 
 @pytest.fixture
-def watched(store: WeightStore) -> Iterator[Watched]:
-    watched = Watched(store)
+def watched(store: WeightStore, tmp_path: Path) -> Iterator[Watched]:
+    (tmp_path / "copy").mkdir()
+    watched = Watched(store, tmp_path / "copy")
     yield watched
     watched.close()
 
