@@ -107,10 +107,10 @@ def _cut(
     patches, at = [], 0
     used = dict.fromkeys(_WIDTHS, 0)
     for entry in entries:
-        indices = np.cumsum(gaps[at : at + entry.count] + 1) - 1
-        size = base[entry.name].bits.size
-        # A sum beyond int64 wraps around to below zero.
-        if len(indices) and (int(indices[-1]) >= size or int(indices.min()) < 0):
+        of_tensor, size = gaps[at : at + entry.count], base[entry.name].bits.size
+        indices = np.cumsum(of_tensor + 1) - 1
+        # Each distance is looked at too: a sum of forged ones could wrap around.
+        if len(indices) and not (0 <= of_tensor.min() and of_tensor.max() < size and indices[-1] < size):
             raise WeightStoreError(f"{where}: an index of {entry.name} lies beyond its {size} elements")
         width = base[entry.name].bits.itemsize
         patches.append(TensorPatch(entry.name, indices, changes[width][used[width] : used[width] + entry.count]))

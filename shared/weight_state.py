@@ -97,7 +97,7 @@ def state_checksum(state: State) -> str:
     for name in sorted(state):
         tensor = state[name]
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-        digest.update(np.ascontiguousarray(tensor.bits))
+        digest.update(np.ascontiguousarray(tensor.bits).data)
     return f"xxh3_128:{digest.hexdigest()}"
 
 

@@ -1,0 +1,231 @@
+"""Applying the changes gives the new state to the last bit, whatever the bits are; and nothing else is let through."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.torch import load_file, save
+
+from shared.errors import WeightStoreError
+from shared.weight_patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches
+from shared.weight_state import BitTensor, State, map_state, parse_state, state_checksum, write_state
+
+_DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
+
+
+def state_of(**tensors: Any) -> dict[str, BitTensor]:
+    """Of arrays of unsigned integers."""
+    found = {name: np.asarray(values) for name, values in tensors.items()}
+    return {
+        name: BitTensor(_DTYPES[values.itemsize], values.shape, values.reshape(-1).copy())
+        for name, values in found.items()
+    }
+
+
+def bf16(*values: float) -> Any:
+    return torch.tensor(values, dtype=torch.bfloat16).view(torch.uint16).numpy()
+
+
+def sent(base: State, new: State) -> dict[str, BitTensor]:
+    """What a replica with `base` makes of the update."""
+    content = encode_patches(find_patches(base, new), base)
+    received = {name: BitTensor(tensor.dtype, tensor.shape, tensor.bits.copy()) for name, tensor in base.items()}
+    apply_patches(received, decode_patches(content, received, where="update"))
+    return received
+
+
+def equal(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name].bits, other[name].bits) for name in one)
+
+
+@st.composite
+def two_states(draw: st.DrawFn) -> tuple[State, State]:
+    """Of one layout, with few or many elements changed to any bits."""
+    base, new = {}, {}
+    for number in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["u1", "u2", "u4", "u8"]))
+        shape = draw(arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40))
+        before = draw(arrays.arrays(kind, shape))
+        changed = draw(arrays.arrays(np.bool_, shape))
+        base[f"t{number}"] = before
+        new[f"t{number}"] = np.where(changed, draw(arrays.arrays(kind, shape)), before).astype(kind)
+    return state_of(**base), state_of(**new)
+
+
+@given(two_states())
+def test_any_change_of_bits_arrives(states: tuple[State, State]) -> None:
+    base, new = states
+    received = sent(base, new)
+    assert equal(received, new)
+    assert state_checksum(received) == state_checksum(new)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_every_difference_of_bits_survives_at_the_ends_of_the_range(width: int) -> None:
+    most = 2 ** (8 * width) - 1
+    values = [0, 1, most // 2, most // 2 + 1, most - 1, most]
+    pairs = [(before, after) for before in values for after in values]
+    kind = f"u{width}"
+    base = state_of(x=np.array([before for before, _ in pairs], kind))
+    new = state_of(x=np.array([after for _, after in pairs], kind))
+    assert equal(sent(base, new), new)
+
+
+def test_negative_zero_and_the_payloads_of_nans_are_kept() -> None:
+    nans = np.array([0x7FC0, 0x7FC1, 0xFFC0, 0x7F81], np.uint16)
+    base = state_of(zero=bf16(0.0, 0.0, 1.0), nan=nans)
+    new = state_of(zero=bf16(-0.0, 0.0, 1.0), nan=np.roll(nans, 1))
+    assert [len(patch.indices) for patch in find_patches(base, new)] == [4, 1]
+    assert equal(sent(base, new), new)
+
+
+def test_equal_states_are_an_update_without_changes() -> None:
+    state = state_of(x=bf16(1.0, float("nan")), scalar=np.uint16(7))
+    assert find_patches(state, state) == []
+    assert equal(sent(state, state), state)
+
+
+def test_a_scalar_may_change() -> None:
+    base, new = state_of(scalar=np.uint16(7)), state_of(scalar=np.uint16(9))
+    assert base["scalar"].shape == ()
+    assert equal(sent(base, new), new)
+
+
+@pytest.mark.parametrize("last", [254, 255, 256, 65_535, 65_536, 70_000])
+def test_indices_far_apart_are_kept(last: int) -> None:
+    base = state_of(x=np.zeros(80_000, np.uint16))
+    bits = np.zeros(80_000, np.uint16)
+    bits[[0, last]] = 5
+    assert equal(sent(base, state_of(x=bits)), state_of(x=bits))
+
+
+def test_a_few_small_changes_take_few_bytes() -> None:
+    draw = np.random.default_rng(0)
+    bits = draw.integers(0, 2**16, 1_000_000, np.uint16)
+    changed = draw.random(bits.shape) < 0.02
+    moved = (bits + np.where(changed, draw.choice([1, 65_535], bits.shape), 0)).astype(np.uint16)
+    base, new = state_of(x=bits), state_of(x=moved)
+    assert len(encode_patches(find_patches(base, new), base)) < 0.02 * bits.nbytes
+    assert equal(sent(base, new), new)
+
+
+def test_states_of_different_layout_have_no_difference() -> None:
+    for other in (state_of(y=bf16(1.0)), state_of(x=bf16(1.0, 2.0)), state_of(x=np.zeros(1, np.uint32))):
+        with pytest.raises(ValueError, match="no sparse difference"):
+            find_patches(state_of(x=bf16(1.0)), other)
+
+
+def rebuilt(content: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The file with another header."""
+    payload = zstandard.ZstdDecompressor().decompress(content.removeprefix(PREFIX))
+    (length,) = struct.unpack("<I", payload[:4])
+    header = json.loads(payload[4 : 4 + length])
+    change(header)
+    words = json.dumps(header).encode()
+    return PREFIX + zstandard.compress(struct.pack("<I", len(words)) + words + payload[4 + length :])
+
+
+def set_field(number: int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header["tensors"][0][number] = value
+
+    return change
+
+
+BASE = state_of(x=np.zeros((2, 5), np.uint16))
+NEW = state_of(x=np.array([[0, 1, 0, 0, 0], [0, 0, 0, 0, 2]], np.uint16))
+UPDATE = encode_patches(find_patches(BASE, NEW), BASE)
+
+BROKEN = {
+    "the base has no tensor 'y'": rebuilt(UPDATE, set_field(0, "y")),
+    r"dtype F16, the base's is BF16": rebuilt(UPDATE, set_field(1, "F16")),
+    r"shape \(5, 2\), the base's is \(2, 5\)": rebuilt(UPDATE, set_field(2, [5, 2])),
+    "has 11 changes and 10 elements": rebuilt(UPDATE, set_field(3, 11)),
+    "has -1 changes": rebuilt(UPDATE, set_field(3, -1)),
+    "ends before its changes do": rebuilt(UPDATE, set_field(3, 3)),
+    "goes on after its changes": rebuilt(UPDATE, set_field(3, 1)),
+    "unreadable header": rebuilt(UPDATE, lambda header: header.pop("tensors")),
+    "an index width": rebuilt(UPDATE, lambda header: header.update(index_width=3)),
+    "or a name that can't be": rebuilt(UPDATE, lambda header: header["tensors"].append(header["tensors"][0])),
+    "of a form that this version knows": b"headwater-sparse-9\n" + UPDATE.removeprefix(PREFIX),
+    "can't be unpacked": UPDATE[:-7],
+    "would unpack to": PREFIX + zstandard.compress(bytes((1 << 26) + 1000)),
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_an_update_that_does_not_fit_its_base_is_refused(words: str) -> None:
+    with pytest.raises(WeightStoreError, match=words):
+        decode_patches(BROKEN[words], BASE, where="update")
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_an_index_beyond_the_tensor_is_refused(width: int) -> None:
+    """Distances are unsigned, and the largest ones wrap around: 12 and then -5 would end at 8."""
+    words = json.dumps({"index_width": width, "tensors": [["x", "BF16", [2, 5], 2]]}).encode()
+    for distances in ([3, 6], [10, 0], [2 ** (8 * width) - 1] * 2, [12, 2 ** (8 * width) - 5]):
+        planes = np.array(distances, f"<u{width}").view(np.uint8).reshape(2, width).T.tobytes()
+        content = PREFIX + zstandard.compress(struct.pack("<I", len(words)) + words + planes + bytes(4))
+        with pytest.raises(WeightStoreError, match="lies beyond its 10 elements"):
+            decode_patches(content, BASE, where="update")
+
+
+def test_the_last_element_may_change() -> None:
+    assert equal(sent(BASE, NEW), NEW)
+
+
+def test_a_state_is_read_from_memory_and_disk_alike(tmp_path: Path) -> None:
+    content = save({"a": torch.randn(3, 4, dtype=torch.bfloat16), "b": torch.tensor(7), "none": torch.empty(0, 2)})
+    (tmp_path / "x.safetensors").write_bytes(content)
+    mapped, parsed = map_state(tmp_path / "x.safetensors"), parse_state(content, where="x")
+    assert equal(mapped, parsed)
+    assert {name: tensor.layout for name, tensor in parsed.items()} == {
+        "a": ("BF16", (3, 4)),
+        "b": ("I64", ()),
+        "none": ("F32", (0, 2)),
+    }
+
+
+def test_a_written_state_is_what_the_library_reads(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3).to(torch.bfloat16), "i": torch.arange(5), "f": torch.randn(2, 2)}
+    write_state(tmp_path / "x.safetensors", parse_state(save(tensors), where="x"), {})
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_the_checksum_sees_names_layouts_and_bits_but_not_the_order() -> None:
+    state = state_of(a=bf16(1.0, 2.0), b=bf16(3.0))
+    others = [
+        state_of(a=bf16(1.0, 2.0), c=bf16(3.0)),
+        state_of(a=bf16(1.0, 2.0).reshape(2, 1), b=bf16(3.0)),
+        state_of(a=bf16(1.0), b=bf16(2.0, 3.0)),
+        state_of(a=bf16(1.0, 2.0), b=bf16(-3.0)),
+        state | {"b": BitTensor("F16", (1,), state["b"].bits)},
+    ]
+    assert len({state_checksum(state), *map(state_checksum, others)}) == 6
+    assert state_checksum(dict(reversed(state.items()))) == state_checksum(state)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x08" + bytes(7) + b"[1, 2, 3", b"\xff" * 16])
+def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(WeightStoreError, match="not a readable safetensors"):
+        parse_state(content, where="x")
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(WeightStoreError):
+        map_state(tmp_path / "x")
+
+
+def test_tensors_that_reach_beyond_the_file_are_refused() -> None:
+    content = save({"a": torch.zeros(8)})
+    with pytest.raises(WeightStoreError, match="does not lie at bytes 0 to 32"):
+        parse_state(content[:-1], where="x")
