@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_demo(commands)
     _add_sweep(commands)
+    _add_swap_judge(commands)
     return parser
 
 
@@ -127,6 +128,16 @@ def _add_sweep(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--out", type=Path, help="where its runs lie (runs/NAME, the file's name)")
 
 
+def _add_swap_judge(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    text = "Give the judge of a running compose stack other settings, and wait until it is ready with them."
+    parser = _add(commands, "swap-judge", text, _swap_judge, takes_settings=False)
+    parser.add_argument("settings", type=Path, help="TOML file whose [judge] section the judge gets")
+    parser.add_argument("--project", default="headwater", help="compose project (headwater)")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds until it must be ready (600)"
+    )
+
+
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     from cli.run import run
 
@@ -190,6 +201,12 @@ def _sweep(options: argparse.Namespace, _rest: list[str]) -> int:
     from cli.sweep import sweep
 
     return sweep(options.file, out=options.out or Path("runs") / options.file.stem)
+
+
+def _swap_judge(options: argparse.Namespace, _rest: list[str]) -> int:
+    from cli.swap_judge import swap_judge
+
+    return swap_judge(options.settings, project=options.project, timeout_s=options.timeout)
 
 
 if __name__ == "__main__":

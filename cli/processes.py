@@ -69,7 +69,7 @@ class Child:
 
     def tail(self, *, lines: int = 12) -> list[str]:
         """Its last log lines, JSON ones in readable form."""
-        return [_readable(line) for line in last_lines(self.log, lines)]
+        return [readable(line) for line in last_lines(self.log, lines)]
 
 
 def stop_children(children: Sequence[Child], *, timeout_s: float, hurried: Callable[[], bool]) -> list[str]:
@@ -107,7 +107,8 @@ def _feed(process: subprocess.Popen[bytes], content: bytes) -> None:
         return  # it died at once; the supervisor reads why in its log
 
 
-def _readable(line: str) -> str:
+def readable(line: str) -> str:
+    """A JSON log line as a person reads it; any other line as it is."""
     try:
         entry = json.loads(line)
     except ValueError:
