@@ -336,6 +336,9 @@ class TrainerSettings(Section):
     """Copy the policy into the reference every n steps; 0 keeps the reference frozen."""
     max_policy_lag: int = Field(default=16, ge=0)
     """A window whose oldest rollout is more versions behind is dropped when read, and counted."""
+    replica_wait_s: float = Field(default=0.0, ge=0)
+    """After a push, wait at most this long for live rollout replicas that are further behind. 0: for none, since a
+    late one costs its own rollouts only, and waiting makes the run as slow as its slowest replica."""
     min_reward_gap: float = Field(default=0.0, ge=0)
     """Pairs whose rewards differ by no more than this are no preference."""
     checkpoint_every: int = Field(default=50, ge=1)

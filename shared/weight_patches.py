@@ -110,7 +110,7 @@ def _cut(
         of_tensor, size = gaps[at : at + entry.count], base[entry.name].bits.size
         indices = np.cumsum(of_tensor + 1) - 1
         # Each distance is looked at too: a sum of forged ones could wrap around.
-        if len(indices) and not (0 <= of_tensor.min() and of_tensor.max() < size and indices[-1] < size):
+        if len(indices) and not (of_tensor.min() >= 0 and of_tensor.max() < size and indices[-1] < size):
             raise WeightStoreError(f"{where}: an index of {entry.name} lies beyond its {size} elements")
         width = base[entry.name].bits.itemsize
         patches.append(TensorPatch(entry.name, indices, changes[width][used[width] : used[width] + entry.count]))

@@ -25,6 +25,7 @@ from trainer.objectives import build_objective
 from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import Policy, load_policy
+from trainer.replicas import Replicas
 from trainer.sinks import delete_steps_beyond, open_sinks
 from trainer.weights import WeightPublisher
 
@@ -88,6 +89,14 @@ def _build(
         objective=build_objective(settings.trainer),
         inbox=Inbox(settings, stream, coordination, ledger, partial=partial, tally=tally, patience=patience, stop=stop),
         publisher=_publisher(settings, connections, checkpoint),
+        replicas=Replicas(
+            coordination,
+            ledger,
+            max_lag=settings.trainer.max_policy_lag,
+            max_wait_s=settings.trainer.replica_wait_s,
+            patience=patience,
+            stop=stop,
+        ),
         checkpoints=checkpoints,
         coordination=coordination,
         ledger=ledger,

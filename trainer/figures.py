@@ -46,6 +46,7 @@ FIGURES: dict[str, str] = {
     "seconds_forward_backward": "policy and reference forward, policy backward",
     "seconds_optimizer": "clipping and AdamW",
     "seconds_push": "weights to the store, announced",
+    "seconds_replicas": "looking at replicas, and waiting for late ones where `trainer.replica_wait_s` is set",
     "seconds_checkpoint": "checkpoints since the step before (a row is written before its own step's checkpoint)",
     "seconds_generate": "collector's seconds for the rollouts of the documents admitted since the step before",
     "seconds_rewrite": "the same for rewrites",

@@ -3,8 +3,9 @@
     fill the inbox -> take pairs -> micro-batches -> loss, backward -> clip -> step -> publish -> row
                                                     every checkpoint_every steps: checkpoint -> acknowledge
 
-The loop blocks only in `inbox.fill` (until a collector writes) and in calls that wait out a Redis or database that is
-away. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is written, `run` returns.
+The loop blocks only in `inbox.fill` (until a collector writes), in `replicas.keep_up` (where asked to) and in calls
+that wait out a Redis or database that is away. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
+written, `run` returns.
 """
 
 import logging
@@ -30,6 +31,7 @@ from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import Policy
 from trainer.preferences import Preference
+from trainer.replicas import Replicas
 from trainer.sinks import Sink
 from trainer.weights import WeightPublisher
 
@@ -47,6 +49,7 @@ class Trainer:
     objective: ObjectiveFunction
     inbox: Inbox
     publisher: WeightPublisher
+    replicas: Replicas
     checkpoints: Checkpoints
     coordination: Coordination
     ledger: Ledger
@@ -146,6 +149,8 @@ class Trainer:
     def _publish(self) -> None:
         with self.tally.spending("push"):
             self.publisher.publish(self.policy.model, self.step)
+        with self.tally.spending("replicas"):
+            self.replicas.keep_up(self.publisher.version)
 
     def _write_row(self, figures: dict[str, float]) -> None:
         row = figures | self.tally.drain()

@@ -1,0 +1,128 @@
+"""Who lives, who is late, and for whom the trainer waits. A real Redis."""
+
+import time
+from collections.abc import Callable
+from threading import Event, Timer
+
+import pytest
+import sqlalchemy as sa
+
+from shared import metrics
+from shared.database import EventRow, transaction
+from tests.trainer.conftest import Stack
+from tests.trainer.documents import plain_document
+from trainer.patience import Patience
+from trainer.replicas import Replicas
+
+MakeStack = Callable[..., Stack]
+
+
+def replicas_of(stack: Stack, *, max_wait_s: float, stop: Event | None = None) -> Replicas:
+    stop = stop or Event()
+    return Replicas(
+        stack.coordination, stack.ledger, max_lag=2, max_wait_s=max_wait_s, patience=Patience(stop), stop=stop
+    )
+
+
+def say(stack: Stack, replica: str, version: int, lifetime_s: float = 30.0) -> None:
+    stack.coordination.report_replica(replica, version, lifetime_s=lifetime_s)
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def waits(outcome: str) -> float:
+    return metrics.REGISTRY.get_sample_value("headwater_replica_waits_total", {"outcome": outcome}) or 0.0
+
+
+def version_shown(replica: str) -> float | None:
+    return metrics.REGISTRY.get_sample_value("headwater_replica_version", {"replica": replica})
+
+
+def test_every_live_replica_is_shown_with_its_version(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    replicas = replicas_of(stack, max_wait_s=0)
+    say(stack, "a", 3)
+    say(stack, "b", 5, lifetime_s=0.05)
+    replicas.keep_up(9)
+    assert (version_shown("a"), version_shown("b")) == (3, 5)
+    time.sleep(0.1)
+    replicas.keep_up(9)
+    assert (version_shown("a"), version_shown("b")) == (3, None)
+    assert metrics.REGISTRY.get_sample_value("headwater_live_replicas") == 1
+
+
+def test_a_replica_that_stops_in_good_order_is_gone_at_once(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    say(stack, "a", 3)
+    assert stack.coordination.live_replicas() == {"a": 3}
+    stack.coordination.forget_replica("a")
+    assert stack.coordination.live_replicas() == {}
+
+
+def test_by_default_nobody_is_waited_for(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    say(stack, "late", 0)
+    assert stack.settings.trainer.replica_wait_s == 0
+    assert seconds_of(lambda: replicas_of(stack, max_wait_s=0).keep_up(100)) < 0.5
+
+
+def test_a_late_replica_is_waited_for_until_it_is_near(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    say(stack, "late", 4)
+    before = waits("caught_up")
+    Timer(0.4, lambda: say(stack, "late", 5)).start()
+    assert 0.3 < seconds_of(lambda: replicas_of(stack, max_wait_s=20).keep_up(7)) < 5
+    assert waits("caught_up") == before + 1
+
+
+@pytest.mark.parametrize("served", [5, 7, 9])
+def test_one_within_the_lag_is_not(make_stack: MakeStack, served: int) -> None:
+    stack = make_stack()
+    say(stack, "near", served)
+    before = waits("caught_up")
+    assert seconds_of(lambda: replicas_of(stack, max_wait_s=20).keep_up(7)) < 5
+    assert waits("caught_up") == before
+
+
+def test_a_replica_that_dies_meanwhile_is_waited_for_no_longer(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    say(stack, "dying", 0, lifetime_s=0.3)
+    assert seconds_of(lambda: replicas_of(stack, max_wait_s=20).keep_up(7)) < 5
+
+
+def test_the_wait_is_bounded_told_and_not_repeated_until_the_replica_moves(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    say(stack, "stuck", 0)
+    replicas, before = replicas_of(stack, max_wait_s=0.3), waits("given_up")
+    assert seconds_of(lambda: replicas.keep_up(7)) >= 0.3
+    assert seconds_of(lambda: replicas.keep_up(8)) < 0.25
+    assert waits("given_up") == before + 1
+    say(stack, "stuck", 1)
+    assert seconds_of(lambda: replicas.keep_up(8)) >= 0.3
+    with transaction(stack.ledger.engine) as session:
+        events = session.execute(sa.select(EventRow.kind, EventRow.data)).all()
+        assert [tuple(event) for event in events] == [
+            ("late_replicas", {"replicas": {"stuck": 0}}),
+            ("late_replicas", {"replicas": {"stuck": 1}}),
+        ]
+
+
+def test_a_stop_ends_the_wait(make_stack: MakeStack) -> None:
+    stack, stop = make_stack(), Event()
+    say(stack, "stuck", 0)
+    Timer(0.2, stop.set).start()
+    assert seconds_of(lambda: replicas_of(stack, max_wait_s=60, stop=stop).keep_up(7)) < 5
+
+
+def test_the_loop_waits_where_it_is_asked_to(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=1, pairs_per_step=3, max_policy_lag=0, replica_wait_s=0.3)
+    say(stack, "stuck", -1)
+    stack.write([plain_document(0, run=stack.run)])
+    before = waits("given_up")
+    assert stack.prepare().run() == "finished"
+    assert version_shown("stuck") == -1
+    assert waits("given_up") == before + 1

@@ -1,0 +1,82 @@
+"""The trainer's view of the rollout replicas, and its wait for those that are too far behind. Called by the loop.
+
+A replica lives while its heartbeat in Redis has not expired; a dead one is in nobody's way. By default the trainer
+waits for none: a late replica costs its own rollouts, which are dropped as stale, and waiting would make the run as
+slow as its slowest replica. Waiting pays where rollouts are dearer than steps.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Event
+
+from shared import metrics
+from shared.coordination import Coordination
+from shared.ledger import Ledger
+from trainer.patience import Patience
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.05
+
+
+@dataclass
+class Replicas:
+    coordination: Coordination
+    ledger: Ledger
+    max_lag: int
+    """Versions."""
+    max_wait_s: float
+    """0: look, never wait."""
+    patience: Patience
+    stop: Event
+    _known: Mapping[str, int] = field(default_factory=dict, init=False)
+    _given_up: dict[str, int] = field(default_factory=dict, init=False)
+    """Replicas that did not catch up in time, with the version they had: waited for again once they move."""
+
+    def keep_up(self, version: int) -> None:
+        """Look who lives; if any is more than `max_lag` behind `version`, wait until none is, `max_wait_s` at most."""
+        live = self._look()
+        if not self.max_wait_s:
+            return
+        waited_for = late = self._late(live, version)
+        if not late:
+            return
+        _log.info("waiting for replicas %s to come near version %d", sorted(late), version)
+        began = time.monotonic()
+        while late and time.monotonic() - began < self.max_wait_s and not self.stop.wait(_POLL_S):
+            late = self._late(self._look(), version)
+        self._conclude(waited_for, late, version, time.monotonic() - began)
+
+    def _look(self) -> Mapping[str, int]:
+        live = self.patience(self.coordination.live_replicas)
+        for replica in self._known.keys() - live.keys():
+            _log.warning("replica %s is gone, it served version %d", replica, self._known[replica])
+            metrics.replica_version.remove(replica)
+        for replica, version in live.items():
+            metrics.replica_version.labels(replica).set(version)
+        metrics.live_replicas.set(len(live))
+        self._known = live
+        return live
+
+    def _late(self, live: Mapping[str, int], version: int) -> dict[str, int]:
+        return {
+            replica: served
+            for replica, served in live.items()
+            if version - served > self.max_lag and self._given_up.get(replica) != served
+        }
+
+    def _conclude(self, waited_for: Mapping[str, int], late: Mapping[str, int], version: int, seconds: float) -> None:
+        if not late or self.stop.is_set():
+            metrics.replica_waits_total.labels("caught_up" if not late else "stopped").inc()
+            _log.info("replicas %s came near or went after %.1f s", sorted(waited_for), seconds)
+            return
+        metrics.replica_waits_total.labels("given_up").inc()
+        self._given_up.update(late)
+        message = (
+            f"replicas {dict(sorted(late.items()))} are more than {self.max_lag} versions behind {version} after "
+            f"{seconds:.1f} s (trainer.replica_wait_s): training goes on, their rollouts will be dropped as stale; "
+            "their /readyz says what is wrong"
+        )
+        _log.warning(message)
+        self.patience(lambda: self.ledger.record_event("trainer", "late_replicas", message, replicas=dict(late)))
