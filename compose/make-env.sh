@@ -17,6 +17,7 @@ HEADWATER_TOKEN=$(secret)
 HEADWATER_ADMIN_TOKEN=$(secret)
 REDIS_PASSWORD=$(secret)
 POSTGRES_PASSWORD=$(secret)
+GRAFANA_PASSWORD=$(secret)
 
 # What may be set besides, and what it is then, stands in docs/compose.md. For example:
 # STACK_CONFIG=./configs/starter.toml
