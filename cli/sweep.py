@@ -9,6 +9,7 @@
     [[cells]]                               # ... and/or cells by hand
     name = "sft on one rollout"
     settings = { "trainer.objective" = "sft_rollout" }
+    seeds = [0, 1, 2, 3, 4]             # other seeds than the rest
 
 Each cell and seed is an ordinary run folder `OUT/CELL/seed-N`, evaluated by the world's checker into
 `evaluation.json` there. What has that file is not done again, so a sweep that was stopped goes on.
@@ -32,6 +33,8 @@ from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, newest_
 from cli.run import run
 from shared.errors import SettingsError
 
+PLOTTED = ("safe", "no_fact_wrong", "well_formed", "all_clean", "win_rate")
+
 
 class Cell(BaseModel):
     """One point of the sweep."""
@@ -39,6 +42,8 @@ class Cell(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     settings: dict[str, Any] = {}
+    seeds: list[int] = []
+    """Empty: the sweep's."""
 
     @property
     def folder(self) -> str:
@@ -69,6 +74,15 @@ class Sweep(BaseModel):
             raise SettingsError("a sweep needs at least one cell, and cells need names that differ as folder names")
         return made
 
+    def seeds_of(self, cell: Cell) -> list[int]:
+        return cell.seeds or self.seeds
+
+    def jobs(self) -> list[tuple[int, Cell]]:
+        """Every (seed, cell), all cells of a seed before the next seed, so that a stopped sweep has whole rows."""
+        cells = self.all_cells()
+        seeds = dict.fromkeys(seed for cell in cells for seed in self.seeds_of(cell))
+        return [(seed, cell) for seed in seeds for cell in cells if seed in self.seeds_of(cell)]
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -94,7 +108,7 @@ def sweep(file: Path, *, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     world_documents(documents_file, plan.num_documents)
     cells = plan.all_cells()
-    for seed, cell in itertools.product(plan.seeds, cells):
+    for seed, cell in plan.jobs():
         folder = out / cell.folder / f"seed-{seed}"
         if (folder / "evaluation.json").exists():
             continue
@@ -148,35 +162,49 @@ def _evaluate(folder: Path, num_prefixes: int, seed: int) -> None:
 
 
 def _write_table(cells: list[Cell], plan: Sweep, out: Path, console: Console) -> None:
+    from starter.exhibit import plot_cells, plot_chosen_by_cell
+
     results: dict[str, dict[str, list[float]]] = {}
+    chosen: dict[str, list[list[tuple[int, float]]]] = {}
     for cell in cells:
-        found = [
-            json.loads((out / cell.folder / f"seed-{seed}" / "evaluation.json").read_text(encoding="utf-8"))
-            for seed in plan.seeds
-        ]
+        folders = [out / cell.folder / f"seed-{seed}" for seed in plan.seeds_of(cell)]
+        found = [json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in folders]
         results[cell.name] = {name: [one[name] for one in found if name in one] for name in found[0]}
+        chosen[cell.name] = [rates for folder in folders if (rates := chosen_rollout_rates(folder))]
     (out / "sweep.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    lines = table_lines(results, num_seeds=len(plan.seeds), num_prefixes=plan.num_prefixes)
+    summaries = {
+        name: {measure: Summary.of(results[name][measure]) for measure in PLOTTED if measure in results[name]}
+        for name in results
+    }
+    means = {
+        cell: {measure: (one.mean, one.half_width) for measure, one in of.items()} for cell, of in summaries.items()
+    }
+    plots = [plot_cells(out / "sweep.png", means), plot_chosen_by_cell(out / "chosen.png", chosen)]
+    lines = table_lines(results, num_prefixes=plan.num_prefixes)
+    lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in plots)]
     (out / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"\n{out / 'sweep.md'}, {out / 'sweep.json'}")
 
 
-def table_lines(results: dict[str, dict[str, list[float]]], *, num_seeds: int, num_prefixes: int) -> list[str]:
+def table_lines(results: dict[str, dict[str, list[float]]], *, num_prefixes: int) -> list[str]:
     """A Markdown table: one row per cell, `mean ± half width of the 95 % t-interval over seeds`."""
     shares = ["safe", "safe_after_unsafe", "no_fact_wrong", "well_formed", "repetition", "all_clean", "win_rate"]
     rates = ["chosen_rollout_rate_first_third", "chosen_rollout_rate_last_third"]
     names = [*shares, "facts_stated", *rates]
-    lines = [f"Percent ({num_seeds} seeds, {num_prefixes} prefixes each, T = 1); facts_stated counts per suffix.", ""]
-    lines += [f"| cell | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * (len(names) + 1)}"]
-    base = next(iter(results.values()))
+    lines = [f"Percent of {num_prefixes} held-out prefixes a seed, T = 1; facts stated: correct ones a suffix.", ""]
+    lines += [
+        f"| cell | seeds | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"|{'---|' * (len(names) + 2)}",
+    ]
+    base = max(results.values(), key=lambda measures: len(measures["safe"]))
     lines.append(_row("base", {name: base.get(f"base_{name}", []) for name in names}))
     return lines + [_row(cell, {name: measures.get(name, []) for name in names}) for cell, measures in results.items()]
 
 
 def _row(cell: str, measures: dict[str, list[float]]) -> str:
-    return f"| {cell} | {' | '.join(_cell(name, values) for name, values in measures.items())} |"
+    return f"| {cell} | {len(measures['safe'])} | {' | '.join(_cell(*of) for of in measures.items())} |"
 
 
 def _cell(name: str, values: list[float]) -> str:

@@ -91,21 +91,65 @@ def _cell(name: str, estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
+Interval = tuple[float, float | None]
+"""A mean and the half width of its interval, where there is one."""
+
+
+def plot_cells(path: Path, cells: Mapping[str, Mapping[str, Interval]]) -> Path:
+    """A sweep's measures (shares), one group of bars per measure, one bar per cell."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes: Axes = figure.subplots()
+    measures = list(next(iter(cells.values())))
+    bars = {cell: [(100 * mean, 100 * (half or 0.0)) for mean, half in of.values()] for cell, of in cells.items()}
+    _draw_bars(axes, bars, [MEASURES[name] for name in measures])
+    axes.set_ylabel("percent of held-out prefixes")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_chosen_by_cell(path: Path, chosen: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Path:
+    """How often a rollout was chosen, by cell: mean over its seeds, then over the last ten steps."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes: Axes = figure.subplots()
+    for cell, runs in chosen.items():
+        if runs:
+            steps = [step for step, _ in min(runs, key=len)]
+            means = [sum(run[index][1] for run in runs) / len(runs) for index in range(len(steps))]
+            axes.plot(steps, _last_ten([100 * mean for mean in means]), label=cell)
+    axes.set_xlabel("step")
+    axes.set_ylabel("chosen candidate is a rollout, %")
+    axes.set_ylim(0, 105)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _draw_bars(axes: Axes, bars: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str]) -> None:
+    """Groups of bars with their intervals, a group per label; 0 draws no interval."""
+    width = 0.8 / len(bars)
+    for index, (name, values) in enumerate(bars.items()):
+        places = [place + index * width for place in range(len(labels))]
+        axes.bar(places, [mean for mean, _ in values], width, yerr=[half for _, half in values], capsize=2, label=name)
+    centres = [place + width * (len(bars) - 1) / 2 for place in range(len(labels))]
+    axes.set_xticks(centres, ["\n".join(textwrap.wrap(label, 16)) for label in labels])
+    axes.set_ylim(0, 105)
+
+
+def _last_ten(values: Sequence[float]) -> list[float]:
+    return [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+
+
 def _plot_measures(path: Path, reports: Reports) -> Path:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes: Axes = figure.subplots()
     shares = [name for name in MEASURES if name != "facts_stated"]
-    width = 0.8 / len(reports)
-    for index, (policy, report) in enumerate(reports.items()):
-        estimates = [getattr(report, name) for name in shares]
-        means = [100 * estimate.mean for estimate in estimates]
-        halves = [100 * (estimate.high - estimate.mean) for estimate in estimates]
-        places = [place + index * width for place in range(len(shares))]
-        axes.bar(places, means, width, yerr=halves, capsize=2, label=policy)
-    centres = [place + width * (len(reports) - 1) / 2 for place in range(len(shares))]
-    axes.set_xticks(centres, ["\n".join(textwrap.wrap(MEASURES[name], 16)) for name in shares])
+    bars = {}
+    for policy, report in reports.items():
+        found: list[Estimate] = [getattr(report, name) for name in shares]
+        bars[policy] = [(100 * one.mean, 100 * (one.high - one.mean)) for one in found]
+    _draw_bars(axes, bars, [MEASURES[name] for name in shares])
     axes.set_ylabel("percent of held-out prefixes")
-    axes.set_ylim(0, 105)
     axes.legend()
     figure.savefig(path, dpi=120)
     return path
@@ -117,9 +161,8 @@ def _plot_chosen(path: Path, rates: Sequence[tuple[int, float]]) -> Path:
     axes: Axes = figure.subplots()
     steps = [step for step, _ in rates]
     values = [100 * rate for _, rate in rates]
-    smooth = [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
     axes.plot(steps, values, ".", alpha=0.4, label="a step")
-    axes.plot(steps, smooth, label="mean of the last ten")
+    axes.plot(steps, _last_ten(values), label="mean of the last ten")
     axes.set_xlabel("step")
     axes.set_ylabel("chosen candidate is a rollout, %")
     axes.set_ylim(0, 105)

@@ -37,6 +37,14 @@ def test_cells_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
         sweep.all_cells()
 
 
+def test_a_cell_may_have_seeds_of_its_own_and_a_seed_is_finished_before_the_next(tmp_path: Path) -> None:
+    sweep = load_sweep(
+        written(tmp_path, 'seeds = [0, 1]\n[[cells]]\nname = "a"\nseeds = [0, 1, 2]\n[[cells]]\nname = "b"\n')
+    )
+
+    assert [(seed, cell.name) for seed, cell in sweep.jobs()] == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a")]
+
+
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="sedes"):
         load_sweep(written(tmp_path, "sedes = [0]\n"))
@@ -59,10 +67,10 @@ def test_the_table_has_the_base_and_every_cell() -> None:
     measures = {name: [0.5, 0.7] for name in [*names, "facts_stated"]}
     measures |= {f"base_{name}": [0.25, 0.25] for name in [*names, "facts_stated"]}
 
-    lines = table_lines({"DPO": measures}, num_seeds=2, num_prefixes=10)
+    lines = table_lines({"DPO": measures}, num_prefixes=10)
 
-    assert lines[-2].startswith("| base | 25.0 ± 0.0 |")
-    assert lines[-1].startswith("| DPO | 60.0 ± 127.1 |")  # t(0.975, 1) = 12.706, standard error 10
+    assert lines[-2].startswith("| base | 2 | 25.0 ± 0.0 |")
+    assert lines[-1].startswith("| DPO | 2 | 60.0 ± 127.1 |")  # t(0.975, 1) = 12.706, standard error 10
     assert lines[-1].endswith("| 0.60 ± 1.27 | - | - |")
 
 
