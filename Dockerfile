@@ -8,7 +8,7 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 # The vLLM that the engine is written for; newer ones change its API.
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
 
-# What is installed, without the code: only these three files can spoil the layers of dependencies.
+# What is installed, without the code: only these three files can spoil the layer of dependencies.
 FROM scratch AS requirements
 COPY pyproject.toml constraints.txt LICENSE /
 
@@ -24,22 +24,19 @@ COPY evaluation evaluation
 COPY starter starter
 COPY cli cli
 
-# pyproject.toml without the packages that it names installs their requirements and the `headwater` script.
-FROM ${PYTHON_IMAGE} AS cpu-dependencies
+FROM ${PYTHON_IMAGE} AS cpu
 ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
 # PyTorch's own index has builds without CUDA: 200 MB instead of several GB. Empty: torch comes from PIP_INDEX_URL.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN python -m venv /opt/headwater
-WORKDIR /build
-COPY --from=requirements / ./
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/headwater/bin/pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
-        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
-RUN --mount=type=cache,target=/root/.cache/pip \
-    touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
-
-FROM ${PYTHON_IMAGE} AS cpu
-COPY --from=cpu-dependencies /opt/headwater /opt/headwater
+# A layer of its own, which changes seldom; without its test programs and without headers for a compiler that isn't here.
+RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/headwater \
+    && /opt/headwater/bin/pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
+        "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' /tmp/constraints.txt)" \
+    && rm -r /opt/headwater/lib/python3*/site-packages/torch/test /opt/headwater/lib/python3*/site-packages/torch/include
+# pyproject.toml without the packages that it names: their requirements and the `headwater` script.
+RUN --mount=type=bind,from=requirements,target=/requirements,rw --mount=type=cache,target=/root/.cache/pip \
+    cd /requirements && touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
 COPY --from=tree /headwater /headwater
 ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false
@@ -59,11 +56,9 @@ LABEL org.opencontainers.image.title="Headwater" \
 # The image brings torch, transformers and vLLM; the environment on top sees them and adds what is missing.
 FROM ${VLLM_IMAGE} AS gpu
 ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
-WORKDIR /build
-COPY --from=requirements / ./
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=bind,from=requirements,target=/requirements,rw --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/headwater \
-    && touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
+    && cd /requirements && touch README.md && /opt/headwater/bin/pip install -c constraints.txt .
 COPY --from=tree /headwater /headwater
 ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false \
