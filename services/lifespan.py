@@ -3,7 +3,8 @@
     life = EngineLife(engine)
     app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail), lifespan=life.lifespan)
 
-A failed start is left in `app.state.failure`, which ends the process with that error (services/serve.py).
+A failed start is left in `app.state.failure`, which ends the process with that error (services/serve.py). So is the
+failure of an engine that will never answer again: whoever started the service starts it anew.
 """
 
 import asyncio
@@ -12,8 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fastapi import FastAPI
 
-from services.engine.base import Engine
+from services.engine.base import Engine, FallibleEngine
 from shared.errors import EngineError, HeadwaterError
+
+_WATCH_S = 0.5
 
 
 class EngineLife:
@@ -32,14 +35,17 @@ class EngineLife:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(self._start(app))
+        tasks = [asyncio.create_task(self._start(app))]
+        if isinstance(self._engine, FallibleEngine):
+            tasks.append(asyncio.create_task(self._watch(app, self._engine)))
         try:
             yield
         finally:
             self.ready, self.detail = False, "the service is stopping"
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await self._engine.close()
 
     async def _start(self, app: FastAPI) -> None:
@@ -55,3 +61,9 @@ class EngineLife:
             app.state.failure = EngineError(f"{self._engine.name} could not start: {type(exc).__name__}: {exc}")
             raise
         self.ready, self.detail = True, ""
+
+    async def _watch(self, app: FastAPI, engine: FallibleEngine) -> None:
+        while not engine.failure:  # noqa: ASYNC110 (the end of another process can only be looked for)
+            await asyncio.sleep(_WATCH_S)
+        self.ready, self.detail = False, engine.failure
+        app.state.failure = EngineError(engine.failure)

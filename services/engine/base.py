@@ -1,7 +1,7 @@
 """The seam between services and language models.
 
 A service holds exactly one `Engine` and knows no other way to a model. Tests fake at this seam only.
-`transformers` and `openai` live beside this file; `build_engine` (build.py) picks by settings.
+`vllm`, `transformers` and `openai` live beside this file; `build_engine` (build.py) picks by settings.
 """
 
 from collections.abc import Sequence
@@ -82,6 +82,16 @@ class PatchableEngine(Protocol):
         or generation is held until the `load_weights` that follows: the caller has the whole of `version` on disk and
         loads that next, or the last good one. Half-patched weights never answer.
         """
+        ...
+
+
+@runtime_checkable
+class FallibleEngine(Protocol):
+    """An engine that may fail for good, such as one whose model runs in a process of its own."""
+
+    @property
+    def failure(self) -> str:
+        """Why it can never answer again; empty while it can. The service ends with it (services/lifespan.py)."""
         ...
 
 

@@ -18,8 +18,10 @@ def build_engine(settings: EngineSettings, *, default_model: str = "", tokenizer
         from services.engine.transformers import TransformersEngine
 
         return TransformersEngine(settings, tokenizer=tokenizer)
-    if settings.kind == "openai":
-        from services.engine.openai import OpenAIEngine
+    if settings.kind == "vllm":
+        from services.engine.vllm import VllmEngine
 
-        return OpenAIEngine(settings)
-    raise SettingsError("engine.kind = 'vllm' is not available yet: use 'transformers' or 'openai'")
+        return VllmEngine(settings, tokenizer=tokenizer)
+    from services.engine.openai import OpenAIEngine
+
+    return OpenAIEngine(settings)

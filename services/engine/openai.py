@@ -99,7 +99,7 @@ class OpenAIEngine:
         return ChatPrompt(prompt)
 
     async def load_weights(self, folder: Path, version: int) -> None:
-        self._refuse("can't load weights: the rollout service needs engine.kind = 'transformers'")
+        self._refuse("can't load weights: the rollout service needs engine.kind = 'vllm' or 'transformers'")
 
     def _refuse(self, what: str) -> NoReturn:
         raise EngineError(f"{self.name} {what}")

@@ -29,7 +29,7 @@ def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
             tensors.update(load_file(file))
         except (SafetensorError, OSError, ValueError) as exc:
             raise EngineError(f"{file} is not a readable safetensors file: {exc}") from exc
-    _check(module.state_dict(), tensors, folder)
+    _check(module.state_dict(keep_vars=True), tensors, folder)
     return tensors
 
 
@@ -99,9 +99,9 @@ def _check_indices(patch: Patch, file: Path) -> None:
 def _check(own: dict[str, Tensor], given: dict[str, Tensor], folder: Path) -> None:
     for name, tensor in given.items():
         _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
-    # Tied tensors share storage: one of their names is enough.
-    written = {own[name].data_ptr() for name in given}
-    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]
+    # Tied names hold one parameter: one of them is enough.
+    written = {id(own[name]) for name in given}
+    missing = [name for name, tensor in own.items() if id(tensor) not in written]
     if missing:
         raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
 

@@ -216,7 +216,7 @@ def test_it_has_no_tokenizer(chat_url: str) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "not available yet")],
+    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "setup-vllm-cpu")],
 )
 def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, words: str) -> None:
     with pytest.raises(SettingsError, match=words):

@@ -58,7 +58,7 @@ def test_sigterm_ends_it_with_status_zero(tiny_model: Path, tmp_path: Path) -> N
         (["--policy.model", "/nowhere/model"], "EngineError", "/nowhere/model"),
         ([], "SettingsError", "engine.model is empty"),
         (["--rollout.colour", "red"], "SettingsError", "rollout.colour"),
-        (["--rollout.engine.kind", "vllm", "--policy.model", "x"], "SettingsError", "not available yet"),
+        (["--rollout.engine.kind", "vllm", "--policy.model", "x"], "SettingsError", "make setup-vllm-cpu"),
     ],
 )
 def test_a_bad_start_is_one_clear_line(tmp_path: Path, arguments: list[str], error_type: str, words: str) -> None:

@@ -1,0 +1,335 @@
+"""The production engine: vLLM in this process. vLLM's own HTTP routes, which ask for no token, stay closed.
+
+    generate, score --vllm_core.py--> AsyncLLM --> engine core (a process of its own: scheduler and model)
+    load_weights: check -> keep on disk -> pause, requests kept -> apply (vllm_weights.py) -> resume
+
+The prefix cache must never serve keys of old weights: the pause clears it, and every request carries the number of the
+load that it was asked under as salt. Requests in flight go on after an update, their keys computed anew. An update that
+fails half way never answers: the last good weights are loaded again first. Built by build.py.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.concurrency import all_of
+from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
+from services.engine.kept_weights import Kept, KeptWeights
+from services.engine.outline import ModelOutline, local_folder, read_outline
+from services.engine.tokenizer import Tokenizer
+from services.engine.vllm_core import (
+    MAX_SCORED_TOKENS,
+    VllmCore,
+    installed_version,
+    next_token_scores,
+    oldest_version,
+    prompt_token_scores,
+)
+from services.engine.weights import check_patches, read_patches, read_weights
+from shared.errors import EngineError, OverloadedError, PromptError
+from shared.settings import EngineSettings
+
+Tokens = tuple[int, ...]
+
+_log = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
+
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
+        """`tokenizer`: folder or name, where it is not the model's. Raises SettingsError for a wrong vLLM."""
+        self._installed = installed_version()
+        self._settings = settings
+        self._tokenizer_source = tokenizer or settings.model
+        self._core = VllmCore(settings)
+        self._tokenizer: Tokenizer | None = None
+        self._outline: ModelOutline | None = None
+        self._kept: KeptWeights | None = None
+        self._requests: set[asyncio.Timeout] = set()
+        self._version = 0
+        self._num_loads = 0
+        self._updating = asyncio.Lock()
+        self._update: asyncio.Task[None] | None = None
+        self._failure = ""
+
+    @property
+    def name(self) -> str:
+        adapter = f"+{self._settings.lora_adapter}" if self._settings.lora_adapter else ""
+        return f"vllm:{self._settings.model}{adapter}"
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    @property
+    def can_score(self) -> bool:
+        return True
+
+    @property
+    def can_patch(self) -> bool:
+        """Not on a CPU, nor once a patch has failed: the model's loader may not be made for it."""
+        return self._core.can_patch
+
+    @property
+    def failure(self) -> str:
+        if not self._failure and self._core.is_dead:
+            self._failure = f"{self.name} has died: the log holds its engine core's last words"
+        return self._failure
+
+    async def start(self) -> None:
+        source = self._settings.model
+        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
+        outline = await asyncio.to_thread(read_outline, source)
+        await self._core.start()
+        self._kept = KeptWeights(await asyncio.to_thread(local_folder, source))
+        self._outline = outline
+        _log.info("model loaded", extra={"model": source, "vllm": self._installed, "max_tokens": self._core.max_tokens})
+
+    async def close(self) -> None:
+        self._fail(f"{self.name} is closed")
+        await self._core.close()
+        if self._kept is not None:
+            self._kept.close()
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        if not prompts:
+            return []
+        encoded = [self._prepare(prompt, room=1) for prompt in prompts]
+        async with self._request():
+            return await all_of(self._continue(prompt, sampling, row) for row, prompt in enumerate(encoded))
+
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+        scores, _ = await self.score_tokens(prompt, continuations)
+        return [[token.log_prob for token in of_continuation] for of_continuation in scores]
+
+    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+        """First tokens are read off one prefill of the prompt; those behind them find it in the prefix cache."""
+        if not continuations:
+            return [], self.weight_version
+        encoded = [self._encode(continuation) for continuation in continuations]
+        if not all(encoded):
+            raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
+        known = self._prepare(prompt, room=max(map(len, encoded)))
+        async with self._request():
+            first, version = await self._score_first(known, sorted({tokens[0] for tokens in encoded}))
+            rest = await all_of(self._score_rest(known, tokens) for tokens in encoded)
+        scores = [[first[tokens[0]], *more] for tokens, (more, _) in zip(encoded, rest, strict=True)]
+        return scores, min([version, *(found for more, found in rest if more)])
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokens.encode(text)
+
+    def decode(self, token_ids: TokenSequence) -> str:
+        return self._tokens.decode(token_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and self._tokenizer.has_chat_template
+
+    def render_chat(self, prompt: str) -> str:
+        return self._tokens.render_chat(prompt)
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        kept = self._replaceable()
+        await asyncio.to_thread(read_weights, self._started.module, folder)
+        await self._replace(await asyncio.to_thread(kept.keep, folder), version)
+
+    async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
+        kept = self._replaceable()
+        if not self.can_patch:
+            raise EngineError(f"{self.name} takes no patches in place: load the whole of version {version}")
+        if base != self._version:
+            raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
+        await asyncio.to_thread(lambda: check_patches(self._started.module, read_patches(patches)))
+        await self._replace(await asyncio.to_thread(kept.keep_patch, patches), version)
+
+    @contextlib.asynccontextmanager
+    async def _request(self) -> AsyncIterator[None]:
+        """One place in the bounded queue, for a bounded time. Leaving early aborts the work in the engine core."""
+        if self.failure:
+            raise EngineError(self.failure)
+        if len(self._requests) >= self._settings.max_queued_requests:
+            raise OverloadedError(f"{len(self._requests)} requests wait for {self.name}: engine.max_queued_requests")
+        limit = asyncio.timeout(self._settings.timeout_s)
+        self._requests.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as exc:
+            late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            raise EngineError(self._failure or late) from exc
+        finally:
+            self._requests.discard(limit)
+
+    def _fail(self, failure: str) -> None:
+        """For good. Requests in flight fail now instead of at their time limit."""
+        self._failure = self._failure or failure
+        _log.info("engine ended: %s", self._failure)
+        for limit in self._requests:
+            limit.reschedule(asyncio.get_running_loop().time())
+
+    async def _ask(self, prompt: Tokens, **options: Any) -> Any:
+        return await self._core.ask(prompt, salt=str(self._num_loads), **options)
+
+    async def _continue(self, prompt: Tokens, sampling: Sampling, row: int) -> list[Generation]:
+        # vLLM takes one greedy sample at a time, and all of them would be the same.
+        num_asked = sampling.num_samples if sampling.temperature > 0 else 1
+        answer = await self._ask(
+            prompt,
+            n=num_asked,
+            max_tokens=min(sampling.max_tokens, self._core.max_tokens - len(prompt)),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=_spread_seed(sampling.seed + row),
+            stop_token_ids=sorted(self._started.eos_token_ids),
+        )
+        return [self._generation(output) for output in answer.outputs] * (sampling.num_samples // num_asked)
+
+    def _generation(self, output: Any) -> Generation:
+        if output.finish_reason not in ("length", "stop"):
+            raise EngineError(f"{self.name} ended a sample with {output.finish_reason!r}")
+        token_ids = tuple(output.token_ids)
+        text = self._tokens.decode_continuation(token_ids)
+        return Generation(token_ids, text, output.finish_reason, oldest_version(output))
+
+    async def _score_first(self, prompt: Tokens, wanted: Sequence[int]) -> tuple[dict[int, TokenScore], int]:
+        """Per wanted token its score right after the prompt."""
+        scores: dict[int, TokenScore] = {}
+        versions = []
+        for start in range(0, len(wanted), MAX_SCORED_TOKENS):
+            some = list(wanted[start : start + MAX_SCORED_TOKENS])
+            answer = await self._ask(prompt, max_tokens=1, temperature=0.0, logprob_token_ids=some)
+            scores |= next_token_scores(answer, some)
+            versions.append(oldest_version(answer.outputs[0]))
+        return scores, min(versions)
+
+    async def _score_rest(self, prompt: Tokens, tokens: Tokens) -> tuple[list[TokenScore], int]:
+        """Of all tokens but the first: the last one is scored as next token, those between as tokens of the prompt."""
+        if len(tokens) == 1:
+            return [], 0
+        between, last = tokens[1:-1], tokens[-1]
+        options: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": [last]}
+        if between:
+            # By itself vLLM leaves the cache alone where prompt log-probs are asked for: cached tokens have none.
+            options |= {"prompt_logprobs": 1, "skip_reading_prefix_cache": False}
+        answer = await self._ask(prompt + tokens[:-1], **options)
+        if between and answer.num_cached_tokens > len(prompt):
+            # The same tokens were scored before: some of those between were cached too.
+            answer = await self._ask(prompt + tokens[:-1], **options | {"skip_reading_prefix_cache": True})
+        scores = prompt_token_scores(answer, between) if between else []
+        return [*scores, next_token_scores(answer, [last])[last]], oldest_version(answer.outputs[0])
+
+    async def _replace(self, kept: Kept, version: int) -> None:
+        """Serve `kept`. It runs to its end even if the caller gives up: half an update must not be left alone."""
+        self._update = asyncio.create_task(self._switch(kept, version))
+        await asyncio.shield(self._update)
+
+    async def _switch(self, kept: Kept, version: int) -> None:
+        assert self._kept is not None
+        async with self._updating:
+            await self._pause(kept)
+            try:
+                await self._apply(kept, version, served=self._kept.served)
+            except EngineError as exc:
+                self._kept.drop(kept)
+                await self._go_back(exc)
+                raise EngineError(
+                    f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
+                ) from exc
+            self._kept.serve(kept)
+            await self._go_on(version)
+
+    async def _pause(self, kept: Kept) -> None:
+        assert self._kept is not None
+        try:
+            await self._core.pause()
+        except EngineError:
+            # It may still come to pause; nothing has changed.
+            self._kept.drop(kept)
+            await self._go_on(self._version)
+            raise
+
+    async def _apply(self, kept: Kept, version: int, *, served: Kept | None) -> None:
+        """All files of `kept`, or those that it has more than `served`."""
+        if served is None or kept.folder != served.folder:
+            await self._core.transfer("full", kept.folder, version=version)
+        for patch in kept.patches:
+            if served is None or patch not in served.patches:
+                await self._patch(patch, version)
+
+    async def _patch(self, patch: Path, version: int) -> None:
+        try:
+            await self._core.transfer("patch", patch, version=version)
+        except EngineError:
+            self._core.can_patch = False
+            raise
+
+    async def _go_back(self, cause: EngineError) -> None:
+        """Load the last good weights again. An engine that can't do even that never answers again."""
+        assert self._kept is not None
+        try:
+            await self._apply(self._kept.served, self._version, served=None)
+        except EngineError as exc:
+            self._fail(f"{self.name} lost its weights: an update failed ({cause}), and so did going back ({exc})")
+            raise EngineError(self._failure) from exc
+        await self._go_on(self._version)
+
+    async def _go_on(self, version: int) -> None:
+        self._version = version
+        self._num_loads += 1
+        try:
+            await self._core.go_on()
+        except EngineError as exc:
+            self._fail(f"{self.name} can't go on after a weight update: {exc}")
+            raise EngineError(self._failure) from exc
+
+    def _replaceable(self) -> KeptWeights:
+        if self.failure:
+            raise EngineError(self.failure)
+        if self._kept is None:
+            raise EngineError(f"{self.name} is still starting: try again")
+        if self._settings.lora_adapter:
+            raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
+        return self._kept
+
+    @property
+    def _started(self) -> ModelOutline:
+        if self._outline is None:
+            raise EngineError(f"{self.name} is still starting: try again")
+        return self._outline
+
+    @property
+    def _tokens(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise EngineError(f"{self.name} is still starting: try again")
+        return self._tokenizer
+
+    def _encode(self, text: Prompt) -> Tokens:
+        token_ids = tuple(self._tokens.encode(text) if isinstance(text, str) else text)
+        vocab_size = self._started.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise PromptError(f"token ids must lie in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
+        return token_ids
+
+    def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
+        token_ids = self._encode(prompt)
+        if not token_ids:
+            raise PromptError("the prompt is empty: the model needs at least one token to continue")
+        if len(token_ids) + room > self._core.max_tokens:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens and needs room for {room} more, "
+                f"but {self.name} takes {self._core.max_tokens} in all"
+            )
+        return token_ids
+
+
+def _spread_seed(seed: int) -> int:
+    """vLLM counts on from a request's seed for its samples, so those of rows must not lie side by side: sample 1 of
+    row 0 would draw like sample 0 of row 1."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")

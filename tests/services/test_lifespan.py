@@ -1,0 +1,47 @@
+"""What an engine that fails for good does to its service."""
+
+import asyncio
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from services.lifespan import EngineLife
+from tests.services.fakes import FakeEngine
+
+
+@dataclass
+class DyingEngine(FakeEngine):
+    failure: str = ""
+
+
+def test_a_service_ends_with_the_failure_of_its_engine() -> None:
+    engine = DyingEngine()
+    app = FastAPI()
+
+    async def run() -> None:
+        life = EngineLife(engine)
+        async with life.lifespan(app):
+            await _until(lambda: life.ready)
+            engine.failure = "its core has died"
+            await _until(lambda: hasattr(app.state, "failure"))
+            assert (life.ready, life.detail) == (False, "its core has died")
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert str(app.state.failure) == "its core has died"
+
+
+def test_a_service_that_stops_calmly_leaves_no_failure() -> None:
+    app = FastAPI()
+
+    async def run() -> None:
+        async with EngineLife(DyingEngine()).lifespan(app):
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert not hasattr(app.state, "failure")
+
+
+async def _until(condition: object) -> None:
+    assert callable(condition)
+    while not condition():  # noqa: ASYNC110 (what is waited for tells nobody)
+        await asyncio.sleep(0.01)
