@@ -43,19 +43,31 @@ FULL = Size(steps=60, num_prefixes=400, num_documents=4000)
 QUICK = Size(steps=12, num_prefixes=100, num_documents=1000)
 
 
-def demo(*, quick: bool, directory: Path, seed: int = 0) -> int:
-    """Exit code of the first part that fails, else 0."""
-    size = QUICK if quick else FULL
+def demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -> int:
+    """Exit code of the first part that fails, else 0. `models`: what `starter.make` made, of whichever world."""
+    world = world_of(models)
     console = Console()
     directory.mkdir(parents=True, exist_ok=True)
-    world_documents(directory / "documents.jsonl", size.num_documents)
+    documents_file = directory / "documents.jsonl"
+    world_documents(world, documents_file, size.num_documents)
+    settings = [*world_options(documents_file, models), "--run.directory", str(directory), "--run.seed", str(seed)]
     for name, options in (("next-token", BASELINE), ("online-dpo", ())):
         console.rule(f"{name}: {size.steps} steps")
-        code = run(STARTER / "demo.toml", [*_options(directory, name, size, seed), *options])
+        named = ["--run.name", name, "--trainer.steps", str(size.steps)]
+        code = run(STARTER / "demo.toml", [*settings, *named, *options])
         if code != 0:
             return code
-    _evaluate(directory, size, console)
+    _evaluate(directory, size, console, world=world, models=models)
     return 0
+
+
+def world_of(models: Path) -> World:
+    """The world that models were made in; HeadwaterError where the folder doesn't say."""
+    file = models / "measured.json"
+    try:
+        return World(int(json.loads(file.read_text(encoding="utf-8"))["world_seed"]))
+    except (OSError, ValueError, KeyError) as exc:
+        raise HeadwaterError(f"{file} does not name a world ({exc}): make models with python -m starter.make") from exc
 
 
 BASELINE = (
@@ -64,12 +76,12 @@ BASELINE = (
 )  # fmt: skip
 
 
-def world_options(documents_file: Path) -> list[str]:
+def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
     """Settings that place the starter's models, prompts and documents; the same for every run in the world."""
     options = {
-        "policy.model": MODELS / "policy",
-        "rewriter.engine.model": MODELS / "rewriter",
-        "judge.engine.model": MODELS / "judge",
+        "policy.model": models / "policy",
+        "rewriter.engine.model": models / "rewriter",
+        "judge.engine.model": models / "judge",
         "rewriter.prompt": PROMPTS / "rewriter.txt",
         "judge.criteria.quality.prompt": PROMPTS / "quality.txt",
         "judge.criteria.safety.prompt": PROMPTS / "safety.txt",
@@ -99,7 +111,7 @@ def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:
 
 
 def ask_checker(
-    policy_folder: Path, *, num_prefixes: int, seed: int = 0, base: "PolicyReport | None" = None
+    policy_folder: Path, world: World, *, num_prefixes: int, seed: int = 0, base: "PolicyReport | None" = None
 ) -> "PolicyReport":
     """The checker's report on a policy's continuations of held-out prefixes; `base`: whom its win rate is against."""
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -109,38 +121,31 @@ def ask_checker(
     return evaluate_policy(
         LlamaForCausalLM.from_pretrained(policy_folder),
         PreTrainedTokenizerFast.from_pretrained(policy_folder),
-        World(0),
+        world,
         num_prefixes=num_prefixes,
         seed=seed,
         baseline=base.continuations if base else None,
     )
 
 
-def _options(directory: Path, name: str, size: Size, seed: int) -> list[str]:
-    return [
-        "--run.name", name, "--run.directory", str(directory), "--run.seed", str(seed),
-        "--trainer.steps", str(size.steps), *world_options(directory / "documents.jsonl"),
-    ]  # fmt: skip
-
-
-def world_documents(path: Path, num: int) -> None:
+def world_documents(world: World, path: Path, num: int) -> None:
     """The first `num` training documents of the world, if the file isn't there yet."""
     if not path.exists():
-        write_documents(path, documents(World(0), num))
+        write_documents(path, documents(world, num))
 
 
-def _evaluate(directory: Path, size: Size, console: Console) -> None:
+def _evaluate(directory: Path, size: Size, console: Console, *, world: World, models: Path) -> None:
     from starter.exhibit import TEACHER_NOTE, estimates, write_markdown, write_plots
 
     console.rule(f"evaluation: {size.num_prefixes} held-out prefixes, half of them unsafe, T = 1")
     folders = {
-        "base": MODELS / "policy",
+        "base": models / "policy",
         "next token": newest_policy(directory / "next-token"),
         "online DPO": newest_policy(directory / "online-dpo"),
     }
     reports: dict[str, PolicyReport] = {}
     for name, folder in folders.items():
-        reports[name] = ask_checker(folder, num_prefixes=size.num_prefixes, base=reports.get("base"))
+        reports[name] = ask_checker(folder, world, num_prefixes=size.num_prefixes, base=reports.get("base"))
     rates = chosen_rollout_rates(directory / "online-dpo")
     report_folder = directory / "report"
     plots = write_plots(report_folder, reports, rates)

@@ -119,6 +119,7 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--quick", action="store_true", help="a minute instead of a few: fewer steps and prefixes")
     parser.add_argument("--directory", type=Path, help="where the demo's runs lie (runs/demo, or runs/demo-quick)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", type=Path, help="models of python -m starter.make, another world's perhaps")
 
 
 def _add_sweep(commands: "_Commands[argparse.ArgumentParser]") -> None:
@@ -191,10 +192,11 @@ def _report(options: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _demo(options: argparse.Namespace, _rest: list[str]) -> int:
-    from cli.demo import demo
+    from cli.demo import FULL, MODELS, QUICK, demo
 
-    default = Path("runs/demo-quick" if options.quick else "runs/demo")
-    return demo(quick=options.quick, directory=options.directory or default, seed=options.seed)
+    directory = options.directory or Path("runs/demo-quick" if options.quick else "runs/demo")
+    size = QUICK if options.quick else FULL
+    return demo(size, directory=directory, seed=options.seed, models=options.models or MODELS)
 
 
 def _sweep(options: argparse.Namespace, _rest: list[str]) -> int:

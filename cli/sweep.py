@@ -29,7 +29,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from scipy import stats
 
-from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, newest_policy, world_documents, world_options
+from cli.demo import (
+    MODELS,
+    STARTER,
+    ask_checker,
+    chosen_rollout_rates,
+    newest_policy,
+    world_documents,
+    world_of,
+    world_options,
+)
 from cli.run import run
 from shared.errors import SettingsError
 
@@ -106,7 +115,7 @@ def sweep(file: Path, *, out: Path) -> int:
     console = Console()
     documents_file = out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    world_documents(documents_file, plan.num_documents)
+    world_documents(world_of(MODELS), documents_file, plan.num_documents)
     cells = plan.all_cells()
     for seed, cell in plan.jobs():
         folder = out / cell.folder / f"seed-{seed}"
@@ -147,8 +156,9 @@ def _plain(value: Any) -> str:
 def _evaluate(folder: Path, num_prefixes: int, seed: int) -> None:
     from starter.exhibit import MEASURES
 
-    base = ask_checker(MODELS / "policy", num_prefixes=num_prefixes, seed=seed)
-    trained = ask_checker(newest_policy(folder), num_prefixes=num_prefixes, seed=seed, base=base)
+    world = world_of(MODELS)
+    base = ask_checker(MODELS / "policy", world, num_prefixes=num_prefixes, seed=seed)
+    trained = ask_checker(newest_policy(folder), world, num_prefixes=num_prefixes, seed=seed, base=base)
     measures = {name: getattr(trained, name).mean for name in MEASURES}
     measures |= {f"base_{name}": getattr(base, name).mean for name in MEASURES}
     rates = [rate for _, rate in chosen_rollout_rates(folder)]
