@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Report, parser
+from cli.checkpoint_states import newest_policy
 from evaluation.likelihood import LikelihoodResult, held_out_prefixes, teacher_log_prob
 
 PREFIX_TOKENS, NEW_TOKENS = 128, 64
@@ -88,7 +89,7 @@ class Stages:
             )  # fmt: skip
         for name, steps in (("teacher", self.size.teacher_steps), ("base", self.size.base_steps)):
             self._run(name, "configs/real-text-pretrain.toml", model=scratch, documents=first, steps=steps)
-        base, teacher = self._policy("base"), self._policy("teacher")
+        base, teacher = newest_policy(self.folder / "base"), newest_policy(self.folder / "teacher")
         judge = ("--judge.engine.model", str(teacher))
         self._run("online-dpo", "configs/real-text.toml", *judge, model=base, documents=second, steps=self.size.steps)
         baseline = (
@@ -108,7 +109,13 @@ class Stages:
         )
         folders = {"base": "base", "next token": "next-token", "online DPO": "online-dpo"}
         return {
-            name: teacher_log_prob(self._policy(run), self._policy("teacher"), prefixes, new_tokens=NEW_TOKENS, seed=0)
+            name: teacher_log_prob(
+                newest_policy(self.folder / run),
+                newest_policy(self.folder / "teacher"),
+                prefixes,
+                new_tokens=NEW_TOKENS,
+                seed=0,
+            )
             for name, run in folders.items()
         }
 
@@ -126,10 +133,6 @@ class Stages:
 
     def _jsonl(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"
-
-    def _policy(self, run: str) -> Path:
-        """The policy of a run's newest checkpoint."""
-        return sorted((self.folder / run / "checkpoints").glob("step-*"))[-1] / "policy"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,14 @@ def newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
     return (step := max(states), states[step].folder) if states else None
 
 
+def newest_policy(run_folder: Path) -> Path:
+    """The policy of a run's newest checkpoint. HeadwaterError before the first."""
+    newest = newest_checkpoint(run_folder / "checkpoints")
+    if newest is None:
+        raise HeadwaterError(f"no checkpoint in {run_folder}: the run did not get that far")
+    return newest[1] / "policy"
+
+
 def _read(folder: Path) -> StateFile:
     path = folder / "state.json"
     try:

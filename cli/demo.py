@@ -16,6 +16,7 @@ from rich.table import Table
 from sqlalchemy import select
 
 import starter
+from cli.checkpoint_states import newest_policy
 from cli.run import run
 from cli.run_folder import find_run
 from shared.database import StepRow, open_database, transaction
@@ -89,14 +90,6 @@ def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
         "documents.path": documents_file,
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def newest_policy(run_folder: Path) -> Path:
-    """The policy of a run's newest checkpoint."""
-    found = sorted((run_folder / "checkpoints").glob("step-*/policy"))
-    if not found:
-        raise HeadwaterError(f"no checkpoint in {run_folder}: the run did not get that far")
-    return found[-1]
 
 
 def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:

@@ -29,12 +29,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from scipy import stats
 
+from cli.checkpoint_states import newest_policy
 from cli.demo import (
     MODELS,
     STARTER,
     ask_checker,
     chosen_rollout_rates,
-    newest_policy,
     world_documents,
     world_of,
     world_options,
