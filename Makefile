@@ -11,7 +11,7 @@ MODELS ?= runs/models
 TEACHER_STEPS ?= 40
 OPTIONS ?=
 
-.PHONY: setup demo run env test test-compose lint fix
+.PHONY: setup demo run env k8s-secrets k8s-rules test test-compose check-k8s lint fix
 
 setup: $(STAMP)
 
@@ -41,12 +41,34 @@ run: $(STAMP)
 env:
 	@sh compose/make-env.sh .env
 
+# Tokens and passwords for Kubernetes: k8s/secrets/*.env, mode 0600, never overwritten.
+k8s-secrets:
+	@sh k8s/secrets/make.sh
+
+# The alerts as the Prometheus operator wants them.
+RULES := k8s/components/monitoring/rules.yaml
+k8s-rules:
+	{ sed '/^spec:/q' $(RULES); sed -e '/^#/d' -e 's/^./  &/' monitoring/prometheus/rules/headwater.yml; } > $(RULES).tmp
+	mv $(RULES).tmp $(RULES)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 # The compose stack for real, with containers killed in the middle; needs a container engine, takes several minutes.
 test-compose: $(STAMP)
 	$(BIN)/python -m pytest tests/compose --run-compose --timeout=1800 $(OPTIONS)
+
+# What `make test` checks of k8s/, and checkov, which is large and has an environment of its own. Needs kubectl.
+CHECKOV := .venv-checkov/bin/checkov
+$(CHECKOV):
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/python -m pip install --quiet checkov==3.3.30
+
+check-k8s: $(STAMP) $(CHECKOV)
+	$(BIN)/python -m pytest tests/k8s tests/monitoring
+	set -e; for overlay in k8s/overlays/*/; do echo "checkov: $$overlay"; \
+	    kubectl kustomize $$overlay > .venv-checkov/rendered.yaml; \
+	    $(CHECKOV) --config-file k8s/checkov.yaml --file .venv-checkov/rendered.yaml; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
