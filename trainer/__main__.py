@@ -6,6 +6,7 @@ one error line when it can't go on.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +54,13 @@ def _check(settings: Settings) -> None:
         raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
     if not settings.policy.model:
         raise SettingsError("policy.model is empty: name a Hugging Face folder or model to start from")
+    num_processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
+    if num_processes != "1":
+        # each of them would read the stream and publish weights as if it were alone
+        raise SettingsError(
+            f"torchrun started {num_processes} trainer processes, but the trainer is one process on one device: "
+            "give torchrun --nnodes 1 --nproc-per-node 1"
+        )
 
 
 if __name__ == "__main__":
