@@ -7,7 +7,7 @@ until a job, a weight update or the end comes; it takes jobs that fit into one b
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,10 +55,13 @@ class ScoreJob:
 
 @dataclass(frozen=True, eq=False)
 class LoadJob:
-    """Tensors that were checked against the model, to be copied into it between two batches."""
+    """Weights that were checked against the model, to be written into it between two batches."""
 
-    tensors: dict[str, Any]
+    write: Callable[[Any], None]
+    """Given the model's module, on the thread that owns it."""
     version: int
+    base: int | None = None
+    """The version that the module must have, where only what changed since is written."""
     future: "Future[None]" = field(default_factory=Future)
 
 

@@ -16,7 +16,14 @@ from services.engine.jobs import GenerateJob, JobQueue, LoadJob, ScoreJob
 from services.engine.model import CausalModel
 from services.engine.tokenizer import Tokenizer
 from services.engine.trunks import Tokens
-from services.engine.weights import read_weights
+from services.engine.weights import (
+    Patch,
+    apply_patches,
+    apply_weights,
+    check_patches,
+    read_patches,
+    read_weights,
+)
 from services.engine.worker import Worker
 from shared.errors import EngineError, PromptError
 from shared.settings import EngineSettings
@@ -27,7 +34,7 @@ _CLOSE_S = 5.0
 
 
 class TransformersEngine:
-    """See `Engine`. Also a `TokenScorer`."""
+    """See `Engine`. Also a `TokenScorer` and a `PatchableEngine`."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, where it is not the model's."""
@@ -99,7 +106,22 @@ class TransformersEngine:
 
     async def load_weights(self, folder: Path, version: int) -> None:
         tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
-        job = LoadJob(tensors, version)
+        await self._swap(LoadJob(lambda module: apply_weights(module, tensors), version))
+
+    @property
+    def can_patch(self) -> bool:
+        return True
+
+    async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
+        found = await asyncio.to_thread(self._read_patches, patches)
+        await self._swap(LoadJob(lambda module: apply_patches(module, found), version, base))
+
+    def _read_patches(self, file: Path) -> list[Patch]:
+        patches = read_patches(file)
+        check_patches(self._started.module, patches)
+        return patches
+
+    async def _swap(self, job: LoadJob) -> None:
         self._queue.put(job)
         await self._answer(job.future)
 

@@ -18,7 +18,6 @@ from services.engine import decoding
 from services.engine.base import Generation
 from services.engine.jobs import Batch, GenerateJob, JobQueue, LoadJob, ScoreJob, fail
 from services.engine.model import CausalModel, load_model
-from services.engine.weights import apply_weights
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
@@ -119,8 +118,13 @@ class Worker:
                 job.future.set_result((of_job, self.weight_version))
 
     def _swap_weights(self, model: CausalModel, job: LoadJob) -> None:
-        apply_weights(model.module, job.tensors)
+        if job.base not in (None, self.weight_version):
+            fail(job, EngineError(f"changes since version {job.base} do not fit version {self.weight_version}"))
+            return
+        began = time.perf_counter()
+        job.write(model.module)
         self.weight_version = job.version
+        metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(None)
 

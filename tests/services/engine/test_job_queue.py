@@ -86,7 +86,7 @@ def test_batches_are_of_one_kind() -> None:
 
 def test_weights_go_before_waiting_requests() -> None:
     queue = make_queue()
-    job, load = generate_job(5), LoadJob({}, 1)
+    job, load = generate_job(5), LoadJob(lambda module: None, 1)
     queue.put(job)
     queue.put(load)
     assert queue.take() is load
