@@ -13,14 +13,15 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import fsspec
 from pydantic import Field, ValidationError, model_validator
 
-from shared.errors import WeightStoreError
+from shared.errors import HeadwaterError, SettingsError, WeightStoreError
 from shared.records import Record
 
 MANIFEST = "manifest.json"
@@ -64,17 +65,32 @@ class Manifest(Record):
         return self
 
 
+@contextmanager
+def _translated() -> Iterator[None]:
+    """OSError for whatever the library of a file system raises: each has a family of its own."""
+    try:
+        yield
+    except (OSError, HeadwaterError):
+        raise
+    except Exception as exc:
+        raise OSError(f"{type(exc).__name__}: {exc}") from exc
+
+
 class WeightStore:
     """Versions under one root. `root` is a folder or any fsspec URL. One thread at a time."""
 
     def __init__(self, root: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(root)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(root)
+        except (ImportError, ValueError) as exc:
+            raise SettingsError(f"weights.store {root!r} can't be opened: {exc} (S3: headwater[s3])") from exc
         self.root = root
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
         self._known: dict[int, Manifest] = {}
         """Manifests read before: once written they never change."""
 
+    @_translated()
     def publish(
         self, files: dict[str, bytes], *, version: int, step: int, base: int | None = None, state_checksum: str = ""
     ) -> Manifest:
@@ -105,6 +121,7 @@ class WeightStore:
         self._known[version] = manifest
         return manifest
 
+    @_translated()
     def versions(self) -> list[int]:
         """Complete versions, ascending."""
         self._fs.invalidate_cache()
@@ -114,6 +131,7 @@ class WeightStore:
         found = (int(match[1]) for name in names if (match := _VERSION_FOLDER.match(name)))
         return sorted(version for version in found if self._fs.exists(f"{self._folder(version)}/{MANIFEST}"))
 
+    @_translated()
     def manifest(self, version: int) -> Manifest:
         path = f"{self._folder(version)}/{MANIFEST}"
         try:
@@ -139,6 +157,7 @@ class WeightStore:
             wanted = links[-1].base
         return links[::-1]
 
+    @_translated()
     def fetch(self, manifest: Manifest, into: Path) -> None:
         """Copy a version's files into the folder `into`, checksums compared; WeightStoreError at the first that is
         missing or corrupt, which does not stay there."""
@@ -146,6 +165,7 @@ class WeightStore:
         for file in manifest.files:
             self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
 
+    @_translated()
     def prune(self, *, keep: int) -> list[int]:
         """Delete all but the newest `keep` versions and what these rest on; returns what is gone.
 
