@@ -50,7 +50,8 @@ def probes(plan: Plan) -> Iterator[Probe]:
     for role in needed_services(settings):
         service = plan.service(role)
         if service.url:
-            yield Probe(role, lambda url=service.url: remote_service(url, plan.secrets.token))  # type: ignore[misc]
+            for address in service.base_urls:
+                yield Probe(role, lambda url=address: remote_service(url, plan.secrets.token))  # type: ignore[misc]
         elif role != "judge" or judge_needs_engine(settings):
             default = settings.policy.model if role == "rollout" else ""
             yield Probe(

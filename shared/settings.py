@@ -183,13 +183,16 @@ class ServiceSettings(Section):
     """Where the service binds. Another than loopback needs tokens set by hand."""
     port: int = Field(ge=0, le=65535)
     url: str = ""
-    """Where the collector reaches it; empty: http://host:port. With a URL set, `headwater run` starts none."""
+    """Where the collector reaches it; empty: http://host:port. With a URL set, `headwater run` starts none. Several
+    replicas: their addresses separated by commas, asked in turn, or one address with a load balancer behind it."""
     max_request_bytes: int = Field(default=64_000_000, ge=1)
     engine: EngineSettings = EngineSettings()
 
     @property
-    def base_url(self) -> str:
-        return self.url or f"http://{self.host}:{self.port}"
+    def base_urls(self) -> tuple[str, ...]:
+        """One for each replica."""
+        given = tuple(word.strip() for word in self.url.split(",") if word.strip())
+        return given or (f"http://{self.host}:{self.port}",)
 
 
 class RolloutSettings(ServiceSettings):

@@ -7,7 +7,9 @@ other 4xx, unreadable answers                    RefusedRequestError: this windo
 """
 
 import asyncio
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -63,15 +65,18 @@ class _BugError(_UnavailableError):
 
 
 class ServiceClient:
-    """One service. Safe for many requests at once; knows whether the service was up when last asked."""
+    """One service, of one replica or several. Safe for many requests at once; knows whether the service was up when
+    last asked."""
 
     def __init__(
-        self, role: Role, base_url: str, http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
+        self, role: Role, base_urls: Sequence[str], http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise SettingsError(f"{role}.url {base_url!r} is not an address: expected http://HOST:PORT")
+        for base_url in base_urls:
+            if not base_url.startswith(("http://", "https://")):
+                raise SettingsError(f"{role}.url {base_url!r} is not an address: expected http://HOST:PORT")
         self.role = role
-        self._base_url = base_url.rstrip("/")
+        self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
+        """Replicas: every attempt goes to the next one, so that a retry meets another than the one that failed."""
         self._http = http
         self._max_backoff_s = max_backoff_s
         self._max_attempts = max_attempts
@@ -84,10 +89,11 @@ class ServiceClient:
         backoff, attempt, bugs = Backoff(self._max_backoff_s), 0, 0
         while True:
             attempt += 1
+            url = f"{next(self._in_turn)}{path}"
             try:
-                content = await self._post_once(path, body)
+                content = await self._post_once(url, body)
                 self._note_up()
-                return self._read(content, answer)
+                return self._read(content, answer, url)
             except _UnavailableError as exc:
                 self._note_down(str(exc))
                 bugs += isinstance(exc, _BugError)
@@ -100,12 +106,11 @@ class ServiceClient:
             metrics.service_retries_total.labels(self.role).inc()
             await asyncio.sleep(wait_s)
 
-    async def _post_once(self, path: str, body: bytes) -> bytes:
-        url = f"{self._base_url}{path}"
+    async def _post_once(self, url: str, body: bytes) -> bytes:
         try:
             response = await self._http.post(url, content=body, headers={"Content-Type": "application/json"})
         except httpx.InvalidURL as exc:
-            raise SettingsError(f"{self.role}.url {self._base_url!r} is not an address: {exc}") from exc
+            raise SettingsError(f"{self.role}.url {url!r} is not an address: {exc}") from exc
         except httpx.TransportError as exc:
             raise _UnavailableError(f"{self.role} at {url}: {type(exc).__name__}: {exc}") from exc
         if response.status_code == 200:
@@ -125,14 +130,14 @@ class ServiceClient:
             return _BugError(said)
         return RefusedRequestError(said, reason=f"{_REASONS[self.role]}_refused")
 
-    def _read(self, content: bytes, answer: type[Answer]) -> Answer:
+    def _read(self, content: bytes, answer: type[Answer], url: str) -> Answer:
         try:
             return answer.model_validate_json(content)
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(piece) for piece in first["loc"])
             raise RefusedRequestError(
-                f"{self.role} at {self._base_url} answered what is no {answer.__name__}: {place}: {first['msg']}",
+                f"{self.role} at {url} answered what is no {answer.__name__}: {place}: {first['msg']}",
                 reason=f"{_REASONS[self.role]}_refused",
             ) from exc
 
@@ -191,16 +196,16 @@ def http_client(
 def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
     """Clients for the addresses in the settings."""
 
-    def client(role: Role, base_url: str) -> ServiceClient:
+    def client(role: Role, base_urls: Sequence[str]) -> ServiceClient:
         collector = settings.collector
         return ServiceClient(
-            role, base_url, http, max_backoff_s=collector.max_backoff_s, max_attempts=collector.max_attempts
+            role, base_urls, http, max_backoff_s=collector.max_backoff_s, max_attempts=collector.max_attempts
         )
 
     return Services(
-        rollout=client("rollout", settings.rollout.base_url),
-        rewriter=client("rewriter", settings.rewriter.base_url),
-        judge=client("judge", settings.judge.base_url),
+        rollout=client("rollout", settings.rollout.base_urls),
+        rewriter=client("rewriter", settings.rewriter.base_urls),
+        judge=client("judge", settings.judge.base_urls),
     )
 
 

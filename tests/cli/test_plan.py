@@ -48,7 +48,7 @@ def test_what_runs_elsewhere_is_not_started(ports: Ports) -> None:
     assert "judge" not in plan.roles
     assert plan.embedded_redis_port is None
     assert plan.redis_url == "redis://redis:6379/0"
-    assert plan.settings.judge.base_url == "http://judge:8003"
+    assert plan.settings.judge.base_urls == ("http://judge:8003",)
 
 
 def test_a_port_that_moved_is_told_and_given_to_everybody(ports: Ports) -> None:
@@ -59,7 +59,7 @@ def test_a_port_that_moved_is_told_and_given_to_everybody(ports: Ports) -> None:
     assert f"port {taken} is taken: judge listens on {moved} instead" in plan.notes
     assert not any("rollout" in note for note in plan.notes)
     assert plan.ready_url("judge") == f"http://127.0.0.1:{moved}/readyz"
-    assert plan.settings.judge.base_url == f"http://127.0.0.1:{moved}"
+    assert plan.settings.judge.base_urls == (f"http://127.0.0.1:{moved}",)
 
 
 def test_the_trainers_metrics_port_moves_like_the_others(ports: Ports) -> None:

@@ -86,6 +86,36 @@ def test_a_wrong_token_or_address_stops_with_its_remedy(status: int, remedy: str
         ask([httpx.Response(status)])
 
 
+def hosts_asked(url: str, *, num_requests: int, down: str = "") -> list[str]:
+    """Which replica each attempt went to, where `down` refuses all connections."""
+    asked: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        if request.url.host == down:
+            raise httpx.ConnectError("refused")
+        return good()
+
+    settings = Settings.model_validate({"rollout": {"url": url}, "collector": {"max_backoff_s": 0.01}})
+
+    async def run() -> None:
+        async with http_client(settings, token="word", transport=httpx.MockTransport(handle)) as http:
+            services = build_services(settings, http)
+            for _ in range(num_requests):
+                await services.continue_prefixes(REQUEST)
+
+    asyncio.run(run())
+    return asked
+
+
+def test_replicas_are_asked_in_turn() -> None:
+    assert hosts_asked("http://a, http://b:81/", num_requests=4) == ["a", "b", "a", "b"]
+
+
+def test_a_retry_goes_to_the_next_replica() -> None:
+    assert hosts_asked("http://a,http://b", num_requests=2, down="a") == ["a", "b", "a", "b"]
+
+
 def test_an_address_that_is_no_url_stops() -> None:
     with pytest.raises(SettingsError, match=r"rollout\.url 'rollout:8001' is not an address"):
         ask([good()], url="rollout:8001")
