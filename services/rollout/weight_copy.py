@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from services.engine.kept_weights import KEPT_PREFIX
 from shared import metrics
 from shared.errors import SettingsError, WeightStoreError
 from shared.records import Record
@@ -86,7 +87,7 @@ class WeightCopy:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / ".lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in self._folder.glob("v*.tmp"):
+            for leftover in [*self._folder.glob("v*.tmp"), *self._folder.glob(f"{KEPT_PREFIX}*")]:
                 shutil.rmtree(leftover)
             for leftover in self._folder.glob("v*.patches"):
                 leftover.unlink()

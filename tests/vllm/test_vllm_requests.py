@@ -1,0 +1,117 @@
+"""What vLLM does for a request beyond the contract, on its real engine core."""
+
+import asyncio
+
+import pytest
+
+from services.engine.base import Generation, Sampling
+from shared import metrics
+from shared.errors import EngineError, PromptError
+from tests.services.serving import wait_until
+from tests.vllm import reference
+from tests.vllm.subjects import Subject
+
+BLOCK = 32
+"""Tokens of a block in the prefix cache: what is shared is shared in whole blocks."""
+
+
+def prefilled() -> float:
+    return metrics.REGISTRY.get_sample_value("headwater_engine_prompt_tokens_total") or 0.0
+
+
+def running_rows() -> float:
+    return metrics.REGISTRY.get_sample_value("headwater_engine_batch_rows") or 0.0
+
+
+def test_greedy_answers_agree_with_transformers_token_by_token(
+    vllm_engine: Subject, transformers_engine: Subject
+) -> None:
+    document = [(7 * i) % 290 + 5 for i in range(200)]
+    prompts = [document[:end] for end in range(1, 200, 9)] + [document[start : start + 11] for start in range(20)]
+    sampling = Sampling(max_tokens=32, temperature=0)
+    ours = vllm_engine.do(vllm_engine.engine.generate(prompts, sampling))
+    theirs = transformers_engine.do(transformers_engine.engine.generate(prompts, sampling))
+    assert ours == theirs
+
+
+def test_samples_share_one_prefill_of_their_prompt(vllm_engine: Subject) -> None:
+    before = prefilled()
+    prompt = list(range(40, 40 + 4 * BLOCK + 1))
+    vllm_engine.do(vllm_engine.engine.generate([prompt], Sampling(max_tokens=2, num_samples=8)))
+    assert prefilled() - before == len(prompt) + 7  # all but the first compute the one token behind whole blocks
+
+
+def test_chunks_of_a_document_share_its_prefill(vllm_engine: Subject) -> None:
+    before = prefilled()
+    document = list(range(50, 50 + 6 * BLOCK + 1))
+    chunks = [document[: n * BLOCK + 1] for n in range(1, 7)]
+    vllm_engine.do(vllm_engine.engine.generate(chunks, Sampling(max_tokens=2, num_samples=4)))
+    assert prefilled() - before == len(document) + 6 * 4 - 1
+
+
+def test_end_of_sequence_stops_a_sample_and_is_its_last_token(vllm_engine: Subject) -> None:
+    (generations,) = vllm_engine.do(
+        vllm_engine.engine.generate([[9, 8, 7]], Sampling(max_tokens=200, num_samples=64, temperature=2.0))
+    )
+    stopped = [generation for generation in generations if generation.finish_reason == "stop"]
+    assert 0 < len(stopped) < len(generations)
+    assert all(generation.token_ids[-1] == 0 and 0 not in generation.token_ids[:-1] for generation in stopped)
+    assert all("<|end|>" not in generation.text for generation in stopped)
+    assert all(len(generation.token_ids) == 200 for generation in generations if generation not in stopped)
+
+
+def test_the_end_of_the_context_ends_a_sample(vllm_engine: Subject) -> None:
+    ((generation,),) = vllm_engine.do(vllm_engine.engine.generate([[9] * 250], Sampling(max_tokens=50, seed=4)))
+    assert (len(generation.token_ids), generation.finish_reason) == (6, "length")
+
+
+def test_token_scores_name_the_likeliest_token(vllm_engine: Subject) -> None:
+    prompt = [52, 258, 297, 263]
+    likeliest = reference.greedy(vllm_engine.model, prompt, 5)
+    ((*scores,),), version = vllm_engine.do(vllm_engine.scorer.score_tokens(prompt, [likeliest]))
+    assert tuple(score.best_token_id for score in scores) == likeliest
+    assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
+    assert version == 0
+
+
+def test_many_labels_are_scored_after_one_prefill(vllm_engine: Subject) -> None:
+    prompt, labels = list(range(60, 60 + 2 * BLOCK + 1)), [[token] for token in range(100)]
+    before = prefilled()
+    scores = vllm_engine.do(vllm_engine.engine.score(prompt, labels))
+    assert prefilled() - before == len(prompt)
+    for label, (score,) in zip(labels[::20], scores[::20], strict=True):
+        assert score == pytest.approx(reference.log_probs(vllm_engine.model, prompt, label)[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("prompt", "words"), [([], "empty"), ([300], r"0\.\.299"), ([1] * 256, "256 tokens")])
+def test_hopeless_prompts_are_named(vllm_engine: Subject, prompt: list[int], words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        vllm_engine.do(vllm_engine.engine.generate([prompt], Sampling(max_tokens=4)))
+
+
+def test_a_cancelled_request_is_taken_out_of_the_batch(vllm_engine: Subject) -> None:
+    async def work() -> float:
+        request = asyncio.ensure_future(
+            vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=32, seed=9))
+        )
+        while running_rows() < 64:  # noqa: ASYNC110 (another process fills the batch)
+            await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await vllm_engine.engine.generate([[5]], Sampling(max_tokens=2))
+        return running_rows()
+
+    assert vllm_engine.do(work()) <= 1
+
+
+def test_a_late_answer_is_an_error_and_leaves_the_batch(vllm_engine: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurried = vllm_engine.engine._settings.model_copy(update={"timeout_s": 0.3})  # type: ignore[attr-defined]
+    monkeypatch.setattr(vllm_engine.engine, "_settings", hurried)
+    with pytest.raises(EngineError, match=r"engine.timeout_s = 0.3"):
+        vllm_engine.do(vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=64)))
+    monkeypatch.undo()
+    generation: Generation
+    ((generation,),) = vllm_engine.do(vllm_engine.engine.generate([[5]], Sampling(max_tokens=1)))
+    assert len(generation.token_ids) == 1
+    wait_until(lambda: running_rows() <= 1, what="the batch to be empty")

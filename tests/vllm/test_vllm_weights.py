@@ -1,0 +1,201 @@
+"""Weights that arrive while vLLM generates: applied whole, never mixed with keys of old ones, or refused."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.engine.base import Generation, PatchableEngine, Sampling
+from services.engine.kept_weights import Kept
+from services.engine.vllm import VllmEngine
+from shared.errors import EngineError
+from tests.vllm import reference
+from tests.vllm.subjects import Subject
+
+PROMPT = [(11 * i) % 280 + 10 for i in range(150)]
+"""Several blocks of the prefix cache."""
+GREEDY = Sampling(max_tokens=24, temperature=0)
+
+
+def answer(subject: Subject) -> Generation:
+    ((generation,),) = subject.do(subject.engine.generate([PROMPT], GREEDY))
+    return generation
+
+
+def load(subject: Subject, folder: Path) -> int:
+    """The next version."""
+    version = subject.engine.weight_version + 1
+    subject.do(subject.engine.load_weights(folder, version))
+    return version
+
+
+def altered(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of the model's weights after `change`."""
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_new_weights_answer_and_no_key_of_the_old_ones_does(
+    vllm_engine: Subject, model: Path, other_model: Path
+) -> None:
+    """The prompt's keys lie in the prefix cache when the weights change; old keys under new weights would answer
+    neither like the first model nor like the other."""
+    expected = {folder: reference.greedy(folder, PROMPT, GREEDY.max_tokens) for folder in (model, other_model)}
+    assert expected[model] != expected[other_model]
+    for folder in (other_model, model, other_model, model):
+        version = load(vllm_engine, folder)
+        found = [answer(vllm_engine) for _ in range(2)]
+        assert [generation.token_ids for generation in found] == [expected[folder]] * 2
+        assert {generation.weight_version for generation in found} == {version}
+
+
+def test_scores_follow_the_weights(vllm_engine: Subject, model: Path, other_model: Path) -> None:
+    for folder in (other_model, model):
+        version = load(vllm_engine, folder)
+        (scores,), found = vllm_engine.do(vllm_engine.scorer.score_tokens(PROMPT, [[4, 5, 6]]))
+        expected = reference.log_probs(folder, PROMPT, [4, 5, 6])
+        assert [score.log_prob for score in scores] == pytest.approx(expected, abs=1e-3)
+        assert found == version
+
+
+def test_requests_in_flight_go_on_and_carry_the_oldest_version(
+    vllm_engine: Subject, model: Path, other_model: Path
+) -> None:
+    engine = vllm_engine.engine
+    before = engine.weight_version
+
+    async def work() -> list[Generation]:
+        sampling = Sampling(max_tokens=100, num_samples=8, temperature=0.2)
+        requests = [asyncio.ensure_future(engine.generate([PROMPT[:n]], sampling)) for n in (60, 70)]
+        await asyncio.sleep(0.3)
+        for step, folder in enumerate((other_model, model), start=1):
+            await engine.load_weights(folder, before + step)
+        return [generation for request in requests for of_prompt in await request for generation in of_prompt]
+
+    generations = vllm_engine.do(work())
+    assert len(generations) == 16
+    assert {generation.weight_version for generation in generations} == {before}
+    assert answer(vllm_engine).weight_version == before + 2
+
+
+def test_updates_that_come_together_are_applied_one_after_the_other(
+    vllm_engine: Subject, model: Path, other_model: Path
+) -> None:
+    engine, before = vllm_engine.engine, vllm_engine.engine.weight_version
+
+    async def work() -> None:
+        await asyncio.gather(engine.load_weights(other_model, before + 1), engine.load_weights(model, before + 2))
+
+    vllm_engine.do(work())
+    assert answer(vllm_engine).token_ids == reference.greedy(model, PROMPT, GREEDY.max_tokens)
+
+
+def _drop_one(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def _reshape_one(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(7)
+
+
+def _spoil_one(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+
+
+def _add_one(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(1)
+
+
+def _cast_one(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop_one, "up_proj"),
+        (_reshape_one, r"shape \(7,\)"),
+        (_spoil_one, "NaN"),
+        (_add_one, "no tensor"),
+        (_cast_one, "dtype"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(
+    vllm_engine: Subject, other_model: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: str
+) -> None:
+    before = answer(vllm_engine)
+    with pytest.raises(EngineError, match=words):
+        load(vllm_engine, altered(other_model, tmp_path / "bad", change))
+    assert answer(vllm_engine) == before
+
+
+def test_files_that_cannot_be_read_change_nothing(vllm_engine: Subject, model: Path, tmp_path: Path) -> None:
+    before = answer(vllm_engine)
+    with pytest.raises(EngineError, match=r"no \*.safetensors"):
+        load(vllm_engine, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(EngineError, match="not a readable"):
+        load(vllm_engine, tmp_path)
+    assert answer(vllm_engine) == before
+
+
+def half_applied(engine: VllmEngine, other_model: Path, folder: Path) -> Kept:
+    """Files on which vLLM's loader fails half way; `load_weights` would have refused them."""
+    assert engine._kept is not None
+    return engine._kept.keep(altered(other_model, folder, _reshape_one))
+
+
+def test_an_update_that_fails_half_way_is_undone_before_anything_is_sampled(
+    vllm_engine: Subject, model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    """The files fail in the engine core, in the middle of the load, while requests wait for it to go on."""
+    engine = vllm_engine.engine
+    assert isinstance(engine, VllmEngine)
+    version = load(vllm_engine, model)
+    bad = half_applied(engine, other_model, tmp_path / "bad")
+
+    async def work() -> list[Generation]:
+        request = asyncio.ensure_future(engine.generate([PROMPT] * 4, GREEDY))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match=f"version {version} is back in service"):
+            await engine._switch(bad, version + 1)
+        return [generation for (generation,) in await request]
+
+    expected = reference.greedy(model, PROMPT, GREEDY.max_tokens)
+    assert [generation.token_ids for generation in vllm_engine.do(work())] == [expected] * 4
+    assert answer(vllm_engine) == Generation(expected, answer(vllm_engine).text, "length", version)
+    assert engine.failure == ""
+    load(vllm_engine, other_model)
+    assert answer(vllm_engine).token_ids == reference.greedy(other_model, PROMPT, GREEDY.max_tokens)
+    load(vllm_engine, model)
+
+
+def test_going_back_needs_nothing_of_the_folder_that_was_loaded_from(
+    vllm_engine: Subject, model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    engine = vllm_engine.engine
+    assert isinstance(engine, VllmEngine)
+    shutil.copytree(other_model, tmp_path / "staged")
+    version = load(vllm_engine, tmp_path / "staged")
+    shutil.rmtree(tmp_path / "staged")
+    with pytest.raises(EngineError, match=f"version {version} is back in service"):
+        vllm_engine.do(engine._switch(half_applied(engine, model, tmp_path / "bad"), version + 1))
+    assert answer(vllm_engine).token_ids == reference.greedy(other_model, PROMPT, GREEDY.max_tokens)
+    load(vllm_engine, model)
+
+
+def test_a_cpu_takes_whole_versions_only(vllm_engine: Subject, tmp_path: Path) -> None:
+    engine = vllm_engine.engine
+    assert isinstance(engine, PatchableEngine)
+    assert not engine.can_patch
+    version = engine.weight_version
+    with pytest.raises(EngineError, match="takes no patches"):
+        vllm_engine.do(engine.patch_weights(tmp_path / "patch.safetensors", base=version, version=version + 1))
