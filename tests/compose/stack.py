@@ -16,8 +16,8 @@ from cli.compose_stack import ComposeStack
 ROOT = Path(__file__).parents[2]
 PROJECT = "headwater-test"
 SERVICES = ("redis", "postgres", "rollout", "rewriter", "judge", "collector", "trainer")
-STEPS = 120
-"""Enough for everything that happens to the run meanwhile."""
+MANY_STEPS = 100_000
+"""However fast the machine is, the run must not end before everything has happened to it."""
 COMMAND_S = 1200.0
 WAIT_S = 300.0
 
@@ -31,15 +31,15 @@ class Stack:
         self._env_file = folder / "stack.env"
         subprocess.run(["sh", str(ROOT / "compose/make-env.sh"), str(self._env_file)], check=True, timeout=30)
         with self._env_file.open("a", encoding="utf-8") as file:
-            file.write(f"STACK_CONFIG={self._config()}\nSTACK_ROLLOUT_PORT={self.port}\n")
+            file.write(f"STACK_CONFIG={self.folder / 'run.toml'}\nSTACK_ROLLOUT_PORT={self.port}\n")
+        self.set_steps(MANY_STEPS)
 
-    def _config(self) -> Path:
-        """The starter's settings with another number of steps."""
+    def set_steps(self, number: int) -> None:
+        """The starter's settings with another number of steps, in the file that containers have mounted."""
         text = (ROOT / "configs/starter.toml").read_text(encoding="utf-8")
         assert "\nsteps = 60\n" in text
-        path = self.folder / "run.toml"
-        path.write_text(text.replace("\nsteps = 60\n", f"\nsteps = {STEPS}\n"), encoding="utf-8")
-        return path
+        changed = text.replace("\nsteps = 60\n", f"\nsteps = {number}\n")
+        (self.folder / "run.toml").write_text(changed, encoding="utf-8")
 
     def compose(self, *words: str) -> str:
         """Standard output of a compose command that must succeed."""

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from cli.main import main
-from tests.compose.stack import PROJECT, ROOT, SERVICES, STEPS, Stack
+from cli.swap_judge import READY_URL
+from tests.compose.stack import PROJECT, ROOT, SERVICES, Stack
 
 OURS = ("rollout", "rewriter", "judge", "collector", "trainer")
 
@@ -55,7 +56,7 @@ def test_no_secret_is_in_what_the_run_leaves(stack: Stack) -> None:
     assert not any(secret in kept for secret in secrets)
 
 
-@pytest.mark.parametrize("service", ["judge", "rollout", "collector", "trainer", "redis"])
+@pytest.mark.parametrize("service", ["judge", "rollout", "collector", "trainer", "redis", "postgres"])
 def test_who_is_killed_in_mid_run_is_started_again_and_nothing_is_lost(
     stack: Stack, figures: dict[str, str], service: str
 ) -> None:
@@ -84,9 +85,7 @@ def test_the_judge_alone_is_swapped(stack: Stack, figures: dict[str, str], capsy
     figures["judge swapped"] = told.splitlines()[0]
     after = stack.lives()
     assert {service for service in SERVICES if before[service] != after[service]} == {"judge"}
-    new = json.loads(stack.inside("judge", "python", "-m", "shared.probe", "http://127.0.0.1:8003/readyz"))[
-        "fingerprint"
-    ]
+    new = json.loads(stack.inside("judge", "python", "-m", "shared.probe", READY_URL))["fingerprint"]
     assert new != old
     assert f"fingerprint  {old} -> {new}" in told
     stack.wait(
@@ -137,14 +136,18 @@ def test_the_stores_stop_calmly_too_and_the_run_goes_on(stack: Stack) -> None:
 
 
 def test_the_run_comes_to_its_end(stack: Stack, figures: dict[str, str]) -> None:
+    last = stack.step() + 10
+    stack.set_steps(last)
+    stack.compose("restart", "trainer", "collector")
     for service in ("trainer", "collector"):
-        stack.wait(lambda service=service: stack.state(service)["Status"] == "exited", service, timeout_s=1200)  # type: ignore[misc]
+        stack.wait(lambda service=service: stack.state(service)["Status"] == "exited", f"{service} at its end")  # type: ignore[misc]
         assert stack.state(service)["ExitCode"] == 0
-    assert stack.query("select count(*), min(step), max(step) from steps") == f"{STEPS}|1|{STEPS}"
+    assert stack.query("select count(*), min(step), max(step) from steps") == f"{last}|1|{last}"
     findings = stack.audit()
     assert findings["holds"]
-    assert findings["trained"] == 8 * STEPS  # pairs_per_step, one chunk a document
+    assert findings["trained"] == 8 * last  # pairs_per_step, one chunk a document
     assert stack.headwater("report", "starter").strip() == "runs/starter/report/report.md"
-    figures["documents in the end"] = (
-        f"{findings['read']} read = {findings['trained']} trained + {findings['dropped']} + {findings['in_flight']}"
+    dropped, in_flight = sum(findings["dropped"].values()), sum(findings["in_flight"].values())
+    figures["document windows in the end"] = (
+        f"{findings['read']} read = {findings['trained']} trained + {dropped} dropped + {in_flight} in flight"
     )
