@@ -1,5 +1,6 @@
 """A version is complete and intact, or it is not there."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,70 @@ def test_pruning_keeps_the_newest(store: WeightStore) -> None:
         store.publish(FILES, version=version, step=version)
     assert store.prune(keep=2) == [0, 1, 2]
     assert store.versions() == [3, 4]
+
+
+def sparse(store: WeightStore, version: int, *, base: int) -> None:
+    store.publish({"changes.zst": b"changes"}, version=version, step=version, base=base, state_checksum="sum")
+
+
+def test_a_chain_leads_from_the_last_full_version(store: WeightStore) -> None:
+    for version in (0, 3):
+        store.publish(FILES, version=version, step=version)
+    sparse(store, 4, base=3)
+    sparse(store, 6, base=4)
+    assert [link.version for link in store.chain(6)] == [3, 4, 6]
+    assert [link.version for link in store.chain(6, known=4)] == [6]
+    assert [link.version for link in store.chain(6, known=0)] == [3, 4, 6]
+    assert store.chain(6, known=6) == []
+    assert [link.version for link in store.chain(3)] == [3]
+
+
+def test_pruning_keeps_what_a_kept_version_rests_on(store: WeightStore, tmp_path: Path) -> None:
+    for version in (0, 1):
+        store.publish(FILES, version=version, step=version)
+    for version in (2, 3, 4):
+        sparse(store, version, base=version - 1)
+    assert WeightStore(store.root).prune(keep=1) == [0]
+    assert store.versions() == [1, 2, 3, 4]
+    store.publish(FILES, version=5, step=5)
+    assert store.prune(keep=1) == [1, 2, 3, 4]
+
+
+def test_nothing_is_deleted_while_a_chain_cannot_be_read(store: WeightStore, tmp_path: Path) -> None:
+    for version in (0, 1):
+        store.publish(FILES, version=version, step=version)
+    sparse(store, 2, base=1)
+    (tmp_path / "store" / "v00000002" / MANIFEST).write_text("{")
+    with pytest.raises(WeightStoreError, match="is not a manifest"):
+        WeightStore(store.root).prune(keep=1)
+    assert store.versions() == [0, 1, 2]
+
+
+def test_a_chain_with_a_missing_link_says_which(store: WeightStore) -> None:
+    sparse(store, 2, base=1)
+    with pytest.raises(WeightStoreError, match="version 2 rests on 1: no complete weight version 1"):
+        store.chain(2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"form": "sparse"},
+        {"form": "sparse", "base": 7, "state_checksum": "sum"},
+        {"form": "sparse", "base": 3},
+        {"base": 3},
+        {"version": 8},
+        {"form": "dense"},
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    store: WeightStore, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    store.publish(FILES, version=7, step=7)
+    manifest = tmp_path / "store" / "v00000007" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | wrong))
+    with pytest.raises(WeightStoreError, match="manifest"):
+        store.manifest(7)
 
 
 def test_other_folders_are_no_versions(store: WeightStore, tmp_path: Path) -> None:

@@ -132,8 +132,14 @@ class Stack:
 
     def with_trainer(self, **trainer: Any) -> "Stack":
         """The same run with other trainer settings."""
+        return self._with("trainer", trainer)
+
+    def with_weights(self, **weights: Any) -> "Stack":
+        return self._with("weights", weights)
+
+    def _with(self, section: str, changes: dict[str, Any]) -> "Stack":
         data = self.settings.model_dump()
-        data["trainer"] |= trainer
+        data[section] |= changes
         return Stack(Settings.model_validate(data), self.stream, self.coordination, self.ledger)
 
     def prepare(self, stop: Event | None = None) -> Trainer:

@@ -1,21 +1,32 @@
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
-from shared.weight_store import WeightStore
+from shared.weight_patches import apply_patches, decode_patches
+from shared.weight_state import BitTensor, parse_state, state_checksum
+from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
 from tests.trainer.conftest import Stack, tiny_llama
-from trainer.weights import untied_state
+from trainer.weights import WeightPublisher, untied_state
 
 
 def store_of(stack: Stack) -> WeightStore:
     return WeightStore(stack.settings.weight_store_url)
+
+
+def version_rows(stack: Stack) -> list[WeightVersionRow]:
+    with transaction(stack.ledger.engine) as session:
+        rows = list(session.scalars(sa.select(WeightVersionRow).order_by(WeightVersionRow.version)))
+        session.expunge_all()
+    return rows
 
 
 def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
@@ -32,6 +43,95 @@ def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: Callable[...,
         for a, b in zip(fresh.state_dict().values(), trainer.policy.model.state_dict().values(), strict=True)
     )
     assert (version, manifest.step, stack.coordination.announced_version()) == (0, 7, 0)
+
+
+def bfloat16_publisher(stack: Stack, *, full_every: int = 10, keep_versions: int = 3) -> WeightPublisher:
+    stack = stack.with_weights(dtype="bfloat16", full_every=full_every, keep_versions=keep_versions)
+    return stack.prepare().publisher
+
+
+def forms(store: WeightStore) -> list[str]:
+    return [store.manifest(version).form for version in store.versions()]
+
+
+def assembled(store: WeightStore, version: int, folder: Path) -> dict[str, BitTensor]:
+    """What a replica makes of a version: the last full one and all changes since."""
+    full, *links = store.chain(version)
+    store.fetch(full, folder)
+    state = parse_state((folder / FULL_FILE).read_bytes(), where="full")
+    state = {name: replace(tensor, bits=tensor.bits.copy()) for name, tensor in state.items()}
+    for link in links:
+        store.fetch(link, folder)
+        apply_patches(state, decode_patches((folder / SPARSE_FILE).read_bytes(), state, where="link"))
+    return state
+
+
+def nudge(model: LlamaForCausalLM, size: float) -> None:
+    """A step of about `size` on every element."""
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            torch.manual_seed(number)
+            parameter += size * torch.randn_like(parameter).sign()
+
+
+def test_sparse_versions_are_equal_to_the_full_form_to_the_last_bit(
+    make_stack: Callable[..., Stack], tmp_path: Path
+) -> None:
+    """Tied weights among them: the head goes with the embedding."""
+    stack, model = make_stack(), tiny_llama(tie=True)
+    publisher, store = bfloat16_publisher(stack), store_of(stack)
+    for step in range(4):
+        version = publisher.publish(model, step)
+        state = assembled(store, version, tmp_path / str(step))
+        expected = {name: tensor.to(torch.bfloat16) for name, tensor in untied_state(model).items()}
+        assert state.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(torch.from_numpy(state[name].bits.view("i2")), tensor.view(torch.int16).reshape(-1))
+        assert store.manifest(version).state_checksum == state_checksum(state)
+        nudge(model, 1e-5)
+    assert forms(store) == ["full", "sparse", "sparse", "sparse"]
+    rows = [(row.form, row.num_bytes) for row in version_rows(stack)]
+    assert [form for form, _ in rows] == ["full", "sparse", "sparse", "sparse"]
+    assert max(size for form, size in rows if form == "sparse") < 0.2 * rows[0][1]
+
+
+def test_every_nth_version_is_full_and_so_is_the_first_of_a_process(make_stack: Callable[..., Stack]) -> None:
+    stack, model = make_stack(), tiny_llama()
+    publisher = bfloat16_publisher(stack, full_every=3, keep_versions=20)
+    for step in range(5):
+        publisher.publish(model, step)
+    bfloat16_publisher(stack, full_every=3, keep_versions=20).publish(model, 5)
+    assert forms(store_of(stack)) == ["full", "sparse", "sparse", "full", "sparse", "full"]
+
+
+def test_a_version_is_full_where_the_changes_would_not_be_smaller(make_stack: Callable[..., Stack]) -> None:
+    """Bits at random have no order that changes could be told in more briefly."""
+    stack, publisher = make_stack(), bfloat16_publisher(make_stack())
+    for step in range(2):
+        bits = torch.randint(-(2**15), 2**15, (100_000,), dtype=torch.int16)
+        publisher.publish(torch.nn.ParameterDict({"x": bits.view(torch.bfloat16)}), step)  # type: ignore[arg-type]
+    assert forms(store_of(stack)) == ["full", "full"]
+
+
+def test_float32_is_sent_whole_and_keeps_no_copy(make_stack: Callable[..., Stack]) -> None:
+    stack, model = make_stack(), tiny_llama()
+    publisher = stack.prepare().publisher
+    for step in range(2):
+        publisher.publish(model, step)
+    assert forms(store_of(stack)) == ["full", "full"]
+    assert publisher._last is None
+
+
+def test_what_a_kept_version_rests_on_is_kept(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    stack, model = make_stack(), tiny_llama()
+    publisher, store = bfloat16_publisher(stack, full_every=4, keep_versions=2), store_of(stack)
+    kept = []
+    for step in range(7):
+        publisher.publish(model, step)
+        kept.append(store.versions())
+        assembled(store, store.versions()[-1], tmp_path / str(step))
+        nudge(model, 1e-5)
+    assert kept[3:] == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [4, 5], [4, 5, 6]]
 
 
 def test_names_are_those_that_save_pretrained_writes(tmp_path: Path) -> None:
@@ -57,9 +157,7 @@ def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: Calla
     for step in range(5):
         trainer.publisher.publish(trainer.policy.model, step)
     assert store_of(stack).versions() == [2, 3, 4]
-    with transaction(stack.ledger.engine) as session:
-        rows = session.scalars(sa.select(WeightVersionRow).order_by(WeightVersionRow.version)).all()
-        assert [(row.version, row.step) for row in rows] == [(version, version) for version in range(5)]
+    assert [(row.version, row.step) for row in version_rows(stack)] == [(version, version) for version in range(5)]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from services.rollout.app import build_app
 from shared.coordination import Coordination
 from shared.settings import RedisSettings
 from shared.stream import connect
-from shared.weight_store import WeightStore
+from shared.weight_store import FULL_FILE, WeightStore
 from tests.services.rollout.conftest import SECRETS, make_settings
 from tests.services.serving import running, wait_until
 
@@ -59,3 +60,28 @@ def test_announced_versions_are_loaded_and_outlive_redis(
             process.kill()
             wait_until(lambda: "can't be heard of" in httpx.get(f"{url}/readyz").json()["detail"], what="the detail")
             assert httpx.get(f"{url}/readyz").json()["ready"]
+
+
+def test_replicas_say_that_they_live_and_what_they_serve(
+    tiny_model: Path, other_weights: bytes, tmp_path: Path
+) -> None:
+    with redis_server(tmp_path) as (redis_url, _):
+        client = connect(redis_url, timeout_s=5)
+        wait_until(lambda: answers(client), what="Redis")
+        first, second = (
+            make_settings(tiny_model, tmp_path, replica=name, heartbeat_s=0.6).model_copy(
+                update={"redis": RedisSettings(url=redis_url)}
+            )
+            for name in ("first", "second")
+        )
+        coordination = Coordination(client, first.run.name)
+        with running(build_app(first, SECRETS)):
+            wait_until(lambda: coordination.live_replicas() == {"first": 0}, what="the first replica")
+            with running(build_app(second, SECRETS)):
+                WeightStore(first.weight_store_url).publish({FULL_FILE: other_weights}, version=2, step=2)
+                coordination.announce_weights(2)
+                wait_until(lambda: coordination.live_replicas() == {"first": 2, "second": 2}, what="both at 2")
+                time.sleep(0.8)  # longer than one heartbeat lives
+                assert coordination.live_replicas() == {"first": 2, "second": 2}
+            assert coordination.live_replicas() == {"first": 2}
+        assert coordination.live_replicas() == {}
