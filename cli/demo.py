@@ -1,12 +1,16 @@
 """`headwater demo`: the whole stack in the starter world, then the world's checker says what improved.
 
-    documents of the world -> a next-token run (the baseline) -> an online-DPO run -> evaluation -> report
+    documents of the world -> an online-DPO run, and beside it a next-token run (the baseline) -> evaluation -> report
 
 Both runs are ordinary run folders under `runs/demo`, made by `headwater run` with starter/demo.toml; what is
 finished there is not made again, so an interrupted demo goes on where it was.
 """
 
 import json
+import os
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +21,7 @@ from sqlalchemy import select
 
 import starter
 from cli.checkpoint_states import newest_policy
+from cli.processes import Child, stop_children
 from cli.run import run
 from cli.run_folder import find_run
 from shared.database import StepRow, open_database, transaction
@@ -29,6 +34,10 @@ if TYPE_CHECKING:
 
 STARTER = Path(starter.__file__).parent
 MODELS, PROMPTS = STARTER / "models", STARTER / "prompts"
+
+
+BASELINE_TIMEOUT_S = 600.0
+BASELINE_STOP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,40 @@ def demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -
     directory.mkdir(parents=True, exist_ok=True)
     documents_file = directory / "documents.jsonl"
     world_documents(world, documents_file, size.num_documents)
-    settings = [*world_options(documents_file, models), "--run.directory", str(directory), "--run.seed", str(seed)]
-    for name, options in (("next-token", BASELINE), ("online-dpo", ())):
-        console.rule(f"{name}: {size.steps} steps")
-        named = ["--run.name", name, "--trainer.steps", str(size.steps)]
-        code = run(STARTER / "demo.toml", [*settings, *named, *options])
-        if code != 0:
-            return code
-    _evaluate(directory, size, console, world=world, models=models)
+    settings = [
+        *world_options(documents_file, models), "--run.directory", str(directory), "--run.seed", str(seed),
+        "--trainer.steps", str(size.steps),
+    ]  # fmt: skip
+    config = STARTER / "demo.toml"
+    console.rule(f"online DPO: {size.steps} steps")
+    baseline = _start_baseline(config, [*settings, *BASELINE], log=directory / "next-token.log")
+    console.print(f"The baseline, next-token training on as many documents, runs beside it (log: {baseline.log}).")
+    try:
+        code = run(config, [*settings, "--run.name", "online-dpo"]) or _finish(baseline)
+    finally:
+        stop_children([baseline], timeout_s=BASELINE_STOP_S, hurried=lambda: False)
+    if code == 0:
+        _evaluate(directory, size, console, world=world, models=models)
+    return code
+
+
+def _start_baseline(config: Path, options: Sequence[str], *, log: Path) -> Child:
+    child = Child(
+        "next-token", [sys.executable, "-m", "cli.main", "run", str(config), *options], log=log, environ=os.environ
+    )
+    child.start()
+    return child
+
+
+def _finish(baseline: Child) -> int:
+    """Wait for the baseline's end; its exit code. HeadwaterError where it takes far longer than the run beside it."""
+    deadline = time.monotonic() + BASELINE_TIMEOUT_S
+    while (code := baseline.exit_code) is None:
+        if time.monotonic() > deadline:
+            raise HeadwaterError(f"the next-token run does not end: its log is {baseline.log}")
+        time.sleep(0.1)
+    if code != 0:
+        raise HeadwaterError(f"the next-token run failed ({code}): " + " | ".join(baseline.tail(lines=3)))
     return 0
 
 
@@ -72,7 +107,7 @@ def world_of(models: Path) -> World:
 
 
 BASELINE = (
-    "--trainer.objective", "next_token",
+    "--run.name", "next-token", "--trainer.objective", "next_token",
     "--collector.schedule", json.dumps([{"kinds": ["original"], "num_rollouts": 0}]),
 )  # fmt: skip
 
