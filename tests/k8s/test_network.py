@@ -1,4 +1,4 @@
-"""The NetworkPolicies allow exactly the arrows of the picture in README.md: who may speak to whom, on which port."""
+"""The NetworkPolicies allow exactly the arrows of README.md's picture, and a person with tools."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from tests.k8s.rendering import (
     COMPONENT,
     OVERLAYS,
+    ROLES,
     Manifest,
     find,
     of_kind,
@@ -22,8 +23,8 @@ ARROWS: set[Arrow] = {
     ("collector", "rollout", 8001),
     ("collector", "rewriter", 8002),
     ("collector", "judge", 8003),
-    *((user, "redis", 6379) for user in ("collector", "rollout", "trainer")),
-    *((user, "postgres", 5432) for user in ("collector", "rollout", "trainer")),
+    *((user, "redis", 6379) for user in ("collector", "rollout", "trainer", "tools")),
+    *((user, "postgres", 5432) for user in ("collector", "rollout", "trainer", "tools")),
 }
 
 
@@ -116,6 +117,6 @@ def test_components_open_what_they_are_for(tmp_path: Path) -> None:
     assert outside(manifests, "collector", "egress") == {dns, *redis, *postgres}
     for role in ("rollout", "trainer"):
         assert outside(manifests, role, "egress") == {dns, *redis, *postgres, *store}
-    for role, template in workloads(manifests):
-        port = template["spec"]["containers"][0]["ports"][0]["containerPort"]
+    for role in ROLES:
+        port = workload(manifests, role)["containers"][0]["ports"][0]["containerPort"]
         assert ("monitoring", port) in outside(manifests, role, "ingress"), role
