@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,13 +150,17 @@ class WeightCopy:
         temporary = self._folder / f"v{links[-1].version:08d}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
+            began = time.perf_counter()
             good, trouble = _fetch_links(store, links, temporary)
+            fetched = time.perf_counter()
+            metrics.weight_load_seconds.labels("fetch").observe(fetched - began)
             changes = [temporary / _link_name(link) for link in good if link.form == "sparse"]
             patched = None
             if changes:
                 whole = temporary if good[0].form == "full" else self._current_folder
                 patched = _patch(whole / FULL_FILE, changes, good[-1])
                 patched.content.tofile(temporary / FULL_FILE)
+                metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - fetched)
             state = CopyState(version=good[-1].version, state_checksum=good[-1].state_checksum)
             folder = self._settle(temporary, state, changes)
         except BaseException:

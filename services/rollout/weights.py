@@ -167,10 +167,8 @@ class WeightWatcher:
         return True
 
     def _load(self, version: int) -> Staged:
-        began = time.perf_counter()
         staged = self._copy.stage(self._store, version, with_patches=self._takes_patches())
-        ready = time.perf_counter()
-        metrics.weight_load_seconds.labels("fetch").observe(ready - began)
+        began = time.perf_counter()
         try:
             if self._loaded is not None and staged.version <= self._loaded:
                 raise WeightStoreError(staged.trouble or f"only version {staged.version} could be had")
@@ -179,7 +177,7 @@ class WeightWatcher:
             self._copy.discard(staged)
             raise
         self._copy.adopt(staged)
-        metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - ready)
+        metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - began)
         return staged
 
     def _takes_patches(self) -> bool:

