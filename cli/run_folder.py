@@ -2,7 +2,7 @@
 
 settings.toml    the resolved settings of the newest start
 processes.toml   the same with the ports that were really taken: what the processes are given
-checkpoints/ weights/ headwater.db redis/ logs/ROLE.log report/
+checkpoints/ weights/ replicas/ headwater.db redis/ logs/ROLE.log report/
 """
 
 import fcntl

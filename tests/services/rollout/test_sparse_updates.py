@@ -283,10 +283,10 @@ def test_two_replicas_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_killed_replica_left_half_done_is_cleared(tmp_path: Path, author: Author) -> None:
     author.full(1)
-    copy = WeightCopy(tmp_path / "copy")
-    copy.open()
-    copy.adopt(copy.stage(author.store, 1, with_patches=False))
-    copy.close()
+    killed, copy = WeightCopy(tmp_path / "copy"), WeightCopy(tmp_path / "copy")
+    killed.open()
+    killed.adopt(killed.stage(author.store, 1, with_patches=False))
+    killed.close()
     whole = tmp_path / "copy/v00000001"
     shutil.copytree(whole, tmp_path / "copy/v00000003.tmp")
     shutil.copytree(whole, tmp_path / "copy/v00000002")
