@@ -101,8 +101,8 @@ def watch(process: subprocess.Popen[bytes], url: str, output: Path) -> Probes:
 
 
 def probe(client: httpx.Client, found: Probes) -> None:
-    version = client.get("/readyz").json().get("policy_version")
-    if version in found.log_probs:
+    ready = client.get("/readyz")
+    if ready.status_code != 200 or ready.json()["policy_version"] in found.log_probs:
         return
     body: dict[str, Any] = {"model": "policy", "prompt": PROBE, "max_tokens": 0, "echo": True, "logprobs": 0}
     answer = client.post("/v1/completions", json=body)
