@@ -147,7 +147,7 @@ class WeightCopy:
         return self._current
 
     def _stage_links(self, store: WeightStore, links: Sequence[Manifest], *, with_patches: bool) -> Staged:
-        temporary = self._folder / f"v{links[-1].version:08d}.tmp"
+        temporary = self._folder / f"{_folder_name(links[-1].version)}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             began = time.perf_counter()
@@ -182,7 +182,7 @@ class WeightCopy:
         for file in changes:
             file.unlink()
         (temporary / _COPY).write_text(state.model_dump_json(), encoding="utf-8")
-        folder = self._folder / f"v{state.version:08d}"
+        folder = self._folder / _folder_name(state.version)
         shutil.rmtree(folder, ignore_errors=True)
         return temporary.rename(folder)
 
@@ -233,6 +233,10 @@ def _fetch_link(store: WeightStore, link: Manifest, into: Path) -> None:
     metrics.weight_bytes_fetched_total.labels(link.form).inc(link.num_bytes)
 
 
+def _folder_name(version: int) -> str:
+    return f"v{version:08d}"
+
+
 def _link_name(link: Manifest) -> str:
     return f"{link.version}.{SPARSE_FILE}"
 
@@ -273,10 +277,11 @@ def _intact(folder: Path) -> CopyState | None:
     """The state of a copy that was found, None if it is not what it says."""
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
-        if state.state_checksum == state_checksum(map_state(folder / FULL_FILE)):
+        right_place = folder.name == _folder_name(state.version)
+        if right_place and state.state_checksum == state_checksum(map_state(folder / FULL_FILE)):
             return state
     except (OSError, ValidationError, WeightStoreError) as exc:
         _log.warning("the copy in %s can't be used: %s", folder, exc)
         return None
-    _log.warning("the copy in %s does not match its checksum", folder)
+    _log.warning("the copy in %s is not what it says it is", folder)
     return None

@@ -289,8 +289,11 @@ def test_what_a_killed_replica_left_half_done_is_cleared(tmp_path: Path, author:
     killed.close()
     whole = tmp_path / "copy/v00000001"
     shutil.copytree(whole, tmp_path / "copy/v00000003.tmp")
-    shutil.copytree(whole, tmp_path / "copy/v00000002")
-    (tmp_path / "copy/v00000002" / FULL_FILE).write_bytes(author.content()[:-1] + b"?")
+    shutil.copytree(whole, tmp_path / "copy/v00000002")  # intact, but not what its name says
+    damaged = tmp_path / "copy/v00000004"
+    damaged.mkdir()
+    (damaged / "copy.json").write_text((whole / "copy.json").read_text().replace('"version":1', '"version":4'))
+    (damaged / FULL_FILE).write_bytes(author.content()[:-1] + b"\xff")
     (tmp_path / "copy/v00000002.patches").write_bytes(b"half")
     copy.open()
     assert copy.version == 1
