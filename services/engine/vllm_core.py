@@ -7,6 +7,7 @@ vLLM's own processes. `SUPPORTED` names the versions that both were written agai
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import threading
 import uuid
@@ -138,6 +139,7 @@ class VllmCore:
         """AsyncLLM with a running engine core. Blocks for as long as the model loads."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+        logging.getLogger("vllm").setLevel(logging.WARNING)
         if self._settings.num_threads:
             os.environ["OMP_NUM_THREADS"] = str(self._settings.num_threads)
         from vllm.engine.arg_utils import AsyncEngineArgs
