@@ -96,9 +96,10 @@ $(CHECKOV):
 
 check-k8s: $(STAMP) $(CHECKOV)
 	$(BIN)/python -m pytest tests/k8s tests/monitoring
+	mkdir -p build
 	set -e; for overlay in k8s/overlays/*/; do echo "checkov: $$overlay"; \
-	    kubectl kustomize $$overlay > .venv-checkov/rendered.yaml; \
-	    $(CHECKOV) --config-file k8s/checkov.yaml --file .venv-checkov/rendered.yaml; done
+	    kubectl kustomize $$overlay > build/rendered.yaml; \
+	    $(CHECKOV) --config-file k8s/checkov.yaml --file build/rendered.yaml; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
