@@ -4,9 +4,10 @@ import asyncio
 import logging
 from typing import Annotated
 
-from fastapi import Body, FastAPI
+from fastapi import Body, FastAPI, Request
 
 from services.app import create_app
+from services.disconnect import unless_disconnected
 from services.engine.base import Engine
 from services.engine.build import build_engine
 from services.judge.building import Parts, build_judge, check_scoring, load_parts, needs_engine
@@ -48,10 +49,10 @@ def create_judge_app(settings: Settings, secrets: Secrets, *, engine: Engine) ->
     )
 
     @app.post("/v1/judgements", response_model=JudgementResponse, responses={200: {"content": _EXAMPLE}})
-    async def judgements(request: Annotated[JudgementRequest, Body()]) -> JudgementResponse:
+    async def judgements(body: Annotated[JudgementRequest, Body()], request: Request) -> JudgementResponse:
         """Score the candidates of each chunk. A chunk that can't be scored is a failure with its reason and its
         calls; an engine that fails is a 503 for the whole request."""
-        return await bench.judge.judge(request)
+        return await unless_disconnected(request, bench.judge.judge(body))
 
     return app
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from typing import Annotated
 
-from fastapi import Body, FastAPI
+from fastapi import Body, FastAPI, Request
 
 from services.app import create_app
+from services.disconnect import unless_disconnected
 from services.engine.base import Engine
 from services.engine.build import build_engine
 from services.lifespan import EngineLife
@@ -44,10 +45,10 @@ def create_rewriter_app(settings: Settings, secrets: Secrets, *, engine: Engine)
     )
 
     @app.post("/v1/rewrites", response_model=RewriteResponse, responses={200: {"content": _EXAMPLE}})
-    async def rewrites(request: Annotated[RewriteRequest, Body()]) -> RewriteResponse:
+    async def rewrites(body: Annotated[RewriteRequest, Body()], request: Request) -> RewriteResponse:
         """Rewrite the suffix of each item. `refusal` says why an item has no rewrite; an engine that fails is a 503
         for the whole request."""
-        return await desk.rewriter.rewrite(request)
+        return await unless_disconnected(request, desk.rewriter.rewrite(body))
 
     return app
 

@@ -1,0 +1,69 @@
+"""A caller that hangs up takes its work out of the engine, on every service that keeps one busy."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from services.engine.base import Generation, Prompt, Sampling
+from services.judge.app import create_judge_app
+from services.rewriter.app import create_rewriter_app
+from services.rollout.app import build_app
+from shared.settings import Secrets, Settings
+from tests.services.fakes import FakeEngine
+from tests.services.serving import running
+
+SECRETS = Secrets(token="t0ken", admin_token="adm1n")
+HEADERS = {"Authorization": "Bearer t0ken"}
+CASES: dict[str, tuple[Callable[[Settings, FakeEngine], FastAPI], str, dict[str, Any]]] = {
+    "rollout": (
+        lambda settings, engine: build_app(settings, SECRETS, engine=engine),
+        "/v1/rollouts",
+        {"token_ids": list(range(1, 40)), "starts": [16], "num_rollouts": 1, "max_suffix_tokens": 8},
+    ),
+    "rewriter": (
+        lambda settings, engine: create_rewriter_app(settings, SECRETS, engine=engine),
+        "/v1/rewrites",
+        {"items": [{"prefix": "The", "suffix": " moon", "max_suffix_tokens": 8}]},
+    ),
+    "judge": (
+        lambda settings, engine: create_judge_app(settings, SECRETS, engine=engine),
+        "/v1/judgements",
+        {"items": [{"prefix": "The", "candidates": [{"text": " moon"}, {"text": " sun"}], "reference": " moon"}]},
+    ),
+}
+
+
+@dataclass
+class EndlessEngine(FakeEngine):
+    """Answers nobody, and notes who gives up."""
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        self.asked.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+        raise AssertionError("nobody gave up")
+
+
+@pytest.mark.parametrize("service", CASES)
+def test_hanging_up_cancels_the_work(service: str, tiny_model: Path, tmp_path: Path) -> None:
+    build, path, body = CASES[service]
+    settings = Settings.model_validate({"policy": {"model": str(tiny_model)}, "run": {"directory": str(tmp_path)}})
+    engine = EndlessEngine()
+    with running(build(settings, engine)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}{path}", json=body, headers=HEADERS, timeout=httpx.Timeout(10, read=1.0))
+        assert engine.asked.wait(5)
+        assert engine.left.wait(5)
