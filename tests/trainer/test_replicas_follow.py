@@ -1,0 +1,84 @@
+"""A real trainer and real rollout services on one Redis and one store: the weights are equal at every version."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import torch
+
+from services.engine.transformers import TransformersEngine
+from services.rollout.app import build_app
+from shared import metrics
+from shared.settings import EngineSettings, Secrets, Settings
+from tests.services.serving import running
+from tests.trainer.conftest import Stack
+from tests.trainer.documents import plain_document
+from trainer.loop import Trainer
+
+STEPS, LATE_FROM = 7, 3
+
+
+class Followers:
+    """A sink: looks at all replicas after every push. The trainer has waited until they serve its version."""
+
+    def __init__(self, settings: Settings, model: Path, running_apps: ExitStack) -> None:
+        self._settings = settings
+        self._model = model
+        self._running_apps = running_apps
+        self.trainer: Trainer | None = None
+        self.engines: dict[str, TransformersEngine] = {}
+        self.urls: dict[str, str] = {}
+        self.compared: list[tuple[int, int]] = []
+        """Version, replicas that have it."""
+
+    def start(self, name: str) -> None:
+        engine = TransformersEngine(EngineSettings(model=str(self._model), device="cpu", dtype="bfloat16"))
+        rollout = self._settings.rollout.model_copy(update={"replica": name})
+        app = build_app(self._settings.model_copy(update={"rollout": rollout}), Secrets(), engine=engine)
+        self.urls[name] = self._running_apps.enter_context(running(app))
+        self.engines[name] = engine
+
+    def write(self, step: int, policy_version: int, figures: Mapping[str, float]) -> None:
+        assert self.trainer is not None
+        expected = bits(self.trainer.policy.model)
+        for name, engine in self.engines.items():
+            assert engine.weight_version == policy_version, name
+            found = bits(engine._started.module)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected), f"{name} at {step}"
+        self.compared.append((policy_version, len(self.engines)))
+        if step == LATE_FROM:
+            self.start("late")
+
+    def close(self) -> None:
+        """The apps are stopped by their stack."""
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(torch.bfloat16).view(torch.int16) for name, tensor in model.state_dict().items()}
+
+
+def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
+    make_stack: Callable[..., Stack], policy_folder: Path
+) -> None:
+    stack = make_stack(steps=STEPS, pairs_per_step=3, learning_rate=1e-4, replica_wait_s=60.0)
+    stack = stack.with_weights(dtype="bfloat16", full_every=4)
+    rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
+    settings = stack.settings.model_copy(update={"rollout": rollout})
+    stack.write(plain_document(number, run=stack.run) for number in range(STEPS))
+    with ExitStack() as apps:
+        followers = Followers(settings, policy_folder, apps)
+        followers.start("early")
+        trainer = stack.prepare()
+        trainer.replicas.max_lag = 0  # of documents, the tests' rollouts are all of version 0
+        followers.trainer, trainer.sinks = trainer, [*trainer.sinks, followers]
+        assert trainer.run() == "finished"
+        assert followers.compared == [(step, 1 if step <= LATE_FROM else 2) for step in range(1, STEPS + 1)]
+        assert {name: httpx.get(f"{url}/readyz").json()["detail"] for name, url in followers.urls.items()} == {
+            "early": "",
+            "late": "",
+        }
+    forms = [trainer.publisher.store.manifest(version).form for version in trainer.publisher.store.versions()]
+    assert forms == ["full", "sparse", "sparse", "sparse"]  # 4 to 7; the late one began with 0 to 3
+    assert (metrics.REGISTRY.get_sample_value("headwater_failed_patches_total") or 0.0) == 0.0
