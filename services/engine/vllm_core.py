@@ -100,10 +100,9 @@ class VllmCore:
         Requests share keys in the prefix cache where their `salt` is the same.
         """
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
+        from vllm.exceptions import VLLMClientError, VLLMError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         answer = None
         try:
@@ -113,7 +112,7 @@ class VllmCore:
                 answer = found
         except VLLMClientError as exc:
             raise PromptError(f"vLLM refused the request: {exc}") from exc
-        except (EngineDeadError, EngineGenerateError) as exc:
+        except VLLMError as exc:
             raise EngineError(f"vLLM failed: {exc.__cause__ or exc}") from exc
         if answer is None:
             raise EngineError("vLLM ended a request without an answer")
