@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from services.engine.vllm_core import (
     prompt_token_scores,
 )
 from services.engine.weights import check_patches, read_patches, read_weights
+from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.settings import EngineSettings
 
@@ -248,6 +250,7 @@ class VllmEngine:
     async def _switch(self, kept: Kept, version: int) -> None:
         """From what is served to `kept`. Generation pauses meanwhile."""
         assert self._kept is not None
+        began = time.perf_counter()
         await self._pause(kept)
         try:
             await self._apply(kept, version, served=self._kept.served)
@@ -257,8 +260,9 @@ class VllmEngine:
             raise EngineError(
                 f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
             ) from exc
-        self._kept.serve(kept)
         await self._go_on(version)
+        metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
+        await asyncio.to_thread(self._kept.serve, kept)
 
     async def _pause(self, kept: Kept) -> None:
         assert self._kept is not None
