@@ -171,6 +171,24 @@ def test_postgres_has_the_same_names() -> None:
     assert environment == compose | {"POSTGRES_PASSWORD": None}
 
 
+def test_accelerators_come_with_the_same_extras() -> None:
+    services = yaml.safe_load((ROOT / "compose" / "gpu.yml").read_text(encoding="utf-8"))["services"]
+    for role, service in services.items():
+        if role not in ROLES:
+            continue
+        mounts = {mount["mountPath"] for mount in container(overlay("gpu"), role)["volumeMounts"]}
+        memory = [one["emptyDir"]["sizeLimit"] for one in workload(overlay("gpu"), role)["volumes"] if is_memory(one)]
+        accelerated = "nvidia.com/gpu" in container(overlay("gpu"), role)["resources"]["limits"]
+        assert accelerated == ("deploy" in service) == ("/headwater/cache" in mounts), role
+        assert memory == [f"{service['shm_size'].removesuffix('g')}Gi" for _ in memory], role
+        assert len(memory) == accelerated, role
+        assert {place for _, place in (volume.split(":") for volume in service.get("volumes", []))} <= mounts, role
+
+
+def is_memory(volume: Manifest) -> bool:
+    return volume.get("emptyDir", {}).get("medium") == "Memory"
+
+
 def test_both_run_the_same_image_with_the_same_folders() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     for target in ("cpu", "gpu"):
