@@ -186,7 +186,7 @@ def test_accelerators_come_with_the_same_extras() -> None:
 
 
 def is_memory(volume: Manifest) -> bool:
-    return volume.get("emptyDir", {}).get("medium") == "Memory"
+    return bool(volume.get("emptyDir", {}).get("medium") == "Memory")
 
 
 def test_both_run_the_same_image_with_the_same_folders() -> None:
