@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,13 @@ async def _replay(report: Report, kind: str, pushed: list[Pushed], folder: Path)
     pauses: list[float] = []
     try:
         await engine.start()
-        paused_s = _paused_seconds(engine)
         for of_rate in pushed:
             for form, store in of_rate.stores.items():
-                found = await _follow(engine, store, folder / f"copy-{kind}-{of_rate.rate:g}-{form}", paused_s)
+                found = await _follow(engine, store, folder / f"copy-{kind}-{of_rate.rate:g}-{form}")
                 pauses += found["pause"]
                 name = f"{size.name}, lr {of_rate.rate:g}, {kind}, {form}"
                 for phase in PHASES:
-                    if found[phase]:
+                    if any(found[phase]):
                         report.figures[f"{name}: {phase}, ms"] = 1000 * statistics.median(found[phase])
             peer = await _reload(engine, kind, of_rate.checkpoints)
             report.figures[f"{size.name}, lr {of_rate.rate:g}, {kind}, peer: reload (paused), ms"] = 1000 * peer
@@ -117,7 +116,7 @@ async def _replay(report: Report, kind: str, pushed: list[Pushed], folder: Path)
     report.figures[f"{size.name}, {kind}: generation paused, longest ms"] = 1000 * max(pauses)
 
 
-async def _follow(engine: Engine, store: str, folder: Path, paused_s: Callable[[], float]) -> Seconds:
+async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
     """Seconds of each phase for every version but the first, which is full in both forms."""
     arriving, announced = folder / "store", [0]
     arriving.mkdir(parents=True)
@@ -137,14 +136,13 @@ async def _follow(engine: Engine, store: str, folder: Path, paused_s: Callable[[
             source = Path(store) / f"v{version:08d}"
             shutil.copytree(source, arriving / source.name, copy_function=os.link)
             announced[0] = version
-            before, paused_before = _phase_seconds(), paused_s()
+            before = _phase_seconds()
             await asyncio.to_thread(watcher.check)
             assert engine.weight_version == version, watcher.detail
-            after = _phase_seconds() | {"pause": paused_s() - paused_before + before["pause"]}
+            after = _phase_seconds()
             if version:
                 for phase in PHASES:
                     found[phase].append(after[phase] - before[phase])
-    shutil.rmtree(folder)
     return found
 
 
@@ -160,25 +158,6 @@ def _phase_seconds() -> dict[str, float]:
     }
 
 
-def _paused_seconds(engine: Engine) -> Callable[[], float]:
-    """How long the engine has generated nothing for the sake of weights, so far."""
-    if engine.name.startswith("transformers"):
-        return lambda: _phase_seconds()["pause"]
-    core: Any = engine._core  # type: ignore[attr-defined]  # nobody else needs to know when it holds requests back
-    total, pause, go_on = [0.0, 0.0], core.pause, core.go_on
-
-    async def timed_pause() -> None:
-        total[1] = time.perf_counter()
-        await pause()
-
-    async def timed_go_on() -> None:
-        await go_on()
-        total[0] += time.perf_counter() - total[1]
-
-    core.pause, core.go_on = timed_pause, timed_go_on
-    return lambda: total[0]
-
-
 @asynccontextmanager
 async def _generating(engine: Engine) -> AsyncIterator[None]:
     """Requests are in flight meanwhile, one after the other; none may fail."""
@@ -187,7 +166,7 @@ async def _generating(engine: Engine) -> AsyncIterator[None]:
         seed = 0
         while not done.is_set():
             seed += 1
-            await engine.generate(PROMPTS, Sampling(max_tokens=16, num_samples=2, seed=seed))
+            await engine.generate(PROMPTS, Sampling(max_tokens=8, num_samples=2, seed=seed))
 
     done = asyncio.Event()
     task = asyncio.create_task(generate())

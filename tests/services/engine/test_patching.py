@@ -24,7 +24,8 @@ def bfloat16_weights(model: Path) -> Tensors:
 
 
 def write_patches(file: Path, before: Tensors, after: Tensors) -> None:
-    tensors, shapes = {}, {}
+    tensors: Tensors = {}
+    shapes: dict[str, list[int]] = {}
     for name in after:
         indices = torch.nonzero((before[name] != after[name]).flatten()).flatten()
         tensors |= {f"{name}.indices": indices, f"{name}.values": after[name].flatten()[indices]}
