@@ -176,7 +176,13 @@ class VllmCore:
     def _cpu_options(self) -> dict[str, Any]:
         """Nothing is compiled: it would take a compiler at hand and 20 s at the first request that wants scores."""
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        options: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK_TOKENS}
+        options: dict[str, Any] = {
+            "enforce_eager": True,
+            "block_size": _CPU_BLOCK_TOKENS,
+            # A prefill in parts turns the random numbers of a seeded request back, which torch's generators for CPUs
+            # can't do: the engine core dies of it.
+            "enable_chunked_prefill": False,
+        }
         if self._settings.tensor_parallel_size == 1:
             # The model in the engine core's own process saves one process, its imports and their memory.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -49,6 +49,15 @@ def test_chunks_of_a_document_share_its_prefill(vllm_engine: Subject) -> None:
     assert prefilled() - before == len(document) + 6 * 4 - 1
 
 
+def test_seeded_requests_may_need_more_than_one_batch_to_prefill(vllm_engine: Subject) -> None:
+    prompts = [[(start + 13 * i) % 290 + 5 for i in range(230)] for start in range(30)]
+    sampling = Sampling(max_tokens=4, num_samples=2, seed=11)
+    together = vllm_engine.do(vllm_engine.engine.generate(prompts, sampling))
+    alone = vllm_engine.do(vllm_engine.engine.generate(prompts[:1], sampling))
+    assert [len(of_prompt) for of_prompt in together] == [2] * 30
+    assert together[:1] == alone
+
+
 def test_end_of_sequence_stops_a_sample_and_is_its_last_token(vllm_engine: Subject) -> None:
     (generations,) = vllm_engine.do(
         vllm_engine.engine.generate([[9, 8, 7]], Sampling(max_tokens=200, num_samples=64, temperature=2.0))
