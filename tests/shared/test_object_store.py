@@ -1,12 +1,10 @@
 """The weight store on an S3-compatible object store: a moto server in this process, reached through s3fs."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
-import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 
 from shared.errors import SettingsError, WeightStoreError
 from shared.weight_store import FULL_FILE, MANIFEST, SPARSE_FILE, WeightStore
@@ -15,27 +13,7 @@ FULL, CHANGES = {FULL_FILE: b"weights"}, {SPARSE_FILE: b"changes"}
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedMotoServer]:
-    """An empty server, and the environment that makes it `s3://`."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    httpx.post(f"{url}/moto-api/reset", timeout=10).raise_for_status()  # its contents are the process's, not its own
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    fsspec.filesystem("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("weights")
-    yield server
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
-
-
-@pytest.fixture
-def store(s3: ThreadedMotoServer) -> WeightStore:
+def store(s3: Any) -> WeightStore:
     return WeightStore("s3://weights/run")
 
 
@@ -55,7 +33,7 @@ def test_versions_are_published_fetched_and_pruned(store: WeightStore, tmp_path:
     assert not fsspec.filesystem("s3").find("weights/run/v00000000", refresh=True)
 
 
-def test_a_manifest_appears_at_once_under_its_own_name(store: WeightStore, s3: ThreadedMotoServer) -> None:
+def test_a_manifest_appears_at_once_under_its_own_name(store: WeightStore, s3: Any) -> None:
     """Renaming would be a copy and a deletion there; a put of one object is atomic as it is."""
     store.publish(FULL, version=0, step=0)
     names = fsspec.filesystem("s3").find("weights/run")
@@ -72,14 +50,14 @@ def test_a_corrupt_object_is_refused(store: WeightStore, tmp_path: Path) -> None
         store.fetch(store.manifest(0), tmp_path)
 
 
-def test_a_bucket_that_is_not_there_is_an_os_error(s3: ThreadedMotoServer) -> None:
+def test_a_bucket_that_is_not_there_is_an_os_error(s3: Any) -> None:
     store = WeightStore("s3://nowhere/run")
     assert store.versions() == []
     with pytest.raises(OSError, match="bucket"):
         store.publish(FULL, version=0, step=0)
 
 
-def test_a_server_that_is_away_is_an_os_error(store: WeightStore, s3: ThreadedMotoServer) -> None:
+def test_a_server_that_is_away_is_an_os_error(store: WeightStore, s3: Any) -> None:
     """What trainer and replica know how to treat; the library has its own family of errors."""
     s3.stop()
     for call in (store.versions, lambda: store.manifest(0), lambda: store.publish(FULL, version=0, step=0)):
