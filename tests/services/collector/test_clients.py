@@ -167,3 +167,29 @@ def test_backoff_doubles_with_jitter_up_to_its_bound() -> None:
     for wait_s, step_s in zip(waits, [0.25, 0.5, 1.0, 1.0, 1.0], strict=True):
         assert step_s / 2 <= wait_s <= step_s
     assert backoff.next_s(at_least_s=5) == 5
+
+
+def test_every_request_has_a_connection_of_its_own_so_that_replicas_share_the_load() -> None:
+    async def run() -> int:
+        num_connections = 0
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal num_connections
+            num_connections += 1
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in head.decode().lower().split("\r\n") if line.startswith("content-length"))
+            await reader.readexactly(int(length.split(":")[1]))
+            content = good().content
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
+            await reader.read()  # kept open until the other side closes it
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        settings = Settings.model_validate({"rollout": {"url": f"http://127.0.0.1:{port}"}})
+        async with server, http_client(settings, token="word") as http:
+            for _ in range(3):
+                await build_services(settings, http).continue_prefixes(REQUEST)
+        return num_connections
+
+    assert asyncio.run(run()) == 3
