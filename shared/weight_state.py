@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shared.errors import WeightStoreError
 
 Bits = NDArray[np.unsignedinteger[Any]]
+Content = bytes | bytearray | memoryview | mmap.mmap
 
 _LENGTH_BYTES = 8
 """A safetensors file: the header's length (little-endian), the header (JSON), the tensors' bytes."""
@@ -49,7 +50,7 @@ class BitTensor:
 State = Mapping[str, BitTensor]
 
 
-def parse_state(content: bytes | memoryview | mmap.mmap, *, where: str) -> dict[str, BitTensor]:
+def parse_state(content: Content, *, where: str) -> dict[str, BitTensor]:
     """The tensors of a safetensors file, as views into `content`. WeightStoreError if it is not one."""
     try:
         start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
@@ -70,20 +71,39 @@ def map_state(file: Path) -> dict[str, BitTensor]:
     return parse_state(mapped, where=str(file))
 
 
-def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
-    """A safetensors file of these tensors. (The library's own writer of raw bytes changes with its minor versions.)"""
+@dataclass(frozen=True)
+class FileLayout:
+    """Where the tensors of a safetensors file lie."""
+
+    header: bytes
+    """Its length included: the file begins with it."""
+    offsets: dict[str, int]
+    """Of the tensors' first bytes, from the file's beginning, in the order in which they lie."""
+    num_bytes: int
+
+
+def lay_out(layouts: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
+    """Of tensors by name, with dtype and shape. (The library's own writer would copy all bytes twice.)"""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    ordered = sorted(state, key=lambda name: -state[name].bits.itemsize)  # so that each tensor lies aligned
     at = 0
-    for name in ordered:
-        tensor = state[name]
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.bits.nbytes]}
-        at += tensor.bits.nbytes
+    for name in sorted(layouts, key=lambda name: -_ITEM_BYTES[layouts[name][0]]):  # so that each lies aligned
+        dtype, shape = layouts[name]
+        end = at + prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % _LENGTH_BYTES)
+    start = _LENGTH_BYTES + len(words)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return FileLayout(len(words).to_bytes(_LENGTH_BYTES, "little") + words, offsets, start + at)
+
+
+def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
+    """A safetensors file of these tensors."""
+    layout = lay_out({name: tensor.layout for name, tensor in state.items()}, metadata)
     with file.open("wb") as opened:
-        opened.write(len(words).to_bytes(_LENGTH_BYTES, "little") + words)
-        for name in ordered:
+        opened.write(layout.header)
+        for name in layout.offsets:
             opened.write(np.ascontiguousarray(state[name].bits).data)
 
 
@@ -102,7 +122,12 @@ def state_checksum(state: State) -> str:
 
 
 def _view(
-    content: bytes | memoryview | mmap.mmap, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]
+    content: Content,
+    start: int,
+    *,
+    dtype: str,
+    shape: list[int],
+    data_offsets: list[int],
 ) -> BitTensor:
     first, end = data_offsets
     item, count = _ITEM_BYTES[dtype], prod(shape)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -92,7 +92,13 @@ class WeightStore:
 
     @_translated()
     def publish(
-        self, files: dict[str, bytes], *, version: int, step: int, base: int | None = None, state_checksum: str = ""
+        self,
+        files: Mapping[str, bytes | bytearray],
+        *,
+        version: int,
+        step: int,
+        base: int | None = None,
+        state_checksum: str = "",
     ) -> Manifest:
         """Write all files, then the manifest; sparse if there is a `base`.
 

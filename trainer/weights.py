@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-import safetensors.torch
 import torch
 from sqlalchemy import Engine
 from torch import Tensor
@@ -25,11 +24,22 @@ from shared.coordination import Coordination
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
 from shared.weight_patches import encode_patches, find_patches
-from shared.weight_state import State, parse_state, state_checksum
+from shared.weight_state import State, lay_out, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from trainer.patience import Patience
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Of what a state may hold once its floating tensors are rounded, as safetensors names it."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +58,7 @@ class _Update:
     """What is to be written: one file."""
 
     name: str
-    content: bytes
+    content: bytes | bytearray
     state: State
     state_checksum: str
     base: int | None = None
@@ -90,7 +100,7 @@ class WeightPublisher:
         metrics.weight_push_bytes_total.labels(manifest.form).inc(manifest.num_bytes)
         return version
 
-    def _prepare(self, content: bytes) -> _Update:
+    def _prepare(self, content: bytearray) -> _Update:
         """The changes since the last version, if there is one, if a full one isn't due, and if they are smaller."""
         state = parse_state(content, where="the policy")
         full = _Update(FULL_FILE, content, state, state_checksum(state))
@@ -145,14 +155,21 @@ class WeightPublisher:
             _log.warning("old weight versions in %s can't be deleted: %s", self.store.root, exc)
 
 
-def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytes:
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytearray:
     """The state as one safetensors file, floating tensors as `dtype`; of tied weights only the first name is kept, as
-    `save_pretrained` does."""
-    state = {
-        name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in untied_state(model).items()
-    }
-    return safetensors.torch.save(state, metadata={"format": "pt"})
+    `save_pretrained` does. Each tensor is rounded and copied, off its device too, in one pass."""
+    state = untied_state(model)
+    dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
+    layout = lay_out(
+        {name: (_DTYPE_NAMES[dtypes[name]], tuple(tensor.shape)) for name, tensor in state.items()}, {"format": "pt"}
+    )
+    content = bytearray(layout.num_bytes)
+    content[: len(layout.header)] = layout.header
+    for name, offset in layout.offsets.items():
+        if count := state[name].numel():
+            place = torch.frombuffer(content, dtype=dtypes[name], count=count, offset=offset)
+            place.view(state[name].shape).copy_(state[name])
+    return content
 
 
 def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
