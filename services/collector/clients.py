@@ -187,8 +187,8 @@ def http_client(
     return httpx.AsyncClient(
         headers=authorization_header(token),
         timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
-        # A connection for each request: only so do replicas behind one name share the load, one that came later too, and
-        # a service that closed an idle connection does not look like one that is away. A model takes far longer.
+        # A connection for each request: only so do replicas behind one name share the load, latecomers too, and a
+        # service that has closed an idle connection does not look like one that is away. A model takes far longer.
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         transport=transport,
         trust_env=False,

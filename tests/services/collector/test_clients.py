@@ -1,6 +1,7 @@
 """Statuses, retries and their limits, at the HTTP transport's seam."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -176,12 +177,11 @@ def test_every_request_has_a_connection_of_its_own_so_that_replicas_share_the_lo
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             nonlocal num_connections
             num_connections += 1
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = next(line for line in head.decode().lower().split("\r\n") if line.startswith("content-length"))
-            await reader.readexactly(int(length.split(":")[1]))
             content = good().content
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
-            await reader.read()  # kept open until the other side closes it
+            with contextlib.suppress(asyncio.IncompleteReadError):  # until the other side closes it
+                while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
+                    await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
