@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.services.conftest import build_tiny_model
-from tests.vllm.subjects import KEY_VARIABLE, TOKEN, Subject, openai_subject, transformers_subject, vllm_subject
+from tests.services.rollout.conftest import TOKEN
+from tests.vllm.subjects import KEY_VARIABLE, Subject, openai_subject, transformers_subject, vllm_subject
 
 HAS_VLLM = find_spec("vllm") is not None
 KINDS = ["transformers", "openai", *(["vllm"] if HAS_VLLM else [])]

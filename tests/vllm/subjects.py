@@ -12,8 +12,9 @@ from services.engine.base import Engine, TokenScorer
 from services.engine.openai import OpenAIEngine
 from services.engine.transformers import TransformersEngine
 from services.rollout.app import build_app
+from shared import metrics
 from shared.settings import EngineSettings
-from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
+from tests.services.rollout.conftest import SECRETS, make_settings
 from tests.services.serving import running
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ def transformers_subject(model: Path) -> AbstractContextManager[Subject]:
 
 @contextmanager
 def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
-    """A client of our own completions route. KEY_VARIABLE must hold TOKEN."""
+    """A client of our own completions route. KEY_VARIABLE must hold its token."""
     with running(build_app(make_settings(model, folder), SECRETS)) as url:
         settings = EngineSettings(
             kind="openai",
@@ -96,4 +97,6 @@ def vllm_subject(model: Path, **settings: object) -> Iterator[Subject]:
         yield subject
 
 
-__all__ = ["KEY_VARIABLE", "TOKEN", "Loop", "Subject", "openai_subject", "transformers_subject", "vllm_subject"]
+def running_rows() -> float:
+    """Of vLLM's last step."""
+    return metrics.REGISTRY.get_sample_value("headwater_engine_batch_rows") or 0.0

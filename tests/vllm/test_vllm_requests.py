@@ -9,7 +9,7 @@ from shared import metrics
 from shared.errors import EngineError, PromptError
 from tests.services.serving import wait_until
 from tests.vllm import reference
-from tests.vllm.subjects import Subject
+from tests.vllm.subjects import Subject, running_rows
 
 BLOCK = 32
 """Tokens of a block in the prefix cache: what is shared is shared in whole blocks."""
@@ -17,10 +17,6 @@ BLOCK = 32
 
 def prefilled() -> float:
     return metrics.REGISTRY.get_sample_value("headwater_engine_prompt_tokens_total") or 0.0
-
-
-def running_rows() -> float:
-    return metrics.REGISTRY.get_sample_value("headwater_engine_batch_rows") or 0.0
 
 
 def test_greedy_answers_agree_with_transformers_token_by_token(

@@ -15,7 +15,7 @@ from services.engine.kept_weights import Kept
 from services.engine.vllm import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
-from tests.vllm.subjects import Subject
+from tests.vllm.subjects import Subject, running_rows
 
 PROMPT = [(11 * i) % 280 + 10 for i in range(150)]
 """Several blocks of the prefix cache."""
@@ -73,11 +73,13 @@ def test_requests_in_flight_go_on_and_carry_the_oldest_version(
     before = engine.weight_version
 
     async def work() -> list[Generation]:
-        sampling = Sampling(max_tokens=100, num_samples=8, temperature=0.2)
+        sampling = Sampling(max_tokens=180, num_samples=8)
         requests = [asyncio.ensure_future(engine.generate([PROMPT[:n]], sampling)) for n in (60, 70)]
-        await asyncio.sleep(0.3)
+        while running_rows() < 16:  # noqa: ASYNC110 (another process fills the batch)
+            await asyncio.sleep(0.01)
         for step, folder in enumerate((other_model, model), start=1):
             await engine.load_weights(folder, before + step)
+            assert not all(request.done() for request in requests)
         return [generation for request in requests for of_prompt in await request for generation in of_prompt]
 
     generations = vllm_engine.do(work())
