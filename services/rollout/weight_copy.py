@@ -119,7 +119,9 @@ class WeightCopy:
         """
         links = store.chain(version, known=self.version)
         if not links:
-            return self._own(store.manifest(version))
+            if (own := self._own(store.manifest(version))) is not None:
+                return own
+            return self._stage_links(store, store.chain(version), with_patches=False)
         try:
             return self._stage_links(store, links, with_patches=with_patches)
         except _MismatchError as exc:
@@ -139,12 +141,10 @@ class WeightCopy:
         if self._current is None or staged.folder != self._current.folder:
             _delete(staged)
 
-    def _own(self, manifest: Manifest) -> Staged:
-        """The copy is the version asked for, if the store's version of that number has the same state."""
+    def _own(self, wanted: Manifest) -> Staged | None:
+        """The copy has the number of the version asked for; None if it is another run's version of that number."""
         assert self._current is not None
-        if manifest.state_checksum != self._current.state.state_checksum:
-            raise WeightStoreError(f"the own copy of version {manifest.version} is of another run")
-        return self._current
+        return self._current if self._current.state.state_checksum == wanted.state_checksum else None
 
     def _stage_links(self, store: WeightStore, links: Sequence[Manifest], *, with_patches: bool) -> Staged:
         temporary = self._folder / f"{_folder_name(links[-1].version)}.tmp"

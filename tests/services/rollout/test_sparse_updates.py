@@ -257,18 +257,24 @@ def test_a_replica_that_starts_again_goes_on_from_its_own_copy(
         assert second.copy_checksum() == author.checksums[3]
 
 
-def test_a_copy_of_another_run_is_not_served(tiny_model: Path, author: Author, tmp_path: Path) -> None:
+@pytest.mark.parametrize("newest", [1, 2])
+def test_a_copy_of_another_run_is_not_served(tiny_model: Path, author: Author, tmp_path: Path, newest: int) -> None:
+    """Neither where it has the number of the newest version, nor as the base of changes."""
+    author.step(share=0.5)
     author.full(1)
     with replica(tiny_model, tmp_path) as first:
         first.wait_for(1)
     other = Author(WeightStore(make_settings(tiny_model, tmp_path / "other").weight_store_url), tiny_model)
     other.full(1)
-    other.sparse(2)
+    if newest == 2:
+        other.sparse(2)
+    assert author.checksums[1] != other.checksums[1]
     (tmp_path / "other/test/replicas").mkdir(parents=True)
     (tmp_path / "test/replicas/a").rename(tmp_path / "other/test/replicas/a")
     with replica(tiny_model, tmp_path / "other") as second:
-        assert second.versions() == {2}
-        assert second.copy_checksum() == other.checksums[2]
+        assert second.versions() == {newest}
+        assert second.copy_checksum() == other.checksums[newest]
+        assert second.detail == ""
 
 
 def test_two_replicas_of_one_name_are_refused(tmp_path: Path) -> None:
