@@ -6,6 +6,9 @@ receive tensors over NCCL or CUDA IPC; this one reads safetensors files, so trai
 """
 
 import logging
+import multiprocessing
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +40,20 @@ def register() -> None:
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """vLLM's engine core outlives a service that was killed, and keeps the model's memory for good."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 @dataclass

@@ -3,6 +3,10 @@
 import asyncio
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from services.engine.base import Sampling
 from services.engine.vllm import VllmEngine
 from shared.errors import EngineError
+from tests.cli.launched import is_alive
 from tests.services.serving import wait_until
 from tests.vllm import reference
 from tests.vllm.subjects import Subject, vllm_subject
@@ -123,3 +128,33 @@ def test_an_engine_that_cannot_go_back_never_answers_again(model: Path, other_mo
         for request in (engine.generate([PROMPT], GREEDY), engine.load_weights(model, 3)):
             with pytest.raises(EngineError, match="lost its weights"):
                 subject.do(request)
+
+
+_KILLED = """
+import asyncio, multiprocessing, os, sys
+from services.engine.vllm import VllmEngine
+from shared.settings import EngineSettings
+
+async def main():
+    engine = VllmEngine(EngineSettings(kind="vllm", model=sys.argv[1], kv_cache_gib=0.25))
+    await engine.start()
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_the_engine_core_of_a_killed_service_ends_with_it(model: Path, tmp_path: Path) -> None:
+    script, output = tmp_path / "killed.py", tmp_path / "output"
+    script.write_text(_KILLED)
+    with output.open("wb") as written:
+        command = [sys.executable, str(script), str(model)]
+        subprocess.run(command, stdout=written, stderr=subprocess.DEVNULL, timeout=200, check=False)
+    core = int(output.read_text())
+    try:
+        wait_until(lambda: not is_alive(core), what="the engine core to end")
+    finally:
+        if is_alive(core):
+            os.kill(core, signal.SIGKILL)
