@@ -52,6 +52,20 @@ class Author:
         self.step()
         self.publish_changes(version, find_patches(self._published, self.state()))
 
+    def sparse_damaged(self, version: int, change: Callable[[bytes], bytes | None]) -> None:
+        """The same with its file changed, or deleted, after the manifest was written. Made elsewhere and moved to its
+        place as a whole, so that no replica sees it undamaged."""
+        store, self.store = self.store, WeightStore(f"{self.store.root}-elsewhere")
+        self.sparse(version)
+        file = self.file(version)
+        damaged = change(file.read_bytes())
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        self.store = store
+        file.parent.rename(self._folder(version))
+
     def publish_changes(self, version: int, patches: Sequence[TensorPatch], *, checksum: str = "") -> None:
         checksum = checksum or state_checksum(self.state())
         files = {SPARSE_FILE: encode_patches(patches, self._published)}
@@ -78,16 +92,7 @@ Breaking = Callable[[Author, int], None]
 def _damage(change: Callable[[bytes], bytes | None]) -> Breaking:
     """A sparse version whose file is changed, or deleted, after its manifest was written."""
 
-    def break_it(author: Author, version: int) -> None:
-        author.sparse(version)
-        file = author.file(version)
-        damaged = change(file.read_bytes())
-        if damaged is None:
-            file.unlink()
-        else:
-            file.write_bytes(damaged)
-
-    return break_it
+    return lambda author, version: author.sparse_damaged(version, change)
 
 
 def _forge(tensor: Callable[[Tensor], Tensor], name: str = NORM) -> Breaking:

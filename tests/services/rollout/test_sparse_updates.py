@@ -173,15 +173,19 @@ def test_a_broken_update_leaves_the_last_good_version_and_the_next_full_one_heal
 def test_what_rests_on_a_broken_version_is_refused_until_it_is_mended(
     tiny_model: Path, author: Author, tmp_path: Path
 ) -> None:
+    good: list[bytes] = []
+
+    def keep_and_cut(content: bytes) -> bytes:
+        good.append(content)
+        return content[:10]
+
     author.full(1)
     with replica(tiny_model, tmp_path) as one:
-        author.sparse(2)
-        good = author.file(2).read_bytes()
-        author.file(2).write_bytes(b"not yet here")
+        author.sparse_damaged(2, keep_and_cut)
         author.sparse(3)
         wait_until(lambda: "version 3 was refused" in one.detail, what="the refusal")
         assert one.versions() == {1}
-        author.file(2).write_bytes(good)
+        author.file(2).write_bytes(good[0])
         one.wait_for(3)
         assert one.copy_checksum() == author.checksums[3]
 
