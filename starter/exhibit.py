@@ -109,18 +109,21 @@ def plot_cells(path: Path, cells: Mapping[str, Mapping[str, Interval]]) -> Path:
 
 
 def plot_chosen_by_cell(path: Path, chosen: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Path:
-    """How often a rollout was chosen, by cell: mean over its seeds, then over the last ten steps."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    """How often a rollout was chosen, by cell: mean over its seeds, then over the last ten steps.
+
+    Cells whose objective leaves no choice are left out.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes: Axes = figure.subplots()
     for cell, runs in chosen.items():
-        if runs:
+        if len({rate for run in runs for _, rate in run}) > 1:
             steps = [step for step, _ in min(runs, key=len)]
             means = [sum(run[index][1] for run in runs) / len(runs) for index in range(len(steps))]
             axes.plot(steps, _last_ten([100 * mean for mean in means]), label=cell)
     axes.set_xlabel("step")
     axes.set_ylabel("chosen candidate is a rollout, %")
     axes.set_ylim(0, 105)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
     return path
 
