@@ -71,7 +71,7 @@ def nudge(model: LlamaForCausalLM, size: float) -> None:
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             torch.manual_seed(number)
-            parameter += size * torch.randn_like(parameter).sign()
+            parameter.add_(torch.randn_like(parameter).sign(), alpha=size)
 
 
 def test_sparse_versions_are_equal_to_the_full_form_to_the_last_bit(
