@@ -3,6 +3,7 @@
 import asyncio
 import json
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import subprocess
@@ -49,8 +50,18 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def engine_cores() -> set[multiprocessing.process.BaseProcess]:
+    return {child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")}
+
+
 @pytest.fixture(scope="module")
-def adapted(model: Path, adapter: Path) -> Iterator[Subject]:
+def other_cores() -> set[multiprocessing.process.BaseProcess]:
+    """Of engines that other modules share."""
+    return engine_cores()
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, adapter: Path, other_cores: set[multiprocessing.process.BaseProcess]) -> Iterator[Subject]:
     with vllm_subject(model, lora_adapter=str(adapter)) as subject:
         yield subject
 
@@ -83,14 +94,16 @@ def test_weights_under_an_adapter_are_not_replaced(adapted: Subject) -> None:
         adapted.do(adapted.engine.load_weights(adapted.model, 1))
 
 
-def test_the_death_of_the_engine_core_fails_requests_and_shows(adapted: Subject) -> None:
+def test_the_death_of_the_engine_core_fails_requests_and_shows(
+    adapted: Subject, other_cores: set[multiprocessing.process.BaseProcess]
+) -> None:
     engine = adapted.engine
     assert isinstance(engine, VllmEngine)
 
     async def work() -> None:
         request = asyncio.ensure_future(engine.generate([PROMPT], Sampling(max_tokens=150, num_samples=32)))
         await asyncio.sleep(0.2)
-        (core,) = (child for child in multiprocessing.active_children() if child.name.startswith("EngineCore"))
+        (core,) = engine_cores() - other_cores
         core.kill()
         with pytest.raises(EngineError):
             await request
