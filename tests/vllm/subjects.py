@@ -97,6 +97,13 @@ def vllm_subject(model: Path, **settings: object) -> Iterator[Subject]:
         yield subject
 
 
+async def until_running(num_rows: int) -> None:
+    """Wait until one step of the engine had so many rows, at most 20 s."""
+    async with asyncio.timeout(20):
+        while running_rows() < num_rows:  # noqa: ASYNC110 (another process fills the batch)
+            await asyncio.sleep(0.005)
+
+
 def running_rows() -> float:
     """Of vLLM's last step."""
     return metrics.REGISTRY.get_sample_value("headwater_engine_batch_rows") or 0.0

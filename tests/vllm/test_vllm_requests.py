@@ -9,7 +9,7 @@ from shared import metrics
 from shared.errors import EngineError, PromptError
 from tests.services.serving import wait_until
 from tests.vllm import reference
-from tests.vllm.subjects import Subject, running_rows
+from tests.vllm.subjects import Subject, running_rows, until_running
 
 BLOCK = 32
 """Tokens of a block in the prefix cache: what is shared is shared in whole blocks."""
@@ -99,8 +99,7 @@ def test_a_cancelled_request_is_taken_out_of_the_batch(vllm_engine: Subject) -> 
         request = asyncio.ensure_future(
             vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=32, seed=9))
         )
-        while running_rows() < 64:  # noqa: ASYNC110 (another process fills the batch)
-            await asyncio.sleep(0.01)
+        await until_running(64)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request

@@ -15,7 +15,7 @@ from services.engine.kept_weights import Kept
 from services.engine.vllm import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
-from tests.vllm.subjects import Subject, running_rows
+from tests.vllm.subjects import Subject, until_running
 
 PROMPT = [(11 * i) % 280 + 10 for i in range(150)]
 """Several blocks of the prefix cache."""
@@ -75,8 +75,8 @@ def test_requests_in_flight_go_on_and_carry_the_oldest_version(
     async def work() -> list[Generation]:
         sampling = Sampling(max_tokens=180, num_samples=8)
         requests = [asyncio.ensure_future(engine.generate([PROMPT[:n]], sampling)) for n in (60, 70)]
-        while running_rows() < 16:  # noqa: ASYNC110 (another process fills the batch)
-            await asyncio.sleep(0.01)
+        await until_running(9)  # some of both; one may have ended before the last of all has begun
+        await asyncio.sleep(0.05)
         for step, folder in enumerate((other_model, model), start=1):
             await engine.load_weights(folder, before + step)
             assert not all(request.done() for request in requests)
