@@ -14,6 +14,7 @@ from typing import TypeVar
 from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
 from services.engine.jobs import GenerateJob, JobQueue, LoadJob, ScoreJob
 from services.engine.model import CausalModel
+from services.engine.prompts import check_room, encode_prompt
 from services.engine.tokenizer import Tokenizer
 from services.engine.trunks import Tokens
 from services.engine.weights import (
@@ -138,22 +139,10 @@ class TransformersEngine:
         return self._tokenizer
 
     def _encode(self, text: Prompt) -> Tokens:
-        token_ids = tuple(self._tokens.encode(text) if isinstance(text, str) else text)
-        vocab_size = self._started.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise PromptError(f"token ids must lie in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
-        return token_ids
+        return encode_prompt(text, self._tokens, vocab_size=self._started.vocab_size)
 
     def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
-        token_ids = self._encode(prompt)
-        if not token_ids:
-            raise PromptError("the prompt is empty: the model needs at least one token to continue")
-        if len(token_ids) + room > self._started.max_positions:
-            raise PromptError(
-                f"the prompt has {len(token_ids)} tokens and needs room for {room} more, "
-                f"but {self.name} takes {self._started.max_positions} in all"
-            )
-        return token_ids
+        return check_room(self._encode(prompt), room=room, max_tokens=self._started.max_positions, engine=self.name)
 
     async def _answer(self, future: "Future[T]") -> T:
         """Bounded; giving up cancels the job, which the worker then skips."""

@@ -21,7 +21,9 @@ from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
 from services.engine.kept_weights import Kept, KeptWeights
 from services.engine.outline import ModelOutline, local_folder, read_outline
+from services.engine.prompts import check_room, encode_prompt
 from services.engine.tokenizer import Tokenizer
+from services.engine.trunks import Tokens
 from services.engine.vllm_core import (
     MAX_SCORED_TOKENS,
     VllmCore,
@@ -34,8 +36,6 @@ from services.engine.weights import check_patches, read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.settings import EngineSettings
-
-Tokens = tuple[int, ...]
 
 _log = logging.getLogger(__name__)
 
@@ -332,22 +332,10 @@ class VllmEngine:
         return self._tokenizer
 
     def _encode(self, text: Prompt) -> Tokens:
-        token_ids = tuple(self._tokens.encode(text) if isinstance(text, str) else text)
-        vocab_size = self._started.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise PromptError(f"token ids must lie in 0..{vocab_size - 1}, got {min(token_ids)}..{max(token_ids)}")
-        return token_ids
+        return encode_prompt(text, self._tokens, vocab_size=self._started.vocab_size)
 
     def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
-        token_ids = self._encode(prompt)
-        if not token_ids:
-            raise PromptError("the prompt is empty: the model needs at least one token to continue")
-        if len(token_ids) + room > self._core.max_tokens:
-            raise PromptError(
-                f"the prompt has {len(token_ids)} tokens and needs room for {room} more, "
-                f"but {self.name} takes {self._core.max_tokens} in all"
-            )
-        return token_ids
+        return check_room(self._encode(prompt), room=room, max_tokens=self._core.max_tokens, engine=self.name)
 
 
 def _spread_seed(seed: int) -> int:
