@@ -233,14 +233,17 @@ class CriterionSettings(Section):
     """Share in the combined reward (weights are normalised)."""
     prompt: Path | None = None
     """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `verdict = "labels"`."""
-    verdict: Literal["answer", "labels"] = "answer"
-    """`answer`: sample a text and read its last `Verdict: ...`. `labels`: compare the log-probs of the
-    verdict words right after the prompt; one prefill, nothing sampled; needs an engine that can score."""
+    verdict: Literal["answer", "structured", "labels"] = "answer"
+    """`answer`: sample a text and read its last `Verdict: ...`. `structured`: the same, but the engine holds the text
+    to a form that ends in a verdict; needs `vllm` or an endpoint with vLLM's structured outputs. `labels`: compare
+    the log-probs of the verdict words right after the prompt; one prefill, nothing sampled; needs an engine that can
+    score."""
     samples: int = Field(default=5, ge=1)
-    """Verdicts per question, averaged (`answer` only: label scores do not vary)."""
+    """Verdicts per question, averaged (not with `labels`, which do not vary)."""
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=0.6, gt=0, le=1)
     max_answer_tokens: int = Field(default=512, ge=1)
+    """With `structured`: four characters count as a token."""
     function: str = ""
     """`python` only: `module:name` of a function (prefix, candidates, reference) -> scores in [0, 1]."""
     scale: float = Field(default=1.0, gt=0)

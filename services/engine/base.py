@@ -27,6 +27,9 @@ class Sampling:
     seed: int = 0
     """The same prompt with the same sampling under the same weights gives the same samples, whatever other
     requests share its batch."""
+    pattern: str = ""
+    """A regular expression that the whole text of each sample matches, unless it is cut off before; empty: any text.
+    For engines that can hold a sample to one (`Engine.can_constrain`); the others raise PromptError."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ class Engine(Protocol):
     @property
     def can_score(self) -> bool:
         """Whether `score` works (an endpoint may refuse to give log-probs of given tokens)."""
+        ...
+
+    @property
+    def can_constrain(self) -> bool:
+        """Whether samples can be held to a `Sampling.pattern`."""
         ...
 
     async def start(self) -> None:

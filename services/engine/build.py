@@ -5,8 +5,11 @@ from shared.errors import SettingsError
 from shared.settings import EngineSettings
 
 
-def build_engine(settings: EngineSettings, *, default_model: str = "", tokenizer: str = "") -> Engine:
-    """`default_model` stands in for an empty `engine.model`; `tokenizer` is where to take it from if not the model's.
+def build_engine(
+    settings: EngineSettings, *, default_model: str = "", tokenizer: str = "", constrains: bool = False
+) -> Engine:
+    """`default_model` stands in for an empty `engine.model`; `tokenizer` is where to take it from if not the model's;
+    `constrains`: samples will be held to patterns (see `Engine.can_constrain`), which vLLM must know beforehand.
 
     Raises SettingsError, with the key to change.
     """
@@ -21,7 +24,7 @@ def build_engine(settings: EngineSettings, *, default_model: str = "", tokenizer
     if settings.kind == "vllm":
         from services.engine.vllm import VllmEngine
 
-        return VllmEngine(settings, tokenizer=tokenizer)
+        return VllmEngine(settings, tokenizer=tokenizer, constrains=constrains)
     from services.engine.openai import OpenAIEngine
 
     return OpenAIEngine(settings)

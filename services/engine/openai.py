@@ -7,6 +7,7 @@ token, which is enough for one-token labels. Built by build.py.
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ class OpenAIEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._in_flight = 0
-        self._echoes = self._gives_top = False
+        self._echoes = self._gives_top = self._holds_to_patterns = False
         self._client = AsyncOpenAI(
             base_url=settings.endpoint,
             api_key=os.environ.get(settings.key_variable) or "none",
@@ -60,11 +61,17 @@ class OpenAIEngine:
         """Found out by `start`: at least one-token labels can be scored."""
         return self._echoes or self._gives_top
 
+    @property
+    def can_constrain(self) -> bool:
+        """Found out by `start`: endpoints of vLLM's kind can."""
+        return self._holds_to_patterns
+
     async def start(self) -> None:
-        """Wait until the endpoint answers, and find out how it scores."""
+        """Wait until the endpoint answers, and find out how it scores and whether it holds texts to patterns."""
         await self._wait_until_reachable()
         self._echoes = await self._supports(self._probe_echo)
         self._gives_top = await self._supports(self._probe_top)
+        self._holds_to_patterns = await self._supports(self._probe_pattern)
 
     async def close(self) -> None:
         await self._client.close()
@@ -113,6 +120,8 @@ class OpenAIEngine:
             "top_p": sampling.top_p,
             "seed": (sampling.seed + row) % 2**63,
         }
+        if sampling.pattern:
+            options["extra_body"] = {"structured_outputs": {"regex": sampling.pattern}}
         async with self._request():
             if isinstance(prompt, ChatPrompt):
                 chat = await self._client.chat.completions.create(messages=_message(prompt), **options)
@@ -202,6 +211,12 @@ class OpenAIEngine:
 
     async def _probe_top(self) -> bool:
         return bool(await self._next_token(ChatPrompt("Say yes or no.")))
+
+    async def _probe_pattern(self) -> bool:
+        pattern = "[0-9]{3}"
+        sampling = Sampling(max_tokens=8, temperature=0, pattern=pattern)
+        ((answer,),) = await self.generate([ChatPrompt("Say yes or no.")], sampling)
+        return re.fullmatch(pattern, answer.text.strip()) is not None
 
 
 def _message(prompt: str) -> Any:

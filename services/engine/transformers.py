@@ -62,6 +62,10 @@ class TransformersEngine:
     def can_score(self) -> bool:
         return True
 
+    @property
+    def can_constrain(self) -> bool:
+        return False
+
     async def start(self) -> None:
         self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
         self._model = await asyncio.wrap_future(self._worker.start())
@@ -73,6 +77,8 @@ class TransformersEngine:
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         if not prompts:
             return []
+        if sampling.pattern:
+            raise PromptError(f"{self.name} can't hold its answers to a pattern: use engine.kind = 'vllm'")
         job = GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling)
         self._queue.put(job)
         return await self._answer(job.future)

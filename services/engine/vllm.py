@@ -27,6 +27,7 @@ from services.engine.trunks import Tokens
 from services.engine.vllm_core import (
     MAX_SCORED_TOKENS,
     VllmCore,
+    held_to,
     installed_version,
     next_token_scores,
     oldest_version,
@@ -43,12 +44,16 @@ _log = logging.getLogger(__name__)
 class VllmEngine:
     """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
 
-    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
-        """`tokenizer`: folder or name, where it is not the model's. Raises SettingsError for a wrong vLLM."""
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
+        """`tokenizer`: folder or name, where it is not the model's; `constrains`: samples can be held to patterns.
+
+        Raises SettingsError for a wrong vLLM.
+        """
         self._installed = installed_version()
         self._settings = settings
         self._tokenizer_source = tokenizer or settings.model
-        self._core = VllmCore(settings)
+        self._constrains = constrains
+        self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
         self._tokenizer: Tokenizer | None = None
         self._outline: ModelOutline | None = None
         self._kept: KeptWeights | None = None
@@ -71,6 +76,10 @@ class VllmEngine:
     @property
     def can_score(self) -> bool:
         return True
+
+    @property
+    def can_constrain(self) -> bool:
+        return self._constrains
 
     @property
     def can_patch(self) -> bool:
@@ -101,6 +110,8 @@ class VllmEngine:
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         if not prompts:
             return []
+        if sampling.pattern and not self._constrains:
+            raise PromptError(f"{self.name} was not started for answers that are held to a pattern")
         encoded = [self._prepare(prompt, room=1) for prompt in prompts]
         async with self._request():
             return await all_of(self._continue(prompt, sampling, row) for row, prompt in enumerate(encoded))
@@ -197,6 +208,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             seed=_spread_seed(sampling.seed + row),
             stop_token_ids=sorted(self._started.eos_token_ids),
+            **held_to(sampling.pattern),
         )
         return [self._generation(output) for output in answer.outputs] * (sampling.num_samples // num_asked)
 

@@ -59,8 +59,10 @@ def installed_version() -> str:
 class VllmCore:
     """Requests and weight updates in vLLM's words. Raises EngineError; PromptError for what vLLM will always refuse."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
+        """`tokenizer`: what vLLM holds texts to patterns with; empty: it needs none."""
         self._settings = settings
+        self._tokenizer = tokenizer
         self._llm: Any = None
         self._adapter: Any = None
         self.can_patch = False
@@ -163,7 +165,8 @@ class VllmCore:
             "tensor_parallel_size": settings.tensor_parallel_size,
             "data_parallel_size": settings.data_parallel_size,
             # Token ids go in and come out; ends of sequence and sampling settings are the caller's to name.
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": not self._tokenizer,
+            "tokenizer": self._tokenizer or None,
             "generation_config": "vllm",
             "enable_prefix_caching": True,
             "use_tqdm_on_load": False,
@@ -203,6 +206,13 @@ class VllmCore:
         if register.__module__ not in {plugin.module for plugin in entry_points(group=_PLUGINS)}:
             raise EngineError(f"headwater's entry point in {_PLUGINS} is not installed: run `pip install -e .` again")
         return {"weight_transfer_config": WeightTransferConfig(backend=BACKEND)}
+
+
+def held_to(pattern: str) -> dict[str, Any]:
+    """Options of `VllmCore.ask` for answers whose texts match a regular expression; none for an empty one."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return {"structured_outputs": StructuredOutputsParams(regex=pattern)} if pattern else {}
 
 
 def oldest_version(output: Any) -> int:

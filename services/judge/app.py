@@ -10,7 +10,7 @@ from services.app import create_app
 from services.disconnect import unless_disconnected
 from services.engine.base import Engine
 from services.engine.build import build_engine
-from services.judge.building import Parts, build_judge, check_scoring, load_parts, needs_engine
+from services.judge.building import Parts, asks_structured, build_judge, check_engine, load_parts, needs_engine
 from services.judge.judging import Judge
 from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
@@ -31,7 +31,7 @@ def build(settings: Settings, secrets: Secrets) -> FastAPI:
     """The app with the engine of the settings, which starts with the app."""
     engine: Engine = NoEngine()
     if needs_engine(settings.judge):
-        engine = build_engine(settings.judge.engine)
+        engine = build_engine(settings.judge.engine, constrains=asks_structured(settings.judge))
     return create_judge_app(settings, secrets, engine=engine)
 
 
@@ -84,7 +84,7 @@ class Bench:
         )
 
     async def _open(self) -> None:
-        check_scoring(self._settings.judge, self._engine)
+        check_engine(self._settings.judge, self._engine)
         reading = None
         if "likelihood" in self._settings.judge.criteria:
             reading = await asyncio.to_thread(token_reading, self._settings)

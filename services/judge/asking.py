@@ -14,10 +14,13 @@ from statistics import fmean
 from typing import Protocol
 
 from services.engine.base import Engine, Generation, Sampling
-from services.judge.verdicts import label_expectation, read_verdict
+from services.judge.verdicts import answer_pattern, label_expectation, read_verdict
 from shared import metrics
 from shared.errors import VerdictError
 from shared.settings import CriterionSettings
+
+CHARACTERS_PER_TOKEN = 4
+"""About what English text has; turns `max_answer_tokens` into the length of a structured answer."""
 
 
 @dataclass
@@ -65,7 +68,11 @@ class VerdictSource(Protocol):
 
 
 class AnswerVerdict:
-    """Samples answers and reads the last `Verdict: X` of each. Unreadable ones are asked for again."""
+    """Samples answers and reads the last `Verdict: X` of each. Unreadable ones are asked for again.
+
+    With `verdict = "structured"` the engine holds each answer to a form that ends in one, its length counted in
+    characters: a limit in tokens would cut answers off before their verdict.
+    """
 
     def __init__(
         self,
@@ -81,6 +88,10 @@ class AnswerVerdict:
         self._verdicts = verdicts
         self._max_retries = max_retries
         self._gate = gate
+        self._max_tokens, self._pattern = settings.max_answer_tokens, ""
+        if settings.verdict == "structured":
+            max_characters = settings.max_answer_tokens * CHARACTERS_PER_TOKEN
+            self._max_tokens, self._pattern = answer_pattern(verdicts, max_characters=max_characters)
 
     @property
     def num_samples(self) -> int:
@@ -109,11 +120,12 @@ class AnswerVerdict:
 
     async def _sample(self, prompt: str, num_samples: int, seed: int, tally: Tally) -> list[str]:
         sampling = Sampling(
-            max_tokens=self._settings.max_answer_tokens,
+            max_tokens=self._max_tokens,
             num_samples=num_samples,
             temperature=self._settings.temperature,
             top_p=self._settings.top_p,
             seed=seed,
+            pattern=self._pattern,
         )
         async with self._gate:
             tally.count_calls(num_samples)

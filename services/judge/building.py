@@ -77,13 +77,18 @@ def load_prompt(name: CriterionName, criterion: CriterionSettings) -> Prompt:
     return Prompt.load(criterion.prompt or shipped, required=question.required, allowed=question.allowed)
 
 
+def asks_structured(settings: JudgeSettings) -> bool:
+    """Whether a criterion holds answers to a pattern."""
+    return any(criterion.verdict == "structured" for name, criterion in settings.criteria.items() if name in QUESTIONS)
+
+
 def needs_engine(settings: JudgeSettings) -> bool:
     return set(settings.criteria) != {"python"}
 
 
 def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, reading: TokenReading | None) -> Judge:
     """`engine` has started; `reading` is None where no criterion reads tokens. SettingsError where they don't fit."""
-    check_scoring(settings, engine)
+    check_engine(settings, engine)
     chat = engine.has_chat_template if settings.chat is None else settings.chat
     if chat and not engine.has_chat_template and parts.prompts:
         raise SettingsError(f"judge.chat = true, but {engine.name} has no chat template: set it to false")
@@ -157,8 +162,13 @@ class _Builder:
         )
 
 
-def check_scoring(settings: JudgeSettings, engine: Engine) -> None:
-    """SettingsError where a criterion needs log-probs that the started engine does not give."""
+def check_engine(settings: JudgeSettings, engine: Engine) -> None:
+    """SettingsError where a criterion asks for what the started engine can't do."""
+    if not engine.can_constrain and asks_structured(settings):
+        raise SettingsError(
+            f"judge.criteria: verdict = 'structured' holds answers to a pattern, which {engine.name} can't: "
+            "use engine.kind = 'vllm', an endpoint of vLLM's, or verdict = 'answer'"
+        )
     if engine.can_score:
         return
     for name, criterion in settings.criteria.items():

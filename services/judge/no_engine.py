@@ -14,6 +14,7 @@ class NoEngine:
     name = "none"
     weight_version = 0
     can_score = False
+    can_constrain = False
     has_chat_template = False
 
     async def start(self) -> None:

@@ -36,6 +36,18 @@ def read_verdict(answer: str, verdicts: Mapping[str, float]) -> float | None:
     return {word.lower(): value for word, value in verdicts.items()}[found[1].lower()]
 
 
+def answer_pattern(verdicts: Mapping[str, float], *, max_characters: int) -> tuple[int, str]:
+    """Bound in tokens, and a regular expression for structured answers: up to `max_characters` of anything, then a
+    line `Verdict: X` as the end. X is one of `verdicts`, and `read_verdict` reads it.
+
+    A character has four bytes at most and a token one at least, so the bound cuts no answer off before its verdict.
+    """
+    words = "|".join(re.escape(word) for word in verdicts)
+    max_tokens = 4 * max_characters + len("\nVerdict: ") + max(map(len, verdicts))
+    # Not (.|\n): the engine's grammar takes a hundred times as long for each token then.
+    return max_tokens, rf"([^\x00]{{0,{max_characters}}}\n)?Verdict: ({words})"
+
+
 def label_expectation(log_probs: Sequence[Sequence[float]], values: Sequence[float]) -> float | None:
     """Expected value of the labels: sum of p_i * value_i, with p = softmax of each label's summed log-probs.
 

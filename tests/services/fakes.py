@@ -15,6 +15,7 @@ class FakeEngine:
 
     answer: Callable[[str, int], str | Exception] = lambda prompt, index: f"answer {index}"
     log_probs: Callable[[str, str], list[float]] | None = None
+    can_constrain: bool = False
     chat: bool = False
     name: str = "fake:model"
     weight_version: int = 0

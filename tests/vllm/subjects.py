@@ -89,11 +89,11 @@ def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
 
 
 @contextmanager
-def vllm_subject(model: Path, **settings: object) -> Iterator[Subject]:
+def vllm_subject(model: Path, *, constrains: bool = False, **settings: object) -> Iterator[Subject]:
     from services.engine.vllm import VllmEngine
 
     small = {"kind": "vllm", "model": str(model), "kv_cache_gib": 0.25, "max_queued_requests": MAX_QUEUED}
-    with started(VllmEngine(EngineSettings.model_validate(small | settings)), model) as subject:
+    with started(VllmEngine(EngineSettings.model_validate(small | settings), constrains=constrains), model) as subject:
         yield subject
 
 

@@ -83,6 +83,8 @@ class Endpoint:
     """A chat-only endpoint: answers what it is told to, notes what it was asked."""
 
     top: dict[str, float] = field(default_factory=lambda: {" yes": -0.5, " no": -1.5})
+    patterned: str = ""
+    """What it answers where a pattern is asked for; empty: it does not know of patterns."""
     status: int = 200
     num_failures: int = 0
     """So many requests fail with `status`, then all is well."""
@@ -112,6 +114,7 @@ class Endpoint:
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         top = [{"token": token, "logprob": value, "bytes": None} for token, value in self.top.items()]
+        text = self.patterned if "structured_outputs" in body else ""
         content = [{**first, "top_logprobs": top} for first in top[:1]]
         logprobs = {"content": content, "refusal": None} if body.get("logprobs") and top else None
         choices = [
@@ -119,7 +122,7 @@ class Endpoint:
                 "index": index,
                 "finish_reason": "stop",
                 "logprobs": logprobs,
-                "message": {"role": "assistant", "content": f"answer {index}"},
+                "message": {"role": "assistant", "content": text or f"answer {index}"},
             }
             for index in range(body.get("n", 1))
         ]
@@ -168,6 +171,20 @@ def test_an_endpoint_without_log_probs_cannot_score(endpoint: Endpoint, chat_url
             await engine.score(engine.render_chat("So?"), [" yes"])
 
     with_engine(chat_url, work)
+
+
+@pytest.mark.parametrize(("patterned", "holds"), [("007", True), ("", False), ("0071", False)])
+def test_whether_an_endpoint_holds_texts_to_patterns_is_tried(
+    endpoint: Endpoint, chat_url: str, patterned: str, holds: bool
+) -> None:
+    endpoint.patterned = patterned
+
+    async def work(engine: OpenAIEngine) -> bool:
+        await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, pattern="a|b"))
+        return engine.can_constrain
+
+    assert with_engine(chat_url, work) == holds
+    assert endpoint.asked[-1]["structured_outputs"] == {"regex": "a|b"}
 
 
 def test_a_passing_failure_is_retried(endpoint: Endpoint, chat_url: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,23 @@ def test_an_unreadable_verdict_is_asked_again_with_a_new_seed() -> None:
     assert (judgement.num_calls, judgement.num_failures) == (5, 2)
     assert [sampling.num_samples for sampling in engine.samplings] == [3, 2]
     assert engine.samplings[0].seed != engine.samplings[1].seed
+
+
+def test_a_structured_verdict_is_asked_for_with_a_pattern_and_room_for_it(tmp_path: Path) -> None:
+    """32 characters of 4 bytes at most, then the longest last line: 128 + len("\\nVerdict: unsafe")."""
+    engine = FakeEngine(answer=lambda prompt, index: "So.\nVerdict: safe", can_constrain=True)
+    criteria = {"safety": {"samples": 2, "verdict": "structured", "max_answer_tokens": 8}}
+    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=criteria), make_item(" x", " y")))
+    assert judgement.rewards == (1.0, 1.0)
+    assert {sampling.max_tokens for sampling in engine.samplings} == {128 + 16}
+    (pattern,) = {sampling.pattern for sampling in engine.samplings}
+    assert re.fullmatch(pattern, "So.\nVerdict: safe")
+    assert not re.fullmatch(pattern, "So.")
+
+
+def test_a_structured_verdict_needs_an_engine_that_takes_patterns() -> None:
+    with pytest.raises(SettingsError, match=r"verdict = 'structured'.*fake:model can't"):
+        make_judge(FakeEngine(), criteria={"safety": {"verdict": "structured"}})
 
 
 def test_after_all_retries_the_chunk_is_a_failure_never_a_score() -> None:

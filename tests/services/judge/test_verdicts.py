@@ -1,10 +1,17 @@
 """Reading verdicts, by hand-made answers and hand-computed expectations."""
 
 import math
+import re
 
 import pytest
 
-from services.judge.verdicts import FACTUALITY_VERDICTS, QUALITY_VERDICTS, label_expectation, read_verdict
+from services.judge.verdicts import (
+    FACTUALITY_VERDICTS,
+    QUALITY_VERDICTS,
+    answer_pattern,
+    label_expectation,
+    read_verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,27 @@ def test_what_can_not_be_told_is_no_verdict(answer: str) -> None:
 def test_grades_of_hallucination_have_their_values() -> None:
     read = [read_verdict(f"Verdict: {word}", FACTUALITY_VERDICTS) for word in ("none", "Possible", "definite")]
     assert read == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ("Verdict: A", True),
+        ("Good.\nVerdict: tie", True),
+        ("A\nnd so\nVerdict: B", True),
+        ("Verdict: A\nVerdict: B", True),
+        ("This is more than ten.\nVerdict: A", False),
+        ("Good. Verdict: A", False),
+        ("Verdict: A.", False),
+        ("Good.\nVerdict: both", False),
+        ("Good.", False),
+    ],
+)
+def test_a_structured_answer_ends_in_a_line_with_a_verdict(answer: str, fits: bool) -> None:
+    max_tokens, pattern = answer_pattern(QUALITY_VERDICTS, max_characters=10)
+    assert max_tokens == 4 * 10 + len("\nVerdict: tie")
+    assert (re.fullmatch(pattern, answer) is not None) == fits
+    assert not fits or read_verdict(answer, QUALITY_VERDICTS) is not None
 
 
 def test_labels_are_weighed_by_their_probability() -> None:
