@@ -308,6 +308,9 @@ class CollectorSettings(Section):
     """Attempts of one request before its chunks are dropped; 0 retries for as long as the service is away."""
     record_share: float = Field(default=0.1, ge=0, le=1)
     """Share of windows whose chunks and candidates are kept in the database for people to read."""
+    stay_when_finished: bool = False
+    """After the trainer's last step: stay, idle, instead of ending. For Kubernetes, where a Deployment that ends is
+    started again and again."""
 
     @model_validator(mode="after")
     def _schedule_is_ordered(self) -> Self:

@@ -76,7 +76,7 @@ class _State:
 
 
 async def run_collector(settings: Settings, secrets: Secrets) -> None:
-    """Until the trainer has finished (then it returns), or until cancelled."""
+    """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
     state = _State()
     server = health_server(build(secrets, state.trouble), host=settings.collector.host, port=settings.collector.port)
     try:
@@ -113,6 +113,8 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
         state.starting = False
         await _work_until_finished(_lease_keeper(settings, storage, worker), watch)
     _log.info("the trainer has finished")
+    if settings.collector.stay_when_finished:
+        await asyncio.Event().wait()  # for a signal
 
 
 async def _work_until_finished(leases: LeaseKeeper, watch: RunWatch) -> None:

@@ -9,10 +9,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli.init_model import ModelShape, init_model
+from shared.weight_state import map_state, state_checksum
+from shared.weight_store import WeightStore
 from tests.cli.launched import WAIT_S, Recipe, is_alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,6 +55,25 @@ def test_a_run_survives_the_death_of_every_part_and_goes_on_after_its_end(recipe
     result = recipe.audit()
     assert result.holds, result
     assert result.balance.dropped["not_json"] > 0
+
+
+def test_a_run_whose_weights_travel_through_a_bucket(recipe: Recipe, s3: Any) -> None:
+    """Full and sparse versions; what the rollout service serves last is what the trainer put there last but one or so,
+    checksum and all. A second start goes on in the same bucket."""
+    options = ("--weights.store", "s3://weights/run", "--rollout.engine.dtype", "bfloat16")
+    with recipe.launch("--trainer.steps", "6", *options) as run:
+        assert run.finish() == 0, run.output
+    with recipe.launch("--trainer.steps", "8", *options) as again:
+        assert again.finish() == 0, again.output
+    assert recipe.steps() == list(range(1, 9))
+    assert recipe.audit().holds
+    store = WeightStore("s3://weights/run")
+    assert {store.manifest(version).form for version in store.versions()} == {"full", "sparse"}
+    assert store.manifest(store.versions()[-1]).step == 8
+    copies = sorted((recipe.run_folder / "replicas").glob("*/v*/model.safetensors"))
+    served = int(copies[-1].parent.name.removeprefix("v"))
+    assert served >= 6
+    assert state_checksum(map_state(copies[-1])) == store.manifest(served).state_checksum
 
 
 def test_a_judge_that_hangs_makes_the_run_wait_and_a_resumed_run_stops_calmly(recipe: Recipe) -> None:

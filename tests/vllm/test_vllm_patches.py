@@ -1,7 +1,7 @@
 """Changed elements written in place, through vLLM's own loaders of fused tensors.
 
-On a CPU vLLM packs linear weights, and nothing can be written into them. A plug-in that only these tests install keeps
-it from packing: then weights lie in memory as on a GPU, and vLLM's checksums see all of them.
+On a CPU vLLM packs linear weights; a plug-in that only tests install keeps it from that, so that vLLM's checksums see
+all of them.
 """
 
 import json
@@ -17,6 +17,7 @@ from services.engine.base import Sampling
 from services.engine.vllm import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
+from tests.vllm.plugins import UNPACKED, install
 from tests.vllm.subjects import Subject, vllm_subject
 
 PROMPT = list(range(20, 120))
@@ -25,14 +26,7 @@ GREEDY = Sampling(max_tokens=16, temperature=0)
 
 @pytest.fixture(scope="module")
 def unpacked(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "unpacked_weights.py").write_text(
-        "def register():\n    import vllm._custom_ops\n\n    vllm._custom_ops._supports_onednn = False\n"
-    )
-    described = folder / "unpacked_weights-1.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-weights\nVersion: 1\n")
-    (described / "entry_points.txt").write_text("[vllm.general_plugins]\nunpacked = unpacked_weights:register\n")
+    folder = install(tmp_path_factory.mktemp("plugin"), unpacked=UNPACKED)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         with vllm_subject(model) as subject:

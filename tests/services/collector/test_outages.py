@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tomli_w
 from starlette.responses import Response
@@ -24,7 +25,7 @@ from shared.ledger import WindowStart
 from shared.records import DocumentKey, ScoredDocument
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
-from tests.services.collector.processes import RedisProcess, served
+from tests.services.collector.processes import RedisProcess, free_port, served
 from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_document
@@ -98,6 +99,27 @@ def test_the_collector_ends_when_the_trainer_has_finished(
         asyncio.run(run())
     assert seen.balance.reading == seen.balance.read > 0
     assert seen.coordination.acquire_lease(0, "another", lease_s=1)
+
+
+def test_the_collector_may_stay_when_the_trainer_has_finished(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    with served(StubServices(seconds=60).app) as url:
+        collector = {"stay_when_finished": True, "port": free_port()}
+        settings = make_settings(url, documents=documents, trainer={"steps": 5}, collector=collector)
+        seen = Seen(settings)
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: seen.balance.reading > 0, task=task)
+                seen.coordination.report_trainer(TrainerReport(5, 5, "finished"))
+                await until(lambda: bool(seen.coordination.acquire_lease(0, "another", lease_s=1)), task=task)
+                await asyncio.sleep(0.5)
+                assert not task.done()
+                ready = f"http://127.0.0.1:{settings.collector.port}/readyz"
+                assert (await asyncio.to_thread(httpx.get, ready)).is_success
+
+        asyncio.run(run())
 
 
 def test_the_report_of_an_earlier_end_does_not_stop_a_longer_run(

@@ -1,0 +1,47 @@
+"""Plug-ins for vLLM that only tests install, in a folder that Python imports from. vLLM finds them by entry points,
+in every process that it spawns."""
+
+from pathlib import Path
+
+UNPACKED = """
+def register():
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+"""
+"""On a CPU vLLM packs linear weights, and nothing can be written into them or read from them. With this one weights lie
+in memory as on a GPU."""
+
+RECORDED = """
+import os
+from pathlib import Path
+
+def register():
+    from safetensors.torch import save_file
+    from services.engine.vllm_weights import FileTransferEngine
+
+    if hasattr(FileTransferEngine, "received"):
+        return
+    FileTransferEngine.received = FileTransferEngine.receive_weights
+
+    def receive_weights(self, update):
+        self.received(update)
+        folder = Path(os.environ["RECORDED_WEIGHTS"])
+        file = folder / f"{len(list(folder.iterdir())):04}.safetensors"
+        save_file({name: weights.detach().clone() for name, weights in self.model.named_parameters()}, file)
+
+    FileTransferEngine.receive_weights = receive_weights
+"""
+"""After each weight update what lies in the model's memory goes to a file in the folder RECORDED_WEIGHTS."""
+
+
+def install(folder: Path, **plugins: str) -> Path:
+    """A module with its code for each plug-in. `folder`, made where it is missing, is returned, for PYTHONPATH."""
+    folder.mkdir(exist_ok=True)
+    for name, code in plugins.items():
+        (folder / f"{name}_weights.py").write_text(code)
+        described = folder / f"{name}_weights-1.dist-info"
+        described.mkdir()
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-weights\nVersion: 1\n")
+        (described / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {name}_weights:register\n")
+    return folder
