@@ -11,12 +11,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
+from services.engine.base import Generation, Prompt, Sampling, TokenScore
 from services.engine.jobs import GenerateJob, JobQueue, LoadJob, ScoreJob
+from services.engine.local import LocalEngine
 from services.engine.model import CausalModel
-from services.engine.prompts import check_room, encode_prompt
-from services.engine.tokenizer import Tokenizer
-from services.engine.trunks import Tokens
 from services.engine.weights import (
     Patch,
     apply_patches,
@@ -34,13 +32,13 @@ T = TypeVar("T")
 _CLOSE_S = 5.0
 
 
-class TransformersEngine:
+class TransformersEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer` and a `PatchableEngine`."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, where it is not the model's."""
+        super().__init__(tokenizer=tokenizer or settings.model)
         self._settings = settings
-        self._tokenizer_source = tokenizer or settings.model
         self._queue = JobQueue(
             max_queued=settings.max_queued_requests,
             max_batch_tokens=settings.max_batch_tokens,
@@ -48,7 +46,6 @@ class TransformersEngine:
         )
         self._worker = Worker(settings, self._queue, lambda token_ids: self._tokens.decode_continuation(token_ids))
         self._model: CausalModel | None = None
-        self._tokenizer: Tokenizer | None = None
 
     @property
     def name(self) -> str:
@@ -59,15 +56,11 @@ class TransformersEngine:
         return self._worker.weight_version
 
     @property
-    def can_score(self) -> bool:
-        return True
-
-    @property
     def can_constrain(self) -> bool:
         return False
 
     async def start(self) -> None:
-        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
+        await self._load_tokenizer()
         self._model = await asyncio.wrap_future(self._worker.start())
 
     async def close(self) -> None:
@@ -83,33 +76,14 @@ class TransformersEngine:
         self._queue.put(job)
         return await self._answer(job.future)
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
-        scores, _ = await self.score_tokens(prompt, continuations)
-        return [[token.log_prob for token in of_continuation] for of_continuation in scores]
-
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
         if not continuations:
             return [], self.weight_version
-        encoded = [self._encode(continuation) for continuation in continuations]
-        if not all(encoded):
-            raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
+        encoded = self._encode_scored(continuations)
         # The last token is only predicted, it needs no place of its own.
         job = ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded)
         self._queue.put(job)
         return await self._answer(job.future)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokens.encode(text)
-
-    def decode(self, token_ids: TokenSequence) -> str:
-        return self._tokens.decode(token_ids)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer is not None and self._tokenizer.has_chat_template
-
-    def render_chat(self, prompt: str) -> str:
-        return self._tokens.render_chat(prompt)
 
     async def load_weights(self, folder: Path, version: int) -> None:
         tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
@@ -135,20 +109,16 @@ class TransformersEngine:
     @property
     def _started(self) -> CausalModel:
         if self._model is None:
-            raise EngineError(f"{self.name} is still starting: try again")
+            raise self._starting()
         return self._model
 
     @property
-    def _tokens(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise EngineError(f"{self.name} is still starting: try again")
-        return self._tokenizer
+    def _vocab_size(self) -> int:
+        return self._started.vocab_size
 
-    def _encode(self, text: Prompt) -> Tokens:
-        return encode_prompt(text, self._tokens, vocab_size=self._started.vocab_size)
-
-    def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
-        return check_room(self._encode(prompt), room=room, max_tokens=self._started.max_positions, engine=self.name)
+    @property
+    def _max_tokens(self) -> int:
+        return self._started.max_positions
 
     async def _answer(self, future: "Future[T]") -> T:
         """Bounded; giving up cancels the job, which the worker then skips."""

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from services.concurrency import all_of
-from services.engine.base import Generation, Prompt, Sampling, TokenScore, TokenSequence
+from services.engine.base import Generation, Prompt, Sampling, TokenScore
 from services.engine.kept_weights import Kept, KeptWeights
+from services.engine.local import LocalEngine
 from services.engine.outline import ModelOutline, local_folder, read_outline
-from services.engine.prompts import check_room, encode_prompt
-from services.engine.tokenizer import Tokenizer
 from services.engine.trunks import Tokens
 from services.engine.vllm_core import (
     MAX_SCORED_TOKENS,
@@ -41,7 +40,7 @@ from shared.settings import EngineSettings
 _log = logging.getLogger(__name__)
 
 
-class VllmEngine:
+class VllmEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
@@ -49,12 +48,11 @@ class VllmEngine:
 
         Raises SettingsError for a wrong vLLM.
         """
+        super().__init__(tokenizer=tokenizer or settings.model)
         self._installed = installed_version()
         self._settings = settings
-        self._tokenizer_source = tokenizer or settings.model
         self._constrains = constrains
         self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
-        self._tokenizer: Tokenizer | None = None
         self._outline: ModelOutline | None = None
         self._kept: KeptWeights | None = None
         self._requests: set[asyncio.Timeout] = set()
@@ -74,10 +72,6 @@ class VllmEngine:
         return self._version
 
     @property
-    def can_score(self) -> bool:
-        return True
-
-    @property
     def can_constrain(self) -> bool:
         return self._constrains
 
@@ -94,7 +88,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         source = self._settings.model
-        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
+        await self._load_tokenizer()
         outline = await asyncio.to_thread(read_outline, source)
         await self._core.start()
         self._kept = KeptWeights(await asyncio.to_thread(local_folder, source))
@@ -116,36 +110,17 @@ class VllmEngine:
         async with self._request():
             return await all_of(self._continue(prompt, sampling, row) for row, prompt in enumerate(encoded))
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
-        scores, _ = await self.score_tokens(prompt, continuations)
-        return [[token.log_prob for token in of_continuation] for of_continuation in scores]
-
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
         """First tokens are read off one prefill of the prompt; those behind them find it in the prefix cache."""
         if not continuations:
             return [], self.weight_version
-        encoded = [self._encode(continuation) for continuation in continuations]
-        if not all(encoded):
-            raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
+        encoded = self._encode_scored(continuations)
         known = self._prepare(prompt, room=max(map(len, encoded)))
         async with self._request():
             first, version = await self._score_first(known, sorted({tokens[0] for tokens in encoded}))
             rest = await all_of(self._score_rest(known, tokens) for tokens in encoded)
         scores = [[first[tokens[0]], *more] for tokens, (more, _) in zip(encoded, rest, strict=True)]
         return scores, min([version, *(found for more, found in rest if more)])
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokens.encode(text)
-
-    def decode(self, token_ids: TokenSequence) -> str:
-        return self._tokens.decode(token_ids)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer is not None and self._tokenizer.has_chat_template
-
-    def render_chat(self, prompt: str) -> str:
-        return self._tokens.render_chat(prompt)
 
     async def load_weights(self, folder: Path, version: int) -> None:
         kept = self._replaceable()
@@ -326,7 +301,7 @@ class VllmEngine:
         if self.failure:
             raise EngineError(self.failure)
         if self._kept is None:
-            raise EngineError(f"{self.name} is still starting: try again")
+            raise self._starting()
         if self._settings.lora_adapter:
             raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
         return self._kept
@@ -334,20 +309,16 @@ class VllmEngine:
     @property
     def _started(self) -> ModelOutline:
         if self._outline is None:
-            raise EngineError(f"{self.name} is still starting: try again")
+            raise self._starting()
         return self._outline
 
     @property
-    def _tokens(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise EngineError(f"{self.name} is still starting: try again")
-        return self._tokenizer
+    def _vocab_size(self) -> int:
+        return self._started.vocab_size
 
-    def _encode(self, text: Prompt) -> Tokens:
-        return encode_prompt(text, self._tokens, vocab_size=self._started.vocab_size)
-
-    def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
-        return check_room(self._encode(prompt), room=room, max_tokens=self._core.max_tokens, engine=self.name)
+    @property
+    def _max_tokens(self) -> int:
+        return self._core.max_tokens
 
 
 def _spread_seed(seed: int) -> int:
