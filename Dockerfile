@@ -58,13 +58,14 @@ LABEL org.opencontainers.image.title="Headwater" \
       org.opencontainers.image.revision="$REVISION"
 
 # The image brings torch, transformers and vLLM. The environment on top sees them and adds what is missing; what the image
-# has stays at the image's versions, and a requirement that doesn't fit fails here.
+# has stays at the image's versions, and a requirement that doesn't fit fails here. (A pip of its own would bring its own
+# setuptools, which hides the image's.)
 FROM ${VLLM_IMAGE} AS gpu
 ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
 RUN --mount=type=bind,from=requirements,target=/requirements,rw --mount=type=cache,target=/root/.cache/pip \
-    python3 -m venv --system-site-packages /opt/headwater \
-    && cd /requirements && touch README.md && /opt/headwater/bin/pip list --format=freeze > installed.txt \
-    && /opt/headwater/bin/pip install -c installed.txt '.[s3]'
+    python3 -m venv --without-pip --system-site-packages /opt/headwater \
+    && cd /requirements && touch README.md && /opt/headwater/bin/python -m pip list --format=freeze > installed.txt \
+    && /opt/headwater/bin/python -m pip install -c installed.txt '.[s3]'
 COPY --from=tree /headwater /headwater
 ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false \
