@@ -26,6 +26,8 @@ COPY trainer trainer
 COPY evaluation evaluation
 COPY starter starter
 COPY cli cli
+# A checkout may be for its owner's eyes only (umask 077); the image's user is another.
+RUN chmod -R a+rX .
 
 FROM ${PYTHON_IMAGE} AS cpu
 ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
