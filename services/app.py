@@ -85,7 +85,7 @@ def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness]) -> 
     async def metrics_text() -> Response:
         """Prometheus metrics as text."""
         metrics.ready.set(readiness().ready)
-        return Response(generate_latest(metrics.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(metrics.registry_of(app.state.service)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

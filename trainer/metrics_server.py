@@ -16,7 +16,7 @@ from prometheus_client import make_wsgi_app
 
 from shared.auth import check_bearer, refuse_open_binding
 from shared.errors import AuthError, SettingsError
-from shared.metrics import REGISTRY
+from shared.metrics import registry_of
 from shared.settings import Secrets
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _listen(host: str, port: int, secrets: Secrets) -> WSGIServer:
 
 
 def _application(secrets: Secrets) -> Callable[[Environ, StartResponse], Iterable[bytes]]:
-    metrics_application = make_wsgi_app(REGISTRY)
+    metrics_application = make_wsgi_app(registry_of("trainer"))
 
     def answer(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]

@@ -17,13 +17,13 @@ TOKEN = {"Authorization": "Bearer t0ken"}
 ADMIN = {"Authorization": "Bearer adm1n"}
 
 
-def make_app(*, ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
+def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
     app = create_app(
-        service="rollout",
+        service=service,
         title="Toy",
         description="For tests",
         secrets=Secrets(token="t0ken", admin_token="adm1n"),
-        readiness=lambda: Readiness(ready=ready, service="rollout", detail="" if ready else "the model is loading"),
+        readiness=lambda: Readiness(ready=ready, service=service, detail="" if ready else "the model is loading"),
         max_request_bytes=max_request_bytes,
     )
 
@@ -134,6 +134,20 @@ def test_requests_of_work_are_counted_while_they_are_in_flight_and_no_longer(cli
     assert client.get("/v1/requests-in-flight", headers=TOKEN).json() == before + 1
     assert client.post("/v1/fail/bug", headers=TOKEN).status_code == 500
     assert f"headwater_requests_in_flight {before}\n" in client.get("/metrics", headers=TOKEN).text
+
+
+@pytest.mark.parametrize("role", metrics.SERVICES)
+def test_a_service_shows_the_metrics_of_its_role_only(role: str) -> None:
+    app = make_app(service=role)
+    shown = TestClient(app).get("/metrics", headers=TOKEN).text
+    owners = {
+        "headwater_ready": metrics.SERVICES,
+        "headwater_engine_queued_requests": metrics.ENGINES,
+        "headwater_policy_version": ("rollout",),
+        "headwater_leased_parts": ("collector",),
+        "headwater_step": (),
+    }
+    assert {name: f"\n{name} " in shown for name in owners} == {name: role in roles for name, roles in owners.items()}
 
 
 def test_the_process_tells_its_memory(client: TestClient) -> None:

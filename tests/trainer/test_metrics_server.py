@@ -28,7 +28,9 @@ def test_figures_are_served_to_who_has_a_token() -> None:
     with serving_metrics("127.0.0.1", free_port(), SECRETS) as port:
         assert port
         for token in (SECRETS.token, SECRETS.admin_token):
-            assert "headwater_step 17.0" in get(port, "/metrics", token).text.splitlines()
+            lines = get(port, "/metrics", token).text.splitlines()
+            assert "headwater_step 17.0" in lines
+            assert not any(line.startswith("headwater_leased_parts") for line in lines)
 
 
 def test_others_are_refused_and_health_is_open() -> None:
