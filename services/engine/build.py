@@ -9,7 +9,7 @@ def build_engine(
     settings: EngineSettings, *, default_model: str = "", tokenizer: str = "", constrains: bool = False
 ) -> Engine:
     """`default_model` stands in for an empty `engine.model`; `tokenizer` is where to take it from if not the model's;
-    `constrains`: samples will be held to patterns (see `Engine.can_constrain`), which vLLM must know beforehand.
+    `constrains`: samples will be held to patterns (see `Engine.can_constrain`), as an engine must know at its start.
 
     Raises SettingsError, with the key to change.
     """
@@ -27,4 +27,4 @@ def build_engine(
         return VllmEngine(settings, tokenizer=tokenizer, constrains=constrains)
     from services.engine.openai import OpenAIEngine
 
-    return OpenAIEngine(settings)
+    return OpenAIEngine(settings, constrains=constrains)

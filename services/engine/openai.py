@@ -37,8 +37,10 @@ class ChatPrompt(str):
 class OpenAIEngine:
     """See `Engine`. It has no tokenizer and no weights of its own."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, constrains: bool = False) -> None:
+        """`constrains`: let `start` find out whether samples can be held to patterns."""
         self._settings = settings
+        self._constrains = constrains
         self._in_flight = 0
         self._echoes = self._gives_top = self._holds_to_patterns = False
         self._client = AsyncOpenAI(
@@ -63,15 +65,15 @@ class OpenAIEngine:
 
     @property
     def can_constrain(self) -> bool:
-        """Found out by `start`: endpoints of vLLM's kind can."""
+        """Found out by `start` if it matters: endpoints of vLLM's kind can."""
         return self._holds_to_patterns
 
     async def start(self) -> None:
-        """Wait until the endpoint answers, and find out how it scores and whether it holds texts to patterns."""
+        """Wait until the endpoint answers, and find out what it can do."""
         await self._wait_until_reachable()
         self._echoes = await self._supports(self._probe_echo)
         self._gives_top = await self._supports(self._probe_top)
-        self._holds_to_patterns = await self._supports(self._probe_pattern)
+        self._holds_to_patterns = self._constrains and await self._supports(self._probe_pattern)
 
     async def close(self) -> None:
         await self._client.close()

@@ -29,9 +29,12 @@ def policy_url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield url
 
 
-def with_engine(url: str, work: Callable[[OpenAIEngine], Awaitable[T]], **settings: Any) -> T:
+def with_engine(
+    url: str, work: Callable[[OpenAIEngine], Awaitable[T]], *, constrains: bool = False, **settings: Any
+) -> T:
     async def run() -> T:
-        engine = OpenAIEngine(EngineSettings(kind="openai", model="policy", endpoint=f"{url}/v1", **settings))
+        named = EngineSettings(kind="openai", model="policy", endpoint=f"{url}/v1", **settings)
+        engine = OpenAIEngine(named, constrains=constrains)
         try:
             await asyncio.wait_for(engine.start(), 60)
             return await asyncio.wait_for(work(engine), 60)
@@ -183,8 +186,11 @@ def test_whether_an_endpoint_holds_texts_to_patterns_is_tried(
         await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, pattern="a|b"))
         return engine.can_constrain
 
-    assert with_engine(chat_url, work) == holds
+    assert with_engine(chat_url, work, constrains=True) == holds
     assert endpoint.asked[-1]["structured_outputs"] == {"regex": "a|b"}
+    endpoint.asked.clear()
+    assert not with_engine(chat_url, work)
+    assert sum("structured_outputs" in asked for asked in endpoint.asked) == 1, "not tried where nobody asks"
 
 
 def test_a_passing_failure_is_retried(endpoint: Endpoint, chat_url: str) -> None:
