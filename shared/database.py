@@ -32,6 +32,29 @@ class RunRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
     settings: Mapped[dict[str, Any]]
+    source: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """What the documents were when the run began (its manifest); None until a process has read the source."""
+
+
+class PartRow(Base):
+    """One part of the source: who may write for it."""
+
+    __tablename__ = "parts"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True)
+    lease_epoch: Mapped[int] = mapped_column(default=0)
+    """The fencing number: raised by each collector that takes the part. Writes under a lower one are refused."""
+
+
+class CursorRow(Base):
+    """How far one epoch of one part was read, written in the same transaction as the windows that it counts."""
+
+    __tablename__ = "cursors"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    num_positions: Mapped[int]
+    """Positions 0 to num_positions - 1 were read."""
 
 
 class DocumentRow(Base):
@@ -54,12 +77,18 @@ class DocumentRow(Base):
     """Why it was dropped: a short word that can be counted, such as `not_json` or `stale`."""
     detail: Mapped[str] = mapped_column(default="")
     """The whole sentence: file, line, what is wrong."""
+    lease_epoch: Mapped[int] = mapped_column(default=0)
+    """The fencing number (PartRow) of the collector that worked on it last."""
+    num_windows: Mapped[int] = mapped_column(default=0)
+    """How many windows its document has; 0 in rows from before this was kept."""
     num_tokens: Mapped[int] = mapped_column(default=0)
     num_chunks: Mapped[int] = mapped_column(default=0)
     num_dropped_chunks: Mapped[int] = mapped_column(default=0)
     policy_version: Mapped[int | None]
     """Oldest weight version among its rollouts."""
     trained_step: Mapped[int | None]
+    num_pairs: Mapped[int | None]
+    """Preference pairs that updates took from it; None until it is trained."""
     read_at: Mapped[float]
     finished_at: Mapped[float | None]
     __table_args__ = (Index("documents_by_state", "run_id", "state"),)
@@ -113,7 +142,7 @@ class WeightVersionRow(Base):
     version: Mapped[int] = mapped_column(primary_key=True)
     step: Mapped[int]
     form: Mapped[str]
-    num_bytes: Mapped[int]
+    num_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     seconds: Mapped[float]
     created_at: Mapped[float]
 
