@@ -9,6 +9,7 @@ proof of conservation (`balance`):
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from shared.database import DocumentRow, EventRow, RunRow, transaction
+from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction
 from shared.records import DocumentKey
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
@@ -78,11 +79,14 @@ class Ledger:
                 session.add(RunRow(id=self.run_id, created_at=self._clock(), settings=settings))
 
     def begin(self, windows: Sequence[WindowStart]) -> None:
-        """Rows for the windows of one or more positions, all or none. Repeating it changes nothing."""
+        """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes
+        nothing."""
+        num_windows = Counter(_document_of(window.key) for window in windows)
         with transaction(self.engine) as session:
             for window in windows:
                 if session.get(DocumentRow, self._primary_key(window.key)) is None:
-                    session.add(self._row(window))
+                    session.add(self._row(window, num_windows=num_windows[_document_of(window.key)]))
+                self._advance_cursor(session, window.key)
 
     def mark_scored(
         self, key: DocumentKey, *, num_chunks: int, num_dropped_chunks: int, policy_version: int | None
@@ -104,8 +108,9 @@ class Ledger:
         with transaction(self.engine) as session:
             row = session.get(DocumentRow, self._primary_key(key))
             if row is None:
-                row = self._row(WindowStart(key, source_id, 0))
+                row = self._row(WindowStart(key, source_id, 0), num_windows=1)
                 session.add(row)
+                self._advance_cursor(session, key)
             if row.state == TRAINED:
                 raise AssertionError(f"document {key} is trained already and can't be dropped")
             row.state, row.reason, row.detail, row.finished_at = DROPPED, reason, storable(detail)[:2000], self._clock()
@@ -137,13 +142,13 @@ class Ledger:
     def next_position(self, part: int) -> Position:
         """The first place in the part that was never read."""
         with transaction(self.engine) as session:
-            newest = session.execute(
-                sa.select(DocumentRow.epoch, DocumentRow.position)
-                .where(DocumentRow.run_id == self.run_id, DocumentRow.part == part)
-                .order_by(DocumentRow.epoch.desc(), DocumentRow.position.desc())
+            newest = session.scalars(
+                sa.select(CursorRow)
+                .where(CursorRow.run_id == self.run_id, CursorRow.part == part)
+                .order_by(CursorRow.epoch.desc())
                 .limit(1)
             ).first()
-        return Position(newest.epoch, newest.position + 1) if newest else Position(0, 0)
+            return Position(newest.epoch, newest.num_positions) if newest else Position(0, 0)
 
     def unfinished(self, part: int, *, on_stream: set[str]) -> dict[Position, set[int]]:
         """Windows by position that must be worked on again: read, but neither finished nor on the stream.
@@ -220,11 +225,19 @@ class Ledger:
     def _primary_key(self, key: DocumentKey) -> tuple[str, int, int, int, int]:
         return (self.run_id, key.part, key.epoch, key.position, key.window)
 
-    def _row(self, window: WindowStart) -> DocumentRow:
+    def _advance_cursor(self, session: Session, key: DocumentKey) -> None:
+        cursor = session.get(CursorRow, (self.run_id, key.part, key.epoch))
+        if cursor is None:
+            cursor = CursorRow(run_id=self.run_id, part=key.part, epoch=key.epoch, num_positions=0)
+            session.add(cursor)
+        cursor.num_positions = max(cursor.num_positions, key.position + 1)
+
+    def _row(self, window: WindowStart, *, num_windows: int) -> DocumentRow:
         return DocumentRow(
             run_id=self.run_id,
             **window.key.model_dump(),
             source_id=storable(window.source_id),
+            num_windows=num_windows,
             num_tokens=window.num_tokens,
             read_at=self._clock(),
             state=READING,
@@ -246,6 +259,10 @@ class Ledger:
                 )
                 .values(**values)
             )
+
+
+def _document_of(key: DocumentKey) -> tuple[int, int, int]:
+    return key.part, key.epoch, key.position
 
 
 def storable(text: str) -> str:

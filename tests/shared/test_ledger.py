@@ -109,6 +109,23 @@ def test_next_position_follows_the_newest_of_the_part(database: Engine) -> None:
     assert ledger.next_position(1) == Position(0, 10)
 
 
+def test_the_cursor_stays_where_rows_are_lost(database: Engine) -> None:
+    ledger = opened(database)
+    begin(ledger, key(0), key(1))
+    begin(ledger, key(2), key(2, window=1))
+    with transaction(database) as session:
+        session.execute(sa.delete(DocumentRow).where(DocumentRow.position == 2))
+    assert ledger.next_position(0) == Position(0, 3)
+    assert [row.num_windows for row in rows(database)] == [1, 1]
+
+
+def test_each_window_knows_how_many_its_document_has(database: Engine) -> None:
+    ledger = opened(database)
+    begin(ledger, key(0), *(key(1, window=window) for window in range(3)))
+    ledger.drop(key(2), reason="not_json", source_id="f:3")
+    assert [row.num_windows for row in rows(database)] == [1, 3, 3, 3, 1]
+
+
 def test_unfinished_are_those_neither_finished_nor_on_the_stream(database: Engine) -> None:
     ledger = opened(database)
     begin(ledger, key(0), key(1), key(2), key(2, window=1), key(3), key(4), key(5, part=1))
