@@ -18,7 +18,7 @@ from services.collector.failures import first_error
 from services.collector.pools import MIN_JUDGED, Pool, Verdict, build_pools, count_chunks, judgement_item, sort_chunks
 from services.collector.preparing import Window
 from services.collector.seeds import seed_of
-from services.collector.texts import ChunkText
+from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
 from shared.records import ScoredDocument
@@ -34,15 +34,15 @@ class DroppedWindow:
 
 
 async def collect(
-    window: Window, texts: Sequence[ChunkText], *, stage: ScheduleStage, services: Services, settings: Settings
+    window: Window, text: WindowText, *, stage: ScheduleStage, services: Services, settings: Settings
 ) -> ScoredDocument | DroppedWindow:
-    """The window with its chunks scored. `texts` has one entry per chunk of the window."""
-    asking = _Asking(window, texts, services, settings, seconds={})
+    """The window with its chunks scored. `text` is that of the window."""
+    asking = _Asking(window, text, services, settings, seconds={})
     try:
         rollouts, rewrites = await asking.generate(stage)
         pools = build_pools(
             window,
-            texts,
+            text,
             stage=stage,
             rewrites=rewrites,
             rollouts=rollouts,
@@ -74,7 +74,7 @@ class _Asking:
     """The requests for one window. Seeds come from its key: a window that is redone asks the same again."""
 
     window: Window
-    texts: Sequence[ChunkText]
+    text: WindowText
     services: Services
     settings: Settings
     seconds: dict[str, float]
@@ -94,7 +94,7 @@ class _Asking:
         asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
         if not asked:
             return {}
-        items = tuple(judgement_item(self.window, index, self.texts[index], pools[index]) for index in asked)
+        items = tuple(judgement_item(self.window, index, self.text, pools[index]) for index in asked)
         request = JudgementRequest.model_construct(items=items, seed=self._seed("judge"))
         with self._timed("judge"):
             answer = await self.services.judge_candidates(request)
@@ -126,7 +126,8 @@ class _Asking:
     async def _rewrite(self) -> Sequence[Rewrite]:
         suffix_tokens = self.settings.chunks.suffix_tokens
         items = tuple(
-            RewriteItem(prefix=text.prefix, suffix=text.suffix, max_suffix_tokens=suffix_tokens) for text in self.texts
+            RewriteItem(prefix=self.text.prefix(index), suffix=self.text.suffix(index), max_suffix_tokens=suffix_tokens)
+            for index in range(len(self.window.chunks))
         )
         with self._timed("rewrite"):
             answer = await self.services.rewrite(RewriteRequest(items=items, seed=self._seed("rewrite")))

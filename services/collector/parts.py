@@ -142,11 +142,11 @@ class PartWorker:
         """One window from reading to its end. Its place at the gate is given back only when the ledger knows."""
         try:
             show = self.preparer.tokenizer.show
-            texts = await asyncio.get_running_loop().run_in_executor(
+            text = await asyncio.get_running_loop().run_in_executor(
                 self._tokenizing, lambda: show(window.token_ids, window.chunks)
             )
             stage = self.settings.collector.stage_at(self.watch.policy_version)
-            outcome = await collect(window, texts, stage=stage, services=self.services, settings=self.settings)
+            outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
                 await self.storage.drop(
                     window.key, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id

@@ -7,7 +7,7 @@ checking thousands of token ids a second time was a fifth of the collector's wor
 from collections.abc import Mapping, Sequence
 
 from services.collector.preparing import Window
-from services.collector.texts import ChunkText
+from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgedText, JudgementFailure, JudgementItem, Rewrite, Rollout
 from shared.records import Candidate, DroppedChunk, Judgement, ScoredChunk
@@ -24,7 +24,7 @@ Verdict = Judgement | JudgementFailure
 
 def build_pools(
     window: Window,
-    texts: Sequence[ChunkText],
+    text: WindowText,
     *,
     stage: ScheduleStage,
     rewrites: Sequence[Rewrite],
@@ -37,7 +37,7 @@ def build_pools(
         pool: list[Candidate] = []
         if "original" in stage.kinds:
             ids = window.token_ids[chunk.start : chunk.end]
-            pool.append(Candidate(kind="original", token_ids=ids, text=texts[index].suffix))
+            pool.append(Candidate(kind="original", token_ids=ids, text=text.suffix(index)))
         if rewrites and (rewritten := _rewrite(rewrites[index], suffix_tokens)):
             pool.append(rewritten)
         if rollouts:
@@ -46,14 +46,14 @@ def build_pools(
     return pools
 
 
-def judgement_item(window: Window, index: int, text: ChunkText, pool: Pool) -> JudgementItem:
+def judgement_item(window: Window, index: int, text: WindowText, pool: Pool) -> JudgementItem:
     """What the judge is shown of one chunk: the kinds are withheld."""
     return JudgementItem.model_construct(
-        prefix=text.prefix,
+        prefix=text.prefix(index),
         candidates=tuple(
             JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
         ),
-        reference=text.suffix,
+        reference=text.suffix(index),
         prefix_token_ids=window.token_ids[: window.chunks[index].start],
     )
 

@@ -16,11 +16,27 @@ _MAX_CUT_CHARACTERS = 4
 
 
 @dataclass(frozen=True)
-class ChunkText:
-    """What teacher and judge read of one chunk. A character cut by a border is in neither of the two."""
+class TextSpan:
+    """A chunk's suffix in characters of its window's text: `text[start:end]`."""
 
-    prefix: str
-    suffix: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class WindowText:
+    """What teacher and judge read of one window: its text once, and where each chunk's suffix lies in it."""
+
+    text: str
+    spans: tuple[TextSpan, ...]
+    """One per chunk of the window, in their order."""
+
+    def prefix(self, index: int) -> str:
+        """All text before chunk `index`'s suffix."""
+        return self.text[: self.spans[index].start]
+
+    def suffix(self, index: int) -> str:
+        return self.text[self.spans[index].start : self.spans[index].end]
 
 
 class PolicyTokenizer:
@@ -48,13 +64,13 @@ class PolicyTokenizer:
             )["input_ids"]
         return ids if self._beginning is None else [self._beginning, *ids]
 
-    def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> list[ChunkText]:
-        """The text of each chunk of one window, so that prefix + suffix reads as the raw window does."""
+    def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
+        """The text of one window and of its chunks, so that prefix + suffix reads as the raw window does."""
         borders = sorted({border for chunk in chunks for border in (chunk.start, chunk.end)})
         # Each border is decoded from the window's start: tokenizers drop or add spaces where a text begins.
         *decoded, whole = self._decode([*(list(token_ids[:border]) for border in borders), list(token_ids)])
         at = {border: _uncut(text, whole) for border, text in zip(borders, decoded, strict=True)}
-        return [_chunk_text(whole, at[chunk.start], at[chunk.end]) for chunk in chunks]
+        return WindowText(whole, tuple(_span(at[chunk.start], at[chunk.end]) for chunk in chunks))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode([list(token_ids)])[0]
@@ -85,5 +101,6 @@ def _uncut(text: str, whole: str) -> _Border:
     return _Border(len(text.rstrip("\ufffd")), cuts=text.endswith("\ufffd"))
 
 
-def _chunk_text(whole: str, start: _Border, end: _Border) -> ChunkText:
-    return ChunkText(prefix=whole[: start.length], suffix=whole[start.length + start.cuts : end.length])
+def _span(start: _Border, end: _Border) -> TextSpan:
+    first = start.length + start.cuts
+    return TextSpan(first, max(first, end.length))

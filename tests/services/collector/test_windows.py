@@ -7,7 +7,7 @@ import pytest
 
 from services.collector.preparing import Preparer
 from services.collector.sources.base import Document
-from services.collector.texts import ChunkText, PolicyTokenizer
+from services.collector.texts import PolicyTokenizer, TextSpan, WindowText
 from services.collector.windows import Chunk, cut_windows, draw_chunks
 from shared.records import DocumentKey
 from shared.settings import ChunksSettings
@@ -89,7 +89,7 @@ def test_bos_is_added_exactly_where_the_tokenizer_wants_one(tokenizer: PolicyTok
     assert with_bos.encode("moon") == [0, *tokenizer.encode("moon")]
     assert 0 not in tokenizer.encode("moon")
     chunk = Chunk(1, len(with_bos.encode("moon")))
-    assert with_bos.show(with_bos.encode("moon"), [chunk]) == [ChunkText("", "moon")]
+    assert with_bos.show(with_bos.encode("moon"), [chunk]) == WindowText("moon", (TextSpan(0, 4),))
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,18 @@ def test_odd_text_is_shown_as_it_was(tokenizer: PolicyTokenizer, text: str) -> N
 def test_a_character_cut_by_a_border_is_in_neither_text(tokenizer: PolicyTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     for border in range(1, len(ids)):
-        (shown,) = tokenizer.show(ids, [Chunk(border, len(ids))])
-        assert text.startswith(shown.prefix)
-        assert text.endswith(shown.suffix)
-        assert len(text) - len(shown.prefix) - len(shown.suffix) in (0, 1)
-        assert "\ufffd" not in shown.prefix + shown.suffix
+        shown = tokenizer.show(ids, [Chunk(border, len(ids))])
+        prefix, suffix = shown.prefix(0), shown.suffix(0)
+        assert text.startswith(prefix)
+        assert text.endswith(suffix)
+        assert len(text) - len(prefix) - len(suffix) in (0, 1)
+        assert "\ufffd" not in prefix + suffix
 
 
 def test_a_replacement_character_of_the_document_itself_stays(tokenizer: PolicyTokenizer) -> None:
     ids = tokenizer.encode("moon \ufffd\ufffd")
-    (shown,) = tokenizer.show([*ids, *tokenizer.encode("x")], [Chunk(len(ids), len(ids) + 1)])
-    assert shown == ChunkText("moon \ufffd\ufffd", "x")
+    shown = tokenizer.show([*ids, *tokenizer.encode("x")], [Chunk(len(ids), len(ids) + 1)])
+    assert (shown.prefix(0), shown.suffix(0)) == ("moon \ufffd\ufffd", "x")
 
 
 def test_chunks_of_a_window_read_on_from_each_other(tokenizer: PolicyTokenizer) -> None:
@@ -123,5 +124,5 @@ def test_chunks_of_a_window_read_on_from_each_other(tokenizer: PolicyTokenizer) 
     ids = tokenizer.encode(text)
     spans = [Chunk(4, 8), Chunk(8, 12), Chunk(12, len(ids))]
     shown = tokenizer.show(ids, spans)
-    assert "".join([shown[0].prefix, *(chunk.suffix for chunk in shown)]) == text
-    assert shown[1].prefix == shown[0].prefix + shown[0].suffix
+    assert "".join([shown.prefix(0), *(shown.suffix(index) for index in range(3))]) == text
+    assert shown.prefix(1) == shown.prefix(0) + shown.suffix(0)
