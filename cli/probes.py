@@ -70,7 +70,7 @@ def run_folder(settings: Settings) -> str:
     folder = RunFolder(settings.run.folder)
     if not folder.settings_file.exists():
         return f"{folder.path} is new"
-    refuse_changed_identity(load_settings(folder.settings_file, environ={}), settings, folder=folder.path)
+    folder.refuse_another_run(settings)
     return f"{folder.path} is there: this run would be resumed"
 
 

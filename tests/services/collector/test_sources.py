@@ -226,9 +226,9 @@ class Numbers:
             yield RawRecord(f"numbers:{index}", lambda fields=fields: fields)  # type: ignore[misc]
 
 
-def numbers(size: int, *, num_parts: int, buffer: int, seed: int = 0) -> DealtSource:
+def numbers(size: int, *, num_parts: int, buffer: int, max_bytes: int = 0, seed: int = 0) -> DealtSource:
     fields = Fields("text", "", "id", 1000, 10)
-    return DealtSource(Numbers(size), fields, num_parts, buffer, seed)  # type: ignore[arg-type]
+    return DealtSource(Numbers(size), fields, num_parts, buffer, max_bytes, seed)  # type: ignore[arg-type]
 
 
 def places(items: Iterable[Document | Refusal]) -> list[str]:

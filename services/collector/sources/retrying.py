@@ -1,0 +1,85 @@
+"""Reads again what could not be read for a moment: a stream whose connection broke, a file on a disk that hiccuped.
+
+Records are read again from the one that failed, so a retry neither skips nor doubles any. A source that fails before it
+gave its first record is a matter of settings and fails at once. Called by dealing.py, in the collector's source threads.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from services.collector.backoff import Backoff
+from services.collector.sources.base import RawRecord, Reader
+from shared import metrics
+from shared.errors import SourceError, SourceReadError
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_GIVE_UP_S = 900.0
+"""As long as the trainer waits for Redis or the database."""
+_MAX_BACKOFF_S = 10.0
+
+
+class Retries:
+    """Shared by all parts of one source: what one of them could read was no matter of settings."""
+
+    def __init__(self, *, give_up_s: float = _GIVE_UP_S, max_backoff_s: float = _MAX_BACKOFF_S) -> None:
+        """After `give_up_s` of failures in a row SourceError is raised."""
+        self._give_up_s = give_up_s
+        self._max_backoff_s = max_backoff_s
+        self._has_read = False
+        self._has_loaded = False
+
+    def records(self, reader: Reader, *, start: int, step: int) -> Iterator[RawRecord]:
+        """What `reader.read` gives."""
+        is_resumed = start >= step
+        failures = self._series()
+        while True:
+            try:
+                for record in reader.read(start=start, step=step):
+                    self._has_read, failures = True, self._series()
+                    yield record
+                    start += step
+                return
+            except SourceReadError as exc:
+                if not (self._has_read or is_resumed):
+                    raise
+                failures.wait(exc)
+
+    def loaded(self, load: Callable[[], _T]) -> _T:
+        """What `load` gives, which reads one record."""
+        failures = self._series()
+        while True:
+            try:
+                found = load()
+            except SourceReadError as exc:
+                if not self._has_loaded:
+                    raise
+                failures.wait(exc)
+            else:
+                self._has_loaded = True
+                return found
+
+    def _series(self) -> "_Failures":
+        return _Failures(self._give_up_s, self._max_backoff_s)
+
+
+class _Failures:
+    """Failures in a row."""
+
+    def __init__(self, give_up_s: float, max_backoff_s: float) -> None:
+        self._give_up_s = give_up_s
+        self._backoff = Backoff(max_backoff_s)
+        self._began: float | None = None
+
+    def wait(self, exc: SourceReadError) -> None:
+        """Until the next attempt. Raises SourceError when there have been failures for too long."""
+        began = self._began = self._began or time.monotonic()
+        lasted_s = time.monotonic() - began
+        if lasted_s > self._give_up_s:
+            raise SourceError(f"the documents could not be read for {lasted_s:.0f} s, the last time: {exc}") from exc
+        metrics.source_retries_total.inc()
+        pause_s = self._backoff.next_s()
+        _log.warning("reading the documents failed, trying again in %.1f s: %s", pause_s, exc)
+        time.sleep(pause_s)
