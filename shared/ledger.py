@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction
+from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction, translated
 from shared.identity import refuse_changed_identity
 from shared.manifest import Manifest, refuse_changed_source
 from shared.records import DocumentKey
@@ -34,6 +34,15 @@ class WindowStart:
     key: DocumentKey
     source_id: str
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run's first processes wrote down."""
+
+    settings: dict[str, Any]
+    source: dict[str, Any] | None
+    """`Manifest.stored` of its documents; None until a collector has opened them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,18 @@ class Ledger:
         with transaction(self.engine) as session:
             digest = session.scalar(sa.select(RunRow.source["digest"].as_string()).where(RunRow.id == self.run_id))
         return f"{max_epochs} epochs of documents {digest}"
+
+    def began_with(self) -> "RunStart | None":
+        """None if this database does not have the run. Writes nothing, and reads schemas older than this version."""
+        inspector = sa.inspect(self.engine)
+        with translated():
+            if not inspector.has_table(RunRow.__tablename__):
+                return None
+            columns = {column["name"] for column in inspector.get_columns(RunRow.__tablename__)}
+        source = RunRow.source if "source" in columns else sa.null()
+        with transaction(self.engine) as session:
+            found = session.execute(sa.select(RunRow.settings, source).where(RunRow.id == self.run_id)).first()
+        return None if found is None else RunStart(*found)
 
     def begin(self, windows: Sequence[WindowStart]) -> None:
         """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes

@@ -87,9 +87,9 @@ class PartWorker:
         before = await self.storage.source_id(part, Position(epoch, item.position))
         if found != before:
             raise SourceError(
-                f"position {item.position} of part {part} in epoch {epoch} was {before!r} when it was first read and is "
-                f"{found!r} now: the documents have changed since. Put them back, or start a new run with --run.name "
-                "NAME"
+                f"position {item.position} of part {part} in epoch {epoch} was {before!r} when it was first read "
+                f"and is {found!r} now: the documents have changed since. Put them back, or start a new run with "
+                "--run.name NAME"
             )
 
     async def _drop_missing(self, part: int, epoch: int, position: int, numbers: set[int]) -> None:

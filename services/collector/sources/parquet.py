@@ -14,6 +14,8 @@ from shared.manifest import Manifest
 
 _BATCH_ROWS = 64
 """Few: one row may be a document of megabytes."""
+_BUFFER_BYTES = 1 << 20
+"""Columns are read in pieces: a whole column of a row group may be as large as many shuffle blocks."""
 
 
 class ParquetReader:
@@ -56,7 +58,7 @@ class ParquetReader:
 
 def _open(file: SourceFile) -> Any:
     try:
-        return pq.ParquetFile(file.path)
+        return pq.ParquetFile(file.path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except pa.ArrowInvalid:
         return None
     except OSError as exc:

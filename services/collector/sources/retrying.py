@@ -1,7 +1,7 @@
 """Reads again what could not be read for a moment: a stream whose connection broke, a file on a disk that hiccuped.
 
-Records are read again from the one that failed, so a retry neither skips nor doubles any. A source that fails before it
-gave its first record is a matter of settings and fails at once. Called by dealing.py, in the collector's source threads.
+Records are read again from the one that failed, so a retry neither skips nor doubles any. A source that fails before
+it gave its first record is a matter of settings and fails at once. Called by dealing.py, in the source threads.
 """
 
 import logging

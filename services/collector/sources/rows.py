@@ -1,4 +1,4 @@
-"""Rows of formats with columns as records that hold only what is wanted of them. Called by parquet.py, huggingface.py."""
+"""Rows of formats with columns, as records that hold only what is wanted of them. For parquet.py, huggingface.py."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
