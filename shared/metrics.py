@@ -90,9 +90,6 @@ service_retries_total = _counter(
     ["collector"], "service_retries_total", "Requests to a service that were tried again", "service"
 )
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
-source_retries_total = _counter(
-    ["collector"], "source_retries_total", "Reads of the documents that failed and were tried again"
-)
 documents_in_flight = _gauge(["collector"], "documents_in_flight", "Windows being generated and judged")
 leased_parts = _gauge(["collector"], "leased_parts", "Parts of the source held by this collector")
 role_seconds_total = _counter(["collector"], "role_seconds_total", "Seconds waited for a service", "role")

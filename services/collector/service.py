@@ -68,12 +68,13 @@ class _State:
 
     starting: bool = True
     storage: Storage | None = None
-    services: list[Services] = field(default_factory=list)
+    others: list[Services | Source] = field(default_factory=list)
+    """What else may be in trouble."""
 
     def trouble(self) -> str:
         if self.starting or self.storage is None:
             return "; ".join(["the collector is starting", *(self.storage.trouble.values() if self.storage else ())])
-        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.services)]))
+        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.others)]))
 
 
 async def run_collector(settings: Settings, secrets: Secrets) -> None:
@@ -113,7 +114,7 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)
         stack.callback(worker.close)
-        state.services.append(services)
+        state.others += [services, source]
         state.starting = False
         await _work_until_finished(_lease_keeper(settings, storage, worker), watch)
     _log.info("the trainer has finished")

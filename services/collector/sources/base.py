@@ -49,6 +49,11 @@ class Refusal:
 class Source(Protocol):
     """Documents in an order that depends on nothing but settings and files."""
 
+    @property
+    def trouble(self) -> str:
+        """Why reading fails now; empty when it does not."""
+        ...
+
     def read(self, part: int, *, epoch: int, start: int) -> Iterator[Document | Refusal]:
         """Everything of `part` from position `start` of `epoch` to the epoch's end. Blocking: call from a thread.
 

@@ -39,6 +39,10 @@ class DealtSource:
     seed: int
     retries: Retries = field(default_factory=Retries)
 
+    @property
+    def trouble(self) -> str:
+        return self.retries.trouble
+
     def manifest(self) -> Manifest:
         return self.reader.manifest()
 

@@ -51,11 +51,13 @@ def contents(source: DealtSource, *, part: int = 0, start: int = 0) -> list[Any]
 
 
 def test_reads_that_fail_in_the_middle_skip_nothing_and_double_nothing() -> None:
-    before = metrics.source_retries_total._value.get()
+    counted = metrics.service_retries_total.labels("documents")._value
+    before = counted.get()
     reader = Flaky({2: 1, 8: 3, 9: 1, 22: 2, 38: 1}, loads={4: 2, 30: 1})
     source = dealt(reader)
     assert [contents(source, part=part) for part in range(2)] == [contents(dealt(Flaky({})), part=p) for p in range(2)]
-    assert metrics.source_retries_total._value.get() == before + 11
+    assert counted.get() == before + 11
+    assert (source.trouble, metrics.service_up.labels("documents")._value.get()) == ("", 1)
 
 
 def test_a_failure_at_the_first_record_is_configuration() -> None:
@@ -69,10 +71,11 @@ def test_a_resumed_part_waits_for_its_first_record() -> None:
 
 
 def test_failures_without_end_are_an_error_that_says_how_long() -> None:
-    began = time.monotonic()
+    began, source = time.monotonic(), dealt(Flaky({6: 10**9}), give_up_s=0.3)
     with pytest.raises(SourceError, match=r"could not be read for \d+ s, the last time: record 6: the conn") as failed:
-        contents(dealt(Flaky({6: 10**9}), give_up_s=0.3))
+        contents(source)
     assert not isinstance(failed.value, SourceReadError)
+    assert source.trouble == "record 6: the connection broke"
     assert 0.3 <= time.monotonic() - began < 10
 
 
