@@ -14,12 +14,14 @@ import sqlalchemy as sa
 
 from cli.plan import Plan, needed_services
 from cli.redis_server import find_redis_server
-from cli.run_folder import RunFolder, refuse_changed_identity
-from services.collector.sources.base import Refusal
+from cli.run_folder import RunFolder
+from services.collector.sources.base import Refusal, Source
 from shared.auth import authorization_header
-from shared.configuration import load_settings
 from shared.database import open_database, translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
+from shared.identity import refuse_changed_identity
+from shared.ledger import Ledger, RunStart
+from shared.manifest import refuse_changed_source
 from shared.settings import EngineSettings, Settings
 from shared.weight_store import WeightStore
 
@@ -70,7 +72,7 @@ def run_folder(settings: Settings) -> str:
     folder = RunFolder(settings.run.folder)
     if not folder.settings_file.exists():
         return f"{folder.path} is new"
-    refuse_changed_identity(load_settings(folder.settings_file, environ={}), settings, folder=folder.path)
+    folder.refuse_another_run(settings)
     return f"{folder.path} is there: this run would be resumed"
 
 
@@ -189,15 +191,27 @@ def redis_server(settings: Settings) -> str:
 
 
 def database(settings: Settings) -> str:
-    if not settings.database.url:
+    """Reachable; and if it has the run, with this identity and these documents."""
+    if not settings.database.url and not (settings.run.folder / "headwater.db").exists():
         return f"SQLite in {settings.run.folder}"
-    engine = open_database(settings.database.url)
+    engine = open_database(settings.database_url)
     try:
         with translated(), engine.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
+        start = Ledger(engine, settings.run.name).began_with()
     finally:
         engine.dispose()
-    return f"{engine.dialect.name} at database.url"
+    if start is not None:
+        refuse_another_run(start, settings)
+    return f"{engine.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
+
+
+def refuse_another_run(start: RunStart, settings: Settings) -> None:
+    """What the run's first processes would say of these settings and of the documents as they are."""
+    now = settings.model_dump(mode="json")
+    refuse_changed_identity(start.settings, now, run=f"{settings.run.name!r} of this database")
+    if start.source is not None:
+        refuse_changed_source(start.source, documents(settings).manifest(), run=settings.run.name)
 
 
 def weight_store(settings: Settings) -> str:
@@ -228,12 +242,16 @@ def judge_needs_engine(settings: Settings) -> bool:
     return needs_engine(settings.judge)
 
 
-def first_document(settings: Settings) -> str:
-    """The source as the collector opens it, and how its first record begins."""
+def documents(settings: Settings) -> Source:
+    """As the collector opens them."""
     from services.collector.sources.opening import open_source
 
-    source = open_source(settings.documents, seed=settings.run.seed, vocabulary_size=_LARGEST_VOCABULARY)
-    first = next(iter(source.read(0, epoch=0, start=0)), None)
+    return open_source(settings.documents, seed=settings.run.seed, vocabulary_size=_LARGEST_VOCABULARY)
+
+
+def first_document(settings: Settings) -> str:
+    """How the first record begins."""
+    first = next(iter(documents(settings).read(0, epoch=0, start=0)), None)
     if first is None:
         raise SourceError(f"documents.path = {settings.documents.path!r} has no record")
     if isinstance(first, Refusal):

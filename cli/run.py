@@ -146,14 +146,17 @@ class Launcher:
             self._coordination.report_trainer(TrainerReport(report.step, report.policy_version, "training"))
 
     def _has_reason_to_end(self, role: str) -> bool:
-        """No, when Redis is away: the process is then started again and finds its work done."""
+        """No, when Redis or the database is away: the process is then started again and finds its work done."""
         try:
             report = self._coordination.trainer_report()
             if report is not None and report.state == "finished":
                 return True
-            num_parts = self.plan.settings.documents.num_parts
-            return role == "collector" and self._coordination.source_exhausted(num_parts=num_parts)
-        except StreamError:
+            documents = self.plan.settings.documents
+            extent = self._ledger.extent(max_epochs=documents.max_epochs)
+            return role == "collector" and self._coordination.source_exhausted(
+                num_parts=documents.num_parts, extent=extent
+            )
+        except (StreamError, DatabaseError):
             return False
 
     def _watch(self) -> None:

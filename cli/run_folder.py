@@ -11,14 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shared.configuration import load_settings, without_passwords, write_settings
+from shared.configuration import load_settings, read_toml, without_passwords, write_settings
 from shared.errors import SettingsError
+from shared.identity import refuse_changed_identity
 from shared.settings import Settings
-
-IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks", "trainer.objective")
-"""Settings that decide which documents a position means and what was trained: a resumed run must keep them."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +65,17 @@ class RunFolder:
                 ) from exc
             yield
 
+    def refuse_another_run(self, settings: Settings) -> None:
+        """SettingsError if the folder belongs to a run of another identity."""
+        if self.settings_file.exists():
+            old, new = read_toml(self.settings_file), settings.model_dump(mode="json")
+            refuse_changed_identity(old, new, run=f"in {self.path}")
+
     def adopt(self, settings: Settings) -> None:
         """Write `settings` as the run's own, unless the folder belongs to a run of another identity. Passwords stay
         out."""
-        if self.settings_file.exists():
-            refuse_changed_identity(load_settings(self.settings_file, environ={}), settings, folder=self.path)
+        self.refuse_another_run(settings)
         write_settings(without_passwords(settings), self.settings_file)
-
-
-def refuse_changed_identity(old: Settings, new: Settings, *, folder: Path) -> None:
-    """Raise SettingsError naming every identity setting that differs, old and new."""
-    before, after = _identity(old), _identity(new)
-    changes = [
-        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if changes:
-        raise SettingsError(
-            f"the run in {folder} can't be resumed with other settings: {'; '.join(changes)}. "
-            "Put them back, or start a new run with --run.name NAME"
-        )
 
 
 _STORES = {"HEADWATER_REDIS__URL": "redis", "HEADWATER_DATABASE__URL": "database"}
@@ -128,13 +115,3 @@ def _settled_in(path: Path, settings: Settings) -> Settings:
             "weights": settings.weights.model_copy(update={"store": store}),
         }
     )
-
-
-def _identity(settings: Settings) -> dict[str, Any]:
-    data = settings.model_dump(mode="json")
-    found: dict[str, Any] = {}
-    for place in IDENTITY:
-        section, _, key = place.partition(".")
-        names = [key] if key else list(data[section])
-        found.update({f"{section}.{name}": data[section][name] for name in names})
-    return found

@@ -31,7 +31,7 @@ def load_settings(
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if path is not None:
-        _merge(data, _read_toml(path), origins, origin=str(path))
+        _merge(data, read_toml(path), origins, origin=str(path))
     for keys, value, origin in _environment_values(os.environ if environ is None else environ):
         _set(data, keys, value, origins, origin=origin)
     for keys, value, origin in _command_line_values(overrides):
@@ -69,7 +69,8 @@ def _without_password(url: str) -> str:
     return re.sub(r"^([^:/]+://[^:/@]*):.*@", r"\1@", url)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a settings file says, not yet checked. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:

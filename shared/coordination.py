@@ -117,11 +117,18 @@ class Coordination:
         with translated():
             self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
 
-    def mark_exhausted(self, part: int) -> None:
-        """The part has no more documents, and all it had are on the stream or dropped."""
+    def mark_exhausted(self, part: int, *, extent: str) -> None:
+        """The part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or
+        dropped."""
         with translated():
-            self._client.sadd(exhausted_key(self._run), part)
+            self._client.hset(exhausted_key(self._run), part, extent)
 
-    def source_exhausted(self, *, num_parts: int) -> bool:
+    def exhausted_parts(self, *, extent: str) -> set[int]:
+        """What an earlier start said of another extent, such as fewer epochs, does not count."""
         with translated():
-            return int(self._client.scard(exhausted_key(self._run))) >= num_parts
+            found = self._client.hgetall(exhausted_key(self._run))
+        return {int(part) for part, said in found.items() if said.decode() == extent}
+
+    def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
+        """Whether every part is exhausted."""
+        return self.exhausted_parts(extent=extent) >= set(range(num_parts))

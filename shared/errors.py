@@ -23,6 +23,12 @@ class SourceError(HeadwaterError):
     """A document source as a whole can't be read (a single bad line is a `Refusal`, not an error)."""
 
 
+class SourceReadError(SourceError):
+    """One attempt to read from a source failed; the same may succeed when it is made again."""
+
+    retryable = True
+
+
 class RequestError(HeadwaterError):
     """A request to a service is well-formed JSON but can't be answered as asked."""
 

@@ -16,9 +16,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction
+from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction, translated
+from shared.identity import refuse_changed_identity
+from shared.manifest import Manifest, refuse_changed_source
 from shared.records import DocumentKey
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
@@ -31,6 +34,15 @@ class WindowStart:
     key: DocumentKey
     source_id: str
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run's first processes wrote down."""
+
+    settings: dict[str, Any]
+    source: dict[str, Any] | None
+    """`Manifest.stored` of its documents; None until a collector has opened them."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,39 @@ class Ledger:
     _clock: Any = field(default=time.time)
 
     def open_run(self, settings: dict[str, Any]) -> None:
-        """Write the run's row if it isn't there."""
+        """Write the run's row if it isn't there. SettingsError if it is there with another identity."""
+        insert = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
+        row = {"id": self.run_id, "created_at": self._clock(), "settings": settings}
         with transaction(self.engine) as session:
-            if session.get(RunRow, self.run_id) is None:
-                session.add(RunRow(id=self.run_id, created_at=self._clock(), settings=settings))
+            session.execute(insert(RunRow).values(row).on_conflict_do_nothing())
+            began_with = session.scalars(sa.select(RunRow.settings).where(RunRow.id == self.run_id)).one()
+        refuse_changed_identity(began_with, settings, run=f"{self.run_id!r} of this database")
+
+    def adopt_source(self, manifest: Manifest) -> None:
+        """Keep what the run's documents are, or compare with what is kept: SourceError when they have changed."""
+        of_run = sa.update(RunRow).where(RunRow.id == self.run_id)
+        with transaction(self.engine) as session:
+            session.execute(of_run.where(RunRow.source.is_(sa.null())).values(source=manifest.stored()))
+            kept = session.scalars(sa.select(RunRow.source).where(RunRow.id == self.run_id)).one()
+        refuse_changed_source(kept, manifest, run=self.run_id)
+
+    def extent(self, *, max_epochs: int) -> str:
+        """How much of which documents a start of the run reads: what a part's end is true for."""
+        with transaction(self.engine) as session:
+            digest = session.scalar(sa.select(RunRow.source["digest"].as_string()).where(RunRow.id == self.run_id))
+        return f"{max_epochs} epochs of documents {digest}"
+
+    def began_with(self) -> "RunStart | None":
+        """None if this database does not have the run. Writes nothing, and reads schemas older than this version."""
+        inspector = sa.inspect(self.engine)
+        with translated():
+            if not inspector.has_table(RunRow.__tablename__):
+                return None
+            columns = {column["name"] for column in inspector.get_columns(RunRow.__tablename__)}
+        source = RunRow.source if "source" in columns else sa.null()
+        with transaction(self.engine) as session:
+            found = session.execute(sa.select(RunRow.settings, source).where(RunRow.id == self.run_id)).first()
+        return None if found is None else RunStart(*found)
 
     def begin(self, windows: Sequence[WindowStart]) -> None:
         """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes
@@ -150,6 +191,21 @@ class Ledger:
             ).first()
             return Position(newest.epoch, newest.num_positions) if newest else Position(0, 0)
 
+    def source_id(self, part: int, position: Position) -> str:
+        """Of the document that was read at a position which has rows."""
+        with transaction(self.engine) as session:
+            found = session.scalars(
+                sa.select(DocumentRow.source_id)
+                .where(
+                    DocumentRow.run_id == self.run_id,
+                    DocumentRow.part == part,
+                    DocumentRow.epoch == position.epoch,
+                    DocumentRow.position == position.position,
+                )
+                .limit(1)
+            )
+            return found.one()
+
     def unfinished(self, part: int, *, on_stream: set[str]) -> dict[Position, set[int]]:
         """Windows by position that must be worked on again: read, but neither finished nor on the stream.
 
@@ -217,7 +273,7 @@ class Ledger:
                     at=self._clock(),
                     role=role,
                     kind=kind,
-                    message=message[:2000],
+                    message=storable(message)[:2000],
                     data=data,
                 )
             )
@@ -266,5 +322,5 @@ def _document_of(key: DocumentKey) -> tuple[int, int, int]:
 
 
 def storable(text: str) -> str:
-    """PostgreSQL's text can't hold a NUL character, which documents may."""
-    return text.replace("\x00", "\ufffd")
+    """PostgreSQL's text can't hold a NUL character, and no database half a surrogate pair; documents may."""
+    return text.replace("\x00", "\ufffd").encode(errors="backslashreplace").decode()

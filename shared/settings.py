@@ -73,6 +73,9 @@ class DocumentsSettings(Section):
     """The document's own name; where the field is absent its place (`file:line`) is used."""
     shuffle_buffer: int = Field(default=1024, ge=1)
     """Documents are shuffled within blocks of this many: bounded memory, exact resume. 1 keeps the order."""
+    shuffle_bytes: int = Field(default=128_000_000, ge=0)
+    """The blocks of all parts together hold no more than this: each ends early at its share. 0: no bound. The default
+    leaves blocks of 1,024 web documents whole for up to 16 parts."""
     num_parts: int = Field(default=1, ge=1, le=4096)
     """The source is dealt into this many parts; each collector leases one or more of them."""
     max_epochs: int = Field(default=0, ge=0)

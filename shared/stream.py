@@ -49,8 +49,8 @@ def lease_key(run: str, part: int) -> str:
 
 
 def exhausted_key(run: str) -> str:
-    """Set: parts of the source that have no more documents."""
-    return f"headwater:{run}:exhausted"
+    """Hash: by part of the source that has no more documents, what that was true for (`Ledger.extent`)."""
+    return f"headwater:{run}:exhausted-parts"
 
 
 def trainer_key(run: str) -> str:

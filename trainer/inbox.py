@@ -212,8 +212,10 @@ class Inbox:
 
     def _source_has_ended(self) -> bool:
         """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
-        num_parts = self._settings.documents.num_parts
-        return self._coordination.source_exhausted(num_parts=num_parts) and self._stream.backlog().unread == 0
+        documents = self._settings.documents
+        extent = self._ledger.extent(max_epochs=documents.max_epochs)
+        ended = self._coordination.source_exhausted(num_parts=documents.num_parts, extent=extent)
+        return ended and self._stream.backlog().unread == 0
 
     def _check_patience(self, idle_s: float) -> None:
         limit_s = self._settings.trainer.stream_timeout_s

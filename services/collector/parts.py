@@ -41,6 +41,8 @@ class PartWorker:
     storage: Storage
     gate: Gate
     watch: RunWatch
+    extent: str
+    """What the end of a part is true for (Ledger.extent)."""
     # Threads of its own, not the event loop's: that one waits for its threads in the end, and a source may hang.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))
@@ -72,12 +74,23 @@ class PartWorker:
     async def _redo_one(
         self, item: Document | Refusal, part: int, epoch: int, numbers: set[int], windows: asyncio.TaskGroup
     ) -> None:
+        await self._refuse_another_record(item, part, epoch)
         prepared = [] if isinstance(item, Refusal) else await self._prepare(item, part, epoch)
         for window in prepared:
             if window.key.window in numbers:
                 await self._start(window, windows)
         gone = numbers - {window.key.window for window in prepared}
         await self._drop_missing(part, epoch, item.position, gone)
+
+    async def _refuse_another_record(self, item: Document | Refusal, part: int, epoch: int) -> None:
+        found = item.place if isinstance(item, Refusal) else item.source_id
+        before = await self.storage.source_id(part, Position(epoch, item.position))
+        if found != before:
+            raise SourceError(
+                f"position {item.position} of part {part} in epoch {epoch} was {before!r} when it was first read "
+                f"and is {found!r} now: the documents have changed since. Put them back, or start a new run with "
+                "--run.name NAME"
+            )
 
     async def _drop_missing(self, part: int, epoch: int, position: int, numbers: set[int]) -> None:
         for number in sorted(numbers):
@@ -161,14 +174,15 @@ class PartWorker:
     async def _end(self, part: int) -> None:
         """All windows of the part are on the stream or dropped."""
         balance = await self.storage.database(self.storage.ledger.balance)
-        num_parts, coordination = self.settings.documents.num_parts, self.storage.coordination
-        last = await self.storage.redis(lambda: coordination.source_exhausted(num_parts=num_parts - 1))
-        if last and balance.read == sum(balance.dropped.values()):
+        coordination, extent = self.storage.coordination, self.extent
+        ended = await self.storage.redis(lambda: coordination.exhausted_parts(extent=extent))
+        is_last = ended | {part} >= set(range(self.settings.documents.num_parts))
+        if is_last and balance.read == sum(balance.dropped.values()):
             raise SourceError(
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.redis(lambda: coordination.mark_exhausted(part))
+        await self.storage.redis(lambda: coordination.mark_exhausted(part, extent=extent))
         _log.info("part %d has no more documents", part)
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.errors import SettingsError
 from shared.ledger import Ledger
+from shared.manifest import Manifest
 from shared.settings import Secrets, Settings
 from shared.stream import DocumentStream, connect
 
@@ -67,12 +68,13 @@ class _State:
 
     starting: bool = True
     storage: Storage | None = None
-    services: list[Services] = field(default_factory=list)
+    others: list[Services | Source] = field(default_factory=list)
+    """What else may be in trouble."""
 
     def trouble(self) -> str:
         if self.starting or self.storage is None:
             return "; ".join(["the collector is starting", *(self.storage.trouble.values() if self.storage else ())])
-        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.services)]))
+        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.others)]))
 
 
 async def run_collector(settings: Settings, secrets: Secrets) -> None:
@@ -100,16 +102,19 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
         state.storage = storage
         await _prepare_stores(settings, storage)
         source = await loop.run_in_executor(loading, _open_source, settings, tokenizer.vocabulary_size)
+        extent = await _adopt_source(settings, storage, await loop.run_in_executor(loading, source.manifest))
         http = await stack.enter_async_context(http_client(settings, token=secrets.token))
         services = build_services(settings, http)
         gate = Gate(
             max_in_flight=settings.collector.max_documents_in_flight, max_backlog=settings.collector.max_backlog
         )
-        watch = RunWatch(storage, gate, num_parts=settings.documents.num_parts, steps=settings.trainer.steps)
+        watch = RunWatch(
+            storage, gate, num_parts=settings.documents.num_parts, extent=extent, steps=settings.trainer.steps
+        )
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
-        worker = PartWorker(settings, source, preparer, services, storage, gate, watch)
+        worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)
         stack.callback(worker.close)
-        state.services.append(services)
+        state.others += [services, source]
         state.starting = False
         await _work_until_finished(_lease_keeper(settings, storage, worker), watch)
     _log.info("the trainer has finished")
@@ -159,3 +164,10 @@ async def _prepare_stores(settings: Settings, storage: Storage) -> None:
     await storage.database(lambda: migrate(ledger.engine))
     await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
     await storage.redis(storage.stream.create)
+
+
+async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
+    """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
+    ledger = storage.ledger
+    await storage.database(lambda: ledger.adopt_source(manifest))
+    return await storage.database(lambda: ledger.extent(max_epochs=settings.documents.max_epochs))

@@ -131,6 +131,10 @@ class Storage:
         await self.database(lambda: self.ledger.mark_found(part, on_stream=on_stream))
         return await self.database(lambda: self.ledger.unfinished(part, on_stream=on_stream))
 
+    async def source_id(self, part: int, position: Position) -> str:
+        """Of the document that was read at an unfinished position."""
+        return await self.database(lambda: self.ledger.source_id(part, position))
+
     async def next_position(self, part: int) -> Position:
         return await self.database(lambda: self.ledger.next_position(part))
 

@@ -16,10 +16,11 @@ _INTERVAL_S = 0.2
 class RunWatch:
     """Runs beside the work. While Redis is away, what was seen last stays."""
 
-    def __init__(self, storage: Storage, gate: Gate, *, num_parts: int, steps: int) -> None:
+    def __init__(self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int) -> None:
         self._storage = storage
         self._gate = gate
         self._num_parts = num_parts
+        self._extent = extent
         self._steps = steps
         self.policy_version = 0
         """The trainer's newest; 0 before it has said anything."""
@@ -52,5 +53,5 @@ class RunWatch:
         if report.state != "finished":
             return False
         return report.step >= self._steps or await self._storage.redis_once(
-            lambda: self._storage.coordination.source_exhausted(num_parts=self._num_parts)
+            lambda: self._storage.coordination.source_exhausted(num_parts=self._num_parts, extent=self._extent)
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from shared.configuration import without_passwords
 from shared.database import migrate, open_database
-from shared.errors import DatabaseError
+from shared.errors import DatabaseError, SettingsError
 from shared.ledger import Ledger
 from shared.settings import Settings
 
@@ -21,12 +21,13 @@ class RunEvents:
         self._ledger: Ledger | None = None
 
     def record(self, kind: str, message: str, **data: Any) -> None:
-        """A database that is away costs the event, not the service: the log has it too."""
+        """A database that is away, or that has the run with another identity, costs the event, not the service: the
+        log has it too."""
         try:
             if self._ledger is None:
                 self._ledger = self._open()
             self._ledger.record_event(self._role, kind, message, **data)
-        except DatabaseError as exc:
+        except (DatabaseError, SettingsError) as exc:
             _log.warning("event %s is not in the database: %s", kind, exc)
 
     def _open(self) -> Ledger:

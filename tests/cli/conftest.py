@@ -64,6 +64,6 @@ def made(tmp_path: Path) -> Iterator[MadeRun]:
     engine = open_database(settings.database_url)
     migrate(engine)
     ledger = Ledger(engine, "made")
-    ledger.open_run({})
+    ledger.open_run(settings.model_dump(mode="json"))
     yield MadeRun(folder, settings, engine, ledger)
     engine.dispose()

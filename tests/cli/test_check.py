@@ -7,6 +7,10 @@ import pytest
 
 from cli.check import check
 from cli.init_model import ModelShape, init_model
+from shared.configuration import load_settings
+from shared.database import migrate, open_database
+from shared.ledger import Ledger
+from shared.manifest import Manifest
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "real-text.toml"
 
@@ -20,10 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _check(folder: Path, *options: str) -> int:
+def _words(folder: Path) -> list[str]:
     words = ["--run.directory", str(folder / "runs"), "--documents.path", str(folder / "documents.jsonl")]
-    words += ["--policy.model", str(folder / "model"), "--judge.engine.model", str(folder / "model")]
-    return check(CONFIG, [*words, *options])
+    return [*words, "--policy.model", str(folder / "model"), "--judge.engine.model", str(folder / "model")]
+
+
+def _check(folder: Path, *options: str) -> int:
+    return check(CONFIG, [*_words(folder), *options])
 
 
 def test_a_good_configuration_says_what_would_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,3 +87,39 @@ def test_damaged_weights_are_a_problem(folder: Path, capsys: pytest.CaptureFixtu
     (teacher / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes()[:1000])
     assert _check(folder, "--judge.engine.model", str(teacher)) == 1
     assert "is damaged" in capsys.readouterr().out
+
+
+def test_documents_and_settings_of_a_run_in_the_database_are_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.jsonl").write_text('{"text": "the sea"}')
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    options = ["--documents.path", str(documents), "--database.url", url, "--run.name", "known"]
+    engine = open_database(url)
+    migrate(engine)
+    assert _check(folder, *options) == 0, "it does not have the run"
+    settings = load_settings(CONFIG, [*_words(folder), *options])
+    ledger = Ledger(engine, "known")
+    ledger.open_run(settings.model_dump(mode="json"))
+    ledger.adopt_source(Manifest({"a.jsonl": 19}))
+    assert _check(folder, *options) == 0
+    (documents / "b.jsonl").write_text('{"text": "the hills"}')
+    assert _check(folder, *options) == 1
+    assert "1 file was added (b.jsonl)" in capsys.readouterr().out
+    assert _check(folder, *options, "--documents.num_parts", "2") == 1
+    assert "documents.num_parts was 1 and is now 2" in capsys.readouterr().out
+    engine.dispose()
+
+
+def test_a_database_of_an_older_schema_is_read(folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    engine = open_database(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE runs (id VARCHAR PRIMARY KEY, created_at FLOAT, settings JSON)")
+        connection.exec_driver_sql("INSERT INTO runs VALUES ('old', 0, '{}')")
+    start = Ledger(engine, "old").began_with()
+    engine.dispose()
+    assert start is not None
+    assert (start.settings, start.source) == ({}, None)

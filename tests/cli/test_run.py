@@ -121,3 +121,17 @@ def test_two_runs_at_once_do_not_meet(recipe: Recipe, tmp_path: Path) -> None:
         assert (one.finish(), two.finish()) == (0, 0), one.output + two.output
     assert "collector listens on" in one.output + two.output
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"small", "other"}
+
+
+def test_a_run_whose_documents_ended_goes_on_with_more_epochs(recipe: Recipe) -> None:
+    path = recipe.folder / "documents.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:6]), encoding="utf-8")
+    options = ("--trainer.objective", "next_token", "--collector.schedule", ORIGINAL, "--trainer.steps", "100")
+    with recipe.launch(*options, "--documents.max_epochs", "1") as run:
+        assert run.finish() == 0, run.output
+    once = recipe.audit().balance
+    with recipe.launch(*options, "--documents.max_epochs", "2") as again:
+        assert again.finish() == 0, again.output
+    twice = recipe.audit().balance
+    assert once.trained > 0
+    assert (twice.trained, twice.dropped["not_json"]) == (2 * once.trained, 2), again.output

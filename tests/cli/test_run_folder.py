@@ -42,9 +42,17 @@ def test_another_identity_is_refused_with_old_and_new(
 
 
 def test_other_settings_may_change_and_are_kept(folder: RunFolder) -> None:
-    changed = _settings("--trainer.steps", "9", "--judge.port", "0")
+    changed = _settings("--trainer.steps", "9", "--judge.port", "0", "--documents.max_epochs", "3")
     folder.adopt(changed)
     assert load_settings(folder.settings_file, environ={}) == changed
+
+
+def test_a_run_from_before_a_setting_keeps_what_it_did_then(folder: RunFolder) -> None:
+    content = folder.settings_file.read_text().replace("shuffle_bytes = 128000000\n", "")
+    folder.settings_file.write_text(content)
+    with pytest.raises(SettingsError, match=r"documents\.shuffle_bytes was 0 and is now 128000000"):
+        folder.adopt(_settings())
+    folder.adopt(_settings("--documents.shuffle_bytes", "0"))
 
 
 def test_a_second_launcher_is_refused(folder: RunFolder) -> None:

@@ -12,7 +12,7 @@ def test_nothing_is_known_at_first(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
     assert coordination.announced_version() is None
     assert coordination.trainer_report() is None
-    assert not coordination.source_exhausted(num_parts=1)
+    assert not coordination.source_exhausted(num_parts=1, extent="all")
 
 
 def test_announced_version_and_report_come_back(client: redis.Redis, run: str) -> None:
@@ -59,11 +59,21 @@ def test_only_the_holder_releases(client: redis.Redis, run: str) -> None:
 
 def test_the_source_is_exhausted_when_every_part_is(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.mark_exhausted(1)
-    coordination.mark_exhausted(1)
-    assert not coordination.source_exhausted(num_parts=2)
-    coordination.mark_exhausted(0)
-    assert coordination.source_exhausted(num_parts=2)
+    coordination.mark_exhausted(1, extent="one epoch")
+    coordination.mark_exhausted(1, extent="one epoch")
+    assert not coordination.source_exhausted(num_parts=2, extent="one epoch")
+    coordination.mark_exhausted(0, extent="one epoch")
+    assert coordination.source_exhausted(num_parts=2, extent="one epoch")
+
+
+def test_an_end_is_true_for_what_was_to_be_read_then(client: redis.Redis, run: str) -> None:
+    coordination = Coordination(client, run)
+    for part in (0, 1):
+        coordination.mark_exhausted(part, extent="one epoch")
+    coordination.mark_exhausted(1, extent="two epochs")
+    assert coordination.exhausted_parts(extent="two epochs") == {1}
+    assert not coordination.source_exhausted(num_parts=2, extent="one epoch")
+    assert not coordination.source_exhausted(num_parts=2, extent="two epochs")
 
 
 def test_runs_do_not_see_each_other(client: redis.Redis, run: str) -> None:

@@ -7,7 +7,9 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from shared.database import DocumentRow, EventRow, RunRow, transaction
-from shared.ledger import Balance, Ledger, Position, WindowStart
+from shared.errors import SettingsError, SourceError
+from shared.ledger import Balance, Ledger, Position, RunStart, WindowStart
+from shared.manifest import Manifest
 from shared.records import DocumentKey
 
 
@@ -156,6 +158,47 @@ def test_texts_with_nul_and_very_long_details_are_kept(database: Engine) -> None
     (row,) = rows(database)
     assert row.source_id == "a\ufffdb"
     assert row.detail == "\ufffd" + "x" * 1999
+
+
+@pytest.mark.parametrize("section", [{"num_parts": 2}, {"path": "b"}, {"shuffle_bytes": 5}])
+def test_another_identity_is_refused_by_whoever_opens_the_run(database: Engine, section: dict[str, object]) -> None:
+    ledger, began_with = Ledger(database, "run"), {"documents": {"path": "a"}, "run": {"seed": 3}}
+    ledger.open_run(began_with)
+    ledger.open_run({"documents": {"path": "a", "max_epochs": 4}, "run": {"seed": 3}, "trainer": {"steps": 7}})
+    changed = {"documents": {"path": "a"} | section, "run": {"seed": 3}}
+    with pytest.raises(SettingsError, match=rf"documents\.{next(iter(section))} was .* Put them back, or start a new"):
+        ledger.open_run(changed)
+    assert ledger.began_with() == RunStart(began_with, None)
+
+
+def test_the_first_manifest_is_kept_and_others_are_refused(database: Engine) -> None:
+    ledger = opened(database)
+    ledger.adopt_source(Manifest({"a": 1}, {"num_rows": 5}))
+    ledger.adopt_source(Manifest({"a": 1}, {"num_rows": 5}))
+    for other, words in (
+        (Manifest({"a": 1, "b": 2}, {"num_rows": 5}), r"1 file was added \(b\)"),
+        (Manifest({"a": 1}, {"num_rows": 6}), "num_rows was 5 and is now 6"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            ledger.adopt_source(other)
+
+
+def test_an_extent_tells_epochs_and_documents_apart(database: Engine) -> None:
+    one, other = opened(database), Ledger(database, "other")
+    other.open_run({})
+    before = one.extent(max_epochs=1)
+    one.adopt_source(Manifest({"a": 1}))
+    other.adopt_source(Manifest({"a": 2}))
+    found = [before, one.extent(max_epochs=1), one.extent(max_epochs=2), other.extent(max_epochs=1)]
+    assert len(set(found)) == 4
+    assert one.extent(max_epochs=2) == found[2]
+
+
+def test_names_that_are_not_utf8_are_kept(database: Engine) -> None:
+    ledger = opened(database)
+    ledger.drop(key(0), reason="not_json", detail="caf\udce9", source_id="caf\udce9")
+    ledger.record_event("collector", "failed", "caf\udce9 \x00")
+    assert [(row.source_id, row.detail) for row in rows(database)] == [("caf\\udce9", "caf\\udce9")]
 
 
 def test_a_run_is_opened_once_and_events_are_kept(database: Engine) -> None:

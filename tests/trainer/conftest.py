@@ -167,7 +167,7 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
         engine = open_database(settings.database_url)
         migrate(engine)
         ledger = Ledger(engine, run)
-        ledger.open_run({})
+        ledger.open_run(settings.model_dump(mode="json"))
         client = redis.Redis.from_url(redis_server.url)
         stream = DocumentStream(client, run)
         stream.create()

@@ -268,13 +268,21 @@ def test_the_same_command_again_says_finished_and_a_larger_one_goes_on(make_stac
 def test_the_end_of_the_source_makes_one_last_smaller_step(make_stack: MakeStack) -> None:
     stack = make_stack(steps=9, pairs_per_step=4)
     stack.write(documents_of(stack, range(2)))  # 6 pairs
-    stack.coordination.mark_exhausted(0)
+    stack.coordination.mark_exhausted(0, extent=stack.ledger.extent(max_epochs=0))
     train(stack.settings, Event())
     assert [row.figures["pairs"] for row in rows_of(stack)] == [4, 2]
     report = stack.coordination.trainer_report()
     assert report is not None
     assert report.state == "finished"
     assert stack.ledger.balance().trained == 2
+
+
+def test_the_end_of_fewer_epochs_is_not_the_end(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=9, pairs_per_step=3, stream_timeout_s=2.0)
+    stack.write(documents_of(stack, [0]))
+    stack.coordination.mark_exhausted(0, extent=stack.ledger.extent(max_epochs=2))
+    with pytest.raises(TrainingError, match="no document arrived"):
+        train(stack.settings, Event())
 
 
 def test_stop_ends_the_wait_with_a_checkpoint(make_stack: MakeStack) -> None:
@@ -357,8 +365,15 @@ def test_the_reference_is_saved_only_once_refreshed(make_stack: MakeStack) -> No
 def test_a_missing_model_is_named(make_stack: MakeStack, tmp_path: Path) -> None:
     stack = make_stack()
     policy = stack.settings.policy.model_copy(update={"model": str(tmp_path / "nowhere")})
+    run = stack.settings.run.model_copy(update={"name": "another"})
     with pytest.raises(SettingsError, match=r"policy.model: .*nowhere"):
-        train(stack.settings.model_copy(update={"policy": policy}), Event())
+        train(stack.settings.model_copy(update={"policy": policy, "run": run}), Event())
+
+
+def test_another_identity_is_refused(make_stack: MakeStack) -> None:
+    stack = make_stack(objective="dpo")
+    with pytest.raises(SettingsError, match=r"trainer\.objective was 'dpo' and is now 'rf_nll'"):
+        train(stack.with_trainer(objective="rf_nll").settings, Event())
 
 
 def test_tensorboard_gets_every_figure(make_stack: MakeStack) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from shared.manifest import Manifest
+
 RefusalReason = Literal[
     "not_json",
     "not_an_object",
@@ -47,11 +49,20 @@ class Refusal:
 class Source(Protocol):
     """Documents in an order that depends on nothing but settings and files."""
 
+    @property
+    def trouble(self) -> str:
+        """Why reading fails now; empty when it does not."""
+        ...
+
     def read(self, part: int, *, epoch: int, start: int) -> Iterator[Document | Refusal]:
         """Everything of `part` from position `start` of `epoch` to the epoch's end. Blocking: call from a thread.
 
         Raises SourceError when the source as a whole can't be read.
         """
+        ...
+
+    def manifest(self) -> Manifest:
+        """What the documents are. Blocking. Raises SourceError."""
         ...
 
 
@@ -68,15 +79,25 @@ class RawRecord:
     """A record as found, not looked at yet: what a shuffle block holds."""
 
     place: str
+    """`file:line`, `file:row`; text that can be stored (SourceFile.place)."""
     load: Callable[[], Mapping[str, Any]]
-    """Its fields, or RefusedError."""
+    """Its fields, or RefusedError; SourceReadError when it can't be read now."""
+    num_bytes: int = 0
+    """What `load` holds in memory, by a rule that depends on the content only."""
 
 
 class Reader(Protocol):
     """Records of one format, in the order of sorted files."""
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
-        """Records number `start`, `start + step`, ... of the whole source."""
+        """Records number `start`, `start + step`, ... of the whole source.
+
+        Raises SourceReadError when reading failed and may succeed again, and SourceError when it can't.
+        """
+        ...
+
+    def manifest(self) -> Manifest:
+        """What the documents are. Raises SourceError."""
         ...
 
 

@@ -3,36 +3,72 @@
 import glob
 import gzip
 import io
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import zstandard
 
-from shared.errors import SourceError
+from shared.errors import SourceError, SourceReadError
+from shared.manifest import Manifest
 
 CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
-"""What a damaged compressed file raises: its rest is refused. Another OSError stops the collector."""
+"""What a damaged compressed file raises: its rest is refused. Another OSError is tried again (retrying.py)."""
 
 _MAX_ZSTD_WINDOW = 2**31
 """Corpora are often packed with `zstd --long=31`."""
 
 
-def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the source. Names of files are bytes: one that is not UTF-8 is shown with its bytes as `\\xe9`, here
+    and nowhere else, so that every text which is made of it can be stored."""
+
+    path: Path
+    """To open it."""
+    place: str
+    """The path, for places and messages."""
+    name: str
+    """The path from the source's root, for the manifest."""
+    size: int
+    """Bytes."""
+
+
+def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
     """The files that `path` (a file, a folder or a glob) means, sorted. Folders are searched for `suffixes`
     (empty: all), hidden files left out. SourceError if there are none."""
     root = Path(path)
     if root.is_dir():
         found = [file for file in root.rglob("*") if file.is_file() and _wanted(file.relative_to(root), suffixes)]
     elif root.is_file():  # first: a file's name may itself look like a glob
-        found = [root]
+        root, found = root.parent, [root]
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
+        root = Path(*takewhile(lambda piece: glob.escape(piece) == piece, root.parts))
     if not found:
         kinds = f" with a name ending in {', '.join(suffixes)}" if root.is_dir() and suffixes else ""
         raise SourceError(f"documents.path = {path!r} matches no file{kinds} (working directory {Path.cwd()})")
-    return sorted(found, key=lambda file: file.as_posix())
+    return [_source_file(file, root) for file in sorted(found, key=lambda file: file.as_posix())]
+
+
+def manifest_of(files: Sequence[SourceFile]) -> Manifest:
+    return Manifest({file.name: file.size for file in files})
+
+
+def _source_file(file: Path, root: Path) -> SourceFile:
+    try:
+        size = file.stat().st_size
+    except OSError as exc:
+        raise SourceError(f"{_shown(file)} can't be read: {exc.strerror}") from exc
+    return SourceFile(path=file, place=_shown(file), name=_shown(file.relative_to(root)), size=size)
+
+
+def _shown(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
@@ -40,8 +76,10 @@ def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
     return not hidden and (not suffixes or file.name.endswith(suffixes))
 
 
-def open_lines(path: Path) -> BinaryIO:
-    """A buffered binary stream of the file's content, decompressed by its suffix. SourceError if it can't be opened."""
+def open_lines(file: SourceFile) -> BinaryIO:
+    """A buffered binary stream of the file's content, decompressed by its suffix. SourceReadError if it can't be
+    opened."""
+    path = file.path
     try:
         if path.suffix == ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
@@ -51,7 +89,7 @@ def open_lines(path: Path) -> BinaryIO:
             return io.BufferedReader(raw)
         return path.open("rb")
     except OSError as exc:
-        raise SourceError(f"{path} can't be opened: {exc}") from exc
+        raise SourceReadError(f"{file.place} can't be opened: {exc.strerror}") from exc
 
 
 def bounded_lines(stream: BinaryIO, *, max_bytes: int) -> Iterator[bytes | int]:

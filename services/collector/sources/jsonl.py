@@ -3,14 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from services.collector.sources.base import RawRecord, RefusedError, refuse
-from services.collector.sources.files import CORRUPT, bounded_lines, find_files, open_lines
-from shared.errors import SourceError
+from services.collector.sources.files import CORRUPT, SourceFile, bounded_lines, find_files, manifest_of, open_lines
+from shared.errors import SourceReadError
+from shared.manifest import Manifest
 
 SUFFIXES = tuple(
     f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst", ".zstd")
@@ -25,15 +25,18 @@ class JsonlReader:
         self._files = find_files(path, suffixes=SUFFIXES)
         self._max_bytes = max_document_bytes
 
+    def manifest(self) -> Manifest:
+        return manifest_of(self._files)
+
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         index = 0
         for file in self._files:
             for number, line in self._lines(file):
                 if index >= start and (index - start) % step == 0:
-                    yield self._record(f"{file}:{number}", line)
+                    yield self._record(f"{file.place}:{number}", line)
                 index += 1
 
-    def _lines(self, file: Path) -> Iterator[tuple[int, bytes | int | str]]:
+    def _lines(self, file: SourceFile) -> Iterator[tuple[int, bytes | int | str]]:
         """Numbered lines that are not blank; what is wrong with the rest of the file, as text, is the last of them."""
         number = 0
         with open_lines(file) as stream:
@@ -44,7 +47,7 @@ class JsonlReader:
             except CORRUPT as exc:
                 yield number + 1, f"the file is damaged from here on ({exc or type(exc).__name__})"
             except OSError as exc:
-                raise SourceError(f"{file} can't be read after line {number}: {exc}") from exc
+                raise SourceReadError(f"{file.place} can't be read after line {number}: {exc.strerror}") from exc
 
     def _record(self, place: str, line: bytes | int | str) -> RawRecord:
         if isinstance(line, str):
@@ -52,7 +55,7 @@ class JsonlReader:
         if isinstance(line, int):
             detail = f"{place}: the line has {line} bytes, documents.max_document_bytes is {self._max_bytes}"
             return RawRecord(place, refuse("too_large", detail))
-        return RawRecord(place, partial(_parse, place, line))
+        return RawRecord(place, partial(_parse, place, line), num_bytes=len(line))
 
 
 def _parse(place: str, line: bytes) -> Mapping[str, Any]:

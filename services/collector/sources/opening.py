@@ -23,6 +23,7 @@ def open_source(documents: DocumentsSettings, *, seed: int, vocabulary_size: int
         fields=fields,
         num_parts=documents.num_parts,
         shuffle_buffer=documents.shuffle_buffer,
+        shuffle_bytes=documents.shuffle_bytes,
         seed=seed,
     )
 
@@ -35,8 +36,7 @@ def _open_reader(documents: DocumentsSettings) -> Reader:
     if documents.format == "parquet":
         from services.collector.sources.parquet import ParquetReader
 
-        wanted = (documents.token_ids_field or documents.text_field, documents.id_field)
-        return ParquetReader(documents.path, columns=wanted)
+        return ParquetReader(documents.path, columns=_columns(documents))
     if documents.format == "text":
         from services.collector.sources.text import TextReader
 
@@ -47,4 +47,10 @@ def _open_reader(documents: DocumentsSettings) -> Reader:
         )
     from services.collector.sources.huggingface import HuggingFaceReader
 
-    return HuggingFaceReader(documents.path, subset=documents.subset, split=documents.split)
+    return HuggingFaceReader(
+        documents.path, subset=documents.subset, split=documents.split, columns=_columns(documents)
+    )
+
+
+def _columns(documents: DocumentsSettings) -> tuple[str, ...]:
+    return (documents.token_ids_field or documents.text_field, documents.id_field)

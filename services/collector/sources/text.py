@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from services.collector.sources.base import RawRecord, RefusedError
-from services.collector.sources.files import find_files
+from services.collector.sources.files import SourceFile, find_files, manifest_of
+from shared.errors import SourceReadError
+from shared.manifest import Manifest
 
 
 class TextReader:
@@ -17,21 +18,28 @@ class TextReader:
         self._text_field = text_field
         self._max_bytes = max_document_bytes
 
+    def manifest(self) -> Manifest:
+        return manifest_of(self._files)
+
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         for file in self._files[start::step]:
-            yield RawRecord(f"{file}:1", partial(self._load, file))
+            yield RawRecord(f"{file.place}:1", partial(self._load, file))
 
-    def _load(self, file: Path) -> Mapping[str, Any]:
+    def _load(self, file: SourceFile) -> Mapping[str, Any]:
         try:
-            with file.open("rb") as stream:
+            with file.path.open("rb") as stream:
                 content = stream.read(self._max_bytes + 1)
+        except PermissionError as exc:  # of this file, for as long as it stays so
+            raise RefusedError("broken_file", f"{file.place}:1: the file can't be read: {exc.strerror}") from exc
         except OSError as exc:
-            raise RefusedError("broken_file", f"{file}:1: the file can't be read: {exc}") from exc
+            raise SourceReadError(f"{file.place} can't be read: {exc.strerror}") from exc
         if len(content) > self._max_bytes:
-            detail = f"{file}:1: the file has {file.stat().st_size} bytes, documents.max_document_bytes is"
+            detail = f"{file.place}:1: the file has {file.path.stat().st_size} bytes, documents.max_document_bytes is"
             raise RefusedError("too_large", f"{detail} {self._max_bytes}")
         try:
             return {self._text_field: content.decode("utf-8-sig")}
         except UnicodeDecodeError as exc:
             line = content.count(b"\n", 0, exc.start) + 1
-            raise RefusedError("invalid_utf8", f"{file}:{line}: byte {exc.start} of the file is not UTF-8") from exc
+            raise RefusedError(
+                "invalid_utf8", f"{file.place}:{line}: byte {exc.start} of the file is not UTF-8"
+            ) from exc

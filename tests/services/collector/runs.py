@@ -39,7 +39,9 @@ class Seen:
 
     @property
     def exhausted(self) -> bool:
-        return self.coordination.source_exhausted(num_parts=self._settings.documents.num_parts)
+        documents = self._settings.documents
+        extent = self.ledger.extent(max_epochs=documents.max_epochs)
+        return self.coordination.source_exhausted(num_parts=documents.num_parts, extent=extent)
 
     @property
     def balance(self) -> Balance:

@@ -208,12 +208,12 @@ def test_windows_whose_source_is_gone_are_dropped_not_kept_forever(
     make_settings: MakeSettings, documents: dict[str, Any]
 ) -> None:
     with served(StubServices().app) as url:
-        settings = make_settings(url, documents=documents)
+        settings = make_settings(url, documents=documents | {"shuffle_buffer": 1})
         seen = Seen(settings)
         keys = [
             DocumentKey(part=0, epoch=0, position=place, window=window) for place, window in ((2, 0), (2, 9), (77, 0))
         ]
-        seen.ledger.begin([WindowStart(key, "d", 32) for key in keys])
+        seen.ledger.begin([WindowStart(key, f"d{key.position}", 32) for key in keys])
         collect_all(settings)
     assert seen.balance.dropped == {"source_changed": 2}
     assert seen.balance.reading == 0

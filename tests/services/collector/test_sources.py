@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from services.collector.sources.base import Document, RawRecord, Refusal, Source
 from services.collector.sources.dealing import DealtSource
 from services.collector.sources.fields import Fields
+from services.collector.sources.huggingface import HuggingFaceReader
 from services.collector.sources.opening import open_source
 from shared.errors import SettingsError, SourceError
 from shared.settings import DocumentsSettings
@@ -214,6 +215,29 @@ def test_an_unknown_hugging_face_dataset_is_named(tmp_path: Path) -> None:
         everything(opened(tmp_path, format="huggingface", split="nowhere"))
 
 
+def test_only_wanted_columns_of_a_hugging_face_dataset_are_held(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "id": "x", "other": "b"}')
+    reader = HuggingFaceReader(str(tmp_path), subset="", split="train", columns=("text", "id"))
+    (record,) = reader.read(start=0, step=1)
+    assert (record.load(), record.num_bytes) == ({"text": "a", "id": "x"}, 2)
+    source = opened(tmp_path, format="huggingface", text_field="body", id_field="none")
+    refusal = only_refusal(source)
+    assert refusal.reason == "no_text_field"
+    assert "columns here: 'text', 'id', 'other'" in refusal.detail
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "huggingface"])
+def test_a_manifest_has_the_names_from_the_root_and_the_sizes(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "in").mkdir()
+    for name, text in (("train.jsonl", "a"), ("in/train-2.jsonl", "four")):
+        (tmp_path / name).write_text(json.dumps({"text": text}))
+    files = {"train.jsonl": 13, "in/train-2.jsonl": 16}
+    assert opened(tmp_path, format=kind).manifest().files == files
+    if kind == "jsonl":
+        assert opened(tmp_path / "in" / "*.jsonl").manifest().files == {"train-2.jsonl": 16}
+        assert opened(tmp_path / "train.jsonl").manifest().files == {"train.jsonl": 13}
+
+
 class Numbers:
     """A reader of records 0 ... n - 1; every fifth is refused."""
 
@@ -226,9 +250,9 @@ class Numbers:
             yield RawRecord(f"numbers:{index}", lambda fields=fields: fields)  # type: ignore[misc]
 
 
-def numbers(size: int, *, num_parts: int, buffer: int, seed: int = 0) -> DealtSource:
+def numbers(size: int, *, num_parts: int, buffer: int, max_bytes: int = 0, seed: int = 0) -> DealtSource:
     fields = Fields("text", "", "id", 1000, 10)
-    return DealtSource(Numbers(size), fields, num_parts, buffer, seed)  # type: ignore[arg-type]
+    return DealtSource(Numbers(size), fields, num_parts, buffer, max_bytes, seed)  # type: ignore[arg-type]
 
 
 def places(items: Iterable[Document | Refusal]) -> list[str]:

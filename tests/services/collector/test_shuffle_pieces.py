@@ -1,0 +1,92 @@
+"""Shuffle blocks that are bounded by bytes: exact resume all the same, and no more in memory than the bound."""
+
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.collector.sources.base import Document, RawRecord
+from services.collector.sources.dealing import DealtSource
+from services.collector.sources.fields import Fields
+from services.collector.sources.opening import open_source
+from shared.settings import DocumentsSettings
+
+
+class Sized:
+    """A reader of records that hold these many bytes; beside its content a record counts 500."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+
+    def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
+        for index in range(start, len(self._sizes), step):
+            yield RawRecord(f"{index}", lambda index=index: {"text": str(index)}, self._sizes[index])  # type: ignore[misc]
+
+
+def dealt(sizes: list[int], *, buffer: int, max_bytes: int, num_parts: int = 1) -> DealtSource:
+    fields = Fields("text", "", "id", 1000, 10)
+    return DealtSource(Sized(sizes), fields, num_parts, buffer, max_bytes, 0)  # type: ignore[arg-type]
+
+
+def order(source: DealtSource, *, part: int = 0, start: int = 0) -> list[int]:
+    found = list(source.read(part, epoch=0, start=start))
+    assert [item.position for item in found] == list(range(start, start + len(found)))
+    return [int(item.content) for item in found if isinstance(item, Document) and isinstance(item.content, str)]
+
+
+def test_a_block_within_the_bound_keeps_the_order_that_it_had_without_one() -> None:
+    without = [1, 5, 0, 3, 4, 2, 7, 11, 9, 10, 8, 6]  # as the first version of this project dealt them
+    assert order(dealt([100] * 12, buffer=6, max_bytes=0)) == without
+    assert order(dealt([100] * 12, buffer=6, max_bytes=3601)) == without
+    assert order(dealt([100] * 12, buffer=6, max_bytes=3000)) != without
+
+
+def test_a_piece_ends_with_the_record_that_reaches_the_bound_and_with_its_block() -> None:
+    found = order(dealt([1500, 500, 0, 4000, 0, 0, 0, 0], buffer=6, max_bytes=3000))
+    pieces = [set(found[:2]), set(found[2:4]), set(found[4:6]), set(found[6:])]
+    assert pieces == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3000), max_size=50), num_parts=st.integers(1, 3), buffer=st.integers(1, 12),
+    max_bytes=st.integers(1, 20_000), start=st.integers(0, 55), part=st.integers(0, 2),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_every_position_is_the_same_record_wherever_reading_starts(
+    sizes: list[int], num_parts: int, buffer: int, max_bytes: int, start: int, part: int
+) -> None:
+    source = dealt(sizes, buffer=buffer, max_bytes=max_bytes, num_parts=num_parts)
+    whole = order(source, part=part % num_parts)
+    assert sorted(whole) == list(range(part % num_parts, len(sizes), num_parts))
+    assert order(source, part=part % num_parts, start=min(start, len(whole))) == whole[start:]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_blocks_of_all_parts_hold_no_more_than_the_bound(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"{index} " + "x" * 4000, "other": "y" * 4000} for index in range(1200)]
+    if kind == "jsonl":
+        lines = [json.dumps({"text": row["text"]}) for row in rows]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100)
+    documents = DocumentsSettings(
+        path=str(tmp_path), format="jsonl" if kind == "jsonl" else "parquet", num_parts=4, shuffle_buffer=300,
+        shuffle_bytes=800_000,
+    )  # fmt: skip
+    source = open_source(documents, seed=0, vocabulary_size=10)
+    del rows
+    tracemalloc.start()
+    parts: list[Iterator[Any]] = [source.read(part, epoch=0, start=0) for part in range(4)]
+    for _ in range(290):
+        for part in parts:
+            next(part)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000, "without a bound it is 4.8 MB"
