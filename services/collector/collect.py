@@ -21,7 +21,7 @@ from services.collector.seeds import seed_of
 from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
-from shared.records import ScoredDocument
+from shared.records import NO_PREFERENCE, ScoredDocument
 from shared.settings import ScheduleStage, Settings
 
 
@@ -54,8 +54,9 @@ async def collect(
     scored, dropped = sort_chunks(window, pools, verdicts, needs_judge=settings.needs_judge)
     count_chunks(scored, dropped)
     if not scored:
-        reasons = ", ".join(sorted({chunk.reason for chunk in dropped}))
-        return DroppedWindow("no_scored_chunks", f"all {len(dropped)} chunks were dropped: {reasons}")
+        reasons = sorted({chunk.reason for chunk in dropped})
+        reason = NO_PREFERENCE if reasons == [NO_PREFERENCE] else "no_scored_chunks"
+        return DroppedWindow(reason, f"all {len(dropped)} chunks were dropped: {', '.join(reasons)}")
     return ScoredDocument(
         run_id=settings.run.name,
         key=window.key,

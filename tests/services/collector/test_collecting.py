@@ -32,7 +32,7 @@ def collected(stub: StubServices, make_settings: MakeSettings, **sections: Any) 
 
 
 def kinds(document: ScoredDocument) -> set[tuple[str, ...]]:
-    return {tuple(candidate.kind for candidate in chunk.candidates) for chunk in document.chunks}
+    return {tuple(kind for candidate in chunk.candidates for kind in candidate.kinds) for chunk in document.chunks}
 
 
 def reasons(seen: Seen) -> list[tuple[str, str]]:
@@ -145,6 +145,26 @@ def test_a_chunk_with_one_candidate_is_not_shown_to_the_judge(
         (8, "too_few_candidates")
     }
     assert stub.bodies("/v1/rollouts") == []
+
+
+def test_a_window_of_equal_candidates_is_no_preference_and_never_judged(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    copy = {"text": "x", "token_ids": [5], "finish_reason": "length"}
+
+    def copies(path: str, body: Any) -> Response | None:
+        if path == "/v1/rollouts":
+            return JSONResponse({"rollouts": [[copy | {"policy_version": 3}] * 2 for _ in body["starts"]]})
+        if path == "/v1/rewrites" and len(stub.bodies(path)) == 1:
+            return JSONResponse({"rewrites": [copy for _ in body["items"]]})
+        return None
+
+    stub = StubServices(copies)
+    schedule = [{"kinds": ["rewrite", "rollout"], "num_rollouts": 2}]
+    seen, found = collected(stub, make_settings, documents=documents, collector={"schedule": schedule})
+    assert (len(found), len(stub.bodies("/v1/judgements"))) == (3, 3)
+    assert seen.balance.dropped == {"no_preference": 1}
+    assert {kind for document in found for kind in kinds(document)} == {("rewrite", "rollout", "rollout")}
 
 
 def test_objectives_without_judge_never_ask_it(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
@@ -266,7 +286,7 @@ def test_a_share_of_windows_is_kept_for_people(make_settings: MakeSettings, docu
         assert len(chunks) == sum(len(document.chunks) for document in found)
         first = next(chunk for chunk in chunks if chunk.start == 8)
         candidates = session.scalars(sa.select(CandidateRow).where(CandidateRow.chunk_id == first.id)).all()
-        assert [(row.kind, row.reward) for row in candidates] == [
+        assert [(row.kinds, row.reward) for row in candidates] == [
             ("original", 1.0), ("rewrite", 0.75), ("rollout", 0.5), ("rollout", 0.25),
         ]  # fmt: skip
         assert first.fingerprint == "stub"
