@@ -9,7 +9,7 @@ while they are away is clients.py, what becomes a candidate is pools.py.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -95,15 +95,26 @@ class _Asking:
         asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
         if not asked:
             return {}
-        items = tuple(judgement_item(self.window, index, self.text, pools[index]) for index in asked)
-        request = JudgementRequest.model_construct(items=items, seed=self._seed("judge"))
         with self._timed("judge"):
-            answer = await self.services.judge_candidates(request)
+            answer = await self.services.judge_candidates(
+                lambda *, with_token_ids: self._judgement_request(
+                    {index: pools[index] for index in asked}, with_token_ids=with_token_ids
+                )
+            )
         _expect("judge", "verdicts", len(answer.judgements), len(asked))
         for index, verdict in zip(asked, answer.judgements, strict=True):
             if not isinstance(verdict, JudgementFailure):
                 _expect("judge", "rewards", len(verdict.rewards), len(pools[index]))
         return dict(zip(asked, answer.judgements, strict=True))
+
+    def _judgement_request(self, pools: Mapping[int, Pool], *, with_token_ids: bool) -> JudgementRequest:
+        """`pools` by index of the chunk."""
+        items = tuple(
+            judgement_item(self.window, index, self.text, pool, with_token_ids=with_token_ids)
+            for index, pool in pools.items()
+        )
+        ids = {"token_ids": self.window.token_ids} if with_token_ids else {}
+        return JudgementRequest.model_construct(text=self.text.text, items=items, seed=self._seed("judge"), **ids)
 
     async def _roll_out(self, num_rollouts: int) -> Sequence[Sequence[Rollout]]:
         if not num_rollouts:

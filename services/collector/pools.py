@@ -49,16 +49,17 @@ def build_pools(
     return pools
 
 
-def judgement_item(window: Window, index: int, text: WindowText, pool: Pool) -> JudgementItem:
+def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, with_token_ids: bool) -> JudgementItem:
     """What the judge is shown of one chunk: the kinds are withheld."""
-    return JudgementItem.model_construct(
-        prefix=text.prefix(index),
-        candidates=tuple(
-            JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
-        ),
-        reference=text.suffix(index),
-        prefix_token_ids=window.token_ids[: window.chunks[index].start],
+    span = text.spans[index]
+    shown = {"start": span.start, "end": span.end}
+    if not with_token_ids:
+        texts = tuple(JudgedText.model_construct(text=candidate.text) for candidate in pool)
+        return JudgementItem.model_construct(candidates=texts, **shown)
+    candidates = tuple(
+        JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
     )
+    return JudgementItem.model_construct(candidates=candidates, token_start=window.chunks[index].start, **shown)
 
 
 def sort_chunks(

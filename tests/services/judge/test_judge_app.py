@@ -20,7 +20,8 @@ from tests.services.fakes import FakeEngine
 
 TOKEN = {"Authorization": "Bearer t0ken"}
 SECRETS = Secrets(token="t0ken", admin_token="adm1n")
-ITEM = {"prefix": "The", "candidates": [{"text": " moon"}, {"text": " sun"}], "reference": " moon"}
+TEXT = "The moon"
+ITEM = {"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}
 
 
 def settings(**judge: Any) -> Settings:
@@ -34,8 +35,8 @@ def serving(engine: FakeEngine, chosen: Settings) -> Iterator[TestClient]:
         yield client
 
 
-def ask(client: TestClient, *items: dict[str, Any]) -> Any:
-    return client.post("/v1/judgements", headers=TOKEN, json={"items": items or (ITEM,)})
+def ask(client: TestClient, *items: dict[str, Any], **request: Any) -> Any:
+    return client.post("/v1/judgements", headers=TOKEN, json={"text": TEXT, "items": items or (ITEM,)} | request)
 
 
 def test_judgements_come_back_in_order_with_the_fingerprint_of_readiness() -> None:
@@ -78,7 +79,7 @@ def test_one_candidate_alone_is_refused() -> None:
 
 def test_a_token_is_needed() -> None:
     with serving(FakeEngine(), settings()) as client:
-        assert client.post("/v1/judgements", json={"items": [ITEM]}).status_code == 401
+        assert client.post("/v1/judgements", json={"text": TEXT, "items": [ITEM]}).status_code == 401
 
 
 def test_the_schema_carries_examples_that_parse() -> None:
@@ -114,7 +115,7 @@ def test_a_python_criterion_alone_loads_no_model() -> None:
     app = build(settings(criteria={"python": {"function": place}}), SECRETS)
     with TestClient(app) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        answer = ask(client, ITEM | {"candidates": [{"text": "ab"}, {"text": "abcd"}], "reference": "abcd"})
+        answer = ask(client, ITEM | {"start": 4, "candidates": [{"text": "ab"}, {"text": "abcd"}]})
     assert answer.json()["judgements"][0]["rewards"] == [0.5, 1.0]
 
 
