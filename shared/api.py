@@ -12,8 +12,8 @@ from shared.records import FinishReason, Judgement, Record, TokenIds
 
 MAX_WINDOW_TOKENS = 1_000_000
 MAX_SUFFIX_TOKENS = 8192
-MAX_CHUNKS = 16_384
-"""Of one window: 128k tokens in suffixes of 8."""
+MAX_CHUNKS = 32_768
+"""Of one window: 128k tokens in suffixes of 8, each of which may be three shorter than that."""
 MAX_ROLLOUTS = 128
 """Of one chunk."""
 MAX_CANDIDATES = MAX_ROLLOUTS + 2

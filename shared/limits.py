@@ -1,9 +1,9 @@
 """Whether what one window makes of requests, and of its entry on the stream, fits. Called while settings are read.
 
 So a configuration that can't work is refused by `headwater check` and by every process, before a window is begun. The
-bounds are of a window full of chunks, each with all its candidates, none shorter than the suffix. They take a token as
-`TEXT_BYTES` of text, about three times English: text that is longer still, token by token, meets the service's own
-bound, a 413, which stops the collector too.
+bounds are of a window full of chunks, each with all its candidates, all of them as long as they may be. They take a
+token as `TEXT_BYTES` of text, about three times English: where a window's text is longer still, it meets the service's
+own bound, a 413, which stops the collector too.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ TEXT_BYTES = 12
 MAX_ENTRY_BYTES = 256 * 1024 * 1024
 """Of a scored document before compression. Redis takes strings of 512 MB."""
 
+_MOVED_TOKENS = 3
+"""A chunk may be so much shorter than the suffix, so that it ends with a whole character."""
 _ID_JSON_BYTES = 7
 """Vocabularies below a million, and a comma."""
 _ID_PACKED_BYTES = 5
@@ -51,8 +53,14 @@ def problems(settings: "Settings") -> Iterator[str]:
 def most_chunks(settings: "Settings") -> int:
     """Of one window."""
     chunks = settings.chunks
-    fitting = -(-chunks.context_tokens // chunks.suffix_tokens)
+    fitting = -(-chunks.context_tokens // max(1, chunks.suffix_tokens - _MOVED_TOKENS))
     return min(fitting, chunks.chunks_per_document or fitting)
+
+
+def _most_suffix_tokens(settings: "Settings") -> int:
+    """Of all chunks of one window together. Candidates of a tail may be longer than it, by less than a suffix."""
+    suffix_tokens = settings.chunks.suffix_tokens
+    return suffix_tokens + min(settings.chunks.context_tokens, most_chunks(settings) * suffix_tokens)
 
 
 def request_bytes(settings: "Settings") -> dict[str, int]:
@@ -60,28 +68,30 @@ def request_bytes(settings: "Settings") -> dict[str, int]:
     context, num_chunks = settings.chunks.context_tokens, most_chunks(settings)
     found = {}
     if "rollout" in settings.kinds:
-        found["rollout"] = _REQUEST_BYTES + context * _ID_JSON_BYTES + num_chunks * 10
+        found["rollout"] = _REQUEST_BYTES + context * _ID_JSON_BYTES + num_chunks * _CHUNK_BYTES
     if "rewrite" in settings.kinds:
         found["rewriter"] = _REQUEST_BYTES + context * TEXT_BYTES + num_chunks * _CHUNK_BYTES
     if settings.needs_judge:
         token_bytes = TEXT_BYTES + ("likelihood" in settings.judge.criteria) * _ID_JSON_BYTES
-        candidate = _JUDGED_BYTES + settings.chunks.suffix_tokens * token_bytes
-        chunk = _CHUNK_BYTES + _most_candidates(settings) * candidate
-        found["judge"] = _REQUEST_BYTES + context * token_bytes + num_chunks * chunk
+        num_tokens = context + _most_candidates(settings) * _most_suffix_tokens(settings)
+        around = num_chunks * (_CHUNK_BYTES + _most_candidates(settings) * _JUDGED_BYTES)
+        found["judge"] = _REQUEST_BYTES + num_tokens * token_bytes + around
     return found
 
 
 def entry_bytes(settings: "Settings") -> int:
     """The longest scored document, packed."""
-    scores = (1 + len(settings.judge.criteria)) * _SCORE_BYTES if settings.needs_judge else 0
-    candidate = _CANDIDATE_BYTES + settings.chunks.suffix_tokens * (TEXT_BYTES + _ID_PACKED_BYTES) + scores
-    reasoning = max(map(_reasoning_bytes, settings.judge.criteria.values())) if settings.needs_judge else 0
-    chunk = 2 * _CHUNK_BYTES + _most_candidates(settings) * candidate + reasoning
-    return _REQUEST_BYTES + settings.chunks.context_tokens * _ID_PACKED_BYTES + most_chunks(settings) * chunk
+    criteria = settings.judge.criteria.values() if settings.needs_judge else ()
+    candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
+    reasoning = max(map(_reasoning_bytes, criteria), default=0)
+    around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + _most_candidates(settings) * candidate)
+    shown = _most_candidates(settings) * _most_suffix_tokens(settings) * TEXT_BYTES
+    num_ids = settings.chunks.context_tokens + _most_candidates(settings) * _most_suffix_tokens(settings)
+    return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + shown + around
 
 
 def _reasoning_bytes(criterion: "CriterionSettings") -> int:
-    return 0 if criterion.verdict == "labels" or criterion.function else criterion.max_answer_tokens * TEXT_BYTES
+    return 0 if criterion.function or criterion.verdict == "labels" else criterion.max_answer_tokens * TEXT_BYTES
 
 
 def _most_candidates(settings: "Settings") -> int:

@@ -40,7 +40,7 @@ class Candidate(Record):
 
     @model_validator(mode="after")
     def _kinds_stand_in_their_order(self) -> "Candidate":
-        if list(self.kinds) != sorted(self.kinds, key=CANDIDATE_KINDS.index):
+        if len(self.kinds) > 1 and list(self.kinds) != sorted(self.kinds, key=CANDIDATE_KINDS.index):
             raise ValueError(f"kinds must stand in the order {', '.join(CANDIDATE_KINDS)}, got {list(self.kinds)}")
         return self
 

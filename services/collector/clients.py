@@ -182,6 +182,7 @@ class JudgeClient:
     """
 
     def __init__(self, client: ServiceClient) -> None:
+        self.role = client.role
         self._client = client
         self._wants_token_ids = False
         """What the judge said last."""

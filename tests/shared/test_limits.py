@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from shared import limits
 from shared.api import JudgedText, JudgementItem, JudgementRequest, RolloutRequest
 from shared.configuration import load_settings
 from shared.errors import SettingsError
+from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, ScoredDocument
 from shared.settings import Settings
+from shared.stream import encode
+
+POOL = tuple(
+    Candidate(kinds=("rollout",), token_ids=(123_456,) * 7 + (number,), text="ten chars!" * 8, policy_version=100_000)
+    for number in range(18)
+)
 
 
 def settings(context: int = 131_072, suffix: int = 128, rollouts: int = 16, **sections: Any) -> Settings:
@@ -23,18 +31,23 @@ def settings(context: int = 131_072, suffix: int = 128, rollouts: int = 16, **se
 
 
 def test_windows_of_128k_tokens_fit_as_they_come() -> None:
-    """1,024 chunks of 18 candidates: 128 tokens of 12 bytes and 32 around them, 28.9 MB; 1.6 MB of the window."""
-    assert limits.most_chunks(settings()) == 1024
-    judge = 1000 + 131_072 * 12 + 1024 * (120 + 18 * (32 + 128 * 12))
-    assert limits.request_bytes(settings())["judge"] == judge == 30_598_120
+    """1,049 chunks (131,072 / 125) of 18 candidates: 12 bytes for each token of the window and of the candidates (one
+    suffix more, for a tail), 32 bytes around each candidate and 120 around each chunk."""
+    assert limits.most_chunks(settings()) == 1049
+    judge = 1000 + 12 * (131_072 + 18 * (131_072 + 128)) + 1049 * (120 + 18 * 32)
+    assert limits.request_bytes(settings())["judge"] == judge == 30_643_168
     assert limits.request_bytes(settings(rollouts=4))["judge"] < 12_000_000
+
+
+def test_128k_tokens_in_suffixes_of_8_fit() -> None:
+    assert limits.most_chunks(settings(suffix=8, rollouts=8)) == 26_215
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"suffix": 4}, r"131,072 in suffixes of chunks\.suffix_tokens = 4 are 32,768 chunks a window, requests take "),
-        ({"rollouts": 128}, r"candidates for each of 1,024 chunks makes requests of up to \d.* to the judge, judge\."),
+        ({"suffix": 5}, r"131,072 in suffixes of chunks\.suffix_tokens = 5 are 65,536 chunks a window, requests take "),
+        ({"rollouts": 128}, r"candidates for each of 1,049 chunks makes requests of up to \d.* to the judge, judge\."),
         (
             {"rollouts": 128, "judge": {"max_request_bytes": 10**9}},
             r"entry of up to 3\d\d,.* which takes 268,435,456: ",
@@ -48,7 +61,7 @@ def test_windows_of_128k_tokens_fit_as_they_come() -> None:
         ({"collector": {"request_timeout_s": 60}}, r"request_timeout_s = 60 is less than rollout\.engine\.timeout_s"),
         (
             {"suffix": 32, "rewriter": {"engine": {"kind": "openai", "endpoint": "http://127.0.0.1:1/v1"}}},
-            r"asks the rewriter's endpoint 4,096 times at once, rewriter\.engine\.max_queued_requests = 1,024",
+            r"asks the rewriter's endpoint 4,520 times at once, rewriter\.engine\.max_queued_requests = 1,024",
         ),
     ],
 )
@@ -81,7 +94,7 @@ def test_a_service_elsewhere_has_its_own_time_limit() -> None:
 def test_the_command_line_gets_it_as_one_line(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[chunks]\ncontext_tokens = 131072\nsuffix_tokens = 2\nmin_suffix_tokens = 2\n")
-    with pytest.raises(SettingsError, match="65,536 chunks a window") as caught:
+    with pytest.raises(SettingsError, match="131,072 chunks a window") as caught:
         load_settings(path, environ={})
     assert "\n" not in str(caught.value)
 
@@ -101,8 +114,26 @@ def test_the_bounds_hold_for_a_window_of_long_words(criteria: dict[str, Any]) ->
         texts = tuple(JudgementItem(start=item.start, end=item.end, candidates=bare) for item in items)
         request = JudgementRequest(text=request.text, items=texts)
     judge = len(request.model_dump_json(exclude_unset=True))
-    assert 0.7 * limits.request_bytes(chosen)["judge"] < judge <= limits.request_bytes(chosen)["judge"]
+    assert judge <= limits.request_bytes(chosen)["judge"] < 2 * judge
     rollouts = RolloutRequest(
         token_ids=ids * 256, starts=tuple(range(8, 2048, 8)), num_rollouts=16, max_suffix_tokens=8
     )
     assert len(rollouts.model_dump_json()) <= limits.request_bytes(chosen)["rollout"]
+
+
+def test_the_bound_of_an_entry_holds_for_a_window_of_long_words() -> None:
+    chosen = settings(context=2048, suffix=8)
+    judgement = Judgement(
+        rewards=(0.5,) * 18, scores={"quality": (0.5,) * 18}, reasoning="ten chars!" * 512, num_calls=1, fingerprint="f"
+    )
+    document = ScoredDocument(
+        run_id="r",
+        key=DocumentKey(part=0, epoch=0, position=0, window=0),
+        source_id="d",
+        token_ids=(123_456,) * 2048,
+        chunks=tuple(ScoredChunk(start=start, candidates=POOL, judgement=judgement) for start in range(8, 2048, 8)),
+        read_at=0.0,
+        scored_at=0.0,
+    )
+    packed = len(zstandard.ZstdDecompressor().decompress(encode(document)))
+    assert packed <= limits.entry_bytes(chosen) < 2 * packed

@@ -13,9 +13,12 @@ from services.collector.pools import judgement_item
 from services.collector.preparing import Window
 from services.collector.texts import TextSpan, WindowText
 from services.collector.windows import Chunk
+from services.judge.app import build
 from shared.api import JudgementRequest
+from shared.errors import SettingsError
 from shared.records import Candidate, DocumentKey
-from shared.settings import Settings
+from shared.settings import Secrets, Settings
+from tests.services.serving import running
 
 WINDOW = Window(
     DocumentKey(part=0, epoch=0, position=0, window=0), "d0", (1, 2, 3, 4, 5), (Chunk(2, 4), Chunk(4, 5)), read_at=0.0
@@ -118,3 +121,22 @@ def test_a_judge_that_has_the_ids_and_asks_for_them_is_refused() -> None:
     with pytest.raises(RefusedRequestError, match=r"give token_ids \(they were there\)") as caught:
         ask(judge, num_windows=1)
     assert caught.value.reason == "judge_refused"
+
+
+def test_a_request_too_large_for_a_real_judge_stops_with_the_numbers() -> None:
+    """The judge answers before it has read the body, and closes: that must not look like a judge that is away."""
+    scorer = {"criteria": {"python": {"function": "tests.services.judge.scorers:by_length"}}}
+    judge = Settings.model_validate({"judge": scorer | {"max_request_bytes": 1_000_000}})
+    request = make_request(with_token_ids=False).model_copy(update={"text": "x" * 20_000_000})
+
+    async def run(url: str) -> None:
+        collector = {"max_backoff_s": 0.01, "max_attempts": 2}
+        settings = Settings.model_validate({"judge": scorer | {"url": url}, "collector": collector})
+        async with http_client(settings, token="word") as http:
+            await build_services(settings, http).judge_candidates(lambda *, with_token_ids: request)
+
+    words = (
+        r"answered 413: the request has 20,?000,?\d+ bytes or more, at most 1,?000,?000 .* raise judge\.max_request_"
+    )
+    with running(build(judge, Secrets(token="word"))) as url, pytest.raises(SettingsError, match=words):
+        asyncio.run(run(url))

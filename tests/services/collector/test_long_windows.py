@@ -4,6 +4,7 @@ import asyncio
 import random
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import orjson
 
 from services.collector.clients import build_services, http_client
-from services.collector.collect import collect
+from services.collector.collect import DroppedWindow, collect
 from services.collector.preparing import Window
 from services.collector.texts import TextSpan, WindowText
 from services.collector.windows import Chunk
@@ -27,7 +28,7 @@ SUFFIX, ROLLOUTS = 128, 4
 SCORER = {"criteria": {"python": {"function": "tests.services.judge.scorers:counts_on"}}}
 
 
-def text_of(ids: "tuple[int, ...] | list[int]") -> str:
+def text_of(ids: Sequence[int]) -> str:
     """Token 7 reads ` 007`: four characters each."""
     return "".join(f" {number:03d}" for number in ids)
 
@@ -73,20 +74,17 @@ def collected(num_tokens: int) -> tuple[ScoredDocument, Services]:
     data = {"chunks": {"context_tokens": num_tokens}, "collector": {"schedule": [{"num_rollouts": ROLLOUTS}]}}
     settings = Settings.model_validate(data | {"judge": SCORER})
     services = Services()
+    found: list[ScoredDocument | DroppedWindow] = []
 
-    async def run(url: str) -> object:
+    async def run(url: str) -> None:
         asking = Settings.model_validate(data | {"judge": SCORER | {"url": url}})
         async with http_client(asking, token="word", transport=services) as http:
-            return await collect(
-                window,
-                text,
-                stage=asking.collector.schedule[0],
-                services=build_services(asking, http),
-                settings=asking,
-            )
+            stage, clients = asking.collector.schedule[0], build_services(asking, http)
+            found.append(await collect(window, text, stage=stage, services=clients, settings=asking))
 
     with running(build(settings, Secrets(token="word"))) as url:
-        document = asyncio.run(run(url))
+        asyncio.run(run(url))
+    (document,) = found
     assert isinstance(document, ScoredDocument), document
     return document, services
 

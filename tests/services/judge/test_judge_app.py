@@ -77,6 +77,43 @@ def test_one_candidate_alone_is_refused() -> None:
         assert ask(client, ITEM | {"candidates": [{"text": " moon"}]}).status_code == 422
 
 
+def test_offsets_outside_the_window_are_refused() -> None:
+    with serving(FakeEngine(), settings()) as client:
+        for place in ({"start": 6, "end": 5}, {"start": 0, "end": 9}):
+            answer = ask(client, ITEM | place)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidRequest")
+            assert "start <= end <= 8 (characters of text) must hold" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("item", "request_ids", "words"),
+    [
+        ({"token_start": 2}, [], "but the request has no token_ids of the window"),
+        ({"candidates": [{"text": "a", "token_ids": [1]}, {"text": "b"}]}, [], "has no token_ids of the window"),
+        ({}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
+        ({"token_start": 2}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
+        ({"token_start": 4, "candidates": [{"text": "a", "token_ids": [1]}] * 2}, [1, 2, 3], "beyond the 3 token_ids"),
+    ],
+)
+def test_token_ids_are_given_for_all_or_none(item: dict[str, Any], request_ids: list[int], words: str) -> None:
+    with serving(FakeEngine(), settings()) as client:
+        answer = ask(client, ITEM | item, token_ids=request_ids)
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_judge_of_tokens_answers_428_to_a_request_without_them(tiny_model: Path) -> None:
+    model = str(tiny_model)
+    judge = {"criteria": {"likelihood": {}}, "engine": {"model": model}}
+    chosen = Settings.model_validate({"policy": {"model": model}, "judge": judge})
+    with serving(FakeEngine(log_probs=lambda prompt, continuation: [-1.0]), chosen) as client:
+        refusal = ask(client)
+        with_ids = [{"text": " moon", "token_ids": [5]}, {"text": " sun", "token_ids": [6]}]
+        answer = ask(client, ITEM | {"token_start": 1, "candidates": with_ids}, token_ids=[3, 5])
+    assert (refusal.status_code, refusal.json()["error"]["type"]) == (428, "TokenIdsNeededError")
+    assert (answer.status_code, answer.json()["wants_token_ids"]) == (200, True)
+
+
 def test_a_token_is_needed() -> None:
     with serving(FakeEngine(), settings()) as client:
         assert client.post("/v1/judgements", json={"text": TEXT, "items": [ITEM]}).status_code == 401
