@@ -113,8 +113,8 @@ class _Asking:
             judgement_item(self.window, index, self.text, pool, with_token_ids=with_token_ids)
             for index, pool in pools.items()
         )
-        ids = {"token_ids": self.window.token_ids} if with_token_ids else {}
-        return JudgementRequest.model_construct(text=self.text.text, items=items, seed=self._seed("judge"), **ids)
+        request = JudgementRequest.model_construct(text=self.text.text, items=items, seed=self._seed("judge"))
+        return request.model_copy(update={"token_ids": self.window.token_ids}) if with_token_ids else request
 
     async def _roll_out(self, num_rollouts: int) -> Sequence[Sequence[Rollout]]:
         if not num_rollouts:

@@ -52,14 +52,14 @@ def build_pools(
 def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, with_token_ids: bool) -> JudgementItem:
     """What the judge is shown of one chunk: the kinds are withheld."""
     span = text.spans[index]
-    shown = {"start": span.start, "end": span.end}
     if not with_token_ids:
         texts = tuple(JudgedText.model_construct(text=candidate.text) for candidate in pool)
-        return JudgementItem.model_construct(candidates=texts, **shown)
+        return JudgementItem.model_construct(start=span.start, end=span.end, candidates=texts)
     candidates = tuple(
         JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
     )
-    return JudgementItem.model_construct(candidates=candidates, token_start=window.chunks[index].start, **shown)
+    token_start = window.chunks[index].start
+    return JudgementItem.model_construct(start=span.start, end=span.end, candidates=candidates, token_start=token_start)
 
 
 def sort_chunks(

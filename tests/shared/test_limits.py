@@ -77,13 +77,9 @@ def test_fewer_chunks_of_a_window_fit_where_all_do_not() -> None:
 
 
 def test_only_services_that_are_asked_are_looked_at() -> None:
-    alone = {
-        "judge": {"max_request_bytes": 1},
-        "rewriter": {"max_request_bytes": 1},
-        "rollout": {"max_request_bytes": 1},
-    }
     schedule = {"schedule": [{"kinds": ["original"], "num_rollouts": 0}]}
-    settings(**alone, trainer={"objective": "next_token"}, collector=schedule)
+    small = {"max_request_bytes": 1}
+    settings(judge=small, rewriter=small, rollout=small, trainer={"objective": "next_token"}, collector=schedule)
 
 
 def test_a_service_elsewhere_has_its_own_time_limit() -> None:

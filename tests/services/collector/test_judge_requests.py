@@ -32,8 +32,8 @@ POOL = (
 
 def make_request(*, with_token_ids: bool) -> JudgementRequest:
     items = tuple(judgement_item(WINDOW, i, TEXT, POOL, with_token_ids=with_token_ids) for i in range(2))
-    ids = {"token_ids": WINDOW.token_ids} if with_token_ids else {}
-    return JudgementRequest.model_construct(text=TEXT.text, items=items, **ids)
+    request = JudgementRequest.model_construct(text=TEXT.text, items=items)
+    return request.model_copy(update={"token_ids": WINDOW.token_ids}) if with_token_ids else request
 
 
 class Judge:
@@ -113,13 +113,12 @@ def test_a_judge_that_is_replaced_is_asked_as_it_wants() -> None:
 
 
 def test_a_judge_that_has_the_ids_and_asks_for_them_is_refused() -> None:
-    def handle(_request: httpx.Request) -> httpx.Response:
-        return httpx.Response(428, json={"error": {"type": "TokenIdsNeededError", "message": "give token_ids"}})
+    class NeverContent(Judge):
+        def handle(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(428, json={"error": {"type": "TokenIdsNeededError", "message": "give token_ids"}})
 
-    judge = Judge([])
-    judge.handle = handle  # type: ignore[method-assign]
     with pytest.raises(RefusedRequestError, match=r"give token_ids \(they were there\)") as caught:
-        ask(judge, num_windows=1)
+        ask(NeverContent([]), num_windows=1)
     assert caught.value.reason == "judge_refused"
 
 
