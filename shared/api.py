@@ -10,9 +10,16 @@ from pydantic import ConfigDict, Field, model_validator
 
 from shared.records import FinishReason, Judgement, Record, TokenIds
 
-MAX_CHUNKS = 1024
-MAX_CANDIDATES = 128
-Text = Annotated[str, Field(max_length=4_000_000)]
+MAX_WINDOW_TOKENS = 1_000_000
+MAX_SUFFIX_TOKENS = 8192
+MAX_CHUNKS = 32_768
+"""Of one window: 128k tokens in suffixes of 8, each of which may be three shorter than that."""
+MAX_ROLLOUTS = 128
+"""Of one chunk."""
+MAX_CANDIDATES = MAX_ROLLOUTS + 2
+"""Rollouts, and beside them the original and its rewrite."""
+MAX_TEMPERATURE = 10.0
+Text = Annotated[str, Field(max_length=12 * MAX_WINDOW_TOKENS)]
 
 
 class RolloutRequest(Record):
@@ -30,11 +37,11 @@ class RolloutRequest(Record):
             ]
         }
     )
-    token_ids: Annotated[TokenIds, Field(min_length=1, max_length=1_000_000)]
+    token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_WINDOW_TOKENS)]
     starts: Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
-    num_rollouts: int = Field(ge=1, le=MAX_CANDIDATES)
-    max_suffix_tokens: int = Field(ge=1, le=8192)
-    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
+    num_rollouts: int = Field(ge=1, le=MAX_ROLLOUTS)
+    max_suffix_tokens: int = Field(ge=1, le=MAX_SUFFIX_TOKENS)
+    temperature: float = Field(default=1.0, ge=0.0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = Field(default=0, ge=0)
     """The same request with the same seed under the same weights gives the same rollouts."""
@@ -110,44 +117,72 @@ class RewriteResponse(Record):
 
 
 class JudgedText(Record):
-    """A candidate as the judge sees it: the kind is withheld on purpose."""
+    """A candidate as the judge sees it: the kinds are withheld on purpose."""
 
     text: Text
     token_ids: TokenIds = ()
-    """The policy's tokens, for criteria that score tokens (`likelihood`) under the same tokenizer."""
+    """The policy's tokens; only where the request has those of the window."""
 
 
 class JudgementItem(Record):
-    """The candidates of one chunk."""
+    """The candidates of one chunk, and where its suffix lies in the window."""
 
-    prefix: Text
-    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES + 2)]
-    """Rollouts, and beside them the original and its rewrite."""
-    reference: Text
-    """The original suffix: what factuality is held against."""
-    prefix_token_ids: TokenIds = ()
+    start: int = Field(ge=0)
+    """In characters: the prefix is `text[:start]`."""
+    end: int = Field(ge=0)
+    """The original suffix `text[start:end]` is what factuality is held against."""
+    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES)]
+    token_start: int | None = Field(default=None, ge=1)
+    """In tokens: the prefix is `token_ids[:token_start]`."""
 
 
 class JudgementRequest(Record):
-    """Ask for scores of the candidates of each chunk."""
+    """Ask for scores of the candidates of each chunk of one window."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
+                    "text": "The Moon moves around the Earth once in about 27 days.",
                     "items": [
                         {
-                            "prefix": "The Moon moves around the",
+                            "start": 25,
+                            "end": 54,
                             "candidates": [{"text": " Earth in 27 days."}, {"text": " Earth Earth Earth."}],
-                            "reference": " Earth once in about 27 days.",
                         }
-                    ]
+                    ],
                 }
             ]
         }
     )
+    text: Text
+    """Of the whole window: it stands here once, however many chunks it has."""
+    token_ids: Annotated[TokenIds, Field(max_length=MAX_WINDOW_TOKENS)] = ()
+    """The window in the policy's tokens, for criteria that score those (`likelihood`). A judge says in each answer
+    whether it wants them; given them, every item has `token_start` and every candidate its `token_ids`."""
     items: Annotated[tuple[JudgementItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _items_lie_inside(self) -> "JudgementRequest":
+        for item in self.items:
+            if not item.start <= item.end <= len(self.text):
+                raise ValueError(
+                    f"start <= end <= {len(self.text)} (characters of text) must hold, got {item.start}, {item.end}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _token_ids_are_there_for_all_or_none(self) -> "JudgementRequest":
+        for item in self.items:
+            with_ids = [bool(candidate.token_ids) for candidate in item.candidates]
+            if not self.token_ids and (item.token_start is not None or any(with_ids)):
+                raise ValueError("an item has token_start or token_ids, but the request has no token_ids of the window")
+            if self.token_ids and not (item.token_start is not None and all(with_ids)):
+                raise ValueError("with token_ids of the window each item needs token_start, each candidate token_ids")
+            if self.token_ids and item.token_start is not None and item.token_start > len(self.token_ids):
+                raise ValueError(f"token_start {item.token_start} lies beyond the {len(self.token_ids)} token_ids")
+        return self
 
 
 class JudgementFailure(Record):
@@ -160,6 +195,8 @@ class JudgementFailure(Record):
 
 class JudgementResponse(Record):
     judgements: tuple[Judgement | JudgementFailure, ...]
+    wants_token_ids: bool = False
+    """This judge scores the policy's token ids; a request without them is answered 428."""
 
 
 class Readiness(Record):

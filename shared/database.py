@@ -115,7 +115,8 @@ class CandidateRow(Base):
     __tablename__ = "candidates"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     chunk_id: Mapped[int] = mapped_column(sa.ForeignKey("chunks.id", ondelete="CASCADE"), index=True)
-    kind: Mapped[str]
+    kinds: Mapped[str]
+    """One word for each time that it was made, with commas between: `original,rewrite`, `rollout,rollout`."""
     text: Mapped[str]
     num_tokens: Mapped[int]
     policy_version: Mapped[int | None]

@@ -53,6 +53,12 @@ class RequestTooLargeError(HeadwaterError):
     status = 413
 
 
+class TokenIdsNeededError(HeadwaterError):
+    """The judge scores the policy's token ids, and the request has none: the same with them can be answered."""
+
+    status = 428
+
+
 class OverloadedError(HeadwaterError):
     """A bounded queue is full; the answer carries Retry-After."""
 

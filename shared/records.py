@@ -25,21 +25,29 @@ class Record(BaseModel):
 
 
 class Candidate(Record):
-    """One possible suffix for one prefix."""
+    """One possible suffix for one prefix. Equal token ids are one candidate, whoever made them."""
 
-    kind: CandidateKind
+    kinds: Annotated[tuple[CandidateKind, ...], Field(min_length=1)]
+    """One entry for each time that it was made: original, rewrite, rollouts, in this order. A rollout that was
+    sampled twice stands twice."""
     token_ids: TokenIds
     """Policy tokens, 1 to `chunks.suffix_tokens` of them; an end-of-sequence token sampled by the policy is
     the last one."""
     text: str
     policy_version: int | None = None
-    """Rollouts only: the oldest weight version that it was sampled under."""
+    """The oldest weight version that it was sampled under; None exactly when no rollout is among its kinds."""
     finish_reason: FinishReason = "source"
 
     @model_validator(mode="after")
+    def _kinds_stand_in_their_order(self) -> "Candidate":
+        if len(self.kinds) > 1 and list(self.kinds) != sorted(self.kinds, key=CANDIDATE_KINDS.index):
+            raise ValueError(f"kinds must stand in the order {', '.join(CANDIDATE_KINDS)}, got {list(self.kinds)}")
+        return self
+
+    @model_validator(mode="after")
     def _rollouts_carry_their_version(self) -> "Candidate":
-        if (self.kind == "rollout") != (self.policy_version is not None):
-            raise ValueError(f"policy_version belongs to rollouts, got {self.policy_version} on {self.kind}")
+        if ("rollout" in self.kinds) != (self.policy_version is not None):
+            raise ValueError(f"policy_version belongs to rollouts, got {self.policy_version} on {list(self.kinds)}")
         return self
 
 
@@ -66,6 +74,7 @@ class ScoredChunk(Record):
     start: int = Field(ge=1)
     """Offset into the window's `token_ids`; the prefix is `token_ids[:start]`."""
     candidates: tuple[Candidate, ...]
+    """No two with the same token ids."""
     judgement: Judgement | None = None
     """None exactly when the objective needs no judge (`next_token`, `sft_*`, `dpo_rewrite_over_rollout`)."""
 
@@ -76,6 +85,16 @@ class ScoredChunk(Record):
                 f"{len(self.judgement.rewards)} rewards for {len(self.candidates)} candidates at {self.start}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _no_two_candidates_are_equal(self) -> "ScoredChunk":
+        if len({candidate.token_ids for candidate in self.candidates}) != len(self.candidates):
+            raise ValueError(f"equal candidates at {self.start}: merge them into one that has all their kinds")
+        return self
+
+
+NO_PREFERENCE = "no_preference"
+"""The reason of a chunk whose candidates are all equal: nothing can be preferred, and no judge was asked."""
 
 
 class DroppedChunk(Record):

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shared import limits
+from shared.api import MAX_ROLLOUTS, MAX_SUFFIX_TOKENS, MAX_TEMPERATURE, MAX_WINDOW_TOKENS
 from shared.records import CandidateKind
 
 Objective = Literal["dpo", "rf_nll", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout", "next_token"]
@@ -85,9 +87,9 @@ class DocumentsSettings(Section):
 
 
 class ChunksSettings(Section):
-    context_tokens: int = Field(default=2048, ge=2)
+    context_tokens: int = Field(default=2048, ge=2, le=MAX_WINDOW_TOKENS)
     """Length of a document window, and the longest prefix plus suffix."""
-    suffix_tokens: int = Field(default=128, ge=1)
+    suffix_tokens: int = Field(default=128, ge=1, le=MAX_SUFFIX_TOKENS)
     min_prefix_tokens: int = Field(default=128, ge=1)
     """A chunk with a shorter prefix is context only. One chunk: the paper's first prefix."""
     min_suffix_tokens: int = Field(default=32, ge=1)
@@ -200,7 +202,7 @@ class ServiceSettings(Section):
 
 class RolloutSettings(ServiceSettings):
     port: int = Field(default=8001, ge=0, le=65535)
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     poll_interval_s: float = Field(default=0.2, gt=0)
     """How often a replica looks for an announced weight version."""
@@ -280,7 +282,7 @@ class ScheduleStage(Section):
 
     from_version: int = Field(default=0, ge=0)
     kinds: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
-    num_rollouts: int = Field(default=16, ge=0, le=128)
+    num_rollouts: int = Field(default=16, ge=0, le=MAX_ROLLOUTS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -402,6 +404,12 @@ class Settings(Section):
                     f"trainer.objective = '{self.trainer.objective}' needs at least two candidates a chunk, "
                     f"but collector.schedule from version {stage.from_version} makes one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_window_fits_every_limit(self) -> Self:
+        if found := list(limits.problems(self)):
+            raise ValueError("; ".join(found))
         return self
 
     @property

@@ -17,11 +17,11 @@ import redis
 import zstandard
 from pydantic import ValidationError
 
-from shared.errors import StreamError
+from shared.errors import SettingsError, StreamError
+from shared.limits import MAX_ENTRY_BYTES
 from shared.records import ScoredDocument
 
 GROUP = "trainer"
-_MAX_DECODED_BYTES = 256 * 1024 * 1024
 
 
 def documents_key(run: str) -> str:
@@ -86,15 +86,21 @@ class Backlog:
 
 
 def encode(document: ScoredDocument) -> bytes:
-    """zstd(msgpack) of the record; token ids dominate, so level 3 is enough."""
+    """zstd(msgpack) of the record; token ids dominate, so level 3 is enough. SettingsError for one that no reader
+    would take."""
     packed = msgpack.packb(document.model_dump(mode="python"), use_bin_type=True)
+    if len(packed) > MAX_ENTRY_BYTES:
+        raise SettingsError(
+            f"document {document.document_id} has {len(packed):,} bytes, an entry of the stream takes "
+            f"{MAX_ENTRY_BYTES:,}: lower chunks.context_tokens or the schedule's num_rollouts"
+        )
     return zstandard.ZstdCompressor(level=3).compress(packed)
 
 
 def decode(body: bytes) -> ScoredDocument:
     """The record, or StreamError if the bytes are not one."""
     try:
-        packed = zstandard.ZstdDecompressor().decompress(body, max_output_size=_MAX_DECODED_BYTES)
+        packed = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_ENTRY_BYTES)
         return ScoredDocument.model_validate(msgpack.unpackb(packed))
     except (zstandard.ZstdError, ValueError, msgpack.UnpackException, ValidationError) as exc:
         raise StreamError(f"an entry on the stream is not a scored document: {exc}") from exc

@@ -21,7 +21,8 @@ FIGURES: dict[str, str] = {
     "rejected_log_prob": "DPO: the same of the rejected suffixes",
     "reference_chosen_log_prob": "DPO: the chosen suffixes under the reference",
     "reference_rejected_log_prob": "DPO: the rejected suffixes under the reference",
-    "chosen_original_rate": "share of chosen suffixes that are the original",
+    "chosen_original_rate": "share of chosen suffixes that are the original (one of two kinds counts for both: the "
+    "three shares may sum to more than 1)",
     "chosen_rewrite_rate": "share of chosen suffixes that are rewrites",
     "chosen_rollout_rate": "share of chosen suffixes that are rollouts: the paper's main plot",
     "reward_original": "mean reward of all originals in the documents admitted since the step before",
@@ -109,7 +110,7 @@ class Tally:
 
 def pair_figures(pairs: Sequence[Preference], *, policy_version: int) -> dict[str, float]:
     """Number, source mix and policy lag of a step's pairs."""
-    chosen = [pair.chosen.kind for pair in pairs]
+    chosen = [kind for pair in pairs for kind in set(pair.chosen.kinds)]
     figures: dict[str, float] = {"pairs": len(pairs)}
     figures |= {f"chosen_{kind}_rate": chosen.count(kind) / len(pairs) for kind in CANDIDATE_KINDS}
     figures["target_tokens"] = sum(len(suffix) for pair in pairs for suffix in pair.suffixes)

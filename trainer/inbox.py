@@ -241,7 +241,7 @@ def commit_finished(
 def _why_no_pair(selection: Selection, document: ScoredDocument) -> str:
     return (
         f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
-        f"of {len(document.chunks)}"
+        f"of {len(document.chunks) + len(document.dropped_chunks)}"
     )
 
 

@@ -4,12 +4,16 @@
 |---|---|---|
 | `dpo` | highest reward of the whole pool | lowest reward of the whole pool |
 | `rf_nll` | highest reward of the whole pool | - |
-| `sft_rewrite`, `sft_rollout`, `next_token` | the rewrite, the first rollout, the original | - |
-| `dpo_rewrite_over_rollout` | the rewrite | one rollout, drawn at random |
+| `sft_rewrite`, `sft_rollout`, `next_token` | the rewrite, one rollout drawn at random, the original | - |
+| `dpo_rewrite_over_rollout` | the rewrite | one rollout that differs from it, drawn at random |
 
-Ties among the highest (or lowest) are broken at random: by order, the share of chosen rollouts would be an artefact
-of the order in which the collector lists candidates. The draw is seeded by run seed, document and chunk, so that a
-document read again after a crash gives the same pairs in the same order.
+Equal candidates are one with several kinds (shared/records.py), and it is of each of them. Two kinds of draw:
+- Ties among the highest (or lowest) are broken evenly over the candidates, however often one was made: a copy says
+  nothing about its worth. By order, the share of chosen rollouts would say how the collector lists candidates.
+- A rollout is drawn evenly over the samples made: one that was sampled twice has twice the chance, as the policy gives
+  it twice as often.
+Draws are seeded by run seed, document and chunk, so that a document read again after a crash gives the same pairs in
+the same order.
 """
 
 import math
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from shared.records import Candidate, CandidateKind, ScoredChunk, ScoredDocument, TokenIds
+from shared.records import NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredDocument, TokenIds
 from shared.settings import Objective
 
 NoPair = Literal["no_preference", "missing"]
@@ -52,7 +56,8 @@ class Selection:
     pairs: tuple[Preference, ...]
     """In the order of the chunks."""
     no_preference: int
-    """Chunks whose rewards lie too close together, or whose chosen and rejected are the same tokens."""
+    """Chunks whose rewards lie too close together, whose candidates are all equal, or whose rollouts all equal the
+    rewrite."""
     missing: int
     """Chunks without the candidates, or without the judgement, that the objective needs."""
 
@@ -72,16 +77,18 @@ def select_pairs(document: ScoredDocument, objective: Objective, *, min_reward_g
         pairs.append(
             Preference(document.document_id, document.token_ids, chunk.start, chosen, rejected, oldest_version)
         )
-    return Selection(tuple(pairs), without.count("no_preference"), without.count("missing"))
+    all_equal = sum(lost.reason == NO_PREFERENCE for lost in document.dropped_chunks)
+    return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
 
 
 def rewards_by_kind(document: ScoredDocument) -> dict[CandidateKind, tuple[float, int]]:
-    """Per kind the sum of rewards and the number of judged candidates."""
+    """Per kind the sum of rewards and the number of judged candidates, each as often as it was made."""
     sums: dict[CandidateKind, tuple[float, int]] = {}
     for chunk in document.chunks:
         for candidate, reward in _judged(chunk):
-            total, count = sums.get(candidate.kind, (0.0, 0))
-            sums[candidate.kind] = (total + reward, count + 1)
+            for kind in candidate.kinds:
+                total, count = sums.get(kind, (0.0, 0))
+                sums[kind] = (total + reward, count + 1)
     return sums
 
 
@@ -92,8 +99,7 @@ def _highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: flo
     highest, lowest = max(reward for _, reward in pool), min(reward for _, reward in pool)
     if highest - lowest <= min_reward_gap:
         return "no_preference"
-    chosen, rejected = _draw(pool, highest, random), _draw(pool, lowest, random)
-    return "no_preference" if chosen.token_ids == rejected.token_ids else (chosen, rejected)
+    return _draw(pool, highest, random), _draw(pool, lowest, random)
 
 
 def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
@@ -105,17 +111,18 @@ def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Cho
 
 
 def _rewrite_over_rollout(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-    rewrites, rollouts = _of_kind(chunk, "rewrite"), _of_kind(chunk, "rollout")
-    if not rewrites or not rollouts:
+    """Samples that equal the rewrite are passed over: against itself it has no gradient."""
+    rewrites, samples = _made(chunk, "rewrite"), _made(chunk, "rollout")
+    if not rewrites or not samples:
         return "missing"
-    rejected = random.choice(rollouts)
-    return "no_preference" if rewrites[0].token_ids == rejected.token_ids else (rewrites[0], rejected)
+    others = [rollout for rollout in samples if "rewrite" not in rollout.kinds]
+    return (rewrites[0], random.choice(others)) if others else "no_preference"
 
 
-def _first_of(kind: CandidateKind) -> "_Selector":
-    def select(chunk: ScoredChunk, _random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-        found = _of_kind(chunk, kind)
-        return (found[0], None) if found else "missing"
+def _one_of(kind: CandidateKind) -> "_Selector":
+    def select(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
+        found = _made(chunk, kind)
+        return (random.choice(found), None) if found else "missing"
 
     return select
 
@@ -124,8 +131,10 @@ def _draw(pool: Sequence[tuple[Candidate, float]], reward: float, random: Random
     return random.choice([candidate for candidate, its_reward in pool if its_reward == reward])
 
 
-def _of_kind(chunk: ScoredChunk, kind: CandidateKind) -> list[Candidate]:
-    return [candidate for candidate in chunk.candidates if candidate.kind == kind and candidate.token_ids]
+def _made(chunk: ScoredChunk, kind: CandidateKind) -> list[Candidate]:
+    """Candidates of this kind, each as often as it was made."""
+    usable = (candidate for candidate in chunk.candidates if candidate.token_ids)
+    return [candidate for candidate in usable for _ in range(candidate.kinds.count(kind))]
 
 
 def _judged(chunk: ScoredChunk) -> list[tuple[Candidate, float]]:
@@ -140,8 +149,8 @@ _Selector = Callable[[ScoredChunk, Random, float], _Choice | NoPair]
 _SELECTORS: dict[Objective, _Selector] = {
     "dpo": _highest_over_lowest,
     "rf_nll": _highest,
-    "sft_rewrite": _first_of("rewrite"),
-    "sft_rollout": _first_of("rollout"),
-    "next_token": _first_of("original"),
+    "sft_rewrite": _one_of("rewrite"),
+    "sft_rollout": _one_of("rollout"),
+    "next_token": _one_of("original"),
     "dpo_rewrite_over_rollout": _rewrite_over_rollout,
 }

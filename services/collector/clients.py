@@ -2,6 +2,8 @@
 
 connection error, timeout, 408 429 502 503 504   tried again with backoff, forever unless max_attempts
 401 403 404 405                                  configuration: SettingsError, which stops the collector
+413, 422 `InvalidRequest`                        the same: a bound that the next window would meet again
+428 of the judge                                 TokenIdsNeededError: JudgeClient asks again with them
 500                                              tried twice more: a bug there may depend on company in a batch
 other 4xx, unreadable answers                    RefusedRequestError: this window is dropped and counted
 """
@@ -11,7 +13,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -27,7 +29,7 @@ from shared.api import (
     RolloutResponse,
 )
 from shared.auth import authorization_header
-from shared.errors import ServiceError, SettingsError
+from shared.errors import ServiceError, SettingsError, TokenIdsNeededError
 from shared.records import Record
 from shared.settings import Settings
 
@@ -41,6 +43,7 @@ _CONFIGURATION_STATUSES = frozenset({401, 403, 404, 405})
 _MAX_BUG_ANSWERS = 3
 _MAX_RETRY_AFTER_S = 300.0
 _CONNECT_TIMEOUT_S = 10.0
+_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts"
 _REASONS: dict[Role, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge": "judge"}
 
 
@@ -84,8 +87,10 @@ class ServiceClient:
         """Why the last attempt failed; empty when it succeeded."""
 
     async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
-        """The service's answer, however long it is away. Raises RefusedRequestError or SettingsError."""
-        body = request.model_dump_json().encode()
+        """The service's answer, however long it is away. Raises RefusedRequestError or SettingsError, of a judge
+        TokenIdsNeededError too."""
+        # What was left unset is its default: a request of many candidates repeats no empty fields.
+        body = request.model_dump_json(exclude_unset=True).encode()
         backoff, attempt, bugs = Backoff(self._max_backoff_s), 0, 0
         while True:
             attempt += 1
@@ -124,6 +129,12 @@ class ServiceClient:
             if response.status_code in (404, 405):
                 remedy = f"is {self.role}.url right?"
             return SettingsError(f"{said}; {remedy}")
+        if response.status_code == 413:
+            return SettingsError(f"{said}; raise {self.role}.max_request_bytes there, or {_SMALLER}")
+        if response.status_code == 422 and _error_type(response) == "InvalidRequest":
+            return SettingsError(f"{said}; is it of this collector's version? A window may be too large: {_SMALLER}")
+        if response.status_code == TokenIdsNeededError.status and self.role == "judge":
+            return TokenIdsNeededError(said)
         if response.status_code in _PASSING_STATUSES:
             return _UnavailableError(said, retry_after_s=_retry_after_s(response))
         if response.status_code == 500:
@@ -155,13 +166,56 @@ class ServiceClient:
         metrics.service_up.labels(self.role).set(0)
 
 
+class MakeJudgementRequest(Protocol):
+    """The same question, with the policy's token ids or without."""
+
+    def __call__(self, *, with_token_ids: bool) -> JudgementRequest: ...
+
+
+class JudgeClient:
+    """Sends token ids only to a judge that wants them: with them a request is about twice as long.
+
+        request without ids --> 200, and `wants_token_ids` says how the next one goes
+                            --> 428: the same with ids, and so are those that follow
+
+    So nobody tells the collector which criteria a judge has, and one that is replaced in mid-run is asked as it wants.
+    """
+
+    def __init__(self, client: ServiceClient) -> None:
+        self.role = client.role
+        self._client = client
+        self._wants_token_ids = False
+        """What the judge said last."""
+
+    @property
+    def trouble(self) -> str:
+        return self._client.trouble
+
+    async def judge(self, make_request: MakeJudgementRequest) -> JudgementResponse:
+        """Raises RefusedRequestError or SettingsError."""
+        if not self._wants_token_ids:
+            try:
+                return await self._post(make_request(with_token_ids=False))
+            except TokenIdsNeededError:
+                self._wants_token_ids = True
+        try:
+            return await self._post(make_request(with_token_ids=True))
+        except TokenIdsNeededError as exc:
+            raise RefusedRequestError(f"{exc} (they were there)", reason="judge_refused") from exc
+
+    async def _post(self, request: JudgementRequest) -> JudgementResponse:
+        answer = await self._client.post("/v1/judgements", request, JudgementResponse)
+        self._wants_token_ids = answer.wants_token_ids
+        return answer
+
+
 @dataclass(frozen=True)
 class Services:
     """The three, by their verbs."""
 
     rollout: ServiceClient
     rewriter: ServiceClient
-    judge: ServiceClient
+    judge: JudgeClient
 
     async def continue_prefixes(self, request: RolloutRequest) -> RolloutResponse:
         return await self.rollout.post("/v1/rollouts", request, RolloutResponse)
@@ -169,8 +223,8 @@ class Services:
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
         return await self.rewriter.post("/v1/rewrites", request, RewriteResponse)
 
-    async def judge_candidates(self, request: JudgementRequest) -> JudgementResponse:
-        return await self.judge.post("/v1/judgements", request, JudgementResponse)
+    async def judge_candidates(self, make_request: MakeJudgementRequest) -> JudgementResponse:
+        return await self.judge.judge(make_request)
 
     @property
     def trouble(self) -> str:
@@ -207,7 +261,7 @@ def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
     return Services(
         rollout=client("rollout", settings.rollout.base_urls),
         rewriter=client("rewriter", settings.rewriter.base_urls),
-        judge=client("judge", settings.judge.base_urls),
+        judge=JudgeClient(client("judge", settings.judge.base_urls)),
     )
 
 
@@ -218,6 +272,14 @@ def _message(response: httpx.Response) -> str:
         return str(body["error"]["message"])[:500]
     except (ValueError, KeyError, TypeError):
         return response.text[:200]
+
+
+def _error_type(response: httpx.Response) -> str:
+    """Our own services' word for the error; empty for an answer of another form."""
+    try:
+        return str(response.json()["error"]["type"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _retry_after_s(response: httpx.Response) -> float:

@@ -9,7 +9,7 @@ while they are away is clients.py, what becomes a candidate is pools.py.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from services.collector.seeds import seed_of
 from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
-from shared.records import ScoredDocument
+from shared.records import NO_PREFERENCE, ScoredDocument
 from shared.settings import ScheduleStage, Settings
 
 
@@ -54,8 +54,9 @@ async def collect(
     scored, dropped = sort_chunks(window, pools, verdicts, needs_judge=settings.needs_judge)
     count_chunks(scored, dropped)
     if not scored:
-        reasons = ", ".join(sorted({chunk.reason for chunk in dropped}))
-        return DroppedWindow("no_scored_chunks", f"all {len(dropped)} chunks were dropped: {reasons}")
+        reasons = sorted({chunk.reason for chunk in dropped})
+        reason = NO_PREFERENCE if reasons == [NO_PREFERENCE] else "no_scored_chunks"
+        return DroppedWindow(reason, f"all {len(dropped)} chunks were dropped: {', '.join(reasons)}")
     return ScoredDocument(
         run_id=settings.run.name,
         key=window.key,
@@ -94,15 +95,26 @@ class _Asking:
         asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
         if not asked:
             return {}
-        items = tuple(judgement_item(self.window, index, self.text, pools[index]) for index in asked)
-        request = JudgementRequest.model_construct(items=items, seed=self._seed("judge"))
         with self._timed("judge"):
-            answer = await self.services.judge_candidates(request)
+            answer = await self.services.judge_candidates(
+                lambda *, with_token_ids: self._judgement_request(
+                    {index: pools[index] for index in asked}, with_token_ids=with_token_ids
+                )
+            )
         _expect("judge", "verdicts", len(answer.judgements), len(asked))
         for index, verdict in zip(asked, answer.judgements, strict=True):
             if not isinstance(verdict, JudgementFailure):
                 _expect("judge", "rewards", len(verdict.rewards), len(pools[index]))
         return dict(zip(asked, answer.judgements, strict=True))
+
+    def _judgement_request(self, pools: Mapping[int, Pool], *, with_token_ids: bool) -> JudgementRequest:
+        """`pools` by index of the chunk."""
+        items = tuple(
+            judgement_item(self.window, index, self.text, pool, with_token_ids=with_token_ids)
+            for index, pool in pools.items()
+        )
+        request = JudgementRequest.model_construct(text=self.text.text, items=items, seed=self._seed("judge"))
+        return request.model_copy(update={"token_ids": self.window.token_ids}) if with_token_ids else request
 
     async def _roll_out(self, num_rollouts: int) -> Sequence[Sequence[Rollout]]:
         if not num_rollouts:

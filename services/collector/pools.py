@@ -1,5 +1,8 @@
 """The candidates of each chunk, and what the verdicts make of them. Pure but for counters. Called by collect.py.
 
+Equal token ids are one candidate, whoever made them: a teacher's exact copy, the wanted answer for most chunks, would
+else have two tickets wherever one of the best is drawn, and be compared with itself by the judge.
+
 Records are built by `model_construct` where all their parts have been validated in a service's answer already:
 checking thousands of token ids a second time was a fifth of the collector's work.
 """
@@ -10,14 +13,14 @@ from services.collector.preparing import Window
 from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgedText, JudgementFailure, JudgementItem, Rewrite, Rollout
-from shared.records import Candidate, DroppedChunk, Judgement, ScoredChunk
+from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, TokenIds
 from shared.settings import ScheduleStage
 
 MIN_JUDGED = 2
-"""One candidate can't be preferred to another."""
+"""Different candidates: one can't be preferred to itself."""
 
 Pool = tuple[Candidate, ...]
-"""Candidates of one chunk: original, rewrite, rollouts, in this order. Equal ones are kept: the trainer decides."""
+"""Candidates of one chunk, no two of them equal, in the order original, rewrite, rollouts of who made them first."""
 
 Verdict = Judgement | JudgementFailure
 
@@ -37,25 +40,26 @@ def build_pools(
         pool: list[Candidate] = []
         if "original" in stage.kinds:
             ids = window.token_ids[chunk.start : chunk.end]
-            pool.append(Candidate(kind="original", token_ids=ids, text=text.suffix(index)))
+            pool.append(Candidate(kinds=("original",), token_ids=ids, text=text.suffix(index)))
         if rewrites and (rewritten := _rewrite(rewrites[index], suffix_tokens)):
             pool.append(rewritten)
         if rollouts:
             pool.extend(found for rollout in rollouts[index] if (found := _rollout(rollout, suffix_tokens)))
-        pools.append(tuple(pool))
+        pools.append(_merged(pool))
     return pools
 
 
-def judgement_item(window: Window, index: int, text: WindowText, pool: Pool) -> JudgementItem:
+def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, with_token_ids: bool) -> JudgementItem:
     """What the judge is shown of one chunk: the kinds are withheld."""
-    return JudgementItem.model_construct(
-        prefix=text.prefix(index),
-        candidates=tuple(
-            JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
-        ),
-        reference=text.suffix(index),
-        prefix_token_ids=window.token_ids[: window.chunks[index].start],
+    span = text.spans[index]
+    if not with_token_ids:
+        texts = tuple(JudgedText.model_construct(text=candidate.text) for candidate in pool)
+        return JudgementItem.model_construct(start=span.start, end=span.end, candidates=texts)
+    candidates = tuple(
+        JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
     )
+    token_start = window.chunks[index].start
+    return JudgementItem.model_construct(start=span.start, end=span.end, candidates=candidates, token_start=token_start)
 
 
 def sort_chunks(
@@ -66,7 +70,7 @@ def sort_chunks(
     for index, (chunk, pool) in enumerate(zip(window.chunks, pools, strict=True)):
         verdict = verdicts.get(index)
         if len(pool) < (MIN_JUDGED if needs_judge else 1):
-            dropped.append(DroppedChunk(start=chunk.start, reason="too_few_candidates"))
+            dropped.append(DroppedChunk(start=chunk.start, reason=_why_too_few(pool)))
         elif isinstance(verdict, JudgementFailure):
             dropped.append(DroppedChunk(start=chunk.start, reason=verdict.reason))
         else:
@@ -82,9 +86,29 @@ def count_chunks(scored: Sequence[ScoredChunk], dropped: Sequence[DroppedChunk])
     for chunk in scored:
         rewards = chunk.judgement.rewards if chunk.judgement else ()
         for index, candidate in enumerate(chunk.candidates):
-            metrics.candidates_total.labels(candidate.kind).inc()
-            if rewards:
-                metrics.candidate_reward_sum.labels(candidate.kind).inc(max(0.0, rewards[index]))
+            for kind in candidate.kinds:
+                metrics.candidates_total.labels(kind).inc()
+                if rewards:
+                    metrics.candidate_reward_sum.labels(kind).inc(max(0.0, rewards[index]))
+
+
+def _merged(made: Sequence[Candidate]) -> Pool:
+    """Text and finish reason are those of the first of each."""
+    by_tokens: dict[TokenIds, list[Candidate]] = {}
+    for candidate in made:
+        by_tokens.setdefault(candidate.token_ids, []).append(candidate)
+    return tuple(equal[0] if len(equal) == 1 else _one(equal) for equal in by_tokens.values())
+
+
+def _one(equal: Sequence[Candidate]) -> Candidate:
+    versions = [candidate.policy_version for candidate in equal if candidate.policy_version is not None]
+    kinds = tuple(kind for candidate in equal for kind in candidate.kinds)
+    return equal[0].model_copy(update={"kinds": kinds, "policy_version": min(versions, default=None)})
+
+
+def _why_too_few(pool: Pool) -> str:
+    num_made = sum(len(candidate.kinds) for candidate in pool)
+    return NO_PREFERENCE if num_made >= MIN_JUDGED else "too_few_candidates"
 
 
 def _rewrite(rewrite: Rewrite, suffix_tokens: int) -> Candidate | None:
@@ -93,7 +117,7 @@ def _rewrite(rewrite: Rewrite, suffix_tokens: int) -> Candidate | None:
         metrics.candidates_absent_total.labels("rewrite", reason).inc()
         return None
     return Candidate.model_construct(
-        kind="rewrite",
+        kinds=("rewrite",),
         token_ids=rewrite.token_ids,
         text=rewrite.text,
         policy_version=None,
@@ -107,7 +131,7 @@ def _rollout(rollout: Rollout, suffix_tokens: int) -> Candidate | None:
         metrics.candidates_absent_total.labels("rollout", reason).inc()
         return None
     return Candidate.model_construct(
-        kind="rollout",
+        kinds=("rollout",),
         token_ids=rollout.token_ids,
         text=rollout.text,
         policy_version=rollout.policy_version,

@@ -77,7 +77,7 @@ def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
     return [
         CandidateRow(
             chunk_id=chunk_id,
-            kind=candidate.kind,
+            kinds=",".join(candidate.kinds),
             text=storable(candidate.text),
             num_tokens=len(candidate.token_ids),
             policy_version=candidate.policy_version,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 
@@ -18,13 +18,13 @@ from services.lifespan import EngineLife
 from services.policy_tokenizer import beginning_of_text, load_tokenizer, same_tokens
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
-from shared.errors import EngineError
+from shared.errors import EngineError, TokenIdsNeededError
 from shared.settings import Secrets, Settings
 
 _log = logging.getLogger(__name__)
 
 _DESCRIPTION = """Scores the candidates of chunks by the configured criteria and combines them into one reward each.
-The prefix is raw text; the judge is not told which candidate is the original, the rewrite or a rollout."""
+The window is raw text; the judge is not told which candidate is the original, the rewrite or a rollout."""
 
 
 def build(settings: Settings, secrets: Secrets) -> FastAPI:
@@ -48,7 +48,7 @@ def create_judge_app(settings: Settings, secrets: Secrets, *, engine: Engine) ->
         lifespan=bench.life.lifespan,
     )
 
-    @app.post("/v1/judgements", response_model=JudgementResponse, responses={200: {"content": _EXAMPLE}})
+    @app.post("/v1/judgements", response_model=JudgementResponse, responses=_RESPONSES)
     async def judgements(body: Annotated[JudgementRequest, Body()], request: Request) -> JudgementResponse:
         """Score the candidates of each chunk. A chunk that can't be scored is a failure with its reason and its
         calls; an engine that fails is a 503 for the whole request."""
@@ -125,7 +125,12 @@ _EXAMPLE = {
                     "fingerprint": "0f3a9c1e5b7d2468",
                 },
                 {"reason": "unreadable_verdict", "num_calls": 9, "num_failures": 4},
-            ]
+            ],
+            "wants_token_ids": False,
         }
     }
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": _EXAMPLE},
+    TokenIdsNeededError.status: {"description": "This judge wants the policy's token ids: send the request with them"},
 }

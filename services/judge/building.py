@@ -104,6 +104,7 @@ def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, readin
             max_prefix_characters=settings.max_prefix_characters,
             criteria=_described(settings, parts),
         ),
+        wants_token_ids=reading is not None and reading.shares_policy_tokens,
     )
 
 

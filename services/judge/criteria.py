@@ -7,10 +7,10 @@ from typing import Protocol
 
 from services.concurrency import all_of
 from services.judge.asking import Answer, Tally, VerdictSource, derived_seed
+from services.judge.chunks import JudgedChunk
 from services.judge.framing import FramedPrompt
 from services.judge.pairing import Pair, all_pairs
 from services.judge.rewards import win_rates
-from shared.api import JudgementItem
 from shared.errors import HeadwaterError
 
 
@@ -34,7 +34,7 @@ class Criterion(Protocol):
     """Scores the candidates of one chunk. Raises VerdictError or CriterionError where it can't, EngineError where
     the engine fails; there is no stand-in for a score."""
 
-    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores: ...
+    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores: ...
 
 
 class Pointwise:
@@ -44,16 +44,16 @@ class Pointwise:
         self._prompt = prompt
         self._source = source
 
-    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
-        texts = _distinct_texts(item)
+    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
+        texts = _distinct_texts(chunk)
         answers = await all_of(
-            self._ask(item, text, seed=derived_seed(seed, place), tally=tally) for place, text in enumerate(texts)
+            self._ask(chunk, text, seed=derived_seed(seed, place), tally=tally) for place, text in enumerate(texts)
         )
         value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
-        return Scores([value_of[candidate.text] for candidate in item.candidates], _first_reasoning(answers))
+        return Scores([value_of[candidate.text] for candidate in chunk.candidates], _first_reasoning(answers))
 
-    async def _ask(self, item: JudgementItem, text: str, *, seed: int, tally: Tally) -> Answer:
-        prompt = self._prompt.fill(prefix=item.prefix, reference=item.reference, candidate=text)
+    async def _ask(self, chunk: JudgedChunk, text: str, *, seed: int, tally: Tally) -> Answer:
+        prompt = self._prompt.fill(chunk, reference=chunk.reference, candidate=text)
         return await self._source.ask(prompt, num_samples=self._source.num_samples, seed=seed, tally=tally)
 
 
@@ -68,27 +68,27 @@ class Pairwise:
         self._prompt = prompt
         self._source = source
 
-    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
-        texts = _distinct_texts(item)
+    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
+        texts = _distinct_texts(chunk)
         pairs = all_pairs(len(texts))
         answers = await all_of(
-            self._compare(item.prefix, texts[first], texts[second], seed=derived_seed(seed, first, second), tally=tally)
+            self._compare(chunk, texts[first], texts[second], seed=derived_seed(seed, first, second), tally=tally)
             for first, second in pairs
         )
         wins = {pair: answer.value for pair, answer in zip(pairs, answers, strict=True)}
-        places = [texts.index(candidate.text) for candidate in item.candidates]
+        places = [texts.index(candidate.text) for candidate in chunk.candidates]
         outcomes = {
             (first, second): _outcome(wins, places[first], places[second]) for first, second in all_pairs(len(places))
         }
         return Scores(win_rates(len(places), outcomes), _first_reasoning(answers))
 
-    async def _compare(self, prefix: str, first: str, second: str, *, seed: int, tally: Tally) -> Answer:
+    async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, tally: Tally) -> Answer:
         """How far `first` beats `second`."""
         num_there, num_back = self._source.samples_per_pair
         if seed % 2:
             num_there, num_back = num_back, num_there
-        there = self._prompt.fill(prefix=prefix, a=first, b=second)
-        back = self._prompt.fill(prefix=prefix, a=second, b=first)
+        there = self._prompt.fill(chunk, a=first, b=second)
+        back = self._prompt.fill(chunk, a=second, b=first)
         asked = [(there, num_there, "there"), (back, num_back, "back")]
         answers = await all_of(
             self._source.ask(prompt, num_samples=number, seed=derived_seed(seed, order), tally=tally)
@@ -110,8 +110,8 @@ def _outcome(wins: dict[Pair, float], first: int, second: int) -> float:
     return wins[first, second] if first < second else 1.0 - wins[second, first]
 
 
-def _distinct_texts(item: JudgementItem) -> list[str]:
-    return list(dict.fromkeys(candidate.text for candidate in item.candidates))
+def _distinct_texts(chunk: JudgedChunk) -> list[str]:
+    return list(dict.fromkeys(candidate.text for candidate in chunk.candidates))
 
 
 def _first_reasoning(answers: Iterable[Answer]) -> str:

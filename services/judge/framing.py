@@ -1,6 +1,7 @@
 """Turns a prompt file and the texts of a chunk into exactly what the judge's model is given."""
 
 from services.engine.base import Engine
+from services.judge.chunks import JudgedChunk
 from services.prompts import Prompt, opened
 
 
@@ -22,13 +23,8 @@ class FramedPrompt:
         self._chat = chat
         self._max_prefix_characters = max_prefix_characters
 
-    def fill(self, *, prefix: str, **texts: str) -> str:
-        """The texts go in unchanged but for the prefix, of which the end is shown."""
-        values = {"prefix": end_of(prefix, self._max_prefix_characters), **texts}
+    def fill(self, chunk: JudgedChunk, **texts: str) -> str:
+        """The end of the chunk's prefix, and the texts unchanged."""
+        values = {"prefix": chunk.end_of_prefix(self._max_prefix_characters), **texts}
         message = self._message.fill(values)
         return opened(self._engine.render_chat(message), self._opening.fill(values)) if self._chat else message
-
-
-def end_of(text: str, max_characters: int) -> str:
-    """The last `max_characters` of `text`."""
-    return text[max(0, len(text) - max_characters) :]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from services.concurrency import all_of
 from services.judge.asking import Tally, derived_seed
+from services.judge.chunks import JudgedChunk
 from services.judge.criteria import Criterion, CriterionError, Scores
 from services.judge.rewards import combined_rewards
-from shared.api import JudgementFailure, JudgementItem, JudgementRequest, JudgementResponse
-from shared.errors import PromptError, RequestError, VerdictError
+from shared.api import JudgementFailure, JudgementRequest, JudgementResponse
+from shared.errors import PromptError, RequestError, TokenIdsNeededError, VerdictError
 from shared.records import Judgement
 
 _log = logging.getLogger(__name__)
@@ -32,24 +33,32 @@ class WeightedCriterion:
 class Judge:
     """Ready to judge; built by building.py once the engine runs."""
 
-    def __init__(self, criteria: Mapping[str, WeightedCriterion], *, fingerprint: str) -> None:
+    def __init__(self, criteria: Mapping[str, WeightedCriterion], *, fingerprint: str, wants_token_ids: bool) -> None:
         self._criteria = dict(criteria)
         self._weights = {name: entry.weight for name, entry in criteria.items()}
         self._slots = asyncio.Semaphore(MAX_CHUNKS_AT_ONCE)
         self.fingerprint = fingerprint
+        self._wants_token_ids = wants_token_ids
+        """A criterion scores the policy's token ids."""
 
     async def judge(self, request: JudgementRequest) -> JudgementResponse:
-        """One judgement or failure per item, in their order."""
+        """One judgement or failure per item, in their order. Raises TokenIdsNeededError."""
+        if self._wants_token_ids and not request.token_ids:
+            raise TokenIdsNeededError(
+                "this judge scores the policy's token ids (likelihood): give `token_ids` of the window, and with each "
+                "item its `token_start` and its candidates' `token_ids`"
+            )
         judgements = await all_of(
-            self._in_turn(item, seed=derived_seed(request.seed, place)) for place, item in enumerate(request.items)
+            self._in_turn(JudgedChunk(request, item), seed=derived_seed(request.seed, place))
+            for place, item in enumerate(request.items)
         )
-        return JudgementResponse(judgements=tuple(judgements))
+        return JudgementResponse(judgements=tuple(judgements), wants_token_ids=self._wants_token_ids)
 
-    async def _in_turn(self, item: JudgementItem, *, seed: int) -> Judgement | JudgementFailure:
+    async def _in_turn(self, chunk: JudgedChunk, *, seed: int) -> Judgement | JudgementFailure:
         async with self._slots:
             tallies = {name: Tally(name) for name in self._criteria}
             try:
-                return await self._judge_chunk(item, seed=seed, tallies=tallies)
+                return await self._judge_chunk(chunk, seed=seed, tallies=tallies)
             except VerdictError as exc:
                 return _failure("unreadable_verdict", exc, tallies)
             except CriterionError as exc:
@@ -57,9 +66,9 @@ class Judge:
             except (PromptError, RequestError) as exc:
                 return _failure("unanswerable_prompt", exc, tallies)
 
-    async def _judge_chunk(self, item: JudgementItem, *, seed: int, tallies: Mapping[str, Tally]) -> Judgement:
+    async def _judge_chunk(self, chunk: JudgedChunk, *, seed: int, tallies: Mapping[str, Tally]) -> Judgement:
         results: list[Scores] = await all_of(
-            entry.criterion.score(item, seed=derived_seed(seed, name), tally=tallies[name])
+            entry.criterion.score(chunk, seed=derived_seed(seed, name), tally=tallies[name])
             for name, entry in self._criteria.items()
         )
         scores = {name: tuple(result.values) for name, result in zip(self._criteria, results, strict=True)}

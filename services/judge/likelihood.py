@@ -7,10 +7,9 @@ from statistics import fmean
 
 from services.engine.base import Engine, Prompt
 from services.judge.asking import Tally
+from services.judge.chunks import JudgedChunk
 from services.judge.criteria import CriterionError, Scores
-from services.judge.framing import end_of
 from services.judge.rewards import scores_within_group
-from shared.api import JudgementItem
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,8 @@ class TokenReading:
     """How texts become tokens of the judge's model."""
 
     shares_policy_tokens: bool
-    """The policy's token ids mean the same to the judge's model, so they are scored as they were sampled."""
+    """The policy's token ids mean the same to the judge's model, so they are scored as they were sampled, and every
+    request must have them."""
     beginning: int | None
     """The token that the model wants before every text (BOS), if it wants one."""
 
@@ -41,8 +41,8 @@ class Likelihood:
         self._max_prefix_characters = max_prefix_characters
         self._gate = gate
 
-    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
-        prompt, continuations = self._tokens(item)
+    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
+        prompt, continuations = self._tokens(chunk)
         async with self._gate:
             tally.count_calls(1)
             log_probs = await self._engine.score(prompt, continuations)
@@ -51,16 +51,14 @@ class Likelihood:
             raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
         return Scores(scores_within_group(means, scale=self._scale))
 
-    def _tokens(self, item: JudgementItem) -> tuple[Prompt, list[Prompt]]:
-        """The candidates' own token ids if all are given and shared, otherwise the tokens of their texts."""
-        shared = self._reading.shares_policy_tokens and all(candidate.token_ids for candidate in item.candidates)
-        if shared and item.prefix_token_ids:
-            return list(item.prefix_token_ids), [candidate.token_ids for candidate in item.candidates]
-        if not all(candidate.text for candidate in item.candidates):
+    def _tokens(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
+        """The candidates' own token ids where they mean the same here, otherwise the tokens of their texts."""
+        if self._reading.shares_policy_tokens:
+            return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.candidates]
+        if not all(candidate.text for candidate in chunk.candidates):
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
-        return self._prompt(end_of(item.prefix, self._max_prefix_characters)), [
-            candidate.token_ids if shared else candidate.text for candidate in item.candidates
-        ]
+        prefix = chunk.end_of_prefix(self._max_prefix_characters)
+        return self._prompt(prefix), [candidate.text for candidate in chunk.candidates]
 
     def _prompt(self, prefix: str) -> Prompt:
         if self._reading.beginning is not None:

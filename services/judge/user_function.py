@@ -1,6 +1,8 @@
 """The python criterion: a user's own function scores the candidates.
 
 def score(prefix: str, candidates: list[str], reference: str) -> list[float]   # or async def; each in [0, 1]
+
+`prefix` is all of the window before the chunk, of any length.
 """
 
 import asyncio
@@ -11,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from services.judge.asking import Tally
+from services.judge.chunks import JudgedChunk
 from services.judge.criteria import CriterionError, Scores
-from shared.api import JudgementItem
 from shared.errors import SettingsError
 
 UserFunction = Callable[[str, list[str], str], Any]
@@ -27,11 +29,11 @@ class PythonCriterion:
         self._function = function
         self._timeout_s = timeout_s
 
-    async def score(self, item: JudgementItem, *, seed: int, tally: Tally) -> Scores:
-        texts = [candidate.text for candidate in item.candidates]
+    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
+        texts = [candidate.text for candidate in chunk.candidates]
         try:
             async with asyncio.timeout(self._timeout_s):
-                values = await self._call(item.prefix, texts, item.reference)
+                values = await self._call(chunk.prefix, texts, chunk.reference)
         except TimeoutError as exc:
             raise _failure(f"gave no scores within {self._timeout_s} s") from exc
         except Exception as exc:

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Callable[[Settings, FakeEngine], FastAPI], str, dict[str,
     "judge": (
         lambda settings, engine: create_judge_app(settings, SECRETS, engine=engine),
         "/v1/judgements",
-        {"items": [{"prefix": "The", "candidates": [{"text": " moon"}, {"text": " sun"}], "reference": " moon"}]},
+        {"text": "The moon", "items": [{"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}]},
     ),
 }
 

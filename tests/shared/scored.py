@@ -4,8 +4,8 @@ from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, Score
 
 
 def scored_document(position: int = 0, *, part: int = 0, window: int = 0, text: str = " river") -> ScoredDocument:
-    original = Candidate(kind="original", token_ids=(3, 4), text=text)
-    rollout = Candidate(kind="rollout", token_ids=(5,), text=" hill", policy_version=2, finish_reason="stop")
+    original = Candidate(kinds=("original",), token_ids=(3, 4), text=text)
+    rollout = Candidate(kinds=("rollout",), token_ids=(5,), text=" hill", policy_version=2, finish_reason="stop")
     judgement = Judgement(rewards=(0.75, 0.25), scores={"quality": (0.75, 0.25)}, num_calls=2, fingerprint="f")
     return ScoredDocument(
         run_id="run",

@@ -46,7 +46,9 @@ def test_candidates_go_with_their_chunk(database: Engine) -> None:
         chunk = ChunkRow(run_id="r", document_id="0.0.0.0", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
         session.flush()
-        session.add(CandidateRow(chunk_id=chunk.id, kind="original", text="漢", num_tokens=3, scores={"q": 0.5}))
+        session.add(
+            CandidateRow(chunk_id=chunk.id, kinds="original,rewrite", text="漢", num_tokens=3, scores={"q": 0.5})
+        )
     with transaction(database) as session:
         session.execute(sa.delete(ChunkRow))
     with transaction(database) as session:

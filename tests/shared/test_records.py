@@ -5,11 +5,11 @@ from pydantic import ValidationError
 
 from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, ScoredDocument
 
-ORIGINAL = Candidate(kind="original", token_ids=(1, 2), text="ab")
+ORIGINAL = Candidate(kinds=("original",), token_ids=(1, 2), text="ab")
 
 
-def _rollout(version: int) -> Candidate:
-    return Candidate(kind="rollout", token_ids=(3,), text="c", policy_version=version, finish_reason="length")
+def _rollout(version: int, token: int = 3) -> Candidate:
+    return Candidate(kinds=("rollout",), token_ids=(token,), text="c", policy_version=version, finish_reason="length")
 
 
 def _document(*candidates: Candidate) -> ScoredDocument:
@@ -26,14 +26,27 @@ def _document(*candidates: Candidate) -> ScoredDocument:
 
 def test_a_rollout_carries_its_version_and_nothing_else_does() -> None:
     with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
-        Candidate(kind="rollout", token_ids=(1,), text="a")
+        Candidate(kinds=("rollout",), token_ids=(1,), text="a")
     with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
-        Candidate(kind="original", token_ids=(1,), text="a", policy_version=0)
+        Candidate(kinds=("original",), token_ids=(1,), text="a", policy_version=0)
+
+
+def test_kinds_stand_in_one_order_and_there_is_at_least_one() -> None:
+    copied = Candidate(kinds=("original", "rewrite", "rollout", "rollout"), token_ids=(1,), text="a", policy_version=0)
+    assert copied.policy_version == 0
+    for kinds in ((), ("rollout", "original")):
+        with pytest.raises(ValidationError, match="kinds"):
+            Candidate(kinds=kinds, token_ids=(1,), text="a", policy_version=0)
+
+
+def test_equal_candidates_of_a_chunk_are_refused() -> None:
+    with pytest.raises(ValidationError, match="equal candidates at 1: merge them"):
+        ScoredChunk(start=1, candidates=(_rollout(1), _rollout(2)))
 
 
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
-        Candidate.model_validate({"kind": "original", "token_ids": [1], "text": "a", "score": 1})
+        Candidate.model_validate({"kinds": ["original"], "token_ids": [1], "text": "a", "score": 1})
 
 
 def test_records_never_change() -> None:
@@ -49,7 +62,7 @@ def test_a_score_lies_between_0_and_1(score: float) -> None:
 
 def test_negative_token_ids_are_refused() -> None:
     with pytest.raises(ValidationError):
-        Candidate(kind="original", token_ids=(-1,), text="a")
+        Candidate(kinds=("original",), token_ids=(-1,), text="a")
 
 
 def test_every_candidate_has_a_reward() -> None:
@@ -65,6 +78,6 @@ def test_a_document_key_survives_its_text() -> None:
 
 
 def test_the_oldest_rollout_gives_a_document_its_version() -> None:
-    assert _document(ORIGINAL, _rollout(4), _rollout(2)).oldest_policy_version == 2
+    assert _document(ORIGINAL, _rollout(4), _rollout(2, token=4)).oldest_policy_version == 2
     assert _document(ORIGINAL).oldest_policy_version is None
     assert _document(ORIGINAL).document_id == "0.1.2.3"

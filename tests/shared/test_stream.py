@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from shared.errors import StreamError
+from shared.errors import SettingsError, StreamError
+from shared.limits import MAX_ENTRY_BYTES
 from shared.stream import (
     GROUP,
     Backlog,
@@ -41,6 +42,15 @@ def test_a_document_comes_back_as_it_was_written(client: redis.Redis, run: str) 
     (entry,) = stream.read(count=5, block_s=0.1)
     assert isinstance(entry, StreamEntry)
     assert entry.document == document
+
+
+def test_a_document_that_no_reader_would_take_is_never_written(client: redis.Redis, run: str) -> None:
+    stream = opened(client, run)
+    with pytest.raises(
+        SettingsError, match=r"document 0\.0\.0\.0 has 268,4\d\d,\d+ bytes, .* takes 268,435,456: lower"
+    ):
+        stream.write(scored_document(text="x" * MAX_ENTRY_BYTES))
+    assert stream.backlog().unread == 0
 
 
 def test_documents_come_once_and_in_the_order_of_writing(client: redis.Redis, run: str) -> None:

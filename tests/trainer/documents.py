@@ -7,12 +7,13 @@ from shared.records import Candidate, CandidateKind, DocumentKey, Judgement, Sco
 RUN = "r"
 
 
-def candidate(kind: CandidateKind, *token_ids: int, version: int = 0) -> Candidate:
+def candidate(kinds: CandidateKind | tuple[CandidateKind, ...], *token_ids: int, version: int = 0) -> Candidate:
+    made = (kinds,) if isinstance(kinds, str) else kinds
     return Candidate(
-        kind=kind,
+        kinds=made,
         token_ids=token_ids,
         text=" ".join(map(str, token_ids)),
-        policy_version=version if kind == "rollout" else None,
+        policy_version=version if "rollout" in made else None,
     )
 
 

@@ -3,9 +3,10 @@ import subprocess
 import sys
 from collections import Counter
 
-from shared.records import Candidate, ScoredChunk, ScoredDocument
+from shared.records import Candidate, DroppedChunk, ScoredChunk, ScoredDocument
 from shared.settings import Objective
 from tests.trainer.documents import candidate, chunk, document
+from trainer.figures import pair_figures
 from trainer.preferences import Selection, rewards_by_kind, select_pairs
 
 ORIGINAL, REWRITE = candidate("original", 1, 2), candidate("rewrite", 3, 4)
@@ -33,7 +34,7 @@ def test_dpo_takes_the_highest_and_the_lowest_of_the_whole_pool() -> None:
 
 
 def test_ties_are_broken_evenly_over_documents() -> None:
-    kinds = Counter(drawn(position, 0).kind for position in range(400))
+    kinds = Counter(drawn(position, 0).kinds[0] for position in range(400))
     assert 240 < kinds["rollout"] < 360  # three of four tied candidates are rollouts: 300 expected
     assert kinds["rewrite"] == 0
 
@@ -59,9 +60,23 @@ def test_rewards_within_the_gap_are_no_preference() -> None:
     assert len(select([close], gap=0.2).pairs) == 1
 
 
-def test_identical_tokens_are_no_preference() -> None:
-    copies = [candidate("original", 1, 2), candidate("rewrite", 1, 2)]
-    assert select([chunk(2, copies, (1.0, 0.0))]).no_preference == 1
+def test_a_chunk_whose_candidates_were_all_equal_is_no_preference() -> None:
+    equal = DroppedChunk(start=4, reason="no_preference")
+    unread = DroppedChunk(start=6, reason="unreadable_verdict")
+    found = document(0, [chunk(2, POOL[:2], (1.0, 0.0))]).model_copy(update={"dropped_chunks": (equal, unread)})
+    selection = select_pairs(found, "dpo", min_reward_gap=0.0, seed=0)
+    assert (len(selection.pairs), selection.no_preference, selection.missing) == (1, 1, 0)
+
+
+def test_a_tie_is_drawn_evenly_however_often_a_candidate_was_made() -> None:
+    """The original, copied by the teacher and by two rollouts, ties with one rollout: 300 of 600 each. By copies the
+    rollout would have 120."""
+    copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
+    pool = [copied, ROLLOUTS[0], ROLLOUTS[1]]
+    documents = [document(position, [chunk(2, pool, (0.9, 0.9, 0.1))]) for position in range(600)]
+    chosen = [select_pairs(d, "dpo", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in documents]
+    assert 260 < chosen.count(ROLLOUTS[0]) < 340
+    assert set(chosen) == {copied, ROLLOUTS[0]}
 
 
 def test_a_chunk_without_judgement_or_with_one_candidate_is_missing_not_zero() -> None:
@@ -76,7 +91,7 @@ def test_rf_nll_takes_the_highest_even_if_all_tie() -> None:
 
 def test_sft_and_next_token_take_their_kind_without_a_judge() -> None:
     assert select([chunk(2, POOL)], "sft_rewrite").pairs[0].chosen == REWRITE
-    assert select([chunk(2, POOL)], "sft_rollout").pairs[0].chosen == ROLLOUTS[0]
+    assert select([chunk(2, POOL)], "sft_rollout").pairs[0].chosen in ROLLOUTS
     assert select([chunk(2, POOL)], "next_token").pairs[0].chosen == ORIGINAL
 
 
@@ -90,6 +105,42 @@ def test_rewrite_over_rollout_draws_its_rollout() -> None:
     pairs = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0, seed=0).pairs[0] for d in documents]
     assert {pair.chosen for pair in pairs} == {REWRITE}
     assert {pair.rejected for pair in pairs} == set(ROLLOUTS)
+
+
+def test_a_rollout_is_drawn_as_often_as_it_was_sampled() -> None:
+    """Three of four samples are the one, so it is chosen in 450 of 600 windows, whichever kinds it has besides."""
+    often = candidate(("original", "rollout", "rollout", "rollout"), 1, 2)
+    pool = [often, ROLLOUTS[0]]
+    documents = [document(position, [chunk(2, pool)]) for position in range(600)]
+    chosen = [select_pairs(d, "sft_rollout", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in documents]
+    assert 405 < chosen.count(often) < 495
+
+
+def test_the_rewrite_is_never_rejected_against_itself() -> None:
+    """Of four samples two are the rewrite: the others are drawn 2 to 1 (one was sampled once, the original twice)."""
+    rewrite = candidate(("rewrite", "rollout", "rollout"), 3, 4)
+    original = candidate(("original", "rollout", "rollout"), 1, 2)
+    documents = [document(position, [chunk(2, [original, rewrite, ROLLOUTS[0]])]) for position in range(600)]
+    selections = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0.0, seed=0) for d in documents]
+    rejected = [selection.pairs[0].rejected for selection in selections]
+    assert set(rejected) == {original, ROLLOUTS[0]}
+    assert 355 < rejected.count(original) < 445  # 2 of 3: 400
+    only = select([chunk(2, [ORIGINAL, rewrite])], "dpo_rewrite_over_rollout")
+    assert (only.pairs, only.no_preference, only.missing) == ((), 1, 0)
+
+
+def test_a_chosen_candidate_counts_for_each_of_its_kinds_once() -> None:
+    copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
+    chunks = [chunk(2, [copied, ROLLOUTS[0]], (1.0, 0.0)), chunk(4, [ORIGINAL, ROLLOUTS[0]], (0.0, 1.0))]
+    figures = pair_figures(select(chunks).pairs, policy_version=3)
+    rates = [figures[f"chosen_{kind}_rate"] for kind in ("original", "rewrite", "rollout")]
+    assert rates == [0.5, 0.5, 1.0]
+
+
+def test_rewards_by_kind_count_each_copy() -> None:
+    copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
+    rewards = rewards_by_kind(document(0, [chunk(2, [copied, ROLLOUTS[0]], (0.75, 0.25))]))
+    assert rewards == {"original": (0.75, 1), "rewrite": (0.75, 1), "rollout": (1.75, 3)}
 
 
 def test_rewards_by_kind_sum_over_the_pool() -> None:

@@ -9,7 +9,7 @@ import pytest
 from services.engine.base import Sampling
 from services.judge.verdicts import QUALITY_VERDICTS, answer_pattern, read_verdict
 from shared.errors import PromptError
-from tests.services.judge.making import judgement_of, make_item, make_judge, prompt_file
+from tests.services.judge.making import judgement_of, make_judge, make_window, prompt_file
 from tests.vllm.subjects import MAX_QUEUED, Subject, vllm_subject
 
 PROMPT = [9, 8, 7]
@@ -54,7 +54,7 @@ def test_the_judge_reads_every_structured_answer(constrained: Subject, tmp_path:
         "safety": asked | {"prompt": prompt_file(tmp_path, "Safe? {candidate}")},
     }
     judge = make_judge(constrained.engine, criteria=criteria, chat=False, max_retries=0, engine=narrow)
-    judgement = constrained.do(judgement_of(judge, make_item(" one", " two", " three")))
+    judgement = constrained.do(judgement_of(judge, make_window(" one", " two", " three")))
     assert (judgement.num_calls, judgement.num_failures) == (30, 0)
     assert sum(judgement.scores["quality"]) == pytest.approx(1.5)
     assert re.search(r"(^|\n)Verdict: (A|B|tie)$", judgement.reasoning)

@@ -36,9 +36,13 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("num_pairs", sa.Integer(), nullable=True))
     with op.batch_alter_table("weight_versions", schema=None) as batch_op:
         batch_op.alter_column("num_bytes", existing_type=sa.Integer(), type_=sa.BigInteger(), existing_nullable=False)
+    with op.batch_alter_table("candidates", schema=None) as batch_op:
+        batch_op.alter_column("kind", new_column_name="kinds", existing_type=sa.String(), existing_nullable=False)
 
 
 def downgrade() -> None:
+    with op.batch_alter_table("candidates", schema=None) as batch_op:
+        batch_op.alter_column("kinds", new_column_name="kind", existing_type=sa.String(), existing_nullable=False)
     with op.batch_alter_table("weight_versions", schema=None) as batch_op:
         batch_op.alter_column("num_bytes", existing_type=sa.BigInteger(), type_=sa.Integer(), existing_nullable=False)
     with op.batch_alter_table("documents", schema=None) as batch_op:

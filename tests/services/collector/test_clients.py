@@ -71,12 +71,25 @@ def test_a_bug_of_the_service_is_tried_three_times() -> None:
     assert caught.value.reason == "rollout_refused"
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("status", [400, 409, 422])
 def test_a_refused_request_is_not_repeated(status: int) -> None:
     body = {"error": {"type": "RequestError", "message": "too many tokens"}}
     with pytest.raises(RefusedRequestError, match=f"answered {status}: too many tokens") as caught:
         ask([httpx.Response(status, json=body)])
     assert caught.value.reason == "rollout_refused"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "remedy"),
+    [
+        (413, "RequestTooLargeError", r"raise rollout\.max_request_bytes there, or lower chunks\.context_tokens"),
+        (422, "InvalidRequest", r"is it of this collector's version\? .* lower chunks\.context_tokens"),
+    ],
+)
+def test_a_bound_of_the_service_is_configuration_and_drops_no_window(status: int, kind: str, remedy: str) -> None:
+    body = {"error": {"type": kind, "message": "too many chunks"}}
+    with pytest.raises(SettingsError, match=f"answered {status}: too many chunks; {remedy}"):
+        ask([httpx.Response(status, json=body)])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def collected(stub: StubServices, make_settings: MakeSettings, **sections: Any) 
 
 
 def kinds(document: ScoredDocument) -> set[tuple[str, ...]]:
-    return {tuple(candidate.kind for candidate in chunk.candidates) for chunk in document.chunks}
+    return {tuple(kind for candidate in chunk.candidates for kind in candidate.kinds) for chunk in document.chunks}
 
 
 def reasons(seen: Seen) -> list[tuple[str, str]]:
@@ -64,11 +64,11 @@ def test_services_are_asked_for_what_the_window_holds(make_settings: MakeSetting
     assert rollout["starts"] == [chunk.start for chunk in document.chunks]
     assert (rollout["num_rollouts"], rollout["max_suffix_tokens"], rollout["temperature"]) == (2, 8, 1.0)
     original = document.chunks[0].candidates[0]
-    judged = [item for body in stub.bodies("/v1/judgements") for item in body["items"]]
-    item = next(found for found in judged if found["prefix_token_ids"] == list(document.token_ids[:8]))
-    assert item["reference"] == original.text
-    assert tuple(item["candidates"][0]["token_ids"]) == original.token_ids
-    assert set(item["candidates"][0]) == {"text", "token_ids"}, "the judge must not learn the kind"
+    name = f"{document.source_id[1:]}: "  # its text begins with it
+    judged = next(body for body in stub.bodies("/v1/judgements") if body["text"].startswith(name))
+    item = judged["items"][0]
+    assert judged["text"][item["start"] : item["end"]] == original.text
+    assert {key for candidate in item["candidates"] for key in candidate} == {"text"}, "the judge learns no kinds"
 
 
 def test_the_same_run_asks_with_the_same_seeds(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
@@ -145,6 +145,26 @@ def test_a_chunk_with_one_candidate_is_not_shown_to_the_judge(
         (8, "too_few_candidates")
     }
     assert stub.bodies("/v1/rollouts") == []
+
+
+def test_a_window_of_equal_candidates_is_no_preference_and_never_judged(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    copy = {"text": "x", "token_ids": [5], "finish_reason": "length"}
+
+    def copies(path: str, body: Any) -> Response | None:
+        if path == "/v1/rollouts":
+            return JSONResponse({"rollouts": [[copy | {"policy_version": 3}] * 2 for _ in body["starts"]]})
+        if path == "/v1/rewrites" and len(stub.bodies(path)) == 1:
+            return JSONResponse({"rewrites": [copy for _ in body["items"]]})
+        return None
+
+    stub = StubServices(copies)
+    schedule = [{"kinds": ["rewrite", "rollout"], "num_rollouts": 2}]
+    seen, found = collected(stub, make_settings, documents=documents, collector={"schedule": schedule})
+    assert (len(found), len(stub.bodies("/v1/judgements"))) == (3, 3)
+    assert seen.balance.dropped == {"no_preference": 1}
+    assert {kind for document in found for kind in kinds(document)} == {("rewrite", "rollout", "rollout")}
 
 
 def test_objectives_without_judge_never_ask_it(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
@@ -266,7 +286,7 @@ def test_a_share_of_windows_is_kept_for_people(make_settings: MakeSettings, docu
         assert len(chunks) == sum(len(document.chunks) for document in found)
         first = next(chunk for chunk in chunks if chunk.start == 8)
         candidates = session.scalars(sa.select(CandidateRow).where(CandidateRow.chunk_id == first.id)).all()
-        assert [(row.kind, row.reward) for row in candidates] == [
+        assert [(row.kinds, row.reward) for row in candidates] == [
             ("original", 1.0), ("rewrite", 0.75), ("rollout", 0.5), ("rollout", 0.25),
         ]  # fmt: skip
         assert first.fingerprint == "stub"

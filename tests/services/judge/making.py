@@ -1,4 +1,4 @@
-"""Judges over the fake engine, and the chunks that they judge."""
+"""Judges over the fake engine, and the windows that they judge."""
 
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,24 @@ def prompt_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-def make_item(*texts: str, prefix: str = "The prefix", reference: str = " ref") -> JudgementItem:
-    return JudgementItem(prefix=prefix, candidates=tuple(JudgedText(text=text) for text in texts), reference=reference)
+def make_window(*texts: str, prefix: str = "The prefix", reference: str = " ref") -> JudgementRequest:
+    """A window that ends with its one chunk."""
+    candidates = tuple(JudgedText(text=text) for text in texts)
+    item = JudgementItem(start=len(prefix), end=len(prefix) + len(reference), candidates=candidates)
+    return JudgementRequest(text=prefix + reference, items=(item,))
 
 
-async def judge_one(judge: Judge, item: JudgementItem, *, seed: int = 0) -> Judgement | JudgementFailure:
-    return (await judge.judge(JudgementRequest(items=(item,), seed=seed))).judgements[0]
+async def judge_one(judge: Judge, window: JudgementRequest, *, seed: int = 0) -> Judgement | JudgementFailure:
+    return (await judge.judge(window.model_copy(update={"seed": seed}))).judgements[0]
 
 
-async def judgement_of(judge: Judge, item: JudgementItem, *, seed: int = 0) -> Judgement:
-    judgement = await judge_one(judge, item, seed=seed)
+async def judgement_of(judge: Judge, window: JudgementRequest, *, seed: int = 0) -> Judgement:
+    judgement = await judge_one(judge, window, seed=seed)
     assert isinstance(judgement, Judgement), judgement
     return judgement
 
 
-async def failure_of(judge: Judge, item: JudgementItem) -> JudgementFailure:
-    failure = await judge_one(judge, item)
+async def failure_of(judge: Judge, window: JudgementRequest) -> JudgementFailure:
+    failure = await judge_one(judge, window)
     assert isinstance(failure, JudgementFailure), failure
     return failure

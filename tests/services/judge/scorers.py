@@ -13,6 +13,14 @@ async def awaited(prefix: str, candidates: list[str], reference: str) -> tuple[f
     return tuple(1.0 if candidate == reference else 0.0 for candidate in candidates)
 
 
+def counts_on(prefix: str, candidates: list[str], reference: str) -> list[float]:
+    """1 for a candidate that begins with the number after the prefix's last one, as the reference must, in texts of
+    numbers modulo 1000."""
+    following = (int(prefix[-4:]) + 1) % 1000
+    assert int(reference[:4]) == following, (prefix[-8:], reference[:8])
+    return [float(int(candidate[:4]) == following) for candidate in candidates]
+
+
 def too_few(prefix: str, candidates: list[str], reference: str) -> list[float]:
     return [0.5]
 

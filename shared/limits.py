@@ -1,0 +1,135 @@
+"""Whether what one window makes of requests, and of its entry on the stream, fits. Called while settings are read.
+
+So a configuration that can't work is refused by `headwater check` and by every process, before a window is begun. The
+bounds are of a window full of chunks, each with all its candidates, all of them as long as they may be. They take a
+token as `TEXT_BYTES` of text, about three times English: where a window's text is longer still, it meets the service's
+own bound, a 413, which stops the collector too.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from shared.api import MAX_CHUNKS
+
+if TYPE_CHECKING:
+    from shared.settings import CriterionSettings, EngineSettings, ServiceSettings, Settings
+
+TEXT_BYTES = 12
+"""Of a token's text in JSON or msgpack."""
+MAX_ENTRY_BYTES = 256 * 1024 * 1024
+"""Of a scored document before compression. Redis takes strings of 512 MB."""
+
+_MOVED_TOKENS = 3
+"""A chunk may be so much shorter than the suffix, so that it ends with a whole character."""
+_ID_JSON_BYTES = 7
+"""Vocabularies below a million, and a comma."""
+_ID_PACKED_BYTES = 5
+_CHUNK_BYTES = 120
+"""Offsets, names of fields, brackets."""
+_CANDIDATE_BYTES = 120
+_JUDGED_BYTES = 32
+_SCORE_BYTES = 9
+_REQUEST_BYTES = 1000
+
+
+def problems(settings: "Settings") -> Iterator[str]:
+    """What can't work, one sentence each, with the numbers and the remedy."""
+    yield from _too_many_chunks(settings)
+    for role, num_bytes in request_bytes(settings).items():
+        service: ServiceSettings = getattr(settings, role)
+        if num_bytes > service.max_request_bytes:
+            yield (
+                f"a window of {_shape(settings)} makes requests of up to {num_bytes:,} bytes to the {role}, "
+                f"{role}.max_request_bytes = {service.max_request_bytes:,} allows fewer: raise it, or {_SMALLER}"
+            )
+        yield from _too_slow(settings, role, service)
+    if entry_bytes(settings) > MAX_ENTRY_BYTES:
+        yield (
+            f"a window of {_shape(settings)} makes an entry of up to {entry_bytes(settings):,} bytes on the stream, "
+            f"which takes {MAX_ENTRY_BYTES:,}: {_SMALLER}"
+        )
+
+
+def most_chunks(settings: "Settings") -> int:
+    """Of one window."""
+    chunks = settings.chunks
+    fitting = -(-chunks.context_tokens // max(1, chunks.suffix_tokens - _MOVED_TOKENS))
+    return min(fitting, chunks.chunks_per_document or fitting)
+
+
+def _most_suffix_tokens(settings: "Settings") -> int:
+    """Of all chunks of one window together. Candidates of a tail may be longer than it, by less than a suffix."""
+    suffix_tokens = settings.chunks.suffix_tokens
+    return suffix_tokens + min(settings.chunks.context_tokens, most_chunks(settings) * suffix_tokens)
+
+
+def request_bytes(settings: "Settings") -> dict[str, int]:
+    """By role of those that are asked, the longest request that one window makes."""
+    context, num_chunks = settings.chunks.context_tokens, most_chunks(settings)
+    found = {}
+    if "rollout" in settings.kinds:
+        found["rollout"] = _REQUEST_BYTES + context * _ID_JSON_BYTES + num_chunks * _CHUNK_BYTES
+    if "rewrite" in settings.kinds:
+        found["rewriter"] = _REQUEST_BYTES + context * TEXT_BYTES + num_chunks * _CHUNK_BYTES
+    if settings.needs_judge:
+        token_bytes = TEXT_BYTES + ("likelihood" in settings.judge.criteria) * _ID_JSON_BYTES
+        num_tokens = context + _most_candidates(settings) * _most_suffix_tokens(settings)
+        around = num_chunks * (_CHUNK_BYTES + _most_candidates(settings) * _JUDGED_BYTES)
+        found["judge"] = _REQUEST_BYTES + num_tokens * token_bytes + around
+    return found
+
+
+def entry_bytes(settings: "Settings") -> int:
+    """The longest scored document, packed."""
+    criteria = settings.judge.criteria.values() if settings.needs_judge else ()
+    candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
+    reasoning = max(map(_reasoning_bytes, criteria), default=0)
+    around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + _most_candidates(settings) * candidate)
+    shown = _most_candidates(settings) * _most_suffix_tokens(settings) * TEXT_BYTES
+    num_ids = settings.chunks.context_tokens + _most_candidates(settings) * _most_suffix_tokens(settings)
+    return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + shown + around
+
+
+def _reasoning_bytes(criterion: "CriterionSettings") -> int:
+    return 0 if criterion.function or criterion.verdict == "labels" else criterion.max_answer_tokens * TEXT_BYTES
+
+
+def _most_candidates(settings: "Settings") -> int:
+    """Of one chunk, in the stage that makes most."""
+    return max(len(set(stage.kinds) - {"rollout"}) + stage.num_rollouts for stage in settings.collector.schedule)
+
+
+def _too_many_chunks(settings: "Settings") -> Iterator[str]:
+    found, chunks = most_chunks(settings), settings.chunks
+    if found > MAX_CHUNKS:
+        yield (
+            f"chunks.context_tokens = {chunks.context_tokens:,} in suffixes of chunks.suffix_tokens = "
+            f"{chunks.suffix_tokens} are {found:,} chunks a window, requests take {MAX_CHUNKS:,}: raise suffix_tokens, "
+            "lower context_tokens, or draw chunks.chunks_per_document of them"
+        )
+    engine = settings.rewriter.engine
+    if "rewrite" in settings.kinds and engine.kind == "openai" and found > engine.max_queued_requests:
+        yield (
+            f"a window of {found:,} chunks asks the rewriter's endpoint {found:,} times at once, "
+            f"rewriter.engine.max_queued_requests = {engine.max_queued_requests:,} allows fewer: raise it"
+        )
+
+
+def _too_slow(settings: "Settings", role: str, service: "ServiceSettings") -> Iterator[str]:
+    engine: EngineSettings = service.engine
+    if not service.url and settings.collector.request_timeout_s < engine.timeout_s:
+        yield (
+            f"collector.request_timeout_s = {settings.collector.request_timeout_s:g} is less than "
+            f"{role}.engine.timeout_s = {engine.timeout_s:g}: the collector would ask again for what the {role} still "
+            "works at; raise the one or lower the other"
+        )
+
+
+def _shape(settings: "Settings") -> str:
+    return (
+        f"{settings.chunks.context_tokens:,} tokens (chunks.context_tokens) with {_most_candidates(settings)} "
+        f"candidates for each of {most_chunks(settings):,} chunks"
+    )
+
+
+_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_document"
