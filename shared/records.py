@@ -29,9 +29,9 @@ class Candidate(Record):
 
     kind: CandidateKind
     token_ids: TokenIds
-    """Policy tokens, 1 to `chunks.suffix_tokens` of them; an end-of-sequence token sampled by the policy is
-    the last one."""
+    """Policy tokens, at most as many as the chunk has; an end-of-text is the last one."""
     text: str
+    """What they say after the prefix, but for an end-of-text and a character cut at either end."""
     policy_version: int | None = None
     """Rollouts only: the oldest weight version that it was sampled under."""
     finish_reason: FinishReason = "source"

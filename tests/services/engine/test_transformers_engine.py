@@ -234,10 +234,10 @@ def test_text_prompts_are_encoded_without_special_tokens(tiny_model: Path) -> No
 
 def test_cut_characters_are_trimmed_from_a_continuations_text(tiny_model: Path) -> None:
     async def work(engine: TransformersEngine) -> None:
-        token_ids = engine.encode("é moon é")
-        assert engine._tokenizer is not None
-        assert engine._tokenizer.decode_continuation(token_ids[1:-1]) == " moon "
-        assert engine._tokenizer.decode_continuation(engine.encode(" moon")) == " moon"
+        token_ids = tuple(engine.encode("é moon é"))
+        cut = engine._generation(token_ids[:1], token_ids[1:-1], "length", 0)
+        assert (cut.text, cut.flaw) == (" moon ", "")
+        assert engine._generation((), tuple(engine.encode(" moon")), "length", 0).text == " moon"
 
     with_engine(tiny_model, work)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from services.policy_tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
 from shared.errors import SettingsError
 
 
