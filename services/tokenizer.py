@@ -142,7 +142,9 @@ class TokenCodec:
         text = whole[len(known) + bool(opened) :] if joins else self._whole_text(plain)
         if len(plain) < len(said):
             return Shown(text, "control_token")
-        return Shown(text, "" if joins and self._is_utf8(opened, plain) else "broken_text")
+        # A length cuts characters; an end-of-text inside one is nothing that a text can say.
+        ends_inside = ended and bool(self._opened([*context, *plain]))
+        return Shown(text, "" if joins and not ends_inside and self._is_utf8(opened, plain) else "broken_text")
 
     def begins_character(self, token_id: int) -> bool:
         """Whether a text may be cut before this token: it does not go on with a character of the token before."""

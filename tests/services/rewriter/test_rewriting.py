@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from services.engine.base import Generation
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.rewriting import Rewriter, load_prompt
