@@ -115,7 +115,7 @@ class TokenCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text without control tokens; U+FFFD for broken bytes."""
-        return self._decode([token_id for token_id in token_ids if self._is_text(token_id)])
+        return self._decode([token_id for token_id in token_ids if self.is_text(token_id)])
 
     def continuation(self, before: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int] = ()) -> Shown:
         """What `token_ids` say after `before`.
@@ -134,7 +134,7 @@ class TokenCodec:
     def _say(self, backwards: Iterable[int], token_ids: Sequence[int], ends: Collection[int] = ()) -> Shown:
         ended = len(token_ids) > 0 and (token_ids[-1] == self.end or token_ids[-1] in ends)
         said = token_ids[:-1] if ended else token_ids
-        plain = [token_id for token_id in said if self._is_text(token_id)]
+        plain = [token_id for token_id in said if self.is_text(token_id)]
         context = self._context(backwards)
         opened = self._opened(context)
         known, whole = self._whole_text(context), self._whole_text([*context, *plain])
@@ -150,7 +150,8 @@ class TokenCodec:
         """Whether a text may be cut before this token: it does not go on with a character of the token before."""
         return not (0 <= token_id < len(self._begins_inside) and self._begins_inside[token_id])
 
-    def _is_text(self, token_id: int) -> bool:
+    def is_text(self, token_id: int) -> bool:
+        """Whether it says anything: it is no control token."""
         return 0 <= token_id < len(self._bytes) and self._bytes[token_id] is not None
 
     def _context(self, backwards: Iterable[int]) -> list[int]:
@@ -158,7 +159,7 @@ class TokenCodec:
         whole character on."""
         found: list[int] = []
         for token_id in backwards:
-            if not self._is_text(token_id):
+            if not self.is_text(token_id):
                 continue
             found.append(token_id)
             enough = len(found) >= _CONTEXT_TOKENS and self.begins_character(token_id)

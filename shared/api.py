@@ -20,7 +20,7 @@ TextFlaw = Literal["control_token", "broken_text", ""]
 
 
 class RolloutRequest(Record):
-    """Ask the policy for `num_rollouts` continuations of each prefix `token_ids[:start]`, bounded by the chunk's length."""
+    """Ask the policy for `num_rollouts` continuations of each prefix `token_ids[:start]`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -92,6 +92,8 @@ class RewriteItem(Record):
     end: int
     max_suffix_tokens: MaxSuffixTokens
     """The rewrite is cut to this many of the policy's tokens."""
+    begins_text: bool = False
+    """No token with a text comes before the suffix, at most a BOS: tokenizers may see a text's first word otherwise."""
     ends_document: bool = False
     """The suffix ends with an end-of-text, which is not shown: so does a rewrite that ends by itself and has room."""
 

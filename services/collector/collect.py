@@ -118,10 +118,15 @@ class _Asking:
         return answer.rollouts
 
     async def _rewrite(self) -> Sequence[Rewrite]:
-        chunks = zip(self.window.chunks, self.text.spans, self.text.ends_document, strict=True)
         items = tuple(
-            RewriteItem(start=span.start, end=span.end, max_suffix_tokens=chunk.num_tokens, ends_document=ends)
-            for chunk, span, ends in chunks
+            RewriteItem(
+                start=span.start,
+                end=span.end,
+                max_suffix_tokens=chunk.num_tokens,
+                begins_text=span.begins_text,
+                ends_document=span.ends_document,
+            )
+            for chunk, span in zip(self.window.chunks, self.text.spans, strict=True)
         )
         request = RewriteRequest(text=self.text.text, items=items, seed=self._seed("rewrite"))
         with self._timed("rewrite"):

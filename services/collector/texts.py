@@ -18,6 +18,10 @@ class TextSpan:
 
     start: int
     end: int
+    begins_text: bool = False
+    """No token with a text comes before it, at most a BOS."""
+    ends_document: bool = False
+    """Its last token is an end-of-text, which is not shown."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,6 @@ class WindowText:
     text: str
     spans: tuple[TextSpan, ...]
     """One per chunk of the window, in their order."""
-    ends_document: tuple[bool, ...]
-    """Per chunk whether its last token is an end-of-text, which is not shown."""
 
     def prefix(self, index: int) -> str:
         """All text before chunk `index`'s suffix."""
@@ -78,8 +80,13 @@ class PolicyTokenizer:
         cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
         texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]
         place = dict(zip(cuts, accumulate(map(len, texts), initial=0), strict=True))
-        return WindowText(
-            "".join(texts),
-            tuple(TextSpan(place[chunk.start], place[chunk.end]) for chunk in chunks),
-            tuple(self._codec.end is not None and token_ids[chunk.end - 1] == self._codec.end for chunk in chunks),
+        spans = tuple(
+            TextSpan(
+                place[chunk.start],
+                place[chunk.end],
+                begins_text=place[chunk.start] == 0 and not any(map(self._codec.is_text, token_ids[: chunk.start])),
+                ends_document=self._codec.end is not None and token_ids[chunk.end - 1] == self._codec.end,
+            )
+            for chunk in chunks
         )
+        return WindowText("".join(texts), spans)

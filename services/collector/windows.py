@@ -6,14 +6,14 @@
 
 Chunks follow each other without a gap from the first one of a window to its last one. The first one starts where there
 is a prefix of `min_prefix_tokens`, and behind what windows before have cut: at the end of the overlap. A window that
-ends for its length ends with its last chunk, so that the next one goes on right there. Context only, and so in no chunk:
+ends for its length ends with its last chunk, so that the next one goes on right there. Context only, in no chunk:
 
 - the first `min_prefix_tokens` of a document, and those of a window that are more than the overlap,
 - a document's last tokens, if they are fewer than `min_suffix_tokens`. A window without any chunk is none.
 
-Nothing is cut inside a character. A chunk's end moves back to where one begins, which takes at most 3 tokens, so a chunk
-may be shorter than `suffix_tokens`, never longer; a first start moves forward. Where no character begins so near (ready
-ids of broken bytes) the cut stays where it is, and such a chunk is refused by preparing.py.
+Nothing is cut inside a character. A chunk's end moves back to where one begins, which takes at most 3 tokens, so a
+chunk may be shorter than `suffix_tokens`, never longer; a first start moves forward. Where no character begins so near
+(ready ids of broken bytes) the cut stays where it is, and such a chunk is refused by preparing.py.
 """
 
 import random

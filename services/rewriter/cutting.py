@@ -24,15 +24,15 @@ class PolicyTokens:
 
     codec: TokenCodec
 
-    def cut(self, text: str, max_tokens: int, *, opens: bool = False, ends: bool = False) -> Cut:
+    def cut(self, text: str, max_tokens: int, *, begins: bool = False, ends: bool = False) -> Cut:
         """The first `max_tokens` tokens of `text`.
 
-        `opens`: no text comes before it. `ends`: an end-of-text follows it, if the whole text leaves room.
+        `begins`: no text comes before it. `ends`: an end-of-text follows it, if the whole text leaves room.
         """
-        token_ids = self.codec.encode(text) if opens else self.codec.encode_continuation(text)
+        token_ids = self.codec.encode(text) if begins else self.codec.encode_continuation(text)
         kept = token_ids[:max_tokens]
         is_whole = len(kept) == len(token_ids)
-        shown = self.codec.continuation([] if opens else self.codec.anchor, kept)
+        shown = self.codec.continuation([] if begins else self.codec.anchor, kept)
         if ends and is_whole and len(kept) < max_tokens and self.codec.end is not None:
             kept = [*kept, self.codec.end]
         return Cut(tuple(kept), shown.text, is_whole, shown.flaw)

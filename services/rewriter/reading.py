@@ -37,7 +37,7 @@ class AnswerReader:
             return _refusal("overlong", finish_reason="length")
         if _REPLACEMENT in text and _REPLACEMENT not in suffix:
             return _refusal("broken_text")
-        cut = self.tokens.cut(text, item.max_suffix_tokens, opens=item.start == 0, ends=item.ends_document)
+        cut = self.tokens.cut(text, item.max_suffix_tokens, begins=item.begins_text, ends=item.ends_document)
         if cut.flaw or not cut.text.strip():
             return _refusal(cut.flaw or "empty")
         return Rewrite(text=cut.text, token_ids=cut.token_ids, finish_reason="stop" if cut.is_whole else "length")

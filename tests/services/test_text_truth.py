@@ -94,7 +94,9 @@ def teach(prompt: str, index: int) -> str:
     """A copy, a repair, or broken text, by the suffix."""
     suffix = prompt.partition("\x1e")[2].partition("\x1e")[0]
     kind = len(suffix) % 4
-    return {0: suffix, 1: suffix, 2: f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", 3: f"{suffix[:2]}\ufffd\ufffd"}[kind]
+    return {0: suffix, 1: suffix, 2: f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", 3: f"{suffix[:2]}\ufffd\ufffd"}[
+        kind
+    ]
 
 
 @dataclass
@@ -123,9 +125,12 @@ async def serving(settings: Settings, policy_engine: Engine | None, judge: StubS
 
 
 async def _until_ready(routed: Routed, role: str) -> None:
-    async with httpx.AsyncClient(transport=routed) as client, asyncio.timeout(30):
-        while (await client.get(f"http://{role}/readyz")).status_code != 200:
+    async with httpx.AsyncClient(transport=routed) as client:
+        for _ in range(1500):
+            if (await client.get(f"http://{role}/readyz")).status_code == 200:
+                return
             await asyncio.sleep(0.02)
+    raise AssertionError(f"{role} was not ready after 30 s")
 
 
 def make_settings(policy: Path, folder: Path, *, overlap: int) -> Settings:

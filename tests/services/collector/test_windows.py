@@ -202,7 +202,7 @@ def test_bos_and_end_of_text_are_not_shown(with_bos: PolicyTokenizer) -> None:
     ids = (BOS, *with_bos.encode("moon moon"), EOS)
     half = 1 + len(with_bos.encode("moon"))
     shown = with_bos.show(ids, [Chunk(1, half), Chunk(half, len(ids))])
-    assert shown == WindowText("moon moon", (TextSpan(0, 4), TextSpan(4, 9)), (False, True))
+    assert shown == WindowText("moon moon", (TextSpan(0, 4, begins_text=True), TextSpan(4, 9, ends_document=True)))
 
 
 @pytest.mark.parametrize(("hidden", "reason"), [([EOS], "control_token"), ([-2], "broken_text")])
