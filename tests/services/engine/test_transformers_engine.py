@@ -242,6 +242,16 @@ def test_cut_characters_are_trimmed_from_a_continuations_text(tiny_model: Path) 
     with_engine(tiny_model, work)
 
 
+def test_each_prompt_has_its_own_bound(tiny_model: Path) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        long = await engine.generate([PROMPT, OTHERS[1]], Sampling(max_tokens=9, num_samples=2, seed=3))
+        short = await engine.generate([PROMPT, OTHERS[1]], Sampling.bounded([9, 2], num_samples=2, seed=3))
+        assert tokens(short[0]) == tokens(long[0])
+        assert tokens(short[1]) == [token_ids[:2] for token_ids in tokens(long[1])]
+
+    with_engine(tiny_model, work)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [

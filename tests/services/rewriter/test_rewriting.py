@@ -157,6 +157,31 @@ def test_an_answer_that_fills_its_bound_is_overlong(rewrite: Ask) -> None:
     assert (found.refusal, found.text, found.token_ids, found.finish_reason) == ("overlong", "", (), "length")
 
 
+def test_broken_text_is_no_candidate_unless_it_stood_there(rewrite: Ask) -> None:
+    found = rewrite(answering(" ear\ufffd"), prompt=PLAIN)
+    assert (found.refusal, found.text, found.token_ids) == ("broken_text", "", ())
+    assert rewrite(answering(" ear\ufffd"), chunk("The", " ear\ufffd"), prompt=PLAIN).text == " ear\ufffd"
+
+
+def test_a_rewrite_of_a_documents_end_ends_it_where_it_has_room(rewrite: Ask, tokens: PolicyTokens) -> None:
+    text = " earth in 70 days."
+    ids, end = tokens.cut(text, 64).token_ids, tokens.codec.end
+    room = chunk("The moon moves around the", text, len(ids) + 1, ends_document=True)
+    found = rewrite(answering(text), room, prompt=PLAIN)
+    assert (found.token_ids, found.text) == ((*ids, end), text)
+    full = chunk("The moon moves around the", text, len(ids), ends_document=True)
+    assert rewrite(answering(text), full, prompt=PLAIN).token_ids == ids
+    longer = rewrite(answering(f"{text} And so on."), room, prompt=PLAIN)
+    assert (longer.finish_reason, end in longer.token_ids) == ("length", False)
+    assert end not in rewrite(answering(text), prompt=PLAIN).token_ids
+
+
+def test_in_a_script_without_blanks_the_bridge_is_short(rewrite: Ask) -> None:
+    engine = answering("x")
+    rewrite(engine, chunk("月は地球のまわりを約二十七日でまわる。" * 50, "水は"), prompt=STRIPPED, bridge_words=5)
+    assert len(engine.prompts[0].rpartition("|")[2]) == 40 + len(":")
+
+
 @pytest.mark.parametrize(("given", "bound"), [(0, 2 * 64 + 16), (30, 30)])
 def test_the_bound_of_an_answer_follows_the_suffix_or_the_settings(rewrite: Ask, given: int, bound: int) -> None:
     engine = answering("x")
@@ -172,6 +197,7 @@ def test_all_items_share_one_engine_call(tokens: PolicyTokens) -> None:
     response = asyncio.run(rewriter.rewrite(RewriteRequest(text="P 1 2 3", items=items, seed=7)))
     assert [rewrite.text for rewrite in response.rewrites] == ["", " two", ""]
     assert (engine.num_generate_calls, engine.samplings[0].seed) == (1, 7)
+    assert engine.samplings[0].bounds == (18, 22, 26), "each answer as long as its own suffix allows"
 
 
 def test_a_failing_engine_is_an_error_never_an_empty_rewrite(rewrite: Ask) -> None:
