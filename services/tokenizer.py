@@ -81,7 +81,7 @@ class TokenCodec:
         self._bytes = _token_bytes(tokenizer, byte_level=self._is_byte_level)
         for token_id in _control_ids(tokenizer):
             self._bytes[token_id] = None
-        self._begins_inside = [bool(found) and 0x80 <= found[0] < 0xC0 for found in self._bytes]
+        self._begins_inside = [0x80 <= (found or b"x")[0] < 0xC0 for found in self._bytes]
         self.anchor = self.encode(_ANCHORS[0])
         """Ids of some text, for what continues a text that is not at hand."""
 

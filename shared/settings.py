@@ -223,7 +223,8 @@ class RewriterSettings(ServiceSettings):
     chat: bool | None = None
     """Wrap the prompt in the model's chat template; None: when the tokenizer has one."""
     bridge_words: int = Field(default=5, ge=0)
-    """The last words of the prefix, given before the suffix and expected to begin the answer."""
+    """The last words of the prefix, at most 8 characters for each, given before the suffix and expected to begin the
+    answer."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
     """The prompt shows the end of longer prefixes; about 2,000 tokens, the paper's context."""
     temperature: float = Field(default=0.0, ge=0)

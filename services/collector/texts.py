@@ -61,8 +61,9 @@ class PolicyTokenizer:
         while token_ids and token_ids[:1] == self.opening:
             token_ids = token_ids[1:]
         end = self._codec.end
-        has_end = not token_ids or end is None or token_ids[-1] == end
-        return token_ids if has_end or not end_of_text else (*token_ids, end)
+        if not end_of_text or end is None or not token_ids or token_ids[-1] == end:
+            return token_ids
+        return (*token_ids, end)
 
     def flaw(self, token_ids: Sequence[int], chunk: Chunk) -> TextFlaw:
         """Why the chunk's suffix has no truthful text; empty where it has one."""

@@ -56,9 +56,9 @@ class Sampler(LocalEngine):
         self.bounds: list[tuple[int, int]] = []
         """Most tokens of a sample, and how many were sampled."""
 
-    _vocab_size = property(lambda self: self._size)  # type: ignore[assignment]
-    _max_tokens = property(lambda self: 256)  # type: ignore[assignment]
-    _eos_token_ids = property(lambda self: frozenset({2}))  # type: ignore[assignment]
+    _vocab_size = property(lambda self: self._size)
+    _max_tokens = property(lambda self: 256)
+    _eos_token_ids = property(lambda self: frozenset({2}))
 
     async def start(self) -> None:
         await self._load_tokenizer()

@@ -183,8 +183,13 @@ def test_each_window_begins_with_one_bos_and_the_document_ends_with_one_eos(
     with_bos: PolicyTokenizer, given: str
 ) -> None:
     ids = tuple(with_bos.encode(MOON))
-    content = {"text": MOON, "ids": ids, "ids with BOS": (BOS, *ids), "ids with both": (BOS, *ids, EOS)}[given]
-    windows = Preparer(with_bos, chunks(), seed=0).windows(Document(0, "d", content), part=0, epoch=0)
+    contents: dict[str, str | tuple[int, ...]] = {
+        "text": MOON,
+        "ids": ids,
+        "ids with BOS": (BOS, *ids),
+        "ids with both": (BOS, *ids, EOS),
+    }
+    windows = Preparer(with_bos, chunks(), seed=0).windows(Document(0, "d", contents[given]), part=0, epoch=0)
     assert len(windows) > 2
     assert all(window.token_ids[0] == BOS and BOS not in window.token_ids[1:] for window in windows)
     assert [EOS in window.token_ids for window in windows] == [False] * (len(windows) - 1) + [True]
