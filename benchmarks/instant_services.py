@@ -36,23 +36,21 @@ async def app(scope: dict[str, Any], receive: Callable[[], Awaitable[dict[str, A
 
 def _answer(path: str, request: dict[str, Any]) -> bytes:
     if path == "/v1/rollouts":
-        return _rollouts(len(request["starts"]), request["num_rollouts"], request["max_suffix_tokens"])
+        return _rollouts(tuple(request["max_suffix_tokens"]), request["num_rollouts"])
     if path == "/v1/rewrites":
-        return _rewrites(len(request["items"]), request["items"][0]["max_suffix_tokens"])
+        return _rewrites(tuple(item["max_suffix_tokens"] for item in request["items"]))
     return _judgements(tuple(len(item["candidates"]) for item in request["items"]))
 
 
 @lru_cache
-def _rollouts(num_chunks: int, num_rollouts: int, suffix_tokens: int) -> bytes:
-    rollout = [
-        [_continuation(suffix_tokens) | {"policy_version": 3} for _ in range(num_rollouts)] for _ in range(num_chunks)
-    ]
-    return orjson.dumps({"rollouts": rollout})
+def _rollouts(bounds: tuple[int, ...], num_rollouts: int) -> bytes:
+    rollouts = [[_continuation(bound) | {"policy_version": 3} for _ in range(num_rollouts)] for bound in bounds]
+    return orjson.dumps({"rollouts": rollouts})
 
 
 @lru_cache
-def _rewrites(num_chunks: int, suffix_tokens: int) -> bytes:
-    return orjson.dumps({"rewrites": [_continuation(suffix_tokens) | {"refusal": ""} for _ in range(num_chunks)]})
+def _rewrites(bounds: tuple[int, ...]) -> bytes:
+    return orjson.dumps({"rewrites": [_continuation(bound) | {"refusal": ""} for bound in bounds]})
 
 
 @lru_cache

@@ -78,7 +78,7 @@ def run_folder(settings: Settings) -> str:
 
 def policy(settings: Settings) -> str:
     """Loadable, and with room for the context."""
-    from services.policy_tokenizer import load_tokenizer
+    from services.tokenizer import load_tokenizer
 
     found = model_folder(settings.policy.model, setting="policy.model")
     tokenizer = load_tokenizer(settings.policy.tokenizer_source, setting="policy.tokenizer")

@@ -20,6 +20,10 @@ MAX_CANDIDATES = MAX_ROLLOUTS + 2
 """Rollouts, and beside them the original and its rewrite."""
 MAX_TEMPERATURE = 10.0
 Text = Annotated[str, Field(max_length=12 * MAX_WINDOW_TOKENS)]
+MaxSuffixTokens = Annotated[int, Field(ge=1, le=MAX_SUFFIX_TOKENS)]
+
+TextFlaw = Literal["control_token", "broken_text", ""]
+"""Why ids have no text that says the same: a control token among them, or bytes that are no character."""
 
 
 class RolloutRequest(Record):
@@ -32,7 +36,7 @@ class RolloutRequest(Record):
                     "token_ids": [1, 52, 17, 98, 4],
                     "starts": [2, 4],
                     "num_rollouts": 4,
-                    "max_suffix_tokens": 128,
+                    "max_suffix_tokens": [128, 96],
                 }
             ]
         }
@@ -40,7 +44,8 @@ class RolloutRequest(Record):
     token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_WINDOW_TOKENS)]
     starts: Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
     num_rollouts: int = Field(ge=1, le=MAX_ROLLOUTS)
-    max_suffix_tokens: int = Field(ge=1, le=MAX_SUFFIX_TOKENS)
+    max_suffix_tokens: MaxSuffixTokens | tuple[MaxSuffixTokens, ...]
+    """One bound for all starts, or one for each."""
     temperature: float = Field(default=1.0, ge=0.0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = Field(default=0, ge=0)
@@ -53,15 +58,31 @@ class RolloutRequest(Record):
                 raise ValueError(f"starts must lie in 1..{len(self.token_ids)} (len of token_ids), got {start}")
         return self
 
+    @model_validator(mode="after")
+    def _one_bound_per_start(self) -> "RolloutRequest":
+        if len(self.bounds) != len(self.starts):
+            raise ValueError(f"max_suffix_tokens has {len(self.bounds)} bounds for {len(self.starts)} starts")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Per start the most tokens that a continuation may have."""
+        bounds = self.max_suffix_tokens
+        return (bounds,) * len(self.starts) if isinstance(bounds, int) else bounds
+
 
 class Rollout(Record):
     """One continuation sampled by the policy."""
 
     token_ids: TokenIds
+    """As sampled; a sampled end-of-text is the last one."""
     text: str
+    """What the tokens say after their prefix, but for an end-of-text and a character cut at either end."""
     finish_reason: FinishReason
     policy_version: int
     """The oldest weight version that any of its tokens was sampled under."""
+    refusal: TextFlaw = ""
+    """Why this rollout must not be used as a candidate (then `text` is empty); empty when it may."""
 
 
 class RolloutResponse(Record):
@@ -71,35 +92,49 @@ class RolloutResponse(Record):
 
 
 class RewriteItem(Record):
-    """One chunk to rewrite."""
+    """One chunk to rewrite: the suffix is `text[start:end]` of the request, the prefix all text before it."""
 
-    prefix: Text
-    """Raw text before the suffix."""
-    suffix: Text
-    max_suffix_tokens: int = Field(ge=1, le=8192)
+    start: int = Field(ge=0)
+    """In characters (Unicode code points)."""
+    end: int
+    max_suffix_tokens: MaxSuffixTokens
     """The rewrite is cut to this many of the policy's tokens."""
+    begins_text: bool = False
+    """No token with a text comes before the suffix, at most a BOS: tokenizers may see a text's first word otherwise."""
+    ends_document: bool = False
+    """The suffix ends with an end-of-text, which is not shown: so does a rewrite that ends by itself and has room."""
 
 
 class RewriteRequest(Record):
-    """Ask the teacher for a better version of each suffix."""
+    """Ask the teacher for a better version of each suffix. The window's text is sent once, for all of its chunks."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
-                    "items": [
-                        {
-                            "prefix": "The Moon moves around the",
-                            "suffix": " Earth once in about 70 days.",
-                            "max_suffix_tokens": 128,
-                        }
-                    ]
+                    "text": "The Moon moves around the Earth once in about 70 days.",
+                    "items": [{"start": 25, "end": 54, "max_suffix_tokens": 128}],
                 }
             ]
         }
     )
+    text: Text
     items: Annotated[tuple[RewriteItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _items_lie_inside(self) -> "RewriteRequest":
+        for item in self.items:
+            if not item.start <= item.end <= len(self.text):
+                raise ValueError(f"items must lie in text[0:{len(self.text)}], got [{item.start}:{item.end}]")
+        return self
+
+    def suffix(self, item: RewriteItem) -> str:
+        return self.text[item.start : item.end]
+
+    def end_of_prefix(self, item: RewriteItem, max_characters: int) -> str:
+        """The last characters before the item's suffix."""
+        return self.text[max(0, item.start - max_characters) : item.start]
 
 
 class Rewrite(Record):
@@ -108,7 +143,7 @@ class Rewrite(Record):
     text: str
     token_ids: TokenIds
     finish_reason: FinishReason
-    refusal: Literal["empty", "refused", "overlong", ""] = ""
+    refusal: Literal["empty", "refused", "overlong"] | TextFlaw = ""
     """Why this rewrite must not be used as a candidate; empty when it may."""
 
 

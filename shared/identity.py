@@ -14,7 +14,7 @@ IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks
 """Settings that decide which documents a position means and what was trained: a resumed run must keep them."""
 FREE = frozenset({"documents.max_epochs"})
 """Settings within those that may change: more of the same documents."""
-WHEN_ABSENT: Mapping[str, Any] = {"documents.shuffle_bytes": 0}
+WHEN_ABSENT: Mapping[str, Any] = {"documents.shuffle_bytes": 0, "chunks.end_of_text": False}
 """What a run did that was written down before the setting existed, where that is not the default."""
 
 

@@ -31,9 +31,9 @@ class Candidate(Record):
     """One entry for each time that it was made: original, rewrite, rollouts, in this order. A rollout that was
     sampled twice stands twice."""
     token_ids: TokenIds
-    """Policy tokens, 1 to `chunks.suffix_tokens` of them; an end-of-sequence token sampled by the policy is
-    the last one."""
+    """Policy tokens, at most as many as the chunk has; an end-of-text is the last one."""
     text: str
+    """What they say after the prefix, but for an end-of-text and a character cut at either end."""
     policy_version: int | None = None
     """The oldest weight version that it was sampled under; None exactly when no rollout is among its kinds."""
     finish_reason: FinishReason = "source"

@@ -98,6 +98,9 @@ class ChunksSettings(Section):
     """Raw tokens of the previous window repeated as prefix of the next."""
     chunks_per_document: int = Field(default=0, ge=0)
     """Train only this many chunks of a window, drawn at random; 0 takes all."""
+    end_of_text: bool = True
+    """The tokenizer's end-of-sequence token is the last one of each document: rollouts may end, so the policy must see
+    where documents do. False: where documents are pieces of longer ones."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -106,8 +109,12 @@ class ChunksSettings(Section):
                 f"min_prefix_tokens + min_suffix_tokens = {self.min_prefix_tokens + self.min_suffix_tokens} "
                 f"exceeds context_tokens = {self.context_tokens}: no chunk would ever fit"
             )
-        if self.window_overlap_tokens >= self.context_tokens:
-            raise ValueError("window_overlap_tokens must be below context_tokens")
+        if self.window_overlap_tokens and self.window_overlap_tokens + self.min_suffix_tokens + 4 > self.context_tokens:
+            raise ValueError(
+                f"window_overlap_tokens + min_suffix_tokens + 4 (a BOS, and 3 where a border would cut a character) = "
+                f"{self.window_overlap_tokens + self.min_suffix_tokens + 4} exceeds context_tokens = "
+                f"{self.context_tokens}: windows after the first would have no chunk"
+            )
         if self.min_suffix_tokens > self.suffix_tokens:
             raise ValueError("min_suffix_tokens must not exceed suffix_tokens")
         return self
@@ -221,7 +228,8 @@ class RewriterSettings(ServiceSettings):
     chat: bool | None = None
     """Wrap the prompt in the model's chat template; None: when the tokenizer has one."""
     bridge_words: int = Field(default=5, ge=0)
-    """The last words of the prefix, given before the suffix and expected to begin the answer."""
+    """The last words of the prefix, at most 8 characters for each, given before the suffix and expected to begin the
+    answer."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
     """The prompt shows the end of longer prefixes; about 2,000 tokens, the paper's context."""
     temperature: float = Field(default=0.0, ge=0)

@@ -21,7 +21,7 @@ from services.collector.seeds import seed_of
 from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
-from shared.records import NO_PREFERENCE, ScoredDocument
+from shared.records import NO_PREFERENCE, DroppedChunk, ScoredDocument
 from shared.settings import ScheduleStage, Settings
 
 
@@ -37,26 +37,19 @@ async def collect(
     window: Window, text: WindowText, *, stage: ScheduleStage, services: Services, settings: Settings
 ) -> ScoredDocument | DroppedWindow:
     """The window with its chunks scored. `text` is that of the window."""
+    if not window.chunks:
+        return _nothing_scored(window.dropped)
     asking = _Asking(window, text, services, settings, seconds={})
     try:
         rollouts, rewrites = await asking.generate(stage)
-        pools = build_pools(
-            window,
-            text,
-            stage=stage,
-            rewrites=rewrites,
-            rollouts=rollouts,
-            suffix_tokens=settings.chunks.suffix_tokens,
-        )
+        pools = build_pools(window, text, stage=stage, rewrites=rewrites, rollouts=rollouts)
         verdicts = await asking.judge(pools) if settings.needs_judge else {}
     except RefusedRequestError as exc:
         return DroppedWindow(exc.reason, str(exc))
     scored, dropped = sort_chunks(window, pools, verdicts, needs_judge=settings.needs_judge)
     count_chunks(scored, dropped)
     if not scored:
-        reasons = sorted({chunk.reason for chunk in dropped})
-        reason = NO_PREFERENCE if reasons == [NO_PREFERENCE] else "no_scored_chunks"
-        return DroppedWindow(reason, f"all {len(dropped)} chunks were dropped: {', '.join(reasons)}")
+        return _nothing_scored(dropped)
     return ScoredDocument(
         run_id=settings.run.name,
         key=window.key,
@@ -123,7 +116,7 @@ class _Asking:
             token_ids=self.window.token_ids,
             starts=tuple(chunk.start for chunk in self.window.chunks),
             num_rollouts=num_rollouts,
-            max_suffix_tokens=self.settings.chunks.suffix_tokens,
+            max_suffix_tokens=tuple(chunk.num_tokens for chunk in self.window.chunks),
             temperature=self.settings.rollout.temperature,
             top_p=self.settings.rollout.top_p,
             seed=self._seed("rollout"),
@@ -136,13 +129,19 @@ class _Asking:
         return answer.rollouts
 
     async def _rewrite(self) -> Sequence[Rewrite]:
-        suffix_tokens = self.settings.chunks.suffix_tokens
         items = tuple(
-            RewriteItem(prefix=self.text.prefix(index), suffix=self.text.suffix(index), max_suffix_tokens=suffix_tokens)
-            for index in range(len(self.window.chunks))
+            RewriteItem(
+                start=span.start,
+                end=span.end,
+                max_suffix_tokens=chunk.num_tokens,
+                begins_text=span.begins_text,
+                ends_document=span.ends_document,
+            )
+            for chunk, span in zip(self.window.chunks, self.text.spans, strict=True)
         )
+        request = RewriteRequest(text=self.text.text, items=items, seed=self._seed("rewrite"))
         with self._timed("rewrite"):
-            answer = await self.services.rewrite(RewriteRequest(items=items, seed=self._seed("rewrite")))
+            answer = await self.services.rewrite(request)
         _expect("rewrite", "rewrites", len(answer.rewrites), len(items))
         return answer.rewrites
 
@@ -157,6 +156,12 @@ class _Asking:
         finally:
             self.seconds[role] = time.perf_counter() - started
             metrics.role_seconds_total.labels(role).inc(self.seconds[role])
+
+
+def _nothing_scored(dropped: Sequence[DroppedChunk]) -> DroppedWindow:
+    reasons = sorted({chunk.reason for chunk in dropped})
+    reason = NO_PREFERENCE if reasons == [NO_PREFERENCE] else "no_scored_chunks"
+    return DroppedWindow(reason, f"all {len(dropped)} chunks were dropped: {', '.join(reasons)}")
 
 
 async def _nothing() -> Sequence[Rewrite]:

@@ -32,7 +32,6 @@ def build_pools(
     stage: ScheduleStage,
     rewrites: Sequence[Rewrite],
     rollouts: Sequence[Sequence[Rollout]],
-    suffix_tokens: int,
 ) -> list[Pool]:
     """One pool per chunk. `rewrites` and `rollouts` are empty where the stage asks for none."""
     pools = []
@@ -41,10 +40,10 @@ def build_pools(
         if "original" in stage.kinds:
             ids = window.token_ids[chunk.start : chunk.end]
             pool.append(Candidate(kinds=("original",), token_ids=ids, text=text.suffix(index)))
-        if rewrites and (rewritten := _rewrite(rewrites[index], suffix_tokens)):
+        if rewrites and (rewritten := _rewrite(rewrites[index], chunk.num_tokens)):
             pool.append(rewritten)
         if rollouts:
-            pool.extend(found for rollout in rollouts[index] if (found := _rollout(rollout, suffix_tokens)))
+            pool.extend(found for rollout in rollouts[index] if (found := _rollout(rollout, chunk.num_tokens)))
         pools.append(_merged(pool))
     return pools
 
@@ -66,7 +65,7 @@ def sort_chunks(
     window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, needs_judge: bool
 ) -> tuple[list[ScoredChunk], list[DroppedChunk]]:
     """Chunks to train on, and those dropped with their reasons. `verdicts` by index of the chunk."""
-    scored, dropped = [], []
+    scored, dropped = [], [*window.dropped]
     for index, (chunk, pool) in enumerate(zip(window.chunks, pools, strict=True)):
         verdict = verdicts.get(index)
         if len(pool) < (MIN_JUDGED if needs_judge else 1):
@@ -111,8 +110,8 @@ def _why_too_few(pool: Pool) -> str:
     return NO_PREFERENCE if num_made >= MIN_JUDGED else "too_few_candidates"
 
 
-def _rewrite(rewrite: Rewrite, suffix_tokens: int) -> Candidate | None:
-    reason = rewrite.refusal or _unusable(rewrite.token_ids, suffix_tokens)
+def _rewrite(rewrite: Rewrite, max_tokens: int) -> Candidate | None:
+    reason = rewrite.refusal or _unusable(rewrite.token_ids, max_tokens)
     if reason:
         metrics.candidates_absent_total.labels("rewrite", reason).inc()
         return None
@@ -125,8 +124,8 @@ def _rewrite(rewrite: Rewrite, suffix_tokens: int) -> Candidate | None:
     )
 
 
-def _rollout(rollout: Rollout, suffix_tokens: int) -> Candidate | None:
-    reason = _unusable(rollout.token_ids, suffix_tokens)
+def _rollout(rollout: Rollout, max_tokens: int) -> Candidate | None:
+    reason = rollout.refusal or _unusable(rollout.token_ids, max_tokens)
     if reason:
         metrics.candidates_absent_total.labels("rollout", reason).inc()
         return None
@@ -139,8 +138,8 @@ def _rollout(rollout: Rollout, suffix_tokens: int) -> Candidate | None:
     )
 
 
-def _unusable(token_ids: Sequence[int], suffix_tokens: int) -> str:
+def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
     """A word for why there is nothing to train on; empty when there is."""
     if not token_ids:
         return "empty"
-    return "overlong" if len(token_ids) > suffix_tokens else ""
+    return "overlong" if len(token_ids) > max_tokens else ""

@@ -1,18 +1,15 @@
 """The policy's tokenizer as the collector needs it: documents to ids, and ids to the text that others are shown.
 
-Blocking: called from threads. A lock keeps them apart, since tokenizers keep state.
+Blocking: called from threads.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
 
 from services.collector.windows import Chunk
-from services.policy_tokenizer import beginning_of_text, load_tokenizer
-
-_MAX_CUT_CHARACTERS = 4
-"""A cut UTF-8 character shows as at most three replacement characters."""
+from services.tokenizer import TokenCodec, load_tokenizer
+from shared.api import TextFlaw
 
 
 @dataclass(frozen=True)
@@ -21,6 +18,10 @@ class TextSpan:
 
     start: int
     end: int
+    begins_text: bool = False
+    """No token with a text comes before it, at most a BOS."""
+    ends_document: bool = False
+    """Its last token is an end-of-text, which is not shown."""
 
 
 @dataclass(frozen=True)
@@ -43,64 +44,50 @@ class PolicyTokenizer:
     """Loads from a Hugging Face folder or name. SettingsError if there is none."""
 
     def __init__(self, source: str) -> None:
-        self._tokenizer: Any = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
-        self._lock = threading.Lock()
-        self._beginning = beginning_of_text(self._tokenizer)
+        tokenizer = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
+        self.vocabulary_size = len(tokenizer)
+        self._codec = TokenCodec(tokenizer)
+        self.begins_character = self._codec.begins_character
+        self.encode = self._codec.encode
+        self.decode = self._codec.decode
 
     @property
-    def vocabulary_size(self) -> int:
-        return len(self._tokenizer)
+    def opening(self) -> tuple[int, ...]:
+        """What every window begins with: a BOS, where the tokenizer wants one before every text."""
+        return () if self._codec.beginning is None else (self._codec.beginning,)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a document, BOS first where the tokenizer puts one. `</s>` written in a text stays text."""
-        with self._lock:
-            ids: list[int] = self._tokenizer(
-                text,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-        return ids if self._beginning is None else [self._beginning, *ids]
+    def as_document(self, token_ids: tuple[int, ...], *, end_of_text: bool) -> tuple[int, ...]:
+        """Without the BOS that every window gets; with the tokenizer's end-of-text at the end, if it has one."""
+        while token_ids and token_ids[:1] == self.opening:
+            token_ids = token_ids[1:]
+        end = self._codec.end
+        if not end_of_text or end is None or not token_ids or token_ids[-1] == end:
+            return token_ids
+        return (*token_ids, end)
+
+    def flaw(self, token_ids: Sequence[int], chunk: Chunk) -> TextFlaw:
+        """Why the chunk's suffix has no truthful text; empty where it has one."""
+        if not self.begins_character(token_ids[chunk.start]):
+            return "broken_text"
+        if chunk.end < len(token_ids) and not self.begins_character(token_ids[chunk.end]):
+            return "broken_text"
+        return self._codec.stretch(token_ids, chunk.start, chunk.end).flaw
 
     def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
-        """The text of one window and of its chunks, so that prefix + suffix reads as the raw window does."""
-        borders = sorted({border for chunk in chunks for border in (chunk.start, chunk.end)})
-        # Each border is decoded from the window's start: tokenizers drop or add spaces where a text begins.
-        *decoded, whole = self._decode([*(list(token_ids[:border]) for border in borders), list(token_ids)])
-        at = {border: _uncut(text, whole) for border, text in zip(borders, decoded, strict=True)}
-        return WindowText(whole, tuple(_span(at[chunk.start], at[chunk.end]) for chunk in chunks))
+        """The text of one window and of its chunks, so that prefix + suffix reads as the raw window does.
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._decode([list(token_ids)])[0]
-
-    def _decode(self, sequences: list[list[int]]) -> list[str]:
-        with self._lock:
-            texts: list[str] = self._tokenizer.batch_decode(
-                sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        The stretches between the chunks' borders are decoded one after the other, each after the tokens before it.
+        """
+        cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
+        texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]
+        place = dict(zip(cuts, accumulate(map(len, texts), initial=0), strict=True))
+        spans = tuple(
+            TextSpan(
+                place[chunk.start],
+                place[chunk.end],
+                begins_text=place[chunk.start] == 0 and not any(map(self._codec.is_text, token_ids[: chunk.start])),
+                ends_document=self._codec.end is not None and token_ids[chunk.end - 1] == self._codec.end,
             )
-        return texts
-
-
-@dataclass(frozen=True)
-class _Border:
-    """Where a token border lies in the window's text."""
-
-    length: int
-    """Whole characters before it."""
-    cuts: bool
-    """It lies inside the next character."""
-
-
-def _uncut(text: str, whole: str) -> _Border:
-    """The whole characters of a decoded beginning. A U+FFFD that the document really holds is kept."""
-    for cut in range(_MAX_CUT_CHARACTERS):
-        if whole.startswith(text[: len(text) - cut]):
-            return _Border(max(0, len(text) - cut), cuts=cut > 0)
-    return _Border(len(text.rstrip("\ufffd")), cuts=text.endswith("\ufffd"))
-
-
-def _span(start: _Border, end: _Border) -> TextSpan:
-    first = start.length + start.cuts
-    return TextSpan(first, max(first, end.length))
+            for chunk in chunks
+        )
+        return WindowText("".join(texts), spans)

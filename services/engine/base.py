@@ -7,7 +7,9 @@ A service holds exactly one `Engine` and knows no other way to a model. Tests fa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from shared.api import TextFlaw
 
 TokenSequence = Sequence[int]
 Prompt = str | TokenSequence
@@ -19,6 +21,8 @@ class Sampling:
     """How to continue a prompt."""
 
     max_tokens: int
+    bounds: tuple[int, ...] = ()
+    """Per prompt its own bound below `max_tokens`; empty: `max_tokens` for all of them."""
     num_samples: int = 1
     """All samples of one prompt share one prefill."""
     temperature: float = 1.0
@@ -31,6 +35,15 @@ class Sampling:
     """A regular expression that the whole text of each sample matches, unless it is cut off before; empty: any text.
     For engines that can hold a sample to one (`Engine.can_constrain`); the others raise PromptError."""
 
+    @classmethod
+    def bounded(cls, bounds: Sequence[int], **options: Any) -> "Sampling":
+        """With a bound for each prompt."""
+        return cls(max_tokens=max(bounds), bounds=tuple(bounds), **options)
+
+    def bound(self, row: int) -> int:
+        """The most tokens of each sample of prompt `row`."""
+        return self.bounds[row] if self.bounds else self.max_tokens
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -40,10 +53,12 @@ class Generation:
     """In the model's tokens; a sampled end-of-sequence token is the last one. Empty where an endpoint
     returns text only."""
     text: str
-    """Decoded without special tokens."""
+    """What they say after the prompt: without special tokens, and without a character that is cut at either end."""
     finish_reason: Literal["length", "stop"]
     weight_version: int
     """The oldest weight version that any of its tokens was sampled under."""
+    flaw: TextFlaw = ""
+    """Why `text` is not all that the tokens say, but for an end-of-sequence token."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Base of vllm.py and transformers.py.
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
-from services.engine.base import Prompt, TokenScore, TokenSequence
+from services.engine.base import Generation, Prompt, TokenScore, TokenSequence
 from services.engine.tokenizer import Tokenizer
 from services.engine.trunks import Tokens
 from shared.errors import EngineError, PromptError
@@ -34,6 +35,10 @@ class LocalEngine(ABC):
     @abstractmethod
     def _max_tokens(self) -> int:
         """Longest prompt plus answer."""
+
+    @property
+    @abstractmethod
+    def _eos_token_ids(self) -> frozenset[int]: ...
 
     @abstractmethod
     async def score_tokens(
@@ -69,6 +74,13 @@ class LocalEngine(ABC):
         if self._tokenizer is None:
             raise self._starting()
         return self._tokenizer
+
+    def _generation(
+        self, prompt: Tokens, token_ids: Tokens, finish_reason: Literal["length", "stop"], version: int
+    ) -> Generation:
+        """A sample with its text."""
+        shown = self._tokens.continuation(prompt, token_ids, ends=self._eos_token_ids)
+        return Generation(token_ids, shown.text, finish_reason, version, shown.flaw)
 
     def _starting(self) -> EngineError:
         return EngineError(f"{self.name} is still starting: try again")

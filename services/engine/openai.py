@@ -117,7 +117,7 @@ class OpenAIEngine:
         options: dict[str, Any] = {
             "model": self._settings.model,
             "n": sampling.num_samples,
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": sampling.bound(row),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": (sampling.seed + row) % 2**63,

@@ -1,15 +1,15 @@
 """The model's tokenizer as an engine needs it: no special tokens added, safe from several threads."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from services.tokenizer import Shown, TokenCodec
 from shared.errors import EngineError
 
-_REPLACEMENT = "\ufffd"
 _LABEL_CHARACTERS = 32
 """Texts as short as a judge's labels are asked for again and again: their tokens are remembered."""
 
@@ -25,8 +25,7 @@ class Tokenizer:
         # Fast tokenizers keep truncation state, which two threads must not change at once.
         self._lock = threading.Lock()
         self._encode_label = lru_cache(maxsize=1024)(self._encode)
-        self._anchor = self.encode("a")[-1:]
-        self._anchor_text = self.decode(self._anchor)
+        self._codec = TokenCodec(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode(text))
@@ -43,15 +42,9 @@ class Tokenizer:
             )
         return text
 
-    def decode_continuation(self, token_ids: Sequence[int]) -> str:
-        """Text that continues other text: a leading space stays, cut characters at either end are trimmed.
-
-        Tokenizers in SentencePiece's manner drop the first space of what they decode; a known letter before it
-        keeps it.
-        """
-        text = self.decode([*self._anchor, *token_ids])
-        text = text.removeprefix(self._anchor_text) if self._anchor_text else text
-        return text.strip(_REPLACEMENT)
+    def continuation(self, prompt: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int]) -> Shown:
+        """What sampled tokens say after their prompt; `ends`: the model's end-of-sequence tokens."""
+        return self._codec.continuation(prompt, token_ids, ends=ends)
 
     @property
     def has_chat_template(self) -> bool:

@@ -44,7 +44,7 @@ class TransformersEngine(LocalEngine):
             max_batch_tokens=settings.max_batch_tokens,
             batch_wait_s=settings.batch_wait_s,
         )
-        self._worker = Worker(settings, self._queue, lambda token_ids: self._tokens.decode_continuation(token_ids))
+        self._worker = Worker(settings, self._queue, self._generation)
         self._model: CausalModel | None = None
 
     @property
@@ -115,6 +115,10 @@ class TransformersEngine(LocalEngine):
     @property
     def _vocab_size(self) -> int:
         return self._started.vocab_size
+
+    @property
+    def _eos_token_ids(self) -> frozenset[int]:
+        return self._started.eos_token_ids
 
     @property
     def _max_tokens(self) -> int:

@@ -178,21 +178,19 @@ class VllmEngine(LocalEngine):
         answer = await self._ask(
             prompt,
             n=num_asked,
-            max_tokens=min(sampling.max_tokens, self._core.max_tokens - len(prompt)),
+            max_tokens=min(sampling.bound(row), self._core.max_tokens - len(prompt)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=_spread_seed(sampling.seed + row),
             stop_token_ids=sorted(self._started.eos_token_ids),
             **held_to(sampling.pattern),
         )
-        return [self._generation(output) for output in answer.outputs] * (sampling.num_samples // num_asked)
+        return [self._sample(prompt, output) for output in answer.outputs] * (sampling.num_samples // num_asked)
 
-    def _generation(self, output: Any) -> Generation:
+    def _sample(self, prompt: Tokens, output: Any) -> Generation:
         if output.finish_reason not in ("length", "stop"):
             raise EngineError(f"{self.name} ended a sample with {output.finish_reason!r}")
-        token_ids = tuple(output.token_ids)
-        text = self._tokens.decode_continuation(token_ids)
-        return Generation(token_ids, text, output.finish_reason, oldest_version(output))
+        return self._generation(prompt, tuple(output.token_ids), output.finish_reason, oldest_version(output))
 
     async def _score_first(self, prompt: Tokens, wanted: Sequence[int]) -> tuple[dict[int, TokenScore], int]:
         """Per wanted token its score right after the prompt."""
@@ -315,6 +313,10 @@ class VllmEngine(LocalEngine):
     @property
     def _vocab_size(self) -> int:
         return self._started.vocab_size
+
+    @property
+    def _eos_token_ids(self) -> frozenset[int]:
+        return self._started.eos_token_ids
 
     @property
     def _max_tokens(self) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Literal
 
 import torch
 import transformers
@@ -18,6 +19,7 @@ from services.engine import decoding
 from services.engine.base import Generation
 from services.engine.jobs import Batch, GenerateJob, JobQueue, LoadJob, ScoreJob, fail
 from services.engine.model import CausalModel, load_model
+from services.engine.trunks import Tokens
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
@@ -27,13 +29,16 @@ _log = logging.getLogger(__name__)
 _BATCH_ERRORS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
-class Worker:
-    """`decode` turns a continuation's tokens into text."""
+MakeGeneration = Callable[[Tokens, Tokens, Literal["length", "stop"], int], Generation]
 
-    def __init__(self, settings: EngineSettings, queue: JobQueue, decode: Callable[[Sequence[int]], str]) -> None:
+
+class Worker:
+    """`make_generation` gives a sample its text: from prompt, tokens, finish reason, and weight version."""
+
+    def __init__(self, settings: EngineSettings, queue: JobQueue, make_generation: MakeGeneration) -> None:
         self._settings = settings
         self._queue = queue
-        self._decode = decode
+        self._make_generation = make_generation
         self._loaded: Future[CausalModel] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.weight_version = 0
@@ -130,7 +135,7 @@ class Worker:
 
     def _generation(self, row: decoding.Row) -> Generation:
         assert row.finish_reason
-        return Generation(tuple(row.token_ids), self._decode(row.token_ids), row.finish_reason, self.weight_version)
+        return self._make_generation(row.prompt, tuple(row.token_ids), row.finish_reason, self.weight_version)
 
 
 def _rows(job: GenerateJob, max_positions: int) -> list[list[decoding.Row]]:
@@ -140,7 +145,7 @@ def _rows(job: GenerateJob, max_positions: int) -> list[list[decoding.Row]]:
         [
             decoding.Row(
                 prompt=prompt,
-                max_tokens=min(sampling.max_tokens, max_positions - len(prompt)),
+                max_tokens=min(sampling.bound(index), max_positions - len(prompt)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed + index,

@@ -15,7 +15,7 @@ from services.judge.judging import Judge
 from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
 from services.lifespan import EngineLife
-from services.policy_tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
 from shared.errors import EngineError, TokenIdsNeededError

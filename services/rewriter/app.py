@@ -11,10 +11,10 @@ from services.disconnect import unless_disconnected
 from services.engine.base import Engine
 from services.engine.build import build_engine
 from services.lifespan import EngineLife
-from services.policy_tokenizer import load_tokenizer
 from services.prompts import Prompt
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.rewriting import Rewriter, load_prompt
+from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Readiness, RewriteRequest, RewriteResponse
 from shared.errors import EngineError
 from shared.settings import Secrets, Settings
@@ -80,11 +80,13 @@ class Desk:
 
     async def _open(self) -> None:
         source = self._settings.policy.tokenizer_source
-        tokenizer = await asyncio.to_thread(load_tokenizer, source, setting="policy.model")
-        self._rewriter = Rewriter(
-            self._engine, settings=self._settings.rewriter, prompt=self._prompt, tokens=PolicyTokens(tokenizer)
-        )
+        tokens = await asyncio.to_thread(_load_tokens, source)
+        self._rewriter = Rewriter(self._engine, settings=self._settings.rewriter, prompt=self._prompt, tokens=tokens)
         _log.info("rewriter ready", extra={"engine": self._engine.name, "policy_tokenizer": source})
+
+
+def _load_tokens(source: str) -> PolicyTokens:
+    return PolicyTokens(TokenCodec(load_tokenizer(source, setting="policy.model")))
 
 
 _EXAMPLE = {

@@ -5,16 +5,64 @@ belongs to the rewrite exactly when it belongs to the suffix.
 """
 
 import re
+import unicodedata
 
-_WORD_WITH_SPACE = r"\S+\s*"
+CHARACTERS_PER_WORD = 8
+"""A bridge has at most this many per word: in scripts without blanks a "word" is a whole sentence."""
+_JOINER = "\u200d"
+_FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+"""Two of them make a flag."""
+_MAX_GRAPHEME = 32
+"""Of characters that are looked at to tell where one begins; families of emoji have about ten."""
+
+
+def looked_at(num_words: int) -> int:
+    """How many characters at the end of a prefix decide about its bridge."""
+    return num_words * CHARACTERS_PER_WORD + _MAX_GRAPHEME
 
 
 def last_words(prefix: str, num_words: int) -> str:
-    """The end of `prefix` from its n-th last word on, whitespace included; all of it where it has fewer words."""
-    starts = [match.start() for match in re.finditer(r"\S+", prefix)]
-    if num_words == 0 or not starts:
+    """The end of `prefix` from its n-th last word on, whitespace included; all of it where it has fewer words.
+
+    One that is too long loses whole words at its beginning; a last word that is too long by itself, also in
+    characters, none of which is cut off from its accents and joiners.
+    """
+    reach = num_words * CHARACTERS_PER_WORD
+    starts = [match.start() for match in re.finditer(r"\S+", prefix)][-num_words:] if num_words else []
+    if not starts:
         return ""
-    return prefix[starts[-min(num_words, len(starts))] :]
+    fitting = [start for start in starts if len(prefix) - start <= reach]
+    bridge = prefix[fitting[0] if fitting else _next_grapheme(prefix, max(starts[-1], len(prefix) - reach)) :]
+    return bridge if bridge.strip() else ""
+
+
+def _next_grapheme(text: str, place: int) -> int:
+    """The first place from `place` on where no character is taken apart that people see as one."""
+    return next((found for found in range(place, len(text)) if _begins_grapheme(text, found)), len(text))
+
+
+def _begins_grapheme(text: str, place: int) -> bool:
+    if place == 0:
+        return True
+    before, after = text[place - 1], text[place]
+    if before == _JOINER or _extends(after) or (before, after) == ("\r", "\n"):
+        return False
+    if after in _FLAG_LETTERS:
+        return (place - len(text[:place].rstrip(_FLAG_LETTERS))) % 2 == 0
+    return True
+
+
+def _extends(character: str) -> bool:
+    """Whether it belongs to the character before: marks, joiners, skin tones, tags, vowels and finals of Hangul, and
+    the vowels of Thai and Lao that are no marks."""
+    code = ord(character)
+    return (
+        unicodedata.category(character) in ("Mn", "Mc", "Me")
+        or code in (0x200C, 0x200D, 0x0E33, 0x0EB3, 0xFF9E, 0xFF9F)
+        or 0x1F3FB <= code <= 0x1F3FF
+        or 0xE0020 <= code <= 0xE007F
+        or 0x1160 <= code <= 0x11FF
+    )
 
 
 def without_bridge(answer: str, bridge: str, *, suffix: str) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from services.engine.base import Engine, Sampling
 from services.prompts import Prompt, opened
-from services.rewriter.bridge import last_words
+from services.rewriter.bridge import last_words, looked_at
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.reading import AnswerReader
 from shared import metrics
@@ -34,19 +34,21 @@ class Framing:
     bridge_words: int
     max_prefix_characters: int
 
-    def frame(self, item: RewriteItem, engine: Engine) -> str:
-        bridge = self.bridge(item)
-        prefix = item.prefix[max(0, len(item.prefix) - self.max_prefix_characters) :]
-        values = {"prefix": prefix, "suffix": item.suffix, "bridge": bridge}
+    def frame(self, request: RewriteRequest, item: RewriteItem, engine: Engine) -> str:
+        bridge = self.bridge(request, item)
+        prefix = request.end_of_prefix(item, self.max_prefix_characters)
+        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
         if not self.chat:
             return self.prompt.fill(values)
         if not self.begins_after_bridge:
             return engine.render_chat(self.prompt.fill(values))
         return opened(engine.render_chat(self.prompt.without_end("bridge").fill(values)), bridge)
 
-    def bridge(self, item: RewriteItem) -> str:
+    def bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
         """Empty where the prompt shows none."""
-        return last_words(item.prefix, self.bridge_words) if "bridge" in self.prompt.placeholders else ""
+        if "bridge" not in self.prompt.placeholders:
+            return ""
+        return last_words(request.end_of_prefix(item, looked_at(self.bridge_words)), self.bridge_words)
 
     @property
     def begins_after_bridge(self) -> bool:
@@ -74,19 +76,18 @@ class Rewriter:
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
         """One rewrite per item, in their order. Raises EngineError, never an empty rewrite, where the engine fails."""
-        prompts = [self._framing.frame(item, self._engine) for item in request.items]
+        prompts = [self._framing.frame(request, item, self._engine) for item in request.items]
         answers = await self._engine.generate(prompts, self._sampling(request))
         rewrites = [
-            self._reader.read(generations[0], item, bridge=self._framing.bridge(item))
+            self._reader.read(generations[0], request, item, bridge=self._framing.bridge(request, item))
             for generations, item in zip(answers, request.items, strict=True)
         ]
         _count(rewrites)
         return RewriteResponse(rewrites=tuple(rewrites))
 
     def _sampling(self, request: RewriteRequest) -> Sampling:
-        longest = max(item.max_suffix_tokens for item in request.items)
-        return Sampling(
-            max_tokens=self._settings.max_answer_tokens or 2 * longest + 16,
+        return Sampling.bounded(
+            [self._settings.max_answer_tokens or 2 * item.max_suffix_tokens + 16 for item in request.items],
             temperature=self._settings.temperature,
             top_p=self._settings.top_p,
             seed=request.seed,

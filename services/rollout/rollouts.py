@@ -24,8 +24,8 @@ def build_router(engine: Engine, life: EngineLife) -> APIRouter:
 
 async def sample_rollouts(engine: Engine, request: RolloutRequest) -> RolloutResponse:
     """All chunks go to the engine in one call, so that it prefills their common document once."""
-    sampling = Sampling(
-        max_tokens=request.max_suffix_tokens,
+    sampling = Sampling.bounded(
+        request.bounds,
         num_samples=request.num_rollouts,
         temperature=request.temperature,
         top_p=request.top_p,
@@ -45,7 +45,8 @@ def spread_seed(*parts: int) -> int:
 def _rollout(generation: Generation) -> Rollout:
     return Rollout(
         token_ids=generation.token_ids,
-        text=generation.text,
+        text="" if generation.flaw else generation.text,
         finish_reason=generation.finish_reason,
         policy_version=generation.weight_version,
+        refusal=generation.flaw,
     )

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Callable[[Settings, FakeEngine], FastAPI], str, dict[str,
     "rewriter": (
         lambda settings, engine: create_rewriter_app(settings, SECRETS, engine=engine),
         "/v1/rewrites",
-        {"items": [{"prefix": "The", "suffix": " moon", "max_suffix_tokens": 8}]},
+        {"text": "The moon", "items": [{"start": 3, "end": 8, "max_suffix_tokens": 8}]},
     ),
     "judge": (
         lambda settings, engine: create_judge_app(settings, SECRETS, engine=engine),

@@ -67,7 +67,8 @@ def _rewrites(body: Any) -> dict[str, Any]:
     request = RewriteRequest.model_validate(body)
     return {
         "rewrites": [
-            {"text": item.suffix.upper(), "token_ids": [7, 8], "finish_reason": "stop"} for item in request.items
+            {"text": request.suffix(item).upper(), "token_ids": [7, 8], "finish_reason": "stop"}
+            for item in request.items
         ]
     }
 

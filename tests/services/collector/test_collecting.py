@@ -62,7 +62,12 @@ def test_services_are_asked_for_what_the_window_holds(make_settings: MakeSetting
     _, (document, *_) = collected(stub, make_settings, documents=documents)
     rollout = next(b for b in stub.bodies("/v1/rollouts") if tuple(b["token_ids"]) == document.token_ids)
     assert rollout["starts"] == [chunk.start for chunk in document.chunks]
-    assert (rollout["num_rollouts"], rollout["max_suffix_tokens"], rollout["temperature"]) == (2, 8, 1.0)
+    lengths = [len(chunk.candidates[0].token_ids) for chunk in document.chunks]
+    assert (rollout["num_rollouts"], rollout["max_suffix_tokens"], rollout["temperature"]) == (2, lengths, 1.0)
+    assert document.token_ids[-1] == 1, "the end-of-text, in the last chunk"
+    rewrite = next(b for b in stub.bodies("/v1/rewrites") if b["text"].startswith(f"{document.source_id[1:]}: The"))
+    assert [item["max_suffix_tokens"] for item in rewrite["items"]] == lengths
+    assert [item["ends_document"] for item in rewrite["items"]] == [False] * (len(lengths) - 1) + [True]
     original = document.chunks[0].candidates[0]
     name = f"{document.source_id[1:]}: "  # its text begins with it
     judged = next(body for body in stub.bodies("/v1/judgements") if body["text"].startswith(name))

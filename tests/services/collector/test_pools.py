@@ -33,7 +33,7 @@ def rollout(token_ids: tuple[int, ...], version: int) -> Rollout:
 
 def pool_of(rewrite: tuple[int, ...], *rollouts: Rollout) -> Pool:
     rewrites = [Rewrite(token_ids=rewrite, text=str(rewrite), finish_reason="length")]
-    (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=rewrites, rollouts=[rollouts], suffix_tokens=4)
+    (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=rewrites, rollouts=[rollouts])
     return pool
 
 

@@ -1,15 +1,18 @@
 """Windows and chunks by hand, and the text shown of them."""
 
-from pathlib import Path
+from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.collector.preparing import Preparer
 from services.collector.sources.base import Document
 from services.collector.texts import PolicyTokenizer, TextSpan, WindowText
-from services.collector.windows import Chunk, cut_windows, draw_chunks
-from shared.records import DocumentKey
+from services.collector.windows import Chunk, Cutter, draw_chunks
+from shared.records import DocumentKey, DroppedChunk
 from shared.settings import ChunksSettings
 from tests.services.collector.conftest import build_tokenizer
 
@@ -20,7 +23,7 @@ def chunks(**options: Any) -> ChunksSettings:
 
 
 def cut(num_tokens: int, **options: Any) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    spans = cut_windows(num_tokens, chunks(**options))
+    spans = Cutter(chunks(**options)).cut(num_tokens)
     return [(span.begin, span.end, [(chunk.start, chunk.end) for chunk in span.chunks]) for span in spans]
 
 
@@ -51,17 +54,99 @@ def test_overlap_is_prefix_and_no_token_is_a_suffix_twice() -> None:
     assert len(covered) == len(set(covered))
 
 
+def test_chunks_go_on_at_the_end_of_any_overlap() -> None:
+    whole = [(8, 16), (16, 24), (24, 32)]
+    assert cut(60, window_overlap_tokens=11) == [
+        (0, 32, whole),
+        (21, 53, [(11, 19), (19, 27), (27, 32)]),
+        (42, 60, [(11, 18)]),
+    ]
+
+
+def test_a_window_ends_with_its_last_chunk_and_the_next_one_goes_on_there() -> None:
+    """Two tokens behind the chunk that ends at 30 would be too few for one."""
+    found = cut(60, suffix_tokens=11, window_overlap_tokens=9)
+    assert found == [(0, 30, [(8, 19), (19, 30)]), (21, 52, [(9, 20), (20, 31)]), (43, 60, [(9, 17)])]
+
+
 def test_a_window_that_would_hold_only_overlap_is_none() -> None:
     assert cut(32, window_overlap_tokens=16) == [(0, 32, [(8, 16), (16, 24), (24, 32)])]
 
 
-def test_min_prefix_is_rounded_up_to_the_next_chunk_start() -> None:
-    assert cut(32, min_prefix_tokens=9) == [(0, 32, [(16, 24), (24, 32)])]
+def test_the_first_chunk_starts_right_after_the_shortest_prefix() -> None:
+    assert cut(32, min_prefix_tokens=9) == [(0, 32, [(9, 17), (17, 25), (25, 32)])]
 
 
 def test_the_papers_shape_has_fifteen_chunks() -> None:
-    (span,) = cut_windows(2048, ChunksSettings())
+    (span,) = Cutter(ChunksSettings()).cut(2048)
     assert (span.chunks[0], span.chunks[-1], len(span.chunks)) == (Chunk(128, 256), Chunk(1920, 2048), 15)
+
+
+def test_a_bos_counts_in_each_windows_length_and_first_prefix() -> None:
+    spans = Cutter(ChunksSettings(window_overlap_tokens=128), num_opening=1).cut(5000)
+    assert [(span.begin, span.end) for span in spans] == [(0, 2047), (1919, 3966), (3838, 5000)]
+    assert [span.chunks[0] for span in spans] == [Chunk(128, 256), Chunk(129, 257), Chunk(129, 257)]
+    assert [span.chunks[-1].end for span in spans] == [2048, 2048, 1153]
+
+
+def test_borders_move_back_to_where_a_character_begins_and_a_first_one_forward() -> None:
+    """Characters of three tokens: the first chunk starts at 9, ends at 15 instead of 17, and so on."""
+    (span,) = Cutter(chunks()).cut(32, lambda token: token % 3 == 0)
+    assert span.chunks == (Chunk(9, 15), Chunk(15, 21), Chunk(21, 27), Chunk(27, 32))
+
+
+def test_where_no_character_begins_the_cut_stays() -> None:
+    (span,) = Cutter(chunks()).cut(20, lambda token: False)
+    assert span.chunks == (Chunk(8, 16), Chunk(16, 20))
+
+
+SIZES = st.fixed_dictionaries(
+    {
+        "context_tokens": st.integers(24, 60),
+        "suffix_tokens": st.integers(4, 12),
+        "min_prefix_tokens": st.integers(1, 12),
+        "min_suffix_tokens": st.integers(1, 4),
+        "window_overlap_tokens": st.integers(0, 16),
+    }
+)
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(SIZES, st.lists(st.integers(1, 4), min_size=1, max_size=120), st.integers(0, 1))
+def test_every_token_is_in_one_chunk_or_is_context_by_a_rule(
+    sizes: dict[str, int], characters: list[int], num_opening: int
+) -> None:
+    found = ChunksSettings.model_validate(sizes)
+    begins = set(accumulate(characters, initial=0))
+    num_tokens = sum(characters)
+    spans = Cutter(found, num_opening=num_opening).cut(num_tokens, lambda token: token in begins)
+    covered = Counter[int]()
+    done = 0
+    for span in spans:
+        assert span.end - span.begin + num_opening <= found.context_tokens
+        starts = [chunk.start + span.begin - num_opening for chunk in span.chunks]
+        ends = [chunk.end + span.begin - num_opening for chunk in span.chunks]
+        assert {span.begin, span.end, *starts, *ends} <= begins
+        assert span.chunks[0].start >= found.min_prefix_tokens
+        assert starts[1:] == ends[:-1], "no gap inside a window"
+        overlap = done - span.begin
+        assert 0 <= overlap <= found.window_overlap_tokens
+        gap = starts[0] - done
+        assert gap == 0 or gap <= found.min_prefix_tokens - num_opening - overlap + 3, "only for its prefix"
+        assert all(chunk.num_tokens <= found.suffix_tokens for chunk in span.chunks)
+        assert all(chunk.num_tokens >= found.suffix_tokens - 3 for chunk in span.chunks[:-1])
+        assert span.chunks[-1].num_tokens >= min(found.min_suffix_tokens, found.suffix_tokens - 3)
+        covered.update(token for start, end in zip(starts, ends, strict=True) for token in range(start, end))
+        done = ends[-1]
+    assert max(covered.values(), default=1) == 1
+    left = num_tokens - done
+    longest_rest = max(found.min_prefix_tokens - num_opening + 3, 0) + found.min_suffix_tokens
+    assert left < longest_rest, "a rest that is too short for prefix and suffix"
+
+
+def test_an_overlap_that_leaves_no_room_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"= 33 exceeds context_tokens = 32: windows after the first would have no"):
+        chunks(window_overlap_tokens=25)
 
 
 def test_drawn_chunks_are_the_same_for_the_same_key_and_in_order() -> None:
@@ -77,19 +162,79 @@ def test_drawn_chunks_are_the_same_for_the_same_key_and_in_order() -> None:
 
 
 def test_a_document_becomes_windows_with_keys_and_ids(tokenizer: PolicyTokenizer) -> None:
-    preparer = Preparer(tokenizer, chunks(), seed=0)
+    preparer = Preparer(tokenizer, chunks(end_of_text=False), seed=0)
     windows = preparer.windows(Document(5, "d5", tuple(range(2, 72))), part=1, epoch=2)
     assert [str(window.key) for window in windows] == ["1.2.5.0", "1.2.5.1"]
     assert windows[1].token_ids == tuple(range(34, 66))
     assert {window.source_id for window in windows} == {"d5"}
 
 
-def test_bos_is_added_exactly_where_the_tokenizer_wants_one(tokenizer: PolicyTokenizer, tmp_path: Path) -> None:
-    with_bos = PolicyTokenizer(str(build_tokenizer(tmp_path, adds_bos=True)))
-    assert with_bos.encode("moon") == [0, *tokenizer.encode("moon")]
-    assert 0 not in tokenizer.encode("moon")
-    chunk = Chunk(1, len(with_bos.encode("moon")))
-    assert with_bos.show(with_bos.encode("moon"), [chunk]) == WindowText("moon", (TextSpan(0, 4),))
+BOS, EOS = 0, 1
+MOON = "The moon moves around the earth. " * 8
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> PolicyTokenizer:
+    return PolicyTokenizer(str(build_tokenizer(tmp_path_factory.mktemp("bos"), adds_bos=True)))
+
+
+@pytest.mark.parametrize("given", ["text", "ids", "ids with BOS", "ids with both"])
+def test_each_window_begins_with_one_bos_and_the_document_ends_with_one_eos(
+    with_bos: PolicyTokenizer, given: str
+) -> None:
+    ids = tuple(with_bos.encode(MOON))
+    contents: dict[str, str | tuple[int, ...]] = {
+        "text": MOON,
+        "ids": ids,
+        "ids with BOS": (BOS, *ids),
+        "ids with both": (BOS, *ids, EOS),
+    }
+    windows = Preparer(with_bos, chunks(), seed=0).windows(Document(0, "d", contents[given]), part=0, epoch=0)
+    assert len(windows) > 2
+    assert all(window.token_ids[0] == BOS and BOS not in window.token_ids[1:] for window in windows)
+    assert [EOS in window.token_ids for window in windows] == [False] * (len(windows) - 1) + [True]
+    assert sum((window.token_ids[1:] for window in windows), ()) == (*ids, EOS)
+    assert max(len(window.token_ids) for window in windows) == 32
+
+
+def test_no_bos_where_the_tokenizer_wants_none_and_no_eos_where_none_is_asked_for(tokenizer: PolicyTokenizer) -> None:
+    preparer = Preparer(tokenizer, chunks(end_of_text=False), seed=0)
+    windows = preparer.windows(Document(0, "d", MOON), part=0, epoch=0)
+    assert not {BOS, EOS} & {token_id for window in windows for token_id in window.token_ids}
+
+
+def test_bos_and_end_of_text_are_not_shown(with_bos: PolicyTokenizer) -> None:
+    ids = (BOS, *with_bos.encode("moon moon"), EOS)
+    half = 1 + len(with_bos.encode("moon"))
+    shown = with_bos.show(ids, [Chunk(1, half), Chunk(half, len(ids))])
+    assert shown == WindowText("moon moon", (TextSpan(0, 4, begins_text=True), TextSpan(4, 9, ends_document=True)))
+
+
+@pytest.mark.parametrize(("hidden", "reason"), [([EOS], "control_token"), ([-2], "broken_text")])
+def test_a_chunk_that_can_not_be_shown_is_dropped_with_its_reason(
+    tokenizer: PolicyTokenizer, hidden: list[int], reason: str
+) -> None:
+    """-2 stands for the first half of a character."""
+    half = tokenizer.encode("é")[0]
+    ids = [*tokenizer.encode(MOON)[:19], *(half if token == -2 else token for token in hidden)]
+    ids += tokenizer.encode(MOON)[:12]
+    (window,) = Preparer(tokenizer, chunks(), seed=0).windows(Document(0, "d", tuple(ids)), part=0, epoch=0)
+    assert window.dropped == (DroppedChunk(start=16, reason=reason),)
+    assert window.chunks == (Chunk(8, 16), Chunk(24, 32))
+
+
+def test_a_window_of_128k_tokens_is_shown_in_linear_time(tokenizer: PolicyTokenizer) -> None:
+    """By a count of what passes through the tokenizer: seconds say little on a busy machine."""
+    ids = tokenizer.encode(MOON * 2000)[: 2**17]
+    asked: list[int] = []
+    decode = tokenizer._codec._decode
+    tokenizer._codec._decode = lambda token_ids: asked.append(len(token_ids)) or decode(token_ids)  # type: ignore[method-assign, func-returns-value]
+    try:
+        shown = tokenizer.show(ids, [Chunk(start, start + 128) for start in range(128, 2**17, 128)])
+    finally:
+        tokenizer._codec._decode = decode  # type: ignore[method-assign]
+    assert sum(asked) < 1.2 * 2**17
+    assert shown.text == decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +260,7 @@ def test_a_character_cut_by_a_border_is_in_neither_text(tokenizer: PolicyTokeniz
 
 def test_a_replacement_character_of_the_document_itself_stays(tokenizer: PolicyTokenizer) -> None:
     ids = tokenizer.encode("moon \ufffd\ufffd")
-    shown = tokenizer.show([*ids, *tokenizer.encode("x")], [Chunk(len(ids), len(ids) + 1)])
+    shown = tokenizer.show((*ids, *tokenizer.encode("x")), [Chunk(len(ids), len(ids) + 1)])
     assert (shown.prefix(0), shown.suffix(0)) == ("moon \ufffd\ufffd", "x")
 
 

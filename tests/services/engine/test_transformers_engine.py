@@ -234,10 +234,20 @@ def test_text_prompts_are_encoded_without_special_tokens(tiny_model: Path) -> No
 
 def test_cut_characters_are_trimmed_from_a_continuations_text(tiny_model: Path) -> None:
     async def work(engine: TransformersEngine) -> None:
-        token_ids = engine.encode("é moon é")
-        assert engine._tokenizer is not None
-        assert engine._tokenizer.decode_continuation(token_ids[1:-1]) == " moon "
-        assert engine._tokenizer.decode_continuation(engine.encode(" moon")) == " moon"
+        token_ids = tuple(engine.encode("é moon é"))
+        cut = engine._generation(token_ids[:1], token_ids[1:-1], "length", 0)
+        assert (cut.text, cut.flaw) == (" moon ", "")
+        assert engine._generation((), tuple(engine.encode(" moon")), "length", 0).text == " moon"
+
+    with_engine(tiny_model, work)
+
+
+def test_each_prompt_has_its_own_bound(tiny_model: Path) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        long = await engine.generate([PROMPT, OTHERS[1]], Sampling(max_tokens=9, num_samples=2, seed=3))
+        short = await engine.generate([PROMPT, OTHERS[1]], Sampling.bounded([9, 2], num_samples=2, seed=3))
+        assert tokens(short[0]) == tokens(long[0])
+        assert tokens(short[1]) == [token_ids[:2] for token_ids in tokens(long[1])]
 
     with_engine(tiny_model, work)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.rewriter.bridge import continued, joined_like, last_words, without_bridge
+from services.rewriter.bridge import continued, joined_like, last_words, looked_at, without_bridge
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,30 @@ from services.rewriter.bridge import continued, joined_like, last_words, without
 def test_the_bridge_is_the_end_of_the_prefix_as_it_stands(prefix: str, num_words: int, bridge: str) -> None:
     assert last_words(prefix, num_words) == bridge
     assert prefix.endswith(bridge)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "bridge"),
+    [
+        ("月は地球のまわりを" * 40, ("月は地球のまわりを" * 2)[2:]),
+        ("a" * 7 + "e\u0301" * 8, "e\u0301" * 8),
+        ("x" * 15 + "e\u0301" * 8 + "z", "e\u0301" * 7 + "z"),
+        ("x" * 20 + "👩\u200d👩\u200d👧" + "y" * 12, "y" * 12),
+        ("x" * 20 + "🇯🇵🇹🇭" + "y" * 13, "🇹🇭" + "y" * 13),
+        ("x" * 20 + "👍🏽" + "y" * 15, "y" * 15),
+        ("น้ำ" * 20, "น้ำ" * 5),
+        ("some very-long-hyphenated-words here", "here"),
+        ("one" + " " * 40, ""),
+    ],
+)
+def test_a_bridge_of_two_words_has_at_most_sixteen_characters_all_of_them_whole(prefix: str, bridge: str) -> None:
+    assert last_words(prefix, 2) == bridge
+    assert last_words(prefix[-looked_at(2) :], 2) == bridge, "no more of the prefix is looked at"
+
+
+def test_an_answer_in_japanese_may_begin_with_the_bridge() -> None:
+    bridge = last_words("月は地球のまわりを約二十七日でまわる。水は高い山では", 2)
+    assert without_bridge(f"{bridge}低い温度で沸く。", bridge, suffix="低い温度で") == "低い温度で沸く。"
 
 
 @pytest.mark.parametrize(

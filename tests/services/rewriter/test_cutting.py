@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 from tokenizers import SentencePieceBPETokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from services.rewriter.cutting import PolicyTokens
+from services.tokenizer import TokenCodec, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def byte_level(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
+    return load_tokenizer(str(tiny_model), setting="policy.model")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def sentence_piece() -> Any:
 @pytest.mark.parametrize("text", [" the moon", "moon moves", "the earth"])
 def test_a_leading_space_is_kept_and_none_is_added(kind: str, text: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    cut = PolicyTokens(tokenizer).cut(text, 100)
+    cut = PolicyTokens(TokenCodec(tokenizer)).cut(text, 100)
     assert (cut.text, cut.is_whole) == (text, True)
     colon = tokenizer.encode(":", add_special_tokens=False)
     continued = tokenizer.decode([*colon, *cut.token_ids], clean_up_tokenization_spaces=False)
@@ -36,7 +37,7 @@ def test_a_leading_space_is_kept_and_none_is_added(kind: str, text: str, request
 
 
 def test_the_text_is_what_the_kept_tokens_say(byte_level: Any) -> None:
-    cut = PolicyTokens(byte_level).cut(" Earth moves", 3)
+    cut = PolicyTokens(TokenCodec(byte_level)).cut(" Earth moves", 3)
     assert len(cut.token_ids) == 3
     assert cut.text == byte_level.decode(list(cut.token_ids))
     assert not cut.is_whole
@@ -44,11 +45,11 @@ def test_the_text_is_what_the_kept_tokens_say(byte_level: Any) -> None:
 
 def test_a_character_cut_in_half_is_left_out_of_the_text_only(byte_level: Any) -> None:
     """In this small vocabulary the two bytes of ï are two tokens."""
-    cut = PolicyTokens(byte_level).cut("naïve", 3)
+    cut = PolicyTokens(TokenCodec(byte_level)).cut("naïve", 3)
     assert (len(cut.token_ids), cut.text) == (3, "na")
 
 
 def test_a_special_token_spelled_out_is_text(byte_level: Any) -> None:
-    cut = PolicyTokens(byte_level).cut("a<|end|>b", 100)
+    cut = PolicyTokens(TokenCodec(byte_level)).cut("a<|end|>b", 100)
     assert byte_level.eos_token_id not in cut.token_ids
     assert cut.text == "a<|end|>b"

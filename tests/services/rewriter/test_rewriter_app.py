@@ -18,7 +18,7 @@ from tests.services.fakes import FakeEngine
 
 TOKEN = {"Authorization": "Bearer t0ken"}
 SECRETS = Secrets(token="t0ken", admin_token="adm1n")
-ITEM = {"prefix": "The moon moves around the", "suffix": " earth.", "max_suffix_tokens": 16}
+PREFIX = "The moon moves around the"
 
 
 def settings(policy: Path | str) -> Settings:
@@ -40,8 +40,12 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def ask(client: TestClient, *items: dict[str, Any]) -> Any:
-    return client.post("/v1/rewrites", headers=TOKEN, json={"items": items})
+def ask(client: TestClient, *suffixes: str) -> Any:
+    text, items = PREFIX, []
+    for suffix in suffixes or (" earth.",):
+        items.append({"start": len(text), "end": len(text + suffix), "max_suffix_tokens": 16})
+        text += suffix
+    return client.post("/v1/rewrites", headers=TOKEN, json={"text": text, "items": items})
 
 
 def outcomes() -> dict[str, float]:
@@ -54,11 +58,11 @@ def outcomes() -> dict[str, float]:
 def test_rewrites_come_back_in_order_and_are_counted(tiny_model: Path) -> None:
     answers = {" a": " one", " b": "I cannot", " c": " word" * 40}
     engine = FakeEngine(
-        answer=lambda prompt, index: next(text for key, text in answers.items() if f"the{key}\n" in prompt)
+        answer=lambda prompt, index: next(text for key, text in answers.items() if f"{key}\n</passage>" in prompt)
     )
     before = outcomes()
     with serving(engine, tiny_model) as client:
-        answer = ask(client, *(ITEM | {"suffix": suffix} for suffix in answers))
+        answer = ask(client, *answers)
     rewrites = RewriteResponse.model_validate_json(answer.content).rewrites
     assert [rewrite.refusal for rewrite in rewrites] == ["", "refused", ""]
     assert (rewrites[0].text, len(rewrites[2].token_ids)) == (" one", 16)
@@ -68,7 +72,7 @@ def test_rewrites_come_back_in_order_and_are_counted(tiny_model: Path) -> None:
 
 def test_a_failing_engine_is_503_for_the_whole_request(tiny_model: Path) -> None:
     with serving(FakeEngine(answer=lambda prompt, index: EngineError("away")), tiny_model) as client:
-        answer = ask(client, ITEM)
+        answer = ask(client)
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "EngineError")
 
 

@@ -6,17 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from services.engine.base import Generation
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.rewriting import Rewriter, load_prompt
+from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Rewrite, RewriteItem, RewriteRequest
 from shared.errors import EngineError, SettingsError
 from shared.settings import RewriterSettings
 from tests.services.fakes import FakeEngine
 
-ITEM = RewriteItem(prefix="The moon moves around the", suffix=" earth in 70 days.", max_suffix_tokens=64)
+
+def chunk(prefix: str, suffix: str, max_suffix_tokens: int = 64, *, ends_document: bool = False) -> RewriteRequest:
+    item = RewriteItem(
+        start=len(prefix),
+        end=len(prefix + suffix),
+        max_suffix_tokens=max_suffix_tokens,
+        ends_document=ends_document,
+    )
+    return RewriteRequest(text=prefix + suffix, items=(item,))
+
+
+MOON = chunk("The moon moves around the", " earth in 70 days.")
 
 
 class Endless(FakeEngine):
@@ -29,7 +40,7 @@ class Endless(FakeEngine):
 
 @pytest.fixture(scope="module")
 def tokens(tiny_model: Path) -> PolicyTokens:
-    return PolicyTokens(AutoTokenizer.from_pretrained(tiny_model))
+    return PolicyTokens(TokenCodec(load_tokenizer(str(tiny_model), setting="policy.model")))
 
 
 Ask = Callable[..., Rewrite]
@@ -39,14 +50,16 @@ Ask = Callable[..., Rewrite]
 def rewrite(tokens: PolicyTokens, tmp_path: Path) -> Ask:
     """Rewrites one item with a given prompt and a given answer; the engine stays to be looked at."""
 
-    def ask(engine: FakeEngine, item: RewriteItem = ITEM, *, prompt: str | None = None, **settings: Any) -> Rewrite:
+    def ask(
+        engine: FakeEngine, request: RewriteRequest = MOON, *, prompt: str | None = None, **settings: Any
+    ) -> Rewrite:
         path = None
         if prompt is not None:
             path = tmp_path / "prompt.txt"
             path.write_text(prompt)
         parsed = RewriterSettings.model_validate(settings)
         rewriter = Rewriter(engine, settings=parsed, prompt=load_prompt(path), tokens=tokens)
-        return asyncio.run(rewriter.rewrite(RewriteRequest(items=(item,)))).rewrites[0]
+        return asyncio.run(rewriter.rewrite(request)).rewrites[0]
 
     return ask
 
@@ -105,14 +118,13 @@ def test_a_long_prefix_shows_its_end_and_keeps_its_bridge(rewrite: Ask) -> None:
 
 def test_braces_in_a_document_stay(rewrite: Ask) -> None:
     engine = answering("x")
-    item = RewriteItem(prefix="a {suffix}", suffix=" {prefix} {}", max_suffix_tokens=8)
-    rewrite(engine, item, prompt=STRIPPED, bridge_words=1)
+    rewrite(engine, chunk("a {suffix}", " {prefix} {}", 8), prompt=STRIPPED, bridge_words=1)
     assert engine.prompts == ["a {suffix}|{suffix} {prefix} {}|{suffix}:"]
 
 
 def test_a_long_rewrite_is_cut_to_the_suffix_length_in_policy_tokens(rewrite: Ask, tokens: PolicyTokens) -> None:
-    item = ITEM.model_copy(update={"max_suffix_tokens": 5})
-    found = rewrite(answering(" earth in about twenty-seven days."), item, prompt=PLAIN)
+    short = chunk("The moon moves around the", " earth in 70 days.", 5)
+    found = rewrite(answering(" earth in about twenty-seven days."), short, prompt=PLAIN)
     whole = tokens.cut(" earth in about twenty-seven days.", 64)
     assert found.token_ids == whole.token_ids[:5]
     assert whole.text.startswith(found.text)
@@ -134,15 +146,40 @@ def test_a_refusing_answer_is_no_candidate(rewrite: Ask, answer: str) -> None:
 
 
 def test_a_suffix_that_begins_like_a_refusal_may_be_copied(rewrite: Ask) -> None:
-    item = RewriteItem(prefix="She said:", suffix=" I can't swim.", max_suffix_tokens=64)
-    assert rewrite(answering(" I can't swim."), item, prompt=PLAIN).text == " I can't swim."
-    quoting = RewriteItem(prefix="She said: I can't", suffix=" swim.", max_suffix_tokens=64)
+    said = chunk("She said:", " I can't swim.")
+    assert rewrite(answering(" I can't swim."), said, prompt=PLAIN).text == " I can't swim."
+    quoting = chunk("She said: I can't", " swim.")
     assert rewrite(answering("I can't swim."), quoting, prompt=STRIPPED, bridge_words=2).text == " swim."
 
 
 def test_an_answer_that_fills_its_bound_is_overlong(rewrite: Ask) -> None:
     found = rewrite(Endless(answer=lambda prompt, index: " and on and on"), prompt=PLAIN)
     assert (found.refusal, found.text, found.token_ids, found.finish_reason) == ("overlong", "", (), "length")
+
+
+def test_broken_text_is_no_candidate_unless_it_stood_there(rewrite: Ask) -> None:
+    found = rewrite(answering(" ear\ufffd"), prompt=PLAIN)
+    assert (found.refusal, found.text, found.token_ids) == ("broken_text", "", ())
+    assert rewrite(answering(" ear\ufffd"), chunk("The", " ear\ufffd"), prompt=PLAIN).text == " ear\ufffd"
+
+
+def test_a_rewrite_of_a_documents_end_ends_it_where_it_has_room(rewrite: Ask, tokens: PolicyTokens) -> None:
+    text = " earth in 70 days."
+    ids, end = tokens.cut(text, 64).token_ids, tokens.codec.end
+    room = chunk("The moon moves around the", text, len(ids) + 1, ends_document=True)
+    found = rewrite(answering(text), room, prompt=PLAIN)
+    assert (found.token_ids, found.text) == ((*ids, end), text)
+    full = chunk("The moon moves around the", text, len(ids), ends_document=True)
+    assert rewrite(answering(text), full, prompt=PLAIN).token_ids == ids
+    longer = rewrite(answering(f"{text} And so on."), room, prompt=PLAIN)
+    assert (longer.finish_reason, end in longer.token_ids) == ("length", False)
+    assert end not in rewrite(answering(text), prompt=PLAIN).token_ids
+
+
+def test_in_a_script_without_blanks_the_bridge_is_short(rewrite: Ask) -> None:
+    engine = answering("x")
+    rewrite(engine, chunk("月は地球のまわりを約二十七日でまわる。" * 50, "水は"), prompt=STRIPPED, bridge_words=5)
+    assert len(engine.prompts[0].rpartition("|")[2]) == 40 + len(":")
 
 
 @pytest.mark.parametrize(("given", "bound"), [(0, 2 * 64 + 16), (30, 30)])
@@ -154,12 +191,13 @@ def test_the_bound_of_an_answer_follows_the_suffix_or_the_settings(rewrite: Ask,
 
 
 def test_all_items_share_one_engine_call(tokens: PolicyTokens) -> None:
-    engine = FakeEngine(answer=lambda prompt, index: " two" if " 2" in prompt else "")
+    engine = FakeEngine(answer=lambda prompt, index: " two" if "2\n</passage>" in prompt else "")
     rewriter = Rewriter(engine, settings=RewriterSettings(), prompt=load_prompt(None), tokens=tokens)
-    items = tuple(RewriteItem(prefix="P", suffix=suffix, max_suffix_tokens=9) for suffix in (" 1", " 2", " 3"))
-    response = asyncio.run(rewriter.rewrite(RewriteRequest(items=items, seed=7)))
+    items = tuple(RewriteItem(start=start, end=start + 2, max_suffix_tokens=start) for start in (1, 3, 5))
+    response = asyncio.run(rewriter.rewrite(RewriteRequest(text="P 1 2 3", items=items, seed=7)))
     assert [rewrite.text for rewrite in response.rewrites] == ["", " two", ""]
     assert (engine.num_generate_calls, engine.samplings[0].seed) == (1, 7)
+    assert engine.samplings[0].bounds == (18, 22, 26), "each answer as long as its own suffix allows"
 
 
 def test_a_failing_engine_is_an_error_never_an_empty_rewrite(rewrite: Ask) -> None:

@@ -1,8 +1,11 @@
 """POST /v1/rollouts over HTTP, on a tiny policy."""
 
+from pathlib import Path
+
 import httpx
 import pytest
 
+from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import RolloutRequest, RolloutResponse
 from tests.services.rollout.conftest import HEADERS
 
@@ -25,7 +28,23 @@ def test_every_start_gets_its_rollouts(url: str) -> None:
     for rollout in answer.rollouts[0]:
         assert 1 <= len(rollout.token_ids) <= 8
         assert rollout.policy_version == 0
-        assert rollout.text.strip("\ufffd") == rollout.text
+
+
+def test_a_rollout_that_can_not_be_shown_says_why_and_shows_nothing(url: str, tiny_model: Path) -> None:
+    """A random policy over bytes: hardly any of its rollouts is whole UTF-8."""
+    codec = TokenCodec(load_tokenizer(str(tiny_model), setting="policy.model"))
+    answer = RolloutResponse.model_validate_json(ask(url, num_rollouts=64).content)
+    found = [rollout for of_start in answer.rollouts for rollout in of_start]
+    assert {rollout.refusal for rollout in found} == {"", "broken_text"}
+    for rollout in found:
+        before = DOCUMENT[:16] if rollout in answer.rollouts[0] else DOCUMENT[:40]
+        shown = codec.continuation(before, rollout.token_ids)
+        assert (rollout.text, rollout.refusal) == ("" if shown.flaw else shown.text, shown.flaw)
+
+
+def test_each_start_has_its_own_bound_and_the_samples_stay_the_same(url: str) -> None:
+    long, short = rollouts(url), rollouts(url, max_suffix_tokens=[8, 3])
+    assert short == [long[0], [token_ids[:3] for token_ids in long[1]]]
 
 
 def test_the_same_request_gives_the_same_rollouts(url: str) -> None:
@@ -46,7 +65,10 @@ def test_too_long_a_prefix_is_refused_for_good(url: str) -> None:
     assert "300 tokens" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("changes", [{"starts": [61]}, {"num_rollouts": 0}, {"token_ids": [-1]}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"starts": [61]}, {"num_rollouts": 0}, {"token_ids": [-1]}, {"max_suffix_tokens": [8]}, {"colour": "red"}],
+)
 def test_a_wrong_request_is_422(url: str, changes: dict[str, object]) -> None:
     answer = ask(url, **changes)
     assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidRequest")
