@@ -105,7 +105,13 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
         gate = Gate(
             max_in_flight=settings.collector.max_documents_in_flight, max_backlog=settings.collector.max_backlog
         )
-        watch = RunWatch(storage, gate, num_parts=settings.documents.num_parts, steps=settings.trainer.steps)
+        watch = RunWatch(
+            storage,
+            gate,
+            num_parts=settings.documents.num_parts,
+            steps=settings.trainer.steps,
+            policy_version=await storage.database(storage.ledger.newest_weight_version),
+        )
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, preparer, services, storage, gate, watch)
         stack.callback(worker.close)

@@ -1,10 +1,7 @@
 """Kills, outages and restarts: nothing lost, nothing twice."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import tomli_w
 from starlette.responses import Response
 
 from services.collector.recording import Recorder
@@ -25,7 +21,7 @@ from shared.ledger import WindowStart
 from shared.records import DocumentKey, ScoredDocument
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
-from tests.services.collector.processes import RedisProcess, free_port, served
+from tests.services.collector.processes import CollectorProcess, RedisProcess, free_port, served, wait_for
 from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_document
@@ -282,30 +278,6 @@ def test_a_locked_database_is_waited_for(make_settings: MakeSettings, documents:
 
         asyncio.run(run())
     assert names(seen.take_all()) == ALL_EIGHT
-
-
-class CollectorProcess:
-    """`python -m services.collector` with a TOML file, its log in a file."""
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        config = folder / "config.toml"
-        config.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
-        self.log = folder / "collector.log"
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "services.collector", "--config", str(config)]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stderr=log, env=environment)
-
-    def end(self, number: signal.Signals, *, timeout_s: float = 10) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout_s)
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_killed_collector_is_followed_by_another_that_takes_its_part(
