@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.database import StepRow, transaction
 from shared.errors import SettingsError, TrainingError
 from shared.records import ScoredDocument
+from shared.stream import SCHEMA, document_ids_key
 from tests.trainer.conftest import Stack
 from tests.trainer.documents import candidate, chunk, document, plain_document
 from trainer.assembly import train
@@ -129,6 +130,7 @@ def test_a_document_that_comes_twice_is_trained_once(make_stack: MakeStack) -> N
     stack = make_stack(steps=2, pairs_per_step=3)
     first, second = documents_of(stack, range(2))
     stack.write([first])
+    stack.stream._client.delete(document_ids_key(stack.run))  # or it would not be written again
     stack.stream.write(first)
     stack.write([second])
     train(stack.settings, Event())
@@ -166,7 +168,7 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     key = stack.stream._key
     entry = client.xrange(key)[0][0]
     client.xdel(key, entry)
-    client.xadd(key, {b"id": broken.document_id.encode(), b"body": b"\x00garbage"})
+    client.xadd(key, {b"id": broken.document_id.encode(), b"schema": SCHEMA, b"body": b"\x00garbage"})
     stack.write([good])
     train(stack.settings, Event())
     assert stack.ledger.balance().dropped == {"broken_entry": 1}
