@@ -184,4 +184,7 @@ class Coordination:
         """A command that answers anything but nil, done only while `lease` is the newest of its part."""
         keys = (fences_key(self._run), key)
         if self._client.eval(_FENCED, len(keys), *keys, lease.part, lease.epoch, command, *words) is None:
-            raise FencedError(f"{command} {key} is not done: another collector has taken part {lease.part}")
+            raise FencedError(
+                f"{command} {key} is not done: another collector has taken part {lease.part} since, or Redis has lost "
+                "its data"
+            )

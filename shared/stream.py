@@ -187,7 +187,10 @@ class DocumentStream:
         with translated():
             entry = self._client.eval(_WRITE, len(keys), *keys, part, epoch, document_id, SCHEMA, body)
         if entry is None:
-            raise FencedError(f"document {document_id} is not written: another collector has taken part {part}")
+            raise FencedError(
+                f"document {document_id} is not written: another collector has taken part {part} since, or Redis has "
+                "lost its data"
+            )
         return _text(entry)
 
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
