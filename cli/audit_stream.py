@@ -13,7 +13,7 @@ from cli.processes import Child, stop_children
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
 from cli.run_folder import RunFolder
 from shared.auth import generate_token
-from shared.errors import HeadwaterError, StreamError
+from shared.errors import HeadwaterError, StreamError, StreamSchemaError
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
 
@@ -39,7 +39,7 @@ def _read(url: str, run_id: str) -> set[str]:
     client = connect(url, timeout_s=5.0)
     try:
         return DocumentStream(client, run_id).document_ids()
-    except StreamError as exc:
+    except (StreamError, StreamSchemaError) as exc:
         raise StreamUnreachable(str(exc)) from exc
     finally:
         client.close()

@@ -3,19 +3,23 @@
     trainer   -> rollout      `announce_weights`: the newest version in the weight store
     rollout   -> trainer      `report_replica`: which weight version each living replica serves, with expiry
     trainer   -> collector    `report_trainer`: step, policy version, whether the run is finished
-    collector -> collectors   leases on parts of the source, with expiry
+    collector -> collectors   leases on parts of the source, with expiry, and fencing numbers (shared/leases.py)
     collector -> trainer      `mark_exhausted`: a part of the source has no more documents
 
 Blocking calls, each bounded by the client's timeouts: use it from a thread in async code.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import redis
 
+from shared.errors import FencedError
+from shared.leases import Lease
 from shared.stream import (
     exhausted_key,
+    fences_key,
     lease_key,
     replica_key,
     replicas_key,
@@ -26,7 +30,40 @@ from shared.stream import (
 
 TrainerState = Literal["training", "finished"]
 
-_RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
+# KEYS leases; ARGV owner, milliseconds, how many to take at most. Indices of those taken, from 1.
+_ACQUIRE = """
+local taken = {}
+for i, key in ipairs(KEYS) do
+  if #taken >= tonumber(ARGV[3]) then break end
+  if redis.call('set', key, ARGV[1], 'NX', 'PX', ARGV[2]) then taken[#taken + 1] = i end
+end
+return taken
+"""
+# KEYS fences, leases; ARGV owner, milliseconds, then part and lease epoch ('' before it is known) of each lease.
+# Indices of those held. A lease that ended while nobody took the part is taken up again: its number still stands.
+_RENEW = """
+local held = {}
+for i = 2, #KEYS do
+  local owner, epoch = redis.call('get', KEYS[i]), ARGV[2 * i]
+  local free = not owner and epoch ~= '' and redis.call('hget', KEYS[1], ARGV[2 * i - 1]) == epoch
+  if owner == ARGV[1] or free then
+    redis.call('set', KEYS[i], ARGV[1], 'PX', ARGV[2])
+    held[#held + 1] = i - 1
+  end
+end
+return held
+"""
+# KEYS lease, fences; ARGV owner, part, lease epoch
+_RAISE_FENCE = """
+if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('hset', KEYS[2], ARGV[2], ARGV[3])
+return 1
+"""
+# KEYS fences, the command's key; ARGV part, lease epoch, the command and what follows its key
+_FENCED = """
+if redis.call('hget', KEYS[1], ARGV[1]) ~= ARGV[2] then return false end
+return redis.call(ARGV[3], KEYS[2], unpack(ARGV, 4))
+"""
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 
 
@@ -100,28 +137,44 @@ class Coordination:
             state=cast(TrainerState, fields[b"state"].decode()),
         )
 
-    def acquire_lease(self, part: int, owner: str, *, lease_s: float) -> bool:
-        """True if `owner` now holds the part (it may have held it before)."""
-        key, milliseconds = lease_key(self._run, part), int(lease_s * 1000)
+    def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
+        """Up to `room` of the parts that nobody held and `owner` now holds. One round trip, however many there are."""
+        keys = [lease_key(self._run, part) for part in parts]
         with translated():
-            if self._client.set(key, owner, nx=True, px=milliseconds):
-                return True
-            return bool(self._client.eval(_RENEW, 1, key, owner, milliseconds))
+            taken = self._client.eval(_ACQUIRE, len(keys), *keys, owner, int(lease_s * 1000), room)
+        return [parts[index - 1] for index in taken]
 
-    def renew_lease(self, part: int, owner: str, *, lease_s: float) -> bool:
-        """False if the lease was lost: stop working on the part at once."""
+    def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
+        """The parts that `owner` holds; stop working on the others at once. One round trip.
+
+        `epochs`: per part the fencing number, None before `raise_fence`. With its number a lease that ended is taken up
+        again if nobody has taken the part since: an outage of Redis longer than the lease then costs no work.
+        """
+        parts = list(epochs)
+        keys = [fences_key(self._run), *(lease_key(self._run, part) for part in parts)]
+        numbers = [word for part in parts for word in (part, "" if epochs[part] is None else epochs[part])]
         with translated():
-            return bool(self._client.eval(_RENEW, 1, lease_key(self._run, part), owner, int(lease_s * 1000)))
+            held = self._client.eval(_RENEW, len(keys), *keys, owner, int(lease_s * 1000), *numbers)
+        return {parts[index - 1] for index in held}
+
+    def raise_fence(self, lease: Lease) -> bool:
+        """Entries under another number are refused from here on; False if the lease has ended already."""
+        keys = (lease_key(self._run, lease.part), fences_key(self._run))
+        with translated():
+            return bool(self._client.eval(_RAISE_FENCE, 2, *keys, lease.owner, lease.part, lease.epoch))
 
     def release_lease(self, part: int, owner: str) -> None:
         with translated():
             self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
 
-    def mark_exhausted(self, part: int, *, extent: str) -> None:
-        """The part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or
-        dropped."""
+    def mark_exhausted(self, part: int, lease: Lease | None = None, *, extent: str) -> None:
+        """The part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or dropped.
+        Raises FencedError if another collector has taken it since `lease`."""
         with translated():
-            self._client.hset(exhausted_key(self._run), part, extent)
+            if lease is None:
+                self._client.hset(exhausted_key(self._run), part, extent)
+            else:
+                self._fenced(lease, "HSET", exhausted_key(self._run), part, extent)
 
     def exhausted_parts(self, *, extent: str) -> set[int]:
         """What an earlier start said of another extent, such as fewer epochs, does not count."""
@@ -132,3 +185,12 @@ class Coordination:
     def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
         """Whether every part is exhausted."""
         return self.exhausted_parts(extent=extent) >= set(range(num_parts))
+
+    def _fenced(self, lease: Lease, command: str, key: str, *words: str | int) -> None:
+        """A command that answers anything but nil, done only while `lease` is the newest of its part."""
+        keys = (fences_key(self._run), key)
+        if self._client.eval(_FENCED, len(keys), *keys, lease.part, lease.epoch, command, *words) is None:
+            raise FencedError(
+                f"{command} {key} is not done: another collector has taken part {lease.part} since, or Redis has lost "
+                "its data"
+            )

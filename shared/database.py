@@ -19,6 +19,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from shared.errors import DatabaseError
 
 BUSY_TIMEOUT_S = 30.0
+IDLE_TRANSACTION_S = 60.0
+"""PostgreSQL ends a transaction that is silent for this long: a frozen process must not hold rows for ever."""
 
 
 class Base(DeclarativeBase):
@@ -175,7 +177,8 @@ class EventRow(Base):
 
 
 def open_database(url: str) -> Engine:
-    """An engine for `url`. SQLite waits for other writers and syncs commits to disk."""
+    """An engine for `url`. SQLite waits for other writers and syncs commits to disk; PostgreSQL ends transactions that
+    are left open."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as exc:
@@ -183,7 +186,10 @@ def open_database(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True)
+        engine = sa.create_engine(parsed, pool_pre_ping=True)
+        if parsed.get_backend_name() == "postgresql":
+            event.listen(engine, "connect", _prepare_postgresql)
+        return engine
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
@@ -194,6 +200,11 @@ def open_database(url: str) -> Engine:
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(IDLE_TRANSACTION_S * 1000)}")
+    connection.commit()
 
 
 def migrate(engine: Engine) -> None:

@@ -104,6 +104,16 @@ class StreamError(HeadwaterError):
     retryable = True
 
 
+class StreamSchemaError(HeadwaterError):
+    """The stream holds entries of another version of Headwater. Nothing is dropped: they wait for their reader."""
+
+
+class FencedError(HeadwaterError):
+    """Another collector has taken the part since: nothing was written, and the work on it ends here."""
+
+    status = 409
+
+
 class WeightStoreError(HeadwaterError):
     """A weight version is missing, incomplete or does not match its checksums."""
 

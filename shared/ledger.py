@@ -6,21 +6,36 @@ update is on disk, or `dropped`. So the table is at the same time the cursor (`u
 proof of conservation (`balance`):
 
     read = trained + dropped (by reason) + in flight
+
+A collector writes under its lease (shared/leases.py): the first statement of each of its transactions is an update of
+the part's row that finds it only under the lease's number. On both databases that holds the row, or on SQLite the
+whole file, until the transaction ends, so nobody can take the part between the check and the write.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction, translated
+from shared.database import (
+    CursorRow,
+    DocumentRow,
+    EventRow,
+    PartRow,
+    RunRow,
+    WeightVersionRow,
+    transaction,
+    translated,
+)
+from shared.errors import FencedError
 from shared.identity import refuse_changed_identity
+from shared.leases import Lease
 from shared.manifest import Manifest, refuse_changed_source
 from shared.records import DocumentKey
 
@@ -78,7 +93,11 @@ class Balance:
 
 @dataclass
 class Ledger:
-    """One run's documents. Blocking: use it from a thread in async code."""
+    """One run's documents. Blocking: use it from a thread in async code.
+
+    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part; None is a
+    caller that holds no part, such as the trainer.
+    """
 
     engine: Engine
     run_id: str
@@ -119,21 +138,60 @@ class Ledger:
             found = session.execute(sa.select(RunRow.settings, source).where(RunRow.id == self.run_id)).first()
         return None if found is None else RunStart(*found)
 
-    def begin(self, windows: Sequence[WindowStart]) -> None:
+    def take_part(self, part: int) -> int:
+        """The fencing number of a new lease on the part: rows are not written under an earlier one from here on."""
+        new = {"run_id": self.run_id, "part": part}
+        with transaction(self.engine) as session:
+            session.execute(
+                sa.text(
+                    "INSERT INTO parts (run_id, part, lease_epoch) VALUES (:run_id, :part, 0) ON CONFLICT DO NOTHING"
+                ),
+                new,
+            )
+            session.execute(
+                sa.update(PartRow)
+                .where(PartRow.run_id == self.run_id, PartRow.part == part)
+                .values(lease_epoch=PartRow.lease_epoch + 1)
+            )
+            return session.get_one(PartRow, (self.run_id, part)).lease_epoch
+
+    def refuse_if_fenced(self, session: Session, lease: Lease | None) -> None:
+        """First in a transaction: until it ends nobody else takes the part. Raises FencedError if somebody has."""
+        if lease is None:
+            return
+        held = session.execute(
+            sa.update(PartRow)
+            .where(PartRow.run_id == self.run_id, PartRow.part == lease.part, PartRow.lease_epoch == lease.epoch)
+            .values(lease_epoch=lease.epoch)
+        )
+        if not _num_rows(held):
+            raise FencedError(f"part {lease.part} was taken by another collector after lease number {lease.epoch}")
+
+    def begin(self, windows: Sequence[WindowStart], lease: Lease | None = None) -> None:
         """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes
         nothing."""
         num_windows = Counter(_document_of(window.key) for window in windows)
         with transaction(self.engine) as session:
+            self.refuse_if_fenced(session, lease)
             for window in windows:
                 if session.get(DocumentRow, self._primary_key(window.key)) is None:
-                    session.add(self._row(window, num_windows=num_windows[_document_of(window.key)]))
+                    session.add(
+                        self._row(window, num_windows=num_windows[_document_of(window.key)], **_worked_on(lease))
+                    )
                 self._advance_cursor(session, window.key)
 
     def mark_scored(
-        self, key: DocumentKey, *, num_chunks: int, num_dropped_chunks: int, policy_version: int | None
+        self,
+        key: DocumentKey,
+        *,
+        num_chunks: int,
+        num_dropped_chunks: int,
+        policy_version: int | None,
+        lease: Lease | None = None,
     ) -> None:
         """Its scored form is on the stream. A window that the trainer has already finished stays finished."""
         with transaction(self.engine) as session:
+            self.refuse_if_fenced(session, lease)
             self._update(
                 session,
                 [key],
@@ -142,19 +200,35 @@ class Ledger:
                 num_chunks=num_chunks,
                 num_dropped_chunks=num_dropped_chunks,
                 policy_version=policy_version,
+                **_worked_on(lease),
             )
 
-    def drop(self, key: DocumentKey, *, reason: str, detail: str = "", source_id: str = "") -> None:
-        """It will not be trained. Writes the row if a refused line never had one."""
+    def drop(
+        self, key: DocumentKey, *, reason: str, detail: str = "", source_id: str = "", lease: Lease | None = None
+    ) -> bool:
+        """It will not be trained. Writes the row if a refused line never had one.
+
+        False if it is trained: it stays so, and an event tells. A dropped one keeps its first reason.
+        """
+        outcome = {
+            "state": DROPPED,
+            "reason": reason,
+            "detail": storable(detail)[:2000],
+            "finished_at": self._clock(),
+            **_worked_on(lease),
+        }
         with transaction(self.engine) as session:
+            self.refuse_if_fenced(session, lease)
+            if self._update(session, [key], from_states=(READING, SCORED), **outcome):
+                return True
             row = session.get(DocumentRow, self._primary_key(key))
             if row is None:
-                row = self._row(WindowStart(key, source_id, 0), num_windows=1)
+                row = self._row(WindowStart(key, source_id, 0), num_windows=1, **outcome)
                 session.add(row)
                 self._advance_cursor(session, key)
-            if row.state == TRAINED:
-                raise AssertionError(f"document {key} is trained already and can't be dropped")
-            row.state, row.reason, row.detail, row.finished_at = DROPPED, reason, storable(detail)[:2000], self._clock()
+            elif row.state == TRAINED:
+                session.add(self._kept_trained(key, reason, role="collector" if lease else "trainer"))
+            return row.state == DROPPED
 
     def mark_trained(self, steps: dict[str, int]) -> None:
         """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing."""
@@ -226,12 +300,13 @@ class Ledger:
                     found.setdefault(Position(row.epoch, row.position), set()).add(row.window)
         return found
 
-    def mark_found(self, part: int, *, on_stream: set[str]) -> int:
+    def mark_found(self, part: int, *, on_stream: set[str], lease: Lease | None = None) -> int:
         """Windows of the part that are `reading` though their scored form is on the stream become `scored`.
 
         Their collector ended between the write and `mark_scored`; how many chunks they have, only the entry knows.
         """
         with transaction(self.engine) as session:
+            self.refuse_if_fenced(session, lease)
             rows = session.scalars(
                 sa.select(DocumentRow).where(
                     DocumentRow.run_id == self.run_id, DocumentRow.part == part, DocumentRow.state == READING
@@ -243,7 +318,7 @@ class Ledger:
                 if str(key := DocumentKey(part=part, epoch=row.epoch, position=row.position, window=row.window))
                 in on_stream
             ]
-            self._update(session, found, from_states=(READING,), state=SCORED)
+            self._update(session, found, from_states=(READING,), state=SCORED, **_worked_on(lease))
         return len(found)
 
     def balance(self) -> Balance:
@@ -265,18 +340,24 @@ class Ledger:
             scored=by_state[SCORED],
         )
 
+    def newest_weight_version(self) -> int:
+        """The newest that was ever published; 0 before the first."""
+        with transaction(self.engine) as session:
+            newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
+            return session.scalar(newest) or 0
+
     def record_event(self, role: str, kind: str, message: str, **data: Any) -> None:
         with transaction(self.engine) as session:
-            session.add(
-                EventRow(
-                    run_id=self.run_id,
-                    at=self._clock(),
-                    role=role,
-                    kind=kind,
-                    message=storable(message)[:2000],
-                    data=data,
-                )
-            )
+            session.add(self._event(role, kind, message, **data))
+
+    def _event(self, role: str, kind: str, message: str, **data: Any) -> EventRow:
+        return EventRow(
+            run_id=self.run_id, at=self._clock(), role=role, kind=kind, message=storable(message)[:2000], data=data
+        )
+
+    def _kept_trained(self, key: DocumentKey, reason: str, *, role: str) -> EventRow:
+        message = f"document {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
+        return self._event(role, "kept_trained", message, document=str(key), reason=reason)
 
     def _primary_key(self, key: DocumentKey) -> tuple[str, int, int, int, int]:
         return (self.run_id, key.part, key.epoch, key.position, key.window)
@@ -288,7 +369,7 @@ class Ledger:
             session.add(cursor)
         cursor.num_positions = max(cursor.num_positions, key.position + 1)
 
-    def _row(self, window: WindowStart, *, num_windows: int) -> DocumentRow:
+    def _row(self, window: WindowStart, *, num_windows: int, **values: Any) -> DocumentRow:
         return DocumentRow(
             run_id=self.run_id,
             **window.key.model_dump(),
@@ -296,14 +377,16 @@ class Ledger:
             num_windows=num_windows,
             num_tokens=window.num_tokens,
             read_at=self._clock(),
-            state=READING,
+            **({"state": READING} | values),
         )
 
     def _update(
         self, session: Session, keys: Sequence[DocumentKey], *, from_states: Sequence[str], **values: Any
-    ) -> None:
+    ) -> int:
+        """How many rows were in one of `from_states`, and are changed."""
+        num_changed = 0
         for key in keys:
-            session.execute(
+            changed = session.execute(
                 sa.update(DocumentRow)
                 .where(
                     DocumentRow.run_id == self.run_id,
@@ -315,6 +398,16 @@ class Ledger:
                 )
                 .values(**values)
             )
+            num_changed += _num_rows(changed)
+        return num_changed
+
+
+def _num_rows(answer: sa.Result[Any]) -> int:
+    return cast(sa.CursorResult[Any], answer).rowcount
+
+
+def _worked_on(lease: Lease | None) -> dict[str, int]:
+    return {} if lease is None else {"lease_epoch": lease.epoch}
 
 
 def _document_of(key: DocumentKey) -> tuple[int, int, int]:

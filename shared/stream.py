@@ -3,11 +3,15 @@
     collector --write--> stream --read--> trainer --acknowledge (after the checkpoint)--> entry deleted
 
 At-least-once: an entry stays until it is acknowledged, and after a crash `read_pending` gives back what was
-delivered but never acknowledged. Nothing is trimmed. Entries carry the document id in the clear and the record
-as zstd-compressed msgpack. Commands stay within Redis 6.2.
+delivered but never acknowledged. Nothing is trimmed. An entry carries the document id and the number of its schema in
+the clear, and the record as zstd-compressed msgpack.
+
+Beside the stream lies a hash of the document ids on it. Scripts keep the two together: one that writes an entry only
+if its id is not there, so that a write may be repeated until Redis has answered, and one that acknowledges it and
+takes its id away. Commands stay within Redis 6.2.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +21,60 @@ import redis
 import zstandard
 from pydantic import ValidationError
 
-from shared.errors import SettingsError, StreamError
+from shared.errors import FencedError, SettingsError, StreamError, StreamSchemaError
+from shared.leases import Lease
 from shared.limits import MAX_ENTRY_BYTES
 from shared.records import ScoredDocument
 
 GROUP = "trainer"
+SCHEMA = 1
+"""Of the record in an entry. Raise it when a `ScoredDocument` changes so that another version can't read it."""
+
+# KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), document id, schema, body
+_WRITE = """
+if ARGV[2] ~= '' and redis.call('hget', KEYS[3], ARGV[1]) ~= ARGV[2] then return false end
+local entry = redis.call('hget', KEYS[2], ARGV[3])
+if not entry then
+  entry = redis.call('xadd', KEYS[1], '*', 'id', ARGV[3], 'schema', ARGV[4], 'body', ARGV[5])
+  redis.call('hset', KEYS[2], ARGV[3], entry)
+end
+return entry
+"""
+# KEYS stream, ids; ARGV group, then entry id and document id of each
+_ACKNOWLEDGE = """
+for i = 2, #ARGV, 2 do
+  redis.call('xack', KEYS[1], ARGV[1], ARGV[i])
+  redis.call('xdel', KEYS[1], ARGV[i])
+  if redis.call('hget', KEYS[2], ARGV[i + 1]) == ARGV[i] then redis.call('hdel', KEYS[2], ARGV[i + 1]) end
+end
+"""
+# KEYS stream, ids. The schema of the oldest entry ('' if it has none), or nothing; then ids of no entries go too.
+_OLDEST_SCHEMA = """
+local oldest = redis.call('xrange', KEYS[1], '-', '+', 'COUNT', 1)[1]
+if not oldest then
+  redis.call('del', KEYS[2])
+  return false
+end
+for i = 1, #oldest[2], 2 do
+  if oldest[2][i] == 'schema' then return oldest[2][i + 1] end
+end
+return ''
+"""
+_ACKNOWLEDGED_AT_ONCE = 1000
 
 
 def documents_key(run: str) -> str:
     return f"headwater:{run}:documents"
+
+
+def document_ids_key(run: str) -> str:
+    """Hash: document id -> entry id of every document on the stream."""
+    return f"headwater:{run}:documents:ids"
+
+
+def fences_key(run: str) -> str:
+    """Hash: part -> fencing number of the collector that holds it (shared/leases.py)."""
+    return f"headwater:{run}:fences"
 
 
 def weights_key(run: str) -> str:
@@ -64,6 +113,10 @@ class StreamEntry:
 
     entry_id: str
     document: ScoredDocument
+
+    @property
+    def document_id(self) -> str:
+        return self.document.document_id
 
 
 @dataclass(frozen=True)
@@ -112,10 +165,13 @@ class DocumentStream:
     def __init__(self, client: redis.Redis, run: str, *, consumer: str = "trainer-0") -> None:
         self._client: Any = client  # redis-py types every answer as a union over sync and async
         self._key = documents_key(run)
+        self._ids_key = document_ids_key(run)
+        self._fences_key = fences_key(run)
         self._consumer = consumer
 
     def create(self) -> None:
-        """Make stream and group if they are not there."""
+        """Make stream and group if they are not there. Raises StreamSchemaError if another version wrote the stream."""
+        self._refuse_unknown_schema()
         with translated():
             try:
                 self._client.xgroup_create(self._key, GROUP, id="0", mkstream=True)
@@ -123,19 +179,36 @@ class DocumentStream:
                 if "BUSYGROUP" not in str(exc):
                     raise
 
-    def write(self, document: ScoredDocument) -> str:
-        """Append; returns the entry id once Redis has it."""
+    def write(self, document: ScoredDocument, lease: Lease | None = None) -> str:
+        """Append, unless the document is on the stream; returns the entry id once Redis has it.
+
+        Raises FencedError if another collector has taken the part since `lease`; None is a writer that holds no part.
+        """
+        return self.append(document.document_id, encode(document), lease=lease)
+
+    def append(self, document_id: str, body: bytes, *, lease: Lease | None) -> str:
+        """`write` of a document that is encoded already. Repeating it changes nothing."""
+        part, epoch = (lease.part, lease.epoch) if lease else ("", "")
+        keys = (self._key, self._ids_key, self._fences_key)
         with translated():
-            entry = self._client.xadd(self._key, {b"id": document.document_id.encode(), b"body": encode(document)})
-            return _text(entry)
+            entry = self._client.eval(_WRITE, len(keys), *keys, part, epoch, document_id, SCHEMA, body)
+        if entry is None:
+            raise FencedError(
+                f"document {document_id} is not written: another collector has taken part {part} since, or Redis has "
+                "lost its data"
+            )
+        return _text(entry)
 
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
-        """Up to `count` new entries, waiting at most `block_s` for the first; an empty list means none came."""
+        """Up to `count` new entries, waiting at most `block_s` for the first; an empty list means none came.
+
+        Raises StreamSchemaError for an entry of another version; it stays pending.
+        """
         with translated():
             answer = self._client.xreadgroup(
                 GROUP, self._consumer, {self._key: ">"}, count=count, block=max(1, int(block_s * 1000))
             )
-        return [_entry(entry_id, fields) for _, entries in answer or [] for entry_id, fields in entries]
+        return [self._entry(entry_id, fields) for _, entries in answer or [] for entry_id, fields in entries]
 
     def read_pending(self, *, count: int = 64) -> Iterator[StreamEntry | BrokenEntry]:
         """What was delivered but never acknowledged, oldest first. Takes over from consumers that are gone."""
@@ -145,18 +218,18 @@ class DocumentStream:
                 cursor_bytes, entries, *_ = self._client.xautoclaim(
                     self._key, GROUP, self._consumer, min_idle_time=0, start_id=cursor, count=count
                 )
-            yield from (_entry(entry_id, fields) for entry_id, fields in entries if fields)
+            yield from (self._entry(entry_id, fields) for entry_id, fields in entries if fields)
             cursor = _text(cursor_bytes)
             if cursor == "0-0":
                 return
 
-    def acknowledge(self, entry_ids: Iterable[str]) -> None:
-        """Acknowledge and delete. Call it only when what the entries became is on disk."""
-        ids = list(entry_ids)
-        if not ids:
-            return
-        with translated():
-            self._client.pipeline(transaction=True).xack(self._key, GROUP, *ids).xdel(self._key, *ids).execute()
+    def acknowledge(self, entries: Mapping[str, str]) -> None:
+        """Acknowledge and delete `{entry id: document id}`. Call it only when what they became is on disk."""
+        pairs = list(entries.items())
+        for start in range(0, len(pairs), _ACKNOWLEDGED_AT_ONCE):
+            words = [word for pair in pairs[start : start + _ACKNOWLEDGED_AT_ONCE] for word in pair]
+            with translated():
+                self._client.eval(_ACKNOWLEDGE, 2, self._key, self._ids_key, GROUP, *words)
 
     def backlog(self) -> Backlog:
         with translated():
@@ -164,24 +237,33 @@ class DocumentStream:
             pending = int(self._client.xpending(self._key, GROUP)["pending"]) if length else 0
         return Backlog(unread=max(0, length - pending), pending=pending)
 
-    def document_ids(self, *, count: int = 1000) -> set[str]:
-        """Ids of all documents on the stream, delivered or not."""
-        found: set[str] = set()
-        start = "-"
-        while True:
-            with translated():
-                entries = self._client.xrange(self._key, min=start, max="+", count=count)
-            found.update(_text(fields[b"id"]) for _, fields in entries)
-            if len(entries) < count:
-                return found
-            start = f"({_text(entries[-1][0])}"
+    def document_ids(self) -> set[str]:
+        """Ids of all documents on the stream, delivered or not. Raises StreamSchemaError as `create` does."""
+        self._refuse_unknown_schema()
+        with translated():
+            return {_text(document_id) for document_id in self._client.hkeys(self._ids_key)}
 
+    def _refuse_unknown_schema(self) -> None:
+        with translated():
+            schema = self._client.eval(_OLDEST_SCHEMA, 2, self._key, self._ids_key)
+        if schema is not None:
+            self._check_schema(schema)
 
-def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> StreamEntry | BrokenEntry:
-    try:
-        return StreamEntry(_text(entry_id), decode(fields[b"body"]))
-    except (StreamError, KeyError) as exc:
-        return BrokenEntry(_text(entry_id), _text(fields.get(b"id", b"")), str(exc))
+    def _entry(self, entry_id: bytes, fields: dict[bytes, bytes]) -> StreamEntry | BrokenEntry:
+        self._check_schema(fields.get(b"schema", b""))
+        try:
+            return StreamEntry(_text(entry_id), decode(fields[b"body"]))
+        except (StreamError, KeyError) as exc:
+            return BrokenEntry(_text(entry_id), _text(fields.get(b"id", b"")), str(exc))
+
+    def _check_schema(self, schema: bytes) -> None:
+        """An entry of another version is whole, only not for us: it must not be dropped as broken."""
+        if _text(schema) != str(SCHEMA):
+            found = f"of schema {_text(schema)}" if schema else "of an older version, without a schema number,"
+            raise StreamSchemaError(
+                f"the stream {self._key} has entries {found} and this version reads schema {SCHEMA}: let the version "
+                "that wrote them train them, or delete this Redis key and their documents are scored again"
+            )
 
 
 def _text(value: bytes | str) -> str:

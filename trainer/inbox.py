@@ -187,7 +187,7 @@ class Inbox:
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
         self._tally.count("duplicate_documents")
         _log.info("document %s came again as entry %s", entry.document.document_id, entry.entry_id)
-        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+        self._acknowledge(entry)
 
     def _drop_stale(self, entry: StreamEntry, policy_version: int) -> None:
         self._tally.count("stale_documents")
@@ -198,9 +198,10 @@ class Inbox:
     def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
         """The ledger first: after a crash in between the entry comes again and is known as dropped."""
         key = entry.document.key
-        self._patience(lambda: self._ledger.drop(key, reason=reason, detail=detail, source_id=entry.document.source_id))
-        metrics.documents_dropped_total.labels(reason).inc()
-        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+        source_id = entry.document.source_id
+        if self._patience(lambda: self._ledger.drop(key, reason=reason, detail=detail, source_id=source_id)):
+            metrics.documents_dropped_total.labels(reason).inc()
+        self._acknowledge(entry)
 
     def _drop_broken(self, entry: BrokenEntry) -> None:
         self._tally.count("broken_documents")
@@ -208,7 +209,10 @@ class Inbox:
         key = _parsed_key(entry.document_id)
         if key is not None and entry.document_id not in self._held and not self._is_finished(entry.document_id):
             self._patience(lambda: self._ledger.drop(key, reason="broken_entry", detail=entry.reason))
-        self._patience(lambda: self._stream.acknowledge([entry.entry_id]))
+        self._acknowledge(entry)
+
+    def _acknowledge(self, entry: StreamEntry | BrokenEntry) -> None:
+        self._patience(lambda: self._stream.acknowledge({entry.entry_id: entry.document_id}))
 
     def _source_has_ended(self) -> bool:
         """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
@@ -235,7 +239,8 @@ def commit_finished(
     for document_id in finished.keys() - steps.keys():
         key = DocumentKey.parse(document_id)
         patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
-    patience(lambda: stream.acknowledge(document.entry_id for document in finished.values()))
+    entries = {document.entry_id: document_id for document_id, document in finished.items()}
+    patience(lambda: stream.acknowledge(entries))
 
 
 def _why_no_pair(selection: Selection, document: ScoredDocument) -> str:

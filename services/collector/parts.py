@@ -23,6 +23,7 @@ from services.collector.storage import Storage
 from services.collector.watch import RunWatch
 from shared import metrics
 from shared.errors import SourceError
+from shared.leases import Lease
 from shared.ledger import Position
 from shared.records import DocumentKey
 from shared.settings import Settings
@@ -47,40 +48,41 @@ class PartWorker:
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))
 
-    async def run(self, part: int) -> None:
-        """Until the part has no more documents. Raises SourceError when it never gives any."""
+    async def run(self, lease: Lease) -> None:
+        """Until the part has no more documents. Raises SourceError when it never gives any, FencedError once another
+        collector has taken it."""
         try:
             async with asyncio.TaskGroup() as windows:
-                await self._redo(part, windows)
-                await self._read_on(part, windows)
+                await self._redo(lease, windows)
+                await self._read_on(lease, windows)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from failures
-        await self._end(part)
+        await self._end(lease)
 
-    async def _redo(self, part: int, windows: asyncio.TaskGroup) -> None:
-        left = await self.storage.left_over(part)
+    async def _redo(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
+        part, left = lease.part, await self.storage.left_over(lease)
         if left:
             _log.info("part %d: %d positions are unfinished and worked on again", part, len(left))
         for epoch in sorted({position.epoch for position in left}):
             wanted = {position.position: found for position, found in left.items() if position.epoch == epoch}
             async for item in self._items(part, epoch, min(wanted)):
                 if item.position in wanted:
-                    await self._redo_one(item, part, epoch, wanted.pop(item.position), windows)
+                    await self._redo_one(item, lease, epoch, wanted.pop(item.position), windows)
                 if not wanted:
                     break
             for position, numbers in wanted.items():
-                await self._drop_missing(part, epoch, position, numbers)
+                await self._drop_missing(lease, epoch, position, numbers)
 
     async def _redo_one(
-        self, item: Document | Refusal, part: int, epoch: int, numbers: set[int], windows: asyncio.TaskGroup
+        self, item: Document | Refusal, lease: Lease, epoch: int, numbers: set[int], windows: asyncio.TaskGroup
     ) -> None:
-        await self._refuse_another_record(item, part, epoch)
-        prepared = [] if isinstance(item, Refusal) else await self._prepare(item, part, epoch)
+        await self._refuse_another_record(item, lease.part, epoch)
+        prepared = [] if isinstance(item, Refusal) else await self._prepare(item, lease.part, epoch)
         for window in prepared:
             if window.key.window in numbers:
-                await self._start(window, windows)
+                await self._start(window, lease, windows)
         gone = numbers - {window.key.window for window in prepared}
-        await self._drop_missing(part, epoch, item.position, gone)
+        await self._drop_missing(lease, epoch, item.position, gone)
 
     async def _refuse_another_record(self, item: Document | Refusal, part: int, epoch: int) -> None:
         found = item.place if isinstance(item, Refusal) else item.source_id
@@ -92,39 +94,40 @@ class PartWorker:
                 "--run.name NAME"
             )
 
-    async def _drop_missing(self, part: int, epoch: int, position: int, numbers: set[int]) -> None:
+    async def _drop_missing(self, lease: Lease, epoch: int, position: int, numbers: set[int]) -> None:
         for number in sorted(numbers):
-            key = DocumentKey(part=part, epoch=epoch, position=position, window=number)
+            key = DocumentKey(part=lease.part, epoch=epoch, position=position, window=number)
             detail = f"window {key} was read before, but the source or its settings have changed: it is there no more"
-            await self.storage.drop(key, reason="source_changed", detail=detail, source_id="")
+            await self.storage.drop(key, lease, reason="source_changed", detail=detail, source_id="")
 
-    async def _read_on(self, part: int, windows: asyncio.TaskGroup) -> None:
-        position = await self.storage.next_position(part)
+    async def _read_on(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
+        position = await self.storage.next_position(lease.part)
         max_epochs = self.settings.documents.max_epochs
         while not max_epochs or position.epoch < max_epochs:
-            found = await self._read_epoch(part, position, windows)
+            found = await self._read_epoch(lease, position, windows)
             if position.position == 0 and not found["window"]:
-                _log.warning("part %d has no usable document in a whole epoch: %s", part, dict(found) or "it is empty")
+                what = dict(found) or "it is empty"
+                _log.warning("part %d has no usable document in a whole epoch: %s", lease.part, what)
                 return
             position = Position(position.epoch + 1, 0)
 
-    async def _read_epoch(self, part: int, start: Position, windows: asyncio.TaskGroup) -> Counter[str]:
+    async def _read_epoch(self, lease: Lease, start: Position, windows: asyncio.TaskGroup) -> Counter[str]:
         """How many windows, and refusals by reason, the rest of the epoch gave."""
         found: Counter[str] = Counter()
-        async for item in self._items(part, start.epoch, start.position):
+        async for item in self._items(lease.part, start.epoch, start.position):
             if isinstance(item, Refusal):
-                await self._refuse(item, part, start.epoch)
+                await self._refuse(item, lease, start.epoch)
                 found[item.reason] += 1
                 continue
-            prepared = await self._prepare(item, part, start.epoch)
+            prepared = await self._prepare(item, lease.part, start.epoch)
             if not prepared:
-                await self._refuse(_too_short(item), part, start.epoch)
+                await self._refuse(_too_short(item), lease, start.epoch)
                 found["too_short"] += 1
                 continue
-            await self.storage.begin(prepared)
+            await self.storage.begin(prepared, lease)
             found["window"] += len(prepared)
             for window in prepared:
-                await self._start(window, windows)
+                await self._start(window, lease, windows)
         return found
 
     async def _items(self, part: int, epoch: int, start: int) -> AsyncIterator[Document | Refusal]:
@@ -142,16 +145,16 @@ class PartWorker:
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
 
-    async def _refuse(self, item: Refusal, part: int, epoch: int) -> None:
-        key = DocumentKey(part=part, epoch=epoch, position=item.position, window=0)
+    async def _refuse(self, item: Refusal, lease: Lease, epoch: int) -> None:
+        key = DocumentKey(part=lease.part, epoch=epoch, position=item.position, window=0)
         metrics.documents_read_total.inc()
-        await self.storage.drop(key, reason=item.reason, detail=item.detail, source_id=item.place)
+        await self.storage.drop(key, lease, reason=item.reason, detail=item.detail, source_id=item.place)
 
-    async def _start(self, window: Window, windows: asyncio.TaskGroup) -> None:
+    async def _start(self, window: Window, lease: Lease, windows: asyncio.TaskGroup) -> None:
         await self.gate.enter()
-        windows.create_task(self._work(window), name=f"window-{window.key}")
+        windows.create_task(self._work(window, lease), name=f"window-{window.key}")
 
-    async def _work(self, window: Window) -> None:
+    async def _work(self, window: Window, lease: Lease) -> None:
         """One window from reading to its end. Its place at the gate is given back only when the ledger knows."""
         try:
             show = self.preparer.tokenizer.show
@@ -162,28 +165,28 @@ class PartWorker:
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
                 await self.storage.drop(
-                    window.key, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id
+                    window.key, lease, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id
                 )
             else:
-                await self.storage.write(outcome)
+                await self.storage.write(outcome, lease)
                 self.gate.note_written()
-                await self.storage.finish(outcome)
+                await self.storage.finish(outcome, lease)
         finally:
             self.gate.leave()
 
-    async def _end(self, part: int) -> None:
+    async def _end(self, lease: Lease) -> None:
         """All windows of the part are on the stream or dropped."""
         balance = await self.storage.database(self.storage.ledger.balance)
         coordination, extent = self.storage.coordination, self.extent
         ended = await self.storage.redis(lambda: coordination.exhausted_parts(extent=extent))
-        is_last = ended | {part} >= set(range(self.settings.documents.num_parts))
+        is_last = ended | {lease.part} >= set(range(self.settings.documents.num_parts))
         if is_last and balance.read == sum(balance.dropped.values()):
             raise SourceError(
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.redis(lambda: coordination.mark_exhausted(part, extent=extent))
-        _log.info("part %d has no more documents", part)
+        await self.storage.redis(lambda: coordination.mark_exhausted(lease.part, lease, extent=extent))
+        _log.info("part %d has no more documents", lease.part)
 
     def close(self) -> None:
         for executor in (self._tokenizing, self._reading):

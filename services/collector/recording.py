@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from services.collector.seeds import share_of
 from services.collector.texts import PolicyTokenizer
 from shared.database import CandidateRow, ChunkRow, transaction
+from shared.leases import Lease
 from shared.ledger import Ledger, storable
 from shared.records import ScoredChunk, ScoredDocument
 
@@ -24,12 +25,13 @@ class Recorder:
     tokenizer: PolicyTokenizer
     share: float
 
-    def record(self, document: ScoredDocument) -> None:
-        """Replaces the rows of an earlier, unfinished try."""
+    def record(self, document: ScoredDocument, lease: Lease) -> None:
+        """Replaces the rows of an earlier, unfinished try. Raises FencedError as the ledger does."""
         if share_of(document.key, "record") >= self.share:
             return
         prefixes = [self._end_of_prefix(document.token_ids[: chunk.start]) for chunk in document.chunks]
         with transaction(self.ledger.engine) as session:
+            self.ledger.refuse_if_fenced(session, lease)
             old = sa.select(ChunkRow.id).where(
                 ChunkRow.run_id == document.run_id, ChunkRow.document_id == document.document_id
             )

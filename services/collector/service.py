@@ -109,7 +109,12 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
             max_in_flight=settings.collector.max_documents_in_flight, max_backlog=settings.collector.max_backlog
         )
         watch = RunWatch(
-            storage, gate, num_parts=settings.documents.num_parts, extent=extent, steps=settings.trainer.steps
+            storage,
+            gate,
+            num_parts=settings.documents.num_parts,
+            extent=extent,
+            steps=settings.trainer.steps,
+            policy_version=await storage.database(storage.ledger.newest_weight_version),
         )
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)

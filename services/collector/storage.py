@@ -14,10 +14,11 @@ from services.collector.preparing import Window
 from services.collector.recording import Recorder
 from shared import metrics
 from shared.coordination import Coordination
-from shared.errors import DatabaseError, StreamError
+from shared.errors import DatabaseError, FencedError, StreamError
+from shared.leases import Lease
 from shared.ledger import Ledger, Position, WindowStart
 from shared.records import DocumentKey, ScoredDocument
-from shared.stream import DocumentStream
+from shared.stream import DocumentStream, encode
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass
 class Storage:
-    """One run's stream, coordination and ledger."""
+    """One run's stream, coordination and ledger. What is written under a `lease` raises FencedError once another
+    collector has taken the part (shared/leases.py)."""
 
     stream: DocumentStream
     coordination: Coordination
@@ -38,6 +40,8 @@ class Storage:
     # One thread for the database: SQLite has one writer anyway. Redis calls may overlap.
     _database: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "database"))
     _redis: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "redis"))
+    # A lease ends while its renewal waits behind other calls.
+    _leases: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "leases"))
 
     async def redis(self, call: Callable[[], T]) -> T:
         """The answer of a blocking Redis call, however long Redis is away."""
@@ -50,8 +54,15 @@ class Storage:
 
     async def redis_once(self, call: Callable[[], T]) -> T:
         """One attempt. Raises StreamError."""
+        return await self._attempt(self._redis, call)
+
+    async def leases(self, call: Callable[[], T]) -> T:
+        """One attempt of a call on leases, which no other call delays. Raises StreamError."""
+        return await self._attempt(self._leases, call)
+
+    async def _attempt(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._redis, call)
+            answer = await asyncio.get_running_loop().run_in_executor(executor, call)
         except StreamError as exc:
             self._note_down("redis", str(exc))
             raise
@@ -71,30 +82,31 @@ class Storage:
                 self._note_up("database")
                 return answer
 
-    async def begin(self, windows: list[Window]) -> None:
+    async def take_part(self, part: int, owner: str) -> Lease:
+        """Fence off everyone who had the part before. `owner` holds its key in Redis; FencedError if that has ended."""
+        epoch = await self.database(lambda: self.ledger.take_part(part))
+        lease = Lease(part, owner, epoch)
+        if not await self.redis(lambda: self.coordination.raise_fence(lease)):
+            raise FencedError(f"the lease on part {part} ended before the work on it began")
+        return lease
+
+    async def begin(self, windows: list[Window], lease: Lease) -> None:
         """The windows of one position are read."""
         starts = [WindowStart(window.key, window.source_id, len(window.token_ids)) for window in windows]
-        await self.database(lambda: self.ledger.begin(starts))
+        await self.database(lambda: self.ledger.begin(starts, lease))
         metrics.documents_read_total.inc(len(windows))
 
-    async def write(self, document: ScoredDocument) -> None:
-        """Put the document on the stream, once as far as can be known.
+    async def write(self, document: ScoredDocument, lease: Lease) -> None:
+        """Put the document on the stream, once.
 
-        After a failed attempt Redis may have it all the same, so its id is looked for before the next. A trainer that
-        read and acknowledged it in between makes the look miss it: then it is written twice, and the trainer, who
-        knows from the ledger that it is trained, drops the repeat.
+        An attempt that failed may have written it all the same; the next one then finds it there. Only if the trainer
+        read and acknowledged it in between is it written twice: the trainer, who knows from the ledger that it is
+        trained, drops the repeat.
         """
-        backoff = Backoff(self.max_backoff_s)
-        while True:
-            try:
-                await self.redis_once(lambda: self.stream.write(document))
-                return
-            except StreamError:
-                await asyncio.sleep(backoff.next_s())
-            if document.document_id in await self.redis(self.stream.document_ids):
-                return
+        body = await asyncio.get_running_loop().run_in_executor(self._redis, encode, document)
+        await self.redis(lambda: self.stream.append(document.document_id, body, lease=lease))
 
-    async def finish(self, document: ScoredDocument) -> None:
+    async def finish(self, document: ScoredDocument, lease: Lease) -> None:
         """It is on the stream: note it in the ledger, and keep its candidates for people if it is of their share."""
 
         def note() -> None:
@@ -103,33 +115,40 @@ class Storage:
                 num_chunks=len(document.chunks),
                 num_dropped_chunks=len(document.dropped_chunks),
                 policy_version=document.oldest_policy_version,
+                lease=lease,
             )
-            self.recorder.record(document)
+            self.recorder.record(document, lease)
 
         await self.database(note)
         metrics.documents_scored_total.inc()
 
-    async def drop(self, key: DocumentKey, *, reason: str, detail: str, source_id: str) -> None:
+    async def drop(self, key: DocumentKey, lease: Lease, *, reason: str, detail: str, source_id: str) -> None:
         """It will not be trained."""
-        await self.database(lambda: self.ledger.drop(key, reason=reason, detail=detail, source_id=source_id))
+
+        def note() -> bool:
+            return self.ledger.drop(key, reason=reason, detail=detail, source_id=source_id, lease=lease)
+
+        if not await self.database(note):
+            _log.warning("%s was not dropped (%s): it is trained already", key, reason)
+            return
         metrics.documents_dropped_total.labels(reason).inc()
         # The ledger has every one; the log shows the first of each reason, since a bad file may hold millions.
         level = logging.DEBUG if reason in self._logged_reasons else logging.WARNING
         self._logged_reasons.add(reason)
         _log.log(level, "dropped %s: %s", key, detail, extra={"document_id": str(key), "reason": reason})
 
-    async def left_over(self, part: int) -> dict[Position, set[int]]:
+    async def left_over(self, lease: Lease) -> dict[Position, set[int]]:
         """Windows of the part that an earlier collector read and did not finish.
 
         The stream's ids are read BEFORE the ledger. The trainer marks a document `trained` before it acknowledges,
         that is deletes, its entry. So a window that is missing among the ids because it was acknowledged is `trained`
         in the ledger that is read afterwards, and not done again. (The other way round, an entry acknowledged between
-        the two looks would still be `scored` in the first and gone in the second.) Nobody adds entries of this part
-        in between: its lease is ours.
+        the two looks would still be `scored` in the first and gone in the second.) Nobody adds entries or rows of this
+        part in between: everyone who had it before is fenced off.
         """
         on_stream = await self.redis(self.stream.document_ids)
-        await self.database(lambda: self.ledger.mark_found(part, on_stream=on_stream))
-        return await self.database(lambda: self.ledger.unfinished(part, on_stream=on_stream))
+        await self.database(lambda: self.ledger.mark_found(lease.part, on_stream=on_stream, lease=lease))
+        return await self.database(lambda: self.ledger.unfinished(lease.part, on_stream=on_stream))
 
     async def source_id(self, part: int, position: Position) -> str:
         """Of the document that was read at an unfinished position."""
@@ -140,7 +159,7 @@ class Storage:
 
     def close(self) -> None:
         """Without waiting for calls under way: their waits are bounded by the clients' timeouts."""
-        for executor in (self._database, self._redis):
+        for executor in (self._database, self._redis, self._leases):
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _note_up(self, store: str) -> None:

@@ -16,14 +16,17 @@ _INTERVAL_S = 0.2
 class RunWatch:
     """Runs beside the work. While Redis is away, what was seen last stays."""
 
-    def __init__(self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int) -> None:
+    def __init__(
+        self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, policy_version: int
+    ) -> None:
         self._storage = storage
         self._gate = gate
         self._num_parts = num_parts
         self._extent = extent
         self._steps = steps
-        self.policy_version = 0
-        """The trainer's newest; 0 before it has said anything."""
+        self.policy_version = policy_version
+        """The trainer's newest: the newest in the database at first, and never below what was seen last. A Redis that
+        lost its data tells of none, and the schedule must not begin again."""
         self.finished = asyncio.Event()
         """The trainer needs nothing more."""
 
@@ -40,7 +43,7 @@ class RunWatch:
         self._gate.note_backlog(backlog.unread, written_before=written_before)
         metrics.stream_unread.set(backlog.unread)
         metrics.stream_pending.set(backlog.pending)
-        self.policy_version = max(report.policy_version if report else 0, announced or 0)
+        self.policy_version = max(self.policy_version, report.policy_version if report else 0, announced or 0)
         if report and await self._is_finished(report):
             self.finished.set()
 

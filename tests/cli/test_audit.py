@@ -11,7 +11,7 @@ from cli.ports import Ports
 from cli.processes import Child
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
 from shared.database import DocumentRow, transaction
-from shared.stream import connect, documents_key
+from shared.stream import DocumentStream, connect
 from tests.cli.conftest import MadeRun, key
 
 
@@ -118,8 +118,9 @@ def _put_on_stream(made: MadeRun, *documents: str) -> None:
         url = redis_url(port, "p")
         wait_until_it_answers(url, timeout_s=30.0, alive=lambda: server.is_running)
         client = connect(url, timeout_s=5.0)
+        stream = DocumentStream(client, "made")
         for document in documents:
-            client.xadd(documents_key("made"), {b"id": document.encode(), b"body": b""})
+            stream.append(document, b"", lease=None)
         client.close()
         server.kill()
 

@@ -2,10 +2,21 @@
 
 import time
 
+import pytest
 import redis
 
 from shared.coordination import Coordination, TrainerReport
+from shared.errors import FencedError
+from shared.leases import Lease
 from shared.stream import lease_key
+
+
+def acquire(coordination: Coordination, part: int, owner: str, *, lease_s: float = 30) -> bool:
+    return bool(coordination.acquire_leases([part], owner, room=1, lease_s=lease_s))
+
+
+def renew(coordination: Coordination, part: int, owner: str, *, epoch: int | None = None, lease_s: float = 30) -> bool:
+    return coordination.renew_leases({part: epoch}, owner, lease_s=lease_s) == {part}
 
 
 def test_nothing_is_known_at_first(client: redis.Redis, run: str) -> None:
@@ -26,35 +37,75 @@ def test_announced_version_and_report_come_back(client: redis.Redis, run: str) -
 
 def test_a_lease_has_one_holder(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    assert coordination.acquire_lease(0, "a", lease_s=30)
-    assert coordination.acquire_lease(0, "a", lease_s=30)
-    assert not coordination.acquire_lease(0, "b", lease_s=30)
-    assert coordination.acquire_lease(1, "b", lease_s=30)
+    assert acquire(coordination, 0, "a")
+    assert not acquire(coordination, 0, "b")
+    assert acquire(coordination, 1, "b")
+
+
+def test_no_more_leases_are_taken_than_there_is_room(client: redis.Redis, run: str) -> None:
+    coordination = Coordination(client, run)
+    acquire(coordination, 4, "another")
+    assert coordination.acquire_leases([2, 4, 7, 9], "a", room=2, lease_s=30) == [2, 7]
+    assert coordination.acquire_leases([9], "a", room=0, lease_s=30) == []
+    assert coordination.acquire_leases([], "a", room=5, lease_s=30) == []
 
 
 def test_a_silent_holder_loses_its_lease_and_cannot_renew_it(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.acquire_lease(0, "a", lease_s=0.05)
+    acquire(coordination, 0, "a", lease_s=0.05)
     time.sleep(0.1)
-    assert not coordination.renew_lease(0, "a", lease_s=30)
-    assert coordination.acquire_lease(0, "b", lease_s=30)
-    assert not coordination.renew_lease(0, "a", lease_s=30)
+    assert not renew(coordination, 0, "a")
+    assert acquire(coordination, 0, "b")
+    assert not renew(coordination, 0, "a")
 
 
-def test_renewing_extends_the_lease(client: redis.Redis, run: str) -> None:
+def test_a_lease_that_ended_is_taken_up_again_while_its_number_stands(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.acquire_lease(0, "a", lease_s=1)
-    assert coordination.renew_lease(0, "a", lease_s=100)
-    assert client.pttl(lease_key(run, 0)) > 90_000
+    acquire(coordination, 0, "a")
+    assert coordination.raise_fence(Lease(0, "a", 1))
+    client.delete(lease_key(run, 0))
+    assert renew(coordination, 0, "a", epoch=1)
+    client.delete(lease_key(run, 0))
+    acquire(coordination, 0, "b")
+    assert coordination.raise_fence(Lease(0, "b", 2))
+    client.delete(lease_key(run, 0))
+    assert not renew(coordination, 0, "a", epoch=1)
+    client.flushall()
+    assert not renew(coordination, 0, "b", epoch=2)
+
+
+def test_many_leases_are_renewed_in_one_round_trip(client: redis.Redis, run: str) -> None:
+    coordination = Coordination(client, run)
+    coordination.acquire_leases(range(0, 90, 3), "a", room=4096, lease_s=1)
+    client.config_resetstat()
+    held = coordination.renew_leases(dict.fromkeys(range(100)), "a", lease_s=100)
+    assert held == set(range(0, 90, 3))
+    assert client.info("commandstats")["cmdstat_eval"]["calls"] == 1
+    assert client.pttl(lease_key(run, 87)) > 90_000
+
+
+def test_only_the_holder_raises_the_fence(client: redis.Redis, run: str) -> None:
+    coordination = Coordination(client, run)
+    acquire(coordination, 0, "a")
+    assert not coordination.raise_fence(Lease(0, "b", 9))
+    coordination.mark_exhausted(1, extent="all")
+    assert coordination.raise_fence(Lease(0, "a", 3))
+    for epoch in (2, 4):
+        with pytest.raises(FencedError, match="another collector has taken part 0"):
+            coordination.mark_exhausted(0, Lease(0, "a", epoch), extent="all")
+    assert not coordination.source_exhausted(num_parts=2, extent="all")
+    coordination.mark_exhausted(0, Lease(0, "a", 3), extent="all")
+    coordination.mark_exhausted(0, Lease(0, "a", 3), extent="all")
+    assert coordination.source_exhausted(num_parts=2, extent="all")
 
 
 def test_only_the_holder_releases(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.acquire_lease(0, "a", lease_s=30)
+    acquire(coordination, 0, "a")
     coordination.release_lease(0, "b")
-    assert not coordination.acquire_lease(0, "b", lease_s=30)
+    assert not acquire(coordination, 0, "b")
     coordination.release_lease(0, "a")
-    assert coordination.acquire_lease(0, "b", lease_s=30)
+    assert acquire(coordination, 0, "b")
 
 
 def test_the_source_is_exhausted_when_every_part_is(client: redis.Redis, run: str) -> None:

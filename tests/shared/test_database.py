@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine
 
-from shared.database import Base, CandidateRow, ChunkRow, RunRow, migrate, open_database, transaction
+from shared.database import Base, CandidateRow, ChunkRow, RunRow, migrate, open_database, transaction, translated
 from shared.errors import DatabaseError
 
 
@@ -39,6 +39,22 @@ def test_a_failing_transaction_leaves_nothing(database: Engine) -> None:
         fail()
     with transaction(database) as session:
         assert session.scalars(sa.select(RunRow)).all() == []
+
+
+def test_postgresql_ends_the_transaction_of_a_frozen_process(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.database.IDLE_TRANSACTION_S", 0.3)
+    lock = sa.text("SELECT pg_advisory_xact_lock(77)")
+    frozen, other = open_database(postgres_url), open_database(postgres_url)
+    with frozen.connect() as holding, other.begin() as waiting:
+        holding.execute(lock)
+        waiting.execute(sa.text("SET LOCAL lock_timeout = '20s'"))
+        waiting.execute(lock)
+        with pytest.raises(DatabaseError, match="idle-in-transaction timeout"), translated():
+            holding.execute(sa.text("SELECT 1"))
+    for engine in (frozen, other):
+        engine.dispose()
 
 
 def test_candidates_go_with_their_chunk(database: Engine) -> None:

@@ -1,13 +1,15 @@
 """The ledger's rules, each on SQLite and on PostgreSQL."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from shared.database import DocumentRow, EventRow, RunRow, transaction
-from shared.errors import SettingsError, SourceError
+from shared.database import DocumentRow, EventRow, RunRow, WeightVersionRow, transaction
+from shared.errors import FencedError, SettingsError, SourceError
+from shared.leases import Lease
 from shared.ledger import Balance, Ledger, Position, RunStart, WindowStart
 from shared.manifest import Manifest
 from shared.records import DocumentKey
@@ -84,12 +86,87 @@ def test_finished_windows_stay_finished(database: Engine) -> None:
     assert [(row.state, row.trained_step) for row in rows(database)] == [("trained", 3), ("dropped", None)]
 
 
-def test_trained_windows_cannot_be_dropped(database: Engine) -> None:
+def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(database: Engine) -> None:
     ledger = opened(database)
     begin(ledger, key(0))
     ledger.mark_trained({"0.0.0.0": 3})
-    with pytest.raises(AssertionError, match=r"0\.0\.0\.0 is trained already"):
-        ledger.drop(key(0), reason="stale")
+    lease = Lease(0, "me", ledger.take_part(0))
+    assert not ledger.drop(key(0), reason="stale")
+    assert not ledger.drop(key(0), reason="judge_refused", lease=lease)
+    assert [(row.state, row.reason, row.trained_step) for row in rows(database)] == [("trained", "", 3)]
+    with transaction(database) as session:
+        events = session.scalars(sa.select(EventRow).order_by(EventRow.id)).all()
+        assert [(event.role, event.kind, event.data) for event in events] == [
+            ("trainer", "kept_trained", {"document": "0.0.0.0", "reason": "stale"}),
+            ("collector", "kept_trained", {"document": "0.0.0.0", "reason": "judge_refused"}),
+        ]
+
+
+def test_a_dropped_window_keeps_its_first_reason(database: Engine) -> None:
+    ledger = opened(database)
+    begin(ledger, key(0))
+    assert ledger.drop(key(0), reason="stale")
+    assert ledger.drop(key(0), reason="broken_entry")
+    assert ledger.balance().dropped == {"stale": 1}
+
+
+def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
+    ledger = opened(database)
+    first = Lease(0, "a", ledger.take_part(0))
+    ledger.begin([WindowStart(key(0), "d0", 32)], first)
+    ledger.begin([WindowStart(key(1), "d1", 32)], first)
+    second = Lease(0, "b", ledger.take_part(0))
+    refused: list[Callable[[], object]] = [
+        lambda: ledger.begin([WindowStart(key(2), "d2", 32)], first),
+        lambda: ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, policy_version=1, lease=first),
+        lambda: ledger.drop(key(1), reason="judge_refused", lease=first),
+        lambda: ledger.drop(key(3), reason="not_json", lease=first),
+        lambda: ledger.mark_found(0, on_stream={"0.0.0.0"}, lease=first),
+    ]
+    for write in refused:
+        with pytest.raises(FencedError, match="part 0 was taken by another collector after lease number 1"):
+            write()
+    assert [(row.position, row.state, row.lease_epoch) for row in rows(database)] == [
+        (0, "reading", 1),
+        (1, "reading", 1),
+    ]
+    assert ledger.next_position(0) == Position(0, 2)
+    ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, policy_version=1, lease=second)
+    ledger.drop(key(1), reason="judge_refused", lease=second)
+    assert [(row.state, row.lease_epoch) for row in rows(database)] == [("scored", 2), ("dropped", 2)]
+
+
+def test_numbers_of_parts_and_runs_are_their_own(database: Engine) -> None:
+    ledger = opened(database)
+    assert [ledger.take_part(part) for part in (0, 0, 1, 0)] == [1, 2, 1, 3]
+    assert Ledger(database, "other").take_part(0) == 1
+
+
+def test_a_part_is_not_taken_between_the_check_and_the_write(database: Engine) -> None:
+    """The write is under way when another takes the part: it is complete before the number rises."""
+    ledger = opened(database)
+    lease = Lease(0, "a", ledger.take_part(0))
+    with ThreadPoolExecutor(1) as another:
+        with transaction(database) as session:
+            ledger.refuse_if_fenced(session, lease)
+            taking = another.submit(ledger.take_part, 0)
+            with pytest.raises(TimeoutError):
+                taking.result(timeout=0.5)
+            session.add(EventRow(run_id="run", at=1.0, role="r", kind="k", message="m", data={}))
+        assert taking.result(timeout=30) == 2
+    with pytest.raises(FencedError), transaction(database) as session:
+        ledger.refuse_if_fenced(session, lease)
+
+
+def test_the_newest_weight_version_is_known(database: Engine) -> None:
+    ledger = opened(database)
+    assert ledger.newest_weight_version() == 0
+    with transaction(database) as session:
+        for run_id, version in (("run", 4), ("run", 11), ("other", 30)):
+            row = WeightVersionRow(run_id=run_id, version=version, step=version, form="full")
+            row.num_bytes, row.seconds, row.created_at = 1, 1.0, 1.0
+            session.add(row)
+    assert ledger.newest_weight_version() == 11
 
 
 def test_trained_among_names_trained_and_dropped(database: Engine) -> None:

@@ -1,17 +1,24 @@
 """The stream on a real Redis: order, delivery, acknowledgement, restarts."""
 
+import os
 import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
 import redis
+import zstandard
 
-from shared.errors import SettingsError, StreamError
+from shared.coordination import Coordination
+from shared.errors import FencedError, SettingsError, StreamError, StreamSchemaError
+from shared.leases import Lease
 from shared.limits import MAX_ENTRY_BYTES
 from shared.stream import (
     GROUP,
+    SCHEMA,
     Backlog,
     BrokenEntry,
     DocumentStream,
@@ -20,6 +27,7 @@ from shared.stream import (
     decode,
     documents_key,
     encode,
+    lease_key,
 )
 from tests.services.collector.processes import RedisProcess
 from tests.shared.scored import scored_document
@@ -77,7 +85,7 @@ def test_what_was_not_acknowledged_is_given_again_also_to_another_consumer(clien
     for position in range(3):
         stream.write(scored_document(position))
     first, *_ = stream.read(count=3, block_s=0.1)
-    stream.acknowledge([first.entry_id])
+    stream.acknowledge({first.entry_id: "0.0.0.0"})
     successor = opened(client, run, consumer="trainer-1")
     assert ids(list(successor.read_pending(count=1))) == ["0.0.1.0", "0.0.2.0"]
     assert ids(list(stream.read_pending())) == ["0.0.1.0", "0.0.2.0"]
@@ -89,10 +97,13 @@ def test_acknowledged_entries_are_gone_and_acknowledging_again_changes_nothing(c
     stream.write(scored_document(1))
     (entry,) = stream.read(count=1, block_s=0.1)
     for _ in range(2):
-        stream.acknowledge([entry.entry_id])
-    stream.acknowledge([])
+        stream.acknowledge({entry.entry_id: "0.0.0.0"})
+    stream.acknowledge({})
     assert stream.document_ids() == {"0.0.1.0"}
     assert list(stream.read_pending()) == []
+    stream.write(scored_document(0))
+    stream.acknowledge({entry.entry_id: "0.0.0.0"})
+    assert stream.document_ids() == {"0.0.0.0", "0.0.1.0"}, "the id belongs to another entry now"
 
 
 def test_backlog_counts_unread_and_pending(client: redis.Redis, run: str) -> None:
@@ -102,22 +113,114 @@ def test_backlog_counts_unread_and_pending(client: redis.Redis, run: str) -> Non
         stream.write(scored_document(position))
     entries = stream.read(count=2, block_s=0.1)
     assert stream.backlog() == Backlog(unread=1, pending=2)
-    stream.acknowledge([entries[0].entry_id])
+    stream.acknowledge({entries[0].entry_id: "0.0.0.0"})
     assert stream.backlog() == Backlog(unread=1, pending=1)
 
 
-def test_document_ids_pages_over_the_whole_stream(client: redis.Redis, run: str) -> None:
+def test_more_entries_than_one_script_takes_are_acknowledged(client: redis.Redis, run: str) -> None:
+    stream = opened(client, run)
+    entries = {stream.append(f"0.0.{position}.0", b"", lease=None): f"0.0.{position}.0" for position in range(2500)}
+    stream.acknowledge(dict(list(entries.items())[:-1]))
+    assert stream.document_ids() == {"0.0.2499.0"}
+    assert client.xlen(documents_key(run)) == 1
+
+
+def test_ids_are_those_on_the_stream_without_reading_it(client: redis.Redis, run: str) -> None:
     stream = opened(client, run)
     for position in range(7):
-        stream.write(scored_document(position))
+        stream.write(scored_document(position, text=os.urandom(50_000).hex()))
     stream.read(count=2, block_s=0.1)
-    assert stream.document_ids(count=3) == {f"0.0.{position}.0" for position in range(7)}
+    before = client.info("stats")["total_net_output_bytes"]
+    assert stream.document_ids() == {f"0.0.{position}.0" for position in range(7)}
+    assert client.info("stats")["total_net_output_bytes"] - before < 10_000
+
+
+def test_a_write_that_is_repeated_is_there_once(client: redis.Redis, run: str) -> None:
+    stream = opened(client, run)
+    assert stream.write(scored_document(0)) == stream.write(scored_document(0))
+    assert stream.backlog() == Backlog(unread=1, pending=0)
+
+
+def test_only_the_newest_lease_of_a_part_writes(client: redis.Redis, run: str) -> None:
+    stream, coordination = opened(client, run), Coordination(client, run)
+    first, second = Lease(0, "a", 1), Lease(0, "b", 2)
+    with pytest.raises(FencedError, match="another collector has taken part 0"):
+        stream.write(scored_document(0), first)
+    for lease in (first, second):
+        client.delete(lease_key(run, 0))
+        coordination.acquire_leases([0], lease.owner, room=1, lease_s=30)
+        assert coordination.raise_fence(lease)
+        stream.write(scored_document(lease.epoch), lease)
+    for position in (1, 3):  # the one that is there, and a new one
+        with pytest.raises(FencedError, match=rf"0\.0\.{position}\.0 is not written"):
+            stream.write(scored_document(position), first)
+    assert stream.document_ids() == {"0.0.1.0", "0.0.2.0"}
+
+
+def test_ids_of_a_stream_that_was_deleted_are_forgotten(client: redis.Redis, run: str) -> None:
+    stream = opened(client, run)
+    stream.write(scored_document(0))
+    client.delete(documents_key(run))
+    stream.create()
+    assert stream.document_ids() == set()
+    stream.write(scored_document(0))
+    assert ids(stream.read(count=5, block_s=0.1)) == ["0.0.0.0"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"), [({"schema": "7"}, "of schema 7"), ({}, "of an older version, without a schema number")]
+)
+def test_entries_of_another_version_stop_the_reader_and_stay(
+    client: redis.Redis, run: str, fields: dict[str, str], named: str
+) -> None:
+    stream = opened(client, run)
+    entry: dict[Any, Any] = {**fields, "id": "0.0.9.0", "body": encode(scored_document(9))}
+    client.xadd(documents_key(run), entry)
+    asked = [
+        lambda: stream.read(count=1, block_s=0.1),
+        lambda: list(stream.read_pending()),
+        stream.create,
+        stream.document_ids,
+    ]
+    for ask in asked:
+        with pytest.raises(
+            StreamSchemaError, match=rf"documents has entries {named}.* reads schema 1: let the version"
+        ):
+            ask()
+    assert stream.backlog() == Backlog(unread=0, pending=1)
+
+
+def test_the_form_of_schema_1() -> None:
+    """Where this fails because a record has changed, raise `SCHEMA` with it: other versions can't read the new form."""
+    body = zstandard.ZstdDecompressor().decompress(encode(scored_document()), max_output_size=1_000_000)
+    candidate = {"kinds": ["original"], "token_ids": [3, 4], "text": " river", "policy_version": None}
+    rollout = {"kinds": ["rollout"], "token_ids": [5], "text": " hill", "policy_version": 2, "finish_reason": "stop"}
+    judgement = {"rewards": [0.75, 0.25], "scores": {"quality": [0.75, 0.25]}, "reasoning": "", "num_calls": 2}
+    chunk = {
+        "start": 2,
+        "candidates": [candidate | {"finish_reason": "source"}, rollout],
+        "judgement": judgement | {"num_failures": 0, "fingerprint": "f"},
+    }
+    assert (SCHEMA, msgpack.unpackb(body)) == (
+        1,
+        {
+            "run_id": "run",
+            "key": {"part": 0, "epoch": 0, "position": 0, "window": 0},
+            "source_id": "d0",
+            "token_ids": [1, 2, 3, 4],
+            "chunks": [chunk],
+            "dropped_chunks": [],
+            "read_at": 1.5,
+            "scored_at": 2.5,
+            "seconds": {},
+        },
+    )
 
 
 def test_an_entry_that_is_no_document_is_broken_and_does_not_stop_reading(client: redis.Redis, run: str) -> None:
     stream = opened(client, run)
-    client.xadd(documents_key(run), {"id": "0.0.9.0", "body": b"no zstd"})
-    client.xadd(documents_key(run), {"other": b"x"})
+    client.xadd(documents_key(run), {"id": "0.0.9.0", "schema": SCHEMA, "body": b"no zstd"})
+    client.xadd(documents_key(run), {"schema": SCHEMA, "other": b"x"})
     stream.write(scored_document(1))
     broken, nameless, good = stream.read(count=5, block_s=0.1)
     assert isinstance(broken, BrokenEntry)
@@ -136,9 +239,14 @@ def test_documents_written_before_the_group_was_made_are_read(client: redis.Redi
 
 
 def test_decode_refuses_a_record_with_unknown_keys() -> None:
-    assert decode(encode(scored_document())) == scored_document()
-    with pytest.raises(StreamError, match="not a scored document"):
-        decode(b"")
+    packed = scored_document().model_dump(mode="python")
+    assert decode(compressed(packed)) == scored_document()
+    with pytest.raises(StreamError, match=r"not a scored document: .*\n.*surplus\n.*not permitted"):
+        decode(compressed(packed | {"surplus": 1}))
+
+
+def compressed(record: dict[str, Any]) -> bytes:
+    return zstandard.ZstdCompressor().compress(msgpack.packb(record))
 
 
 def test_the_stream_survives_a_killed_redis(tmp_path: Path) -> None:

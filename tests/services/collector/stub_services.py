@@ -23,6 +23,8 @@ class StubServices:
     interfere: Interference = lambda path, body: None
     seconds: float = 0.0
     """How long each answer takes."""
+    held: set[str] = field(default_factory=set)
+    """Paths whose answers wait until they are taken out of here."""
     requests: list[tuple[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     num_now: int = 0
@@ -47,6 +49,8 @@ class StubServices:
             self.max_at_once = max(self.max_at_once, self.num_now)
             try:
                 await asyncio.sleep(self.seconds)
+                while path in self.held:  # noqa: ASYNC110 - emptied by another thread
+                    await asyncio.sleep(0.01)
                 return self.interfere(path, body) or JSONResponse(answer(body))
             finally:
                 self.num_now -= 1

@@ -1,10 +1,7 @@
 """Kills, outages and restarts: nothing lost, nothing twice."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import tomli_w
 from starlette.responses import Response
 
 from services.collector.recording import Recorder
@@ -21,11 +17,12 @@ from services.collector.storage import Storage
 from services.collector.texts import PolicyTokenizer
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
+from shared.leases import Lease
 from shared.ledger import WindowStart
 from shared.records import DocumentKey, ScoredDocument
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
-from tests.services.collector.processes import RedisProcess, free_port, served
+from tests.services.collector.processes import CollectorProcess, RedisProcess, free_port, served, wait_for
 from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_document
@@ -98,7 +95,7 @@ def test_the_collector_ends_when_the_trainer_has_finished(
 
         asyncio.run(run())
     assert seen.balance.reading == seen.balance.read > 0
-    assert seen.coordination.acquire_lease(0, "another", lease_s=1)
+    assert seen.coordination.acquire_leases([0], "another", room=1, lease_s=1)
 
 
 def test_the_collector_may_stay_when_the_trainer_has_finished(
@@ -113,7 +110,9 @@ def test_the_collector_may_stay_when_the_trainer_has_finished(
             async with collecting(settings) as task:
                 await until(lambda: seen.balance.reading > 0, task=task)
                 seen.coordination.report_trainer(TrainerReport(5, 5, "finished"))
-                await until(lambda: bool(seen.coordination.acquire_lease(0, "another", lease_s=1)), task=task)
+                await until(
+                    lambda: bool(seen.coordination.acquire_leases([0], "another", room=1, lease_s=1)), task=task
+                )
                 await asyncio.sleep(0.5)
                 assert not task.done()
                 ready = f"http://127.0.0.1:{settings.collector.port}/readyz"
@@ -167,7 +166,7 @@ def test_a_stopped_collector_gives_its_leases_back_and_the_next_redoes_its_windo
                 await until(lambda: len(slow.requests) >= 6, task=task)
 
         asyncio.run(stop_midway())
-    assert seen.coordination.acquire_lease(0, "another", lease_s=0.001)
+    assert seen.coordination.acquire_leases([0], "another", room=1, lease_s=0.001)
     assert seen.balance.reading >= 3
     with served(StubServices().app) as url:
         found = collect_all(make_settings(url, documents=documents)).take_all()
@@ -219,12 +218,14 @@ def test_windows_whose_source_is_gone_are_dropped_not_kept_forever(
     assert seen.balance.reading == 0
 
 
-def test_a_write_whose_answer_was_lost_is_not_repeated(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
+def test_a_write_whose_answer_was_lost_is_repeated_and_there_once(
+    make_settings: MakeSettings, tokenizer: PolicyTokenizer
+) -> None:
     class AnswerLost(DocumentStream):
         num_writes = 0
 
-        def write(self, document: ScoredDocument) -> str:
-            entry = super().write(document)
+        def append(self, document_id: str, body: bytes, *, lease: Lease | None) -> str:
+            entry = super().append(document_id, body, lease=lease)
             self.num_writes += 1
             if self.num_writes == 1:
                 raise StreamError("the answer was lost")
@@ -234,8 +235,13 @@ def test_a_write_whose_answer_was_lost_is_not_repeated(make_settings: MakeSettin
     stream = AnswerLost(connect(settings.redis.url, timeout_s=2), settings.run.name)
     recorder = Recorder(seen.ledger, tokenizer, 0.0)
     storage = Storage(stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
-    asyncio.run(storage.write(scored_document(0)))
-    assert stream.num_writes == 1
+    assert seen.coordination.acquire_leases([0], "me", room=1, lease_s=30)
+
+    async def write() -> None:
+        await storage.write(scored_document(0), await storage.take_part(0, "me"))
+
+    asyncio.run(write())
+    assert stream.num_writes == 2
     assert [document.document_id for document in seen.take_all()] == ["0.0.0.0"]
 
 
@@ -284,30 +290,6 @@ def test_a_locked_database_is_waited_for(make_settings: MakeSettings, documents:
     assert names(seen.take_all()) == ALL_EIGHT
 
 
-class CollectorProcess:
-    """`python -m services.collector` with a TOML file, its log in a file."""
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        config = folder / "config.toml"
-        config.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
-        self.log = folder / "collector.log"
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "services.collector", "--config", str(config)]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stderr=log, env=environment)
-
-    def end(self, number: signal.Signals, *, timeout_s: float = 10) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout_s)
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 def test_a_killed_collector_is_followed_by_another_that_takes_its_part(
     make_settings: MakeSettings, documents: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -326,7 +308,7 @@ def test_a_killed_collector_is_followed_by_another_that_takes_its_part(
             nonlocal killed
             async with collecting(settings) as task:
                 await asyncio.sleep(1)
-                assert not seen.coordination.acquire_lease(0, "third", lease_s=1), "the first still holds it"
+                assert not seen.coordination.acquire_leases([0], "third", room=1, lease_s=1), "the first still holds it"
                 first.end(signal.SIGKILL)
                 killed = time.monotonic()
                 await until(lambda: seen.exhausted, task=task)
@@ -347,7 +329,7 @@ def test_sigterm_ends_the_process_calmly_with_status_0(
         wait_for(lambda: seen.balance.reading >= 2)
         assert process.end(signal.SIGTERM) == 0
     assert "Traceback" not in process.log.read_text()
-    assert seen.coordination.acquire_lease(0, "another", lease_s=1)
+    assert seen.coordination.acquire_leases([0], "another", room=1, lease_s=1)
 
 
 def test_a_wrong_setting_ends_the_process_with_one_line(make_settings: MakeSettings, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""A collector that was frozen past its lease changes nothing when it wakes. Real processes, SIGSTOP and SIGCONT."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from shared.database import CandidateRow, ChunkRow, CursorRow, DocumentRow, EventRow, transaction
+from shared.records import ScoredDocument
+from shared.settings import Settings
+from shared.stream import StreamEntry, documents_key, lease_key
+from tests.services.collector.processes import CollectorProcess, served, wait_for
+from tests.services.collector.runs import Seen, write_documents
+from tests.services.collector.stub_services import StubServices
+
+MakeSettings = Callable[..., Settings]
+JUDGE = "/v1/judgements"
+NUM_DOCUMENTS = 8
+
+
+def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
+    """Everything that a collector may change: rows, stream, facts in Redis."""
+    found: dict[str, Any] = {}
+    with transaction(seen.ledger.engine) as session:
+        for table in (DocumentRow, CursorRow, ChunkRow, CandidateRow):
+            found[table.__tablename__] = session.execute(sa.select(*table.__table__.columns)).all()
+    client = redis.Redis.from_url(settings.redis.url)
+    found["stream"] = client.xrange(documents_key(settings.run.name))
+    found["exhausted"] = seen.exhausted
+    return found
+
+
+def events(seen: Seen, kind: str) -> list[str]:
+    with transaction(seen.ledger.engine) as session:
+        return list(session.scalars(sa.select(EventRow.message).where(EventRow.kind == kind)))
+
+
+def train_some(seen: Seen) -> list[ScoredDocument]:
+    """As a trainer would: three windows in a checkpoint, one dropped, the others left on the stream."""
+    entries = [entry for entry in seen.stream.read(count=100, block_s=0.1) if isinstance(entry, StreamEntry)]
+    finished, stale = entries[:3], entries[3]
+    seen.ledger.mark_trained({entry.document.document_id: 1 for entry in finished})
+    seen.ledger.drop(stale.document.key, reason="stale")
+    seen.stream.acknowledge({entry.entry_id: entry.document.document_id for entry in [*finished, stale]})
+    return [entry.document for entry in entries[4:]]
+
+
+@contextmanager
+def collector(settings: Settings, folder: Path) -> Iterator[CollectorProcess]:
+    folder.mkdir()
+    made = CollectorProcess(settings, folder)
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait(10)
+
+
+@pytest.mark.parametrize("lease_s", [1.5, 600.0], ids=["renewal finds it", "a write finds it"])
+def test_a_frozen_collector_changes_nothing_when_it_wakes(
+    make_settings: MakeSettings, tmp_path: Path, lease_s: float
+) -> None:
+    """With the long lease nothing is renewed before the judge's answers come: every window is written and refused."""
+    stub = StubServices(held={JUDGE})
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", NUM_DOCUMENTS))}
+    with served(stub.app) as url:
+        settings = make_settings(url, documents=documents)
+        patient = make_settings(url, documents=documents, collector={"lease_s": lease_s})
+        seen = Seen(settings)
+        with collector(patient, tmp_path / "first") as first:
+            wait_for(lambda: len(stub.bodies(JUDGE)) == NUM_DOCUMENTS)
+            first.process.send_signal(signal.SIGSTOP)
+            with collector(settings, tmp_path / "second") as second:
+                redis.Redis.from_url(settings.redis.url).pexpire(lease_key(settings.run.name, 0), 1500)
+                wait_for(lambda: len(stub.bodies(JUDGE)) == 2 * NUM_DOCUMENTS)
+                stub.held.clear()
+                wait_for(lambda: seen.balance.scored == NUM_DOCUMENTS and seen.exhausted)
+                waiting = train_some(seen)
+                before = left_behind(settings, seen)
+                first.process.send_signal(signal.SIGCONT)
+                wait_for(lambda: len(events(seen, "lease_lost")) == 1, timeout_s=30)
+                assert left_behind(settings, seen) == before
+                assert (first.process.poll(), second.process.poll()) == (None, None)
+        assert first.log.read_text().count('"level": "warning"') == 1, first.log.read_text()
+    balance = seen.balance
+    assert (balance.read, balance.trained, balance.dropped, balance.scored) == (8, 3, {"stale": 1}, 4)
+    assert seen.stream.document_ids() == {document.document_id for document in waiting}

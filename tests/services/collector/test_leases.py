@@ -1,0 +1,115 @@
+"""Leases under load and after outages, with a real Redis."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+import pytest
+
+from services.collector.leases import LeaseKeeper
+from services.collector.recording import Recorder
+from services.collector.storage import Storage
+from services.collector.texts import PolicyTokenizer
+from shared.coordination import Coordination
+from shared.errors import StreamError
+from shared.leases import Lease
+from shared.settings import Settings
+from shared.stream import connect, lease_key
+from tests.services.collector.runs import Seen, until
+
+MakeSettings = Callable[..., Settings]
+URL = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def seen(make_settings: MakeSettings) -> Seen:
+    return Seen(make_settings(URL))
+
+
+@pytest.fixture
+def storage(seen: Seen, tokenizer: PolicyTokenizer) -> Storage:
+    recorder = Recorder(seen.ledger, tokenizer, 0.0)
+    return Storage(seen.stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
+
+
+async def work_for_ever(lease: Lease) -> None:
+    await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def keeping(
+    storage: Storage, work: Callable[[Lease], Awaitable[None]] = work_for_ever, *, lease_s: float
+) -> AsyncIterator[asyncio.Task[None]]:
+    keeper = LeaseKeeper(storage, work, owner="me", lease_s=lease_s, num_parts=1, max_parts=1)
+    task = asyncio.create_task(keeper.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def test_calls_that_hang_delay_no_renewal(
+    make_settings: MakeSettings, seen: Seen, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, go_on = make_settings(URL), threading.Event()
+    client = connect(settings.redis.url, timeout_s=2)
+
+    async def run() -> None:
+        async with keeping(storage, lease_s=0.9) as task:
+            await until(lambda: bool(client.exists(lease_key(settings.run.name, 0))), task=task)
+            hanging = [asyncio.create_task(storage.redis(go_on.wait)) for _ in range(40)]
+            await asyncio.sleep(2.5)
+            owner = client.get(lease_key(settings.run.name, 0))
+            go_on.set()
+            await asyncio.gather(*hanging)
+            assert owner == b"me"
+
+    caplog.set_level(logging.WARNING)
+    asyncio.run(run())
+    assert caplog.messages == []
+
+
+def test_after_an_outage_what_was_held_is_renewed_before_anything_is_taken(seen: Seen, storage: Storage) -> None:
+    calls: list[str] = []
+
+    class Interrupted(Coordination):
+        def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
+            calls.append("renew")
+            if calls.count("renew") == 2:
+                raise StreamError("away")
+            return super().renew_leases(epochs, owner, lease_s=lease_s)
+
+        def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
+            calls.append("acquire")
+            return super().acquire_leases(parts, owner, room=room, lease_s=lease_s)
+
+    storage.coordination = Interrupted(seen.coordination._client, seen.ledger.run_id)
+
+    async def run() -> None:
+        async with keeping(storage, lease_s=0.15) as task:
+            await until(lambda: len(calls) >= 6, task=task)
+
+    asyncio.run(run())
+    assert calls[:6] == ["renew", "acquire", "renew", "renew", "renew", "acquire"]
+
+
+def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, storage: Storage) -> None:
+    """The number was raised by a process that no longer holds the part: ours notices, and begins anew."""
+    leases: list[Lease] = []
+
+    async def work(lease: Lease) -> None:
+        leases.append(lease)
+        if lease.epoch == 1:
+            seen.ledger.take_part(0)
+            await storage.left_over(lease)
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        async with keeping(storage, work, lease_s=0.3) as task:
+            await until(lambda: len(leases) >= 2, task=task)
+
+    asyncio.run(run())
+    assert leases == [Lease(0, "me", 1), Lease(0, "me", 3)]

@@ -1,0 +1,127 @@
+"""What an outage of Redis costs, in commands and bytes (seconds depend on the machine), and one that lost its data."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from services.collector.service import run_collector
+from shared.coordination import TrainerReport
+from shared.database import PartRow, WeightVersionRow, transaction
+from shared.errors import StreamSchemaError
+from shared.ledger import WindowStart
+from shared.records import ScoredDocument
+from shared.settings import Secrets, Settings
+from shared.stream import documents_key, encode
+from tests.services.collector.processes import RedisProcess, served
+from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
+from tests.services.collector.stub_services import StubServices
+from tests.shared.scored import scored_document
+
+MakeSettings = Callable[..., Settings]
+JUDGE = "/v1/judgements"
+NUM_IN_FLIGHT, NUM_ON_STREAM, BODY_BYTES = 40, 200, 50_000
+
+
+def lie_on_stream(seen: Seen) -> None:
+    """Many large entries of part 1, which nobody reads here."""
+    for position in range(NUM_ON_STREAM):
+        document = scored_document(position, part=1, text=os.urandom(BODY_BYTES // 2).hex())
+        seen.ledger.begin([WindowStart(document.key, "d", 32)])
+        seen.stream.write(document)
+        seen.ledger.mark_scored(document.key, num_chunks=1, num_dropped_chunks=0, policy_version=2)
+
+
+@pytest.mark.parametrize("lease_s", [30.0, 1.5], ids=["lease outlives it", "lease ends in it"])
+def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
+    make_settings: MakeSettings, tmp_path: Path, lease_s: float
+) -> None:
+    (tmp_path / "redis").mkdir()
+    server = RedisProcess(tmp_path / "redis")
+    server.start()
+    stub = StubServices(held={JUDGE})
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", NUM_IN_FLIGHT)), "num_parts": 2}
+    limits = {"max_documents_in_flight": NUM_IN_FLIGHT, "lease_s": lease_s, "max_parts": 1, "record_share": 0.0}
+    with served(stub.app) as url:
+        settings = make_settings(url, documents=documents, redis={"url": server.url, "timeout_s": 1}, collector=limits)
+        seen = Seen(settings)
+        lie_on_stream(seen)
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await until(lambda: len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, task=task)
+                server.stop()
+                stub.held.clear()
+                await asyncio.sleep(2)
+                server.start()
+                await until(lambda: seen.balance.scored == NUM_ON_STREAM + NUM_IN_FLIGHT // 2, task=task)
+
+        asyncio.run(run())
+    assert len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, "what was judged is not judged again"
+    with transaction(seen.ledger.engine) as session:
+        assert session.scalars(sa.select(PartRow.lease_epoch)).all() == [1], "no part was taken twice"
+    client = redis.Redis.from_url(server.url)
+    calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
+    assert "cmdstat_xrange" not in calls, calls
+    assert client.info("stats")["total_net_output_bytes"] < 20 * BODY_BYTES
+    server.stop()
+
+
+SCHEDULE = [{"kinds": ["original", "rewrite"], "num_rollouts": 0}, {"from_version": 3, "num_rollouts": 5}]
+
+
+def test_the_schedule_does_not_fall_back_when_redis_has_lost_its_data(
+    make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 8))}
+    with served(StubServices().app) as url:
+        limits = {"schedule": SCHEDULE, "max_backlog": 2}
+        settings = make_settings(url, documents=documents, collector=limits)
+        seen = Seen(settings)
+        seen.coordination.report_trainer(TrainerReport(3, 3, "training"))
+
+        async def run() -> list[ScoredDocument]:
+            async with collecting(settings) as task:
+                await until(lambda: seen.stream.backlog().unread == 2, task=task)
+                redis.Redis.from_url(settings.redis.url).flushall()
+                seen.stream.create()
+                await until(lambda: seen.stream.backlog().unread == 2, task=task)
+                found = seen.take_all()
+                await until(lambda: seen.stream.backlog().unread == 2, task=task)
+                return found + seen.take_all()
+
+        found = asyncio.run(run())
+    assert len(found) == 4
+    assert {len(chunk.candidates) for document in found for chunk in document.chunks} == {7}
+
+
+def test_a_collector_that_starts_on_an_empty_redis_takes_the_stage_of_the_newest_weights(
+    make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    stub = StubServices()
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 3))}
+    with served(stub.app) as url:
+        settings = make_settings(url, documents=documents, collector={"schedule": SCHEDULE})
+        seen = Seen(settings)
+        row = WeightVersionRow(run_id=settings.run.name, version=3, step=3, form="full", num_bytes=1, seconds=1.0)
+        row.created_at = 1.0
+        with transaction(seen.ledger.engine) as session:
+            session.add(row)
+        collect_all(settings)
+    assert [body["num_rollouts"] for body in stub.bodies("/v1/rollouts")] == [5, 5, 5]
+
+
+def test_a_stream_of_an_older_version_stops_the_collector_and_stays(
+    make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 1))}
+    settings = make_settings("http://127.0.0.1:1", documents=documents)
+    client, key = redis.Redis.from_url(settings.redis.url), documents_key(settings.run.name)
+    client.xadd(key, {"id": "0.0.0.0", "body": encode(scored_document(0))})
+    with pytest.raises(StreamSchemaError, match="older version"):
+        asyncio.run(run_collector(settings, Secrets()))
+    assert client.xlen(key) == 1
