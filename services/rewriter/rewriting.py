@@ -1,9 +1,11 @@
 """Asks the teacher for rewrites: all chunks of a request in one engine call, so that they share its batch."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engine.base import Engine, Sampling
+from services.engine.base import Engine, Generation, Sampling
 from services.prompts import Prompt, opened
 from services.rewriter.bridge import last_words, looked_at
 from services.rewriter.cutting import PolicyTokens
@@ -76,14 +78,21 @@ class Rewriter:
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
         """One rewrite per item, in their order. Raises EngineError, never an empty rewrite, where the engine fails."""
-        prompts = [self._framing.frame(request, item, self._engine) for item in request.items]
+        prompts = await asyncio.to_thread(self._frame, request)
         answers = await self._engine.generate(prompts, self._sampling(request))
-        rewrites = [
-            self._reader.read(generations[0], request, item, bridge=self._framing.bridge(request, item))
-            for generations, item in zip(answers, request.items, strict=True)
-        ]
+        # A long window has thousands of chunks: tokenizing their rewrites would hold up everybody else.
+        rewrites = await asyncio.to_thread(self._read, request, [generations[0] for generations in answers])
         _count(rewrites)
         return RewriteResponse(rewrites=tuple(rewrites))
+
+    def _frame(self, request: RewriteRequest) -> list[str]:
+        return [self._framing.frame(request, item, self._engine) for item in request.items]
+
+    def _read(self, request: RewriteRequest, answers: Sequence[Generation]) -> list[Rewrite]:
+        return [
+            self._reader.read(answer, request, item, bridge=self._framing.bridge(request, item))
+            for answer, item in zip(answers, request.items, strict=True)
+        ]
 
     def _sampling(self, request: RewriteRequest) -> Sampling:
         return Sampling.bounded(
