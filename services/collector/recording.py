@@ -29,7 +29,7 @@ class Recorder:
         """Replaces the rows of an earlier, unfinished try. Raises FencedError as the ledger does."""
         if share_of(document.key, "record") >= self.share:
             return
-        prefixes = [self._end_of_prefix(document.token_ids[: chunk.start]) for chunk in document.chunks]
+        prefixes = [self._end_of_prefix(document.token_ids, chunk.start) for chunk in document.chunks]
         with transaction(self.ledger.engine) as session:
             self.ledger.refuse_if_fenced(session, lease)
             old = sa.select(ChunkRow.id).where(
@@ -44,8 +44,8 @@ class Recorder:
                 session.add_all(_candidate_rows(chunk, row.id))
             session.add_all(_dropped_row(document, lost.start, lost.reason) for lost in document.dropped_chunks)
 
-    def _end_of_prefix(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids[-_PREFIX_TOKENS:])[-_PREFIX_CHARACTERS:]
+    def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
+        return self.tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
 
 
 def _chunk_row(document: ScoredDocument, chunk: ScoredChunk, prefix: str) -> ChunkRow:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine
 
+from shared import migrations
 from shared.database import Base, CandidateRow, ChunkRow, RunRow, migrate, open_database, transaction, translated
 from shared.errors import DatabaseError
 
@@ -26,6 +29,22 @@ def test_migrating_again_changes_nothing(database: Engine) -> None:
     migrate(database)
     with transaction(database) as session:
         assert session.scalars(sa.select(RunRow)).one().settings == {"deep": [1, None]}
+
+
+def test_the_kinds_of_candidates_survive_the_second_migration(database_url: str) -> None:
+    engine = open_database(database_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO chunks VALUES (1, 'r', '0.0.0.0', 8, 'p', '', '', 0, 0, '', 1.0)"))
+        connection.execute(sa.text("INSERT INTO candidates VALUES (1, 1, 'rewrite', 't', 3, NULL, 0.5, '{}')"))
+    migrate(engine)
+    with transaction(engine) as session:
+        row = session.scalars(sa.select(CandidateRow)).one()
+        assert (row.kinds, row.text, row.reward) == ("rewrite", "t", 0.5)
+    engine.dispose()
 
 
 def test_a_failing_transaction_leaves_nothing(database: Engine) -> None:
