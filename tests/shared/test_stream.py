@@ -171,11 +171,10 @@ def test_ids_of_a_stream_that_was_deleted_are_forgotten(client: redis.Redis, run
     ("fields", "named"), [({"schema": "7"}, "of schema 7"), ({}, "of an older version, without a schema number")]
 )
 def test_entries_of_another_version_stop_the_reader_and_stay(
-    client: redis.Redis, run: str, fields: dict[str, str], named: str
+    client: redis.Redis, run: str, fields: dict[Any, Any], named: str
 ) -> None:
     stream = opened(client, run)
-    entry: dict[Any, Any] = {**fields, "id": "0.0.9.0", "body": encode(scored_document(9))}
-    client.xadd(documents_key(run), entry)
+    client.xadd(documents_key(run), fields | {"id": "0.0.9.0", "body": encode(scored_document(9))})
     asked = [
         lambda: stream.read(count=1, block_s=0.1),
         lambda: list(stream.read_pending()),

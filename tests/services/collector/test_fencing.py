@@ -10,13 +10,18 @@ import pytest
 import redis
 import sqlalchemy as sa
 
+from services.collector.recording import Recorder
+from services.collector.texts import PolicyTokenizer
 from shared.database import CandidateRow, ChunkRow, CursorRow, DocumentRow, EventRow, transaction
+from shared.errors import FencedError
+from shared.leases import Lease
 from shared.records import ScoredDocument
 from shared.settings import Settings
 from shared.stream import StreamEntry, documents_key, lease_key
 from tests.services.collector.processes import CollectorProcess, served, wait_for
 from tests.services.collector.runs import Seen, write_documents
 from tests.services.collector.stub_services import StubServices
+from tests.shared.scored import scored_document
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
@@ -71,12 +76,14 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
     with served(stub.app) as url:
         settings = make_settings(url, documents=documents)
         patient = make_settings(url, documents=documents, collector={"lease_s": lease_s})
-        seen = Seen(settings)
+        seen, client = Seen(settings), redis.Redis.from_url(settings.redis.url)
+        key = lease_key(settings.run.name, 0)
         with collector(patient, tmp_path / "first") as first:
-            wait_for(lambda: len(stub.bodies(JUDGE)) == NUM_DOCUMENTS)
-            first.process.send_signal(signal.SIGSTOP)
+            wait_for(lambda: bool(client.exists(key)))
             with collector(settings, tmp_path / "second") as second:
-                redis.Redis.from_url(settings.redis.url).pexpire(lease_key(settings.run.name, 0), 1500)
+                wait_for(lambda: len(stub.bodies(JUDGE)) == NUM_DOCUMENTS)
+                first.process.send_signal(signal.SIGSTOP)
+                client.pexpire(key, 1500)
                 wait_for(lambda: len(stub.bodies(JUDGE)) == 2 * NUM_DOCUMENTS)
                 stub.held.clear()
                 wait_for(lambda: seen.balance.scored == NUM_DOCUMENTS and seen.exhausted)
@@ -86,7 +93,22 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
                 wait_for(lambda: len(events(seen, "lease_lost")) == 1, timeout_s=30)
                 assert left_behind(settings, seen) == before
                 assert (first.process.poll(), second.process.poll()) == (None, None)
-        assert first.log.read_text().count('"level": "warning"') == 1, first.log.read_text()
+        assert first.log.read_text().count("is given up") == 1, first.log.read_text()
     balance = seen.balance
     assert (balance.read, balance.trained, balance.dropped, balance.scored) == (8, 3, {"stale": 1}, 4)
     assert seen.stream.document_ids() == {document.document_id for document in waiting}
+
+
+def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
+    """The part may be taken between a window's row and its chunks."""
+    seen = Seen(make_settings("http://127.0.0.1:1"))
+    recorder = Recorder(seen.ledger, tokenizer, 1.0)
+    first, second = (Lease(0, owner, seen.ledger.take_part(0)) for owner in ("a", "b"))
+    with pytest.raises(FencedError):
+        recorder.record(scored_document(0), first)
+    recorder.record(scored_document(0, text=" kept"), second)
+    with pytest.raises(FencedError):
+        recorder.record(scored_document(0, text=" late"), first)
+    with transaction(seen.ledger.engine) as session:
+        texts = session.scalars(sa.select(CandidateRow.text).order_by(CandidateRow.id)).all()
+    assert texts == [" kept", " hill"]
