@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import WeightVersionRow, transaction
-from shared.errors import WeightStoreError
+from shared.errors import DatabaseError, WeightStoreError
 from shared.weight_patches import encode_patches, find_patches
 from shared.weight_state import State, lay_out, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
@@ -91,7 +91,7 @@ class WeightPublisher:
         update = self._prepare(weight_bytes(model, _DTYPES[self.dtype]))
         manifest = self._write(update, version, step)
         seconds = time.perf_counter() - began
-        self.patience(lambda: self._record(manifest, seconds))
+        self._record(manifest, seconds)
         self.patience(lambda: self.coordination.announce_weights(version))
         self.version = version
         self._remember(update)
@@ -135,6 +135,15 @@ class WeightPublisher:
             self._last = _Published(self.version, update.state, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
+        """A version that can't be recorded is taken back: nobody was told of it, and the next start, which publishes the
+        same weights again, must not find one more full version each time."""
+        try:
+            self.patience(lambda: self._write_row(manifest, seconds))
+        except DatabaseError:
+            self._delete_quietly(manifest.version)
+            raise
+
+    def _write_row(self, manifest: Manifest, seconds: float) -> None:
         row = WeightVersionRow(
             run_id=self.run_id,
             version=manifest.version,
@@ -146,6 +155,14 @@ class WeightPublisher:
         )
         with transaction(self.engine) as session:
             session.merge(row)
+
+    def _delete_quietly(self, version: int) -> None:
+        try:
+            self.store.delete(version)
+        except OSError as exc:
+            _log.warning(
+                "weight version %d, which could not be recorded, stays in %s: %s", version, self.store.root, exc
+            )
 
     def _prune(self) -> None:
         """A version that can't be deleted costs space, not the run."""

@@ -36,9 +36,11 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("num_pairs", sa.Integer(), nullable=True))
     with op.batch_alter_table("weight_versions", schema=None) as batch_op:
         batch_op.alter_column("num_bytes", existing_type=sa.Integer(), type_=sa.BigInteger(), existing_nullable=False)
+    _set_id_type("BIGINT")
 
 
 def downgrade() -> None:
+    _set_id_type("INTEGER")
     with op.batch_alter_table("weight_versions", schema=None) as batch_op:
         batch_op.alter_column("num_bytes", existing_type=sa.BigInteger(), type_=sa.Integer(), existing_nullable=False)
     with op.batch_alter_table("documents", schema=None) as batch_op:
@@ -49,3 +51,13 @@ def downgrade() -> None:
         batch_op.drop_column("source")
     op.drop_table("cursors")
     op.drop_table("parts")
+
+
+def _set_id_type(name: str) -> None:
+    """Of chunks and candidates, of which a long run has more than 2**31. SQLite's INTEGER has 64 bits already."""
+    if op.get_bind().dialect.name != "postgresql":
+        return
+    for table, column in (("chunks", "id"), ("candidates", "id"), ("candidates", "chunk_id")):
+        op.execute(f"ALTER TABLE {table} ALTER COLUMN {column} TYPE {name}")
+    for table in ("chunks", "candidates"):
+        op.execute(f"ALTER SEQUENCE {table}_id_seq AS {name}")
