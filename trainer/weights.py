@@ -135,8 +135,8 @@ class WeightPublisher:
             self._last = _Published(self.version, update.state, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
-        """A version that can't be recorded is taken back: nobody was told of it, and the next start, which publishes the
-        same weights again, must not find one more full version each time."""
+        """A version that can't be recorded is taken back: nobody was told of it, and the next start publishes the same
+        weights again. Without this each start would leave one more full version."""
         try:
             self.patience(lambda: self._write_row(manifest, seconds))
         except DatabaseError:
