@@ -16,7 +16,7 @@ def summary_lines(engine: Engine, settings: Settings, folder: RunFolder) -> list
     lines = [
         f"step {newest[0] if newest else 0} of {settings.trainer.steps}"
         + ("" if newest and newest[0] >= settings.trainer.steps else "; the same command goes on from here"),
-        f"documents: {balance_line(result.balance)}",
+        f"documents: {balance_line(result)}",
         f"audit: {'everything balances' if result.holds else 'it does NOT balance'}",
     ]
     lines += [f"  {check.name}: {check.detail}" for check in failed]

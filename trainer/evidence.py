@@ -81,7 +81,7 @@ class EvidenceFile:
         except (OSError, ValidationError) as exc:
             raise TrainingError(
                 f"{self.path}, the evidence for `headwater audit`, can't be written: {exc}; free space, or move a "
-                "damaged file away: then the audit can't check what was trained before"
+                "damaged file away: the audit will then miss what was trained before"
             ) from exc
 
     def read(self) -> tuple[list[Evidence], list[str]]:
