@@ -35,8 +35,8 @@ def scored(number: int, at: DocumentKey, run: str) -> ScoredDocument:
 
 def train_a_run(stack: Stack) -> None:
     """Two parts, two epochs; documents of one to three windows; one refused, one undecided, one whose loss was not
-    finite; seven steps of four pairs, of which the checkpoints of steps 2, 4 and 6 are pruned; three windows left on the
-    stream, one of them begun, and two being read."""
+    finite; seven steps of four pairs, of which the checkpoints of steps 2, 4 and 6 are pruned; three windows left on
+    the stream, one of them begun, and two being read."""
     ledger = stack.ledger
     sizes = {(0, 0, 0): 1, (0, 0, 1): 3, (0, 0, 3): 2, (0, 1, 0): 1, (1, 0, 0): 3, (1, 0, 1): 1, (0, 1, 2): 2}
     keys = [

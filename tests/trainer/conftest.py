@@ -128,7 +128,8 @@ class Stack:
         for document in documents:
             self.ledger.begin([WindowStart(document.key, document.source_id, len(document.token_ids))])
             self.stream.write(document)
-            self.ledger.mark_scored(document.key, num_chunks=1, num_dropped_chunks=0, policy_version=0)
+            num_chunks = len(document.chunks)
+            self.ledger.mark_scored(document.key, num_chunks=num_chunks, num_dropped_chunks=0, policy_version=0)
 
     def with_trainer(self, **trainer: Any) -> "Stack":
         """The same run with other trainer settings."""
