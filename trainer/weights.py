@@ -11,9 +11,11 @@ parameter in bfloat16, nothing in float32, where every element changes at every 
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import sqlalchemy as sa
 import torch
 from sqlalchemy import Engine
 from torch import Tensor
@@ -81,8 +83,9 @@ class WeightPublisher:
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that anybody has seen; 0 where nobody has seen any."""
         announced = self.patience(self.coordination.announced_version)
-        seen = [checkpoint_version, *self.store.versions(), *([] if announced is None else [announced])]
-        self.version = max(seen)
+        present = self.store.versions()
+        self.version = max([checkpoint_version, *present, *([] if announced is None else [announced])])
+        self._record_forgotten(present)
 
     def publish(self, model: PreTrainedModel, step: int) -> int:
         """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
@@ -142,6 +145,20 @@ class WeightPublisher:
         except DatabaseError:
             self._delete_quietly(manifest.version)
             raise
+
+    def _record_forgotten(self, present: Sequence[int]) -> None:
+        """A kill came between a version's manifest and its row. A replica may serve it all the same, so its number is
+        used up, and `headwater audit` looks for its row."""
+        recorded = self.patience(self._newest_recorded)
+        for version in present:
+            if recorded is not None and version > recorded:
+                manifest = self.store.manifest(version)
+                self.patience(lambda manifest=manifest: self._write_row(manifest, seconds=0.0))  # type: ignore[misc]
+
+    def _newest_recorded(self) -> int | None:
+        query = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
+        with transaction(self.engine) as session:
+            return session.scalar(query)
 
     def _write_row(self, manifest: Manifest, seconds: float) -> None:
         row = WeightVersionRow(

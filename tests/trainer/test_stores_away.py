@@ -67,6 +67,7 @@ def assert_it_ends_as_if_uninterrupted(stack: Stack, whole: Stack) -> None:
     assert [row.step for row in rows_of(stack)] == [1, 2, 3, 4, 5, 6]
     assert [row.figures["pairs"] for row in rows_of(stack)] == [4] * 6
     assert (stack.ledger.balance().trained, stack.stream.document_ids()) == (8, set())
+    assert stack.contradictions() == []
 
 
 def test_a_redis_that_is_killed_and_comes_back_loses_nothing(make_stack: MakeStack, own_redis: RedisServer) -> None:

@@ -86,7 +86,7 @@ def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: Make
     expected, found = weights_at(whole, 12), weights_at(broken, 12)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     balance = broken.ledger.balance()
-    assert (balance.read, balance.trained, balance.in_flight) == (16, 16, 0)
+    assert (balance.read, balance.trained, balance.in_flight, broken.contradictions()) == (16, 16, 0, [])
     assert broken.stream.document_ids() == set()
 
 

@@ -49,7 +49,7 @@ def test_a_run_trains_checkpoints_marks_and_acknowledges(make_stack: MakeStack) 
     stack.write(documents_of(stack, range(4)))  # 12 pairs
     train(stack.settings, Event())
     balance = stack.ledger.balance()
-    assert (balance.read, balance.trained, balance.in_flight) == (4, 4, 0)
+    assert (balance.read, balance.trained, balance.in_flight, stack.contradictions()) == (4, 4, 0, [])
     assert stack.stream.document_ids() == set()
     report = stack.coordination.trainer_report()
     assert report is not None
@@ -169,7 +169,7 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     client.xadd(key, {b"id": broken.document_id.encode(), b"body": b"\x00garbage"})
     stack.write([good])
     train(stack.settings, Event())
-    assert stack.ledger.balance().dropped == {"broken_entry": 1}
+    assert (stack.ledger.balance().dropped, stack.contradictions()) == ({"broken_entry": 1}, [])
 
 
 def test_a_document_in_the_middle_stays_pending_and_goes_on_where_it_was(make_stack: MakeStack) -> None:
@@ -246,10 +246,11 @@ def test_wherever_it_is_killed_it_ends_with_the_same_bits(make_stack: MakeStack,
     kill_at(trainer, place)
     with pytest.raises(Killed):
         trainer.run()
+    assert killed.contradictions() == []
     train(killed.settings, Event())
     assert_equal_weights(weights_at(whole, 6), weights_at(killed, 6))
     assert [row.step for row in rows_of(killed)] == [1, 2, 3, 4, 5, 6]
-    assert killed.ledger.balance().trained == 8
+    assert (killed.ledger.balance().trained, killed.contradictions()) == (8, [])
     assert killed.stream.document_ids() == set()
 
 
@@ -311,6 +312,7 @@ def test_a_non_finite_loss_is_skipped_and_training_goes_on(make_stack: MakeStack
     assert stack.ledger.balance().dropped == {"non_finite_loss": 1}
     assert (stack.ledger.balance().trained, stack.ledger.balance().in_flight) == (2, 0)
     assert rows_of(stack)[0].figures["skipped_steps"] == 1
+    assert stack.contradictions() == []
 
 
 def test_non_finite_losses_in_a_row_stop_the_run_with_the_checkpoint_intact(make_stack: MakeStack) -> None:

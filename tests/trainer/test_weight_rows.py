@@ -107,6 +107,18 @@ def test_a_version_that_is_refused_stops_at_once_and_leaves_nothing(
     engine.dispose()
 
 
+def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(
+    make_stack: MakeStack, database: Engine, tmp_path: Path
+) -> None:
+    stack, model = make_stack(), tiny_llama()
+    first = publisher_of(stack, database, tmp_path / "store", num_bytes=5)
+    first.publish(model, 0)
+    first.store.publish({"model.safetensors": b"x"}, version=1, step=1, state_checksum="")
+    second = publisher_of(stack, database, tmp_path / "store", num_bytes=7)
+    assert second.publish(model, 0) == 2
+    assert sizes(database) == [5, 1, 7]
+
+
 def test_ids_of_recorded_candidates_go_beyond_32_bits(database: Engine) -> None:
     with transaction(database) as session:
         session.add(ChunkRow(id=2**31 - 1, run_id="r", document_id="0.0.0.0", start=8, prefix="p", scored_at=1.0))
