@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 
 from shared import database as schema
 from shared.database import CandidateRow, ChunkRow, WeightVersionRow, migrate, open_database, transaction
-from shared.errors import DatabaseError
+from shared.errors import DatabaseRefusalError
 from shared.weight_store import Manifest, WeightStore
 from tests.shared.conftest import database, database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
@@ -91,20 +91,27 @@ def test_a_database_of_the_first_schema_takes_them_too(
     engine.dispose()
 
 
+REFUSALS = {
+    "sqlite": "CREATE TRIGGER no BEFORE INSERT ON weight_versions BEGIN SELECT RAISE(ABORT, 'weight_versions'); END",
+    "postgresql": "ALTER TABLE weight_versions ADD CHECK (num_bytes < 5)",
+}
+
+
 def test_a_version_that_is_refused_stops_at_once_and_leaves_nothing(
-    make_stack: MakeStack, database_url: str, tmp_path: Path
+    make_stack: MakeStack, database: Engine, tmp_path: Path
 ) -> None:
-    """No such table: a restart does the same again, and must not leave a full version each time."""
-    stack, engine = make_stack(), open_database(database_url)
+    """A restart does the same again, and must not leave a full version each time."""
+    stack = make_stack()
+    with database.begin() as connection:
+        connection.execute(sa.text(REFUSALS[database.dialect.name]))
     for _ in range(2):
-        publisher = publisher_of(stack, engine, tmp_path / "store", num_bytes=5)
+        publisher = publisher_of(stack, database, tmp_path / "store", num_bytes=5)
         began = time.monotonic()
-        with pytest.raises(DatabaseError, match="weight_versions"):
+        with pytest.raises(DatabaseRefusalError, match="weight_versions"):
             publisher.publish(tiny_llama(), 0)
         assert time.monotonic() - began < 30
         assert publisher.store.versions() == []
     assert stack.coordination.announced_version() is None
-    engine.dispose()
 
 
 def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(
