@@ -1,6 +1,7 @@
 """The audit beside a run that goes on: the trainer takes steps, writes and deletes checkpoints, marks and acknowledges
 while it is read, and none of that looks like a contradiction."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -9,12 +10,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from cli.audit import audit_run
+from cli.audit import AuditResult, audit_run
 from cli.audit_account import read_account
 from cli.run_folder import RunFolder
 from shared.database import open_database
 from shared.ledger import Ledger, WindowStart
-from tests.cli.conftest import key
+from tests.cli.conftest import MadeRun, key
 from tests.shared.conftest import database, database_url, postgres_url
 from tests.trainer.conftest import Stack, make_stack, policy_folder, redis_server
 from tests.trainer.documents import plain_document
@@ -64,3 +65,36 @@ def test_the_database_is_read_as_of_one_moment(database: Engine, database_url: s
     sa.event.remove(database, "after_cursor_execute", interrupt)
     assert read_account(database, "run").cursors == {(0, 0): 2}
     other.dispose()
+
+
+def audited_with(made: MadeRun, happen: Callable[[], None], *, before_query: int) -> tuple[AuditResult, int]:
+    """What the audit says if something happens before its query of that number (from 0), and how many it makes."""
+    asked: list[str] = []
+
+    def interrupt(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+        if len(asked) == before_query + 1:
+            happen()
+
+    engine = open_database(made.settings.database_url)
+    sa.event.listen(engine, "before_cursor_execute", interrupt)
+    result = audit_run(engine, made.settings, made.folder)
+    engine.dispose()
+    return result, len(asked)
+
+
+def test_a_checkpoint_in_the_middle_of_the_audit_is_no_contradiction(made: MadeRun) -> None:
+    """Before each of its queries in turn: a step, a checkpoint, its line and its marks, and a document begun."""
+
+    def go_on() -> None:
+        step = next(steps)
+        made.read(key(step))
+        made.train(step, f"0.0.{step - 1}.0")
+
+    made.read(key(0))
+    steps, moment, num_queries = itertools.count(1), 0, 1
+    while moment < num_queries:
+        result, num_queries = audited_with(made, go_on, before_query=moment)
+        assert [check for check in result.checks if check.outcome == "fails"] == [], moment
+        moment += 1
+    assert num_queries > 5
