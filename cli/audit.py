@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from sqlalchemy import Engine
@@ -53,7 +53,13 @@ class AuditResult:
 
     @property
     def holds(self) -> bool:
+        """Nothing contradicts anything; what `unchecked` names is not proved either."""
         return all(check.outcome != "fails" for check in self.checks)
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """Names of the checks that could not be made."""
+        return tuple(check.name for check in self.checks if check.outcome == "not checked")
 
 
 def audit(run: str, *, as_json: bool) -> int:
@@ -150,13 +156,14 @@ def _ended(account: Account, testimony: Testimony) -> Check:
 
 
 def _of_flight(waiting: Mapping[str, Window], stream: OnStream | None, trouble: str) -> Iterable[Check]:
-    name, other = "windows being read are in a collector's hands", "scored windows are on the stream"
+    name = "where collectors work, windows being read are in their hands"
+    other = "scored windows are on the stream"
     if stream is None:
         yield from (Check(one, "not checked", trouble) for one in (name, other))
         return
     reading = {name: row for name, row in waiting.items() if row.state == READING}
-    unknown = "" if stream.leased or not reading else f"{len(reading)} are in flight: no collector runs"
-    yield _check(name, audit_checks.abandoned(reading, leased=stream.leased), unknown=unknown)
+    check = _check(name, audit_checks.abandoned(reading, leased=stream.leased))
+    yield check if stream.leased else replace(check, detail=f"{len(reading)} in flight, no collector works")
     scored = (key for key, row in waiting.items() if row.state == SCORED and key not in stream.documents)
     yield _check(other, (f"window {key} is not on the stream" for key in scored))
 
@@ -167,6 +174,7 @@ def as_data(result: AuditResult) -> dict[str, object]:
     return {
         "run": result.run,
         "holds": result.holds,
+        "unchecked": result.unchecked,
         "read": result.read,
         "trained": balance.trained,
         "dropped": balance.dropped,

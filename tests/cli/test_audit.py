@@ -168,6 +168,7 @@ def test_a_run_from_before_evidence_was_kept_is_not_said_to_hold(made: MadeRun) 
     assert "from before they left evidence" in unknown["trained windows are in a checkpoint"]
     assert {check.name for check in result.checks if check.outcome == "holds"} == {
         "every window is in a known state",
+        "where collectors work, windows being read are in their hands",
         "steps have no gap up to the newest checkpoint",
         "scored windows are on the stream",
     }
@@ -223,10 +224,10 @@ def test_windows_being_read_need_a_collector_where_any_works(made: MadeRun, monk
     collector = made.settings.collector.model_copy(update={"lease_s": 0.3})
     documents = made.settings.documents.model_copy(update={"num_parts": 2})
     made.settings = made.settings.model_copy(update={"collector": collector, "documents": documents})
-    name = "windows being read are in a collector's hands"
+    name = "where collectors work, windows being read are in their hands"
     made.read(key(0))
     (check,) = [check for check in _audit(made).checks if check.name == name]
-    assert (check.outcome, check.detail) == ("not checked", "1 are in flight: no collector runs")
+    assert (check.outcome, check.detail) == ("holds", "1 in flight, no collector works")
     _put_on_stream(made, leased=(1,))
     assert _fails(_audit(made)) == {name: "window 0.0.0.0 is being read, and no collector leases part 0"}
     _put_on_stream(made, leased=(0,))

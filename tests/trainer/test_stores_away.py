@@ -23,6 +23,7 @@ from tests.trainer.test_trainer_process import Process, weights_at
 from tests.trainer.test_trainer_runs import rows_of
 from trainer.assembly import train
 from trainer.loop import Trainer
+from trainer.preferences import Preference
 
 MakeStack = Callable[..., Stack]
 OPTIONS = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
@@ -55,9 +56,14 @@ def write(stack: Stack, numbers: range) -> None:
 def assert_it_ends_as_if_uninterrupted(stack: Stack, whole: Stack) -> None:
     """Both have read the same eight documents: 24 pairs, 6 steps."""
     redone: list[int] = []
-    trainer = stack.prepare()
+    trainer: Any = stack.prepare()
     take_step = trainer.take_step
-    trainer.take_step = lambda pairs: (redone.append(trainer.step + 1), take_step(pairs))[1]  # type: ignore[method-assign]
+
+    def noting(pairs: list[Preference]) -> None:
+        redone.append(trainer.step + 1)
+        take_step(pairs)
+
+    trainer.take_step = noting
     first = trainer.step + 1
     trainer.run()
     assert redone == list(range(first, 7))
@@ -75,7 +81,8 @@ def test_a_redis_that_is_killed_and_comes_back_loses_nothing(make_stack: MakeSta
     only when a call has failed."""
     stack, whole = on_redis(make_stack(**OPTIONS), own_redis), make_stack("whole", **OPTIONS)
     write(stack, range(3))  # 9 pairs
-    trainer, failures = stack.prepare(), []
+    trainer: Any = stack.prepare()
+    failures: list[str] = []
     report, wait_or_give_up = trainer.coordination.report_trainer, trainer.patience._wait_or_give_up
 
     def report_then_kill(said: Any) -> None:
@@ -90,8 +97,8 @@ def test_a_redis_that_is_killed_and_comes_back_loses_nothing(make_stack: MakeSta
             write(stack, range(3, 8))
         wait_or_give_up(exc, *arguments)
 
-    trainer.coordination.report_trainer = report_then_kill  # type: ignore[method-assign]
-    trainer.patience._wait_or_give_up = restart  # type: ignore[method-assign]
+    trainer.coordination.report_trainer = report_then_kill
+    trainer.patience._wait_or_give_up = restart
     trainer.run()
     assert len(failures) >= 2
     assert (stack.ledger.balance().trained, stack.stream.document_ids()) == (8, set())
@@ -150,7 +157,12 @@ def test_a_stop_while_redis_is_away_leaves_a_checkpoint_wherever_the_trainer_is(
         write(one, range(8))
     trainer = stack.prepare(stop)
     trainer.patience._stopping_s = 0.2
-    break_at(trainer, place, lambda: (own_redis.kill(), Timer(0.3, stop.set).start())[0])
+
+    def go_away() -> None:
+        own_redis.kill()
+        Timer(0.3, stop.set).start()
+
+    break_at(trainer, place, go_away)
     with pytest.raises(StreamError):
         trainer.run()
     assert (trainer.step, trainer.checkpointed_step) == (4, 4)
