@@ -18,9 +18,9 @@ from typing import Literal
 from sqlalchemy import Engine
 
 from cli import audit_checks
-from cli.audit_account import Account, Testimony, Window, read_account, read_lines
+from cli.audit_account import Account, Window, read_account, read_waiting
 from cli.audit_stream import OnStream, StreamUnreachable, read_stream
-from cli.checkpoint_states import read_states
+from cli.audit_testimony import Testimony, read_on, read_testimony
 from cli.run_folder import RunFolder, find_run
 from shared.database import migrate, open_database
 from shared.ledger import READING, SCORED, Balance
@@ -100,16 +100,15 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
     the database calls trained is in the lines that are read after that.
     """
     run_id = settings.run.name
-    states = read_states(folder.checkpoints)
-    earlier = Testimony(*read_lines(folder.checkpoints), states)
+    earlier = read_testimony(folder.checkpoints)
     account = read_account(engine, run_id)
-    later = Testimony(*read_lines(folder.checkpoints), states)
+    later = read_on(folder.checkpoints, earlier)
     try:
         stream, trouble = read_stream(settings, folder), ""
     except StreamUnreachable as exc:
         stream, trouble = None, str(exc)
     # a window that moved on while the stream was read is no contradiction
-    still = read_account(engine, run_id).windows
+    still = read_waiting(engine, run_id)
     waiting = {name: row for name, row in account.in_state(READING, SCORED).items() if still.get(name) == row}
     checks = (
         _conserved(account),

@@ -1,21 +1,18 @@
-"""What the two sides of `headwater audit` say: the database in one consistent view, and the checkpoints' evidence."""
+"""What the database says to `headwater audit`, in one consistent view."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from cli.checkpoint_states import StateFile
 from shared.database import CursorRow, DocumentRow, EventRow, StepRow, WeightVersionRow, translated
 from shared.ledger import DROPPED, READING, SCORED, TRAINED, Balance
-from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument
 
 _D = DocumentRow
 
@@ -127,9 +124,17 @@ def read_account(engine: Engine, run_id: str) -> Account:
         )
 
 
-def _windows(session: Session, run_id: str) -> Iterator[Window]:
+def read_waiting(engine: Engine, run_id: str) -> dict[str, Window]:
+    """The windows in flight only."""
+    with _one_view(engine) as session:
+        waiting = _D.state.in_((READING, SCORED))
+        return {str(window): window for window in _windows(session, run_id, waiting)}
+
+
+def _windows(session: Session, run_id: str, *conditions: sa.ColumnElement[bool]) -> Iterator[Window]:
     columns = [getattr(_D, name) for name in Window._fields]
-    query = sa.select(*columns).where(_D.run_id == run_id).order_by(_D.part, _D.epoch, _D.position, _D.window)
+    query = sa.select(*columns).where(_D.run_id == run_id, *conditions)
+    query = query.order_by(_D.part, _D.epoch, _D.position, _D.window)
     return (Window(*row) for row in session.execute(query))
 
 
@@ -141,65 +146,3 @@ def _one_view(engine: Engine) -> Iterator[Session]:
         if not level:
             connection.exec_driver_sql("BEGIN")  # SQLite's driver begins none before a SELECT
         yield session
-
-
-@dataclass(frozen=True)
-class Testimony:
-    """What the checkpoints say: the lines that each of them left, and those that are still on disk."""
-
-    lines: tuple[Evidence, ...]
-    damaged: tuple[str, ...]
-    """What is wrong with the lines that can't be read."""
-    states: Mapping[int, StateFile]
-    """Of the checkpoints on disk, by step."""
-
-    @property
-    def is_from_before(self) -> str:
-        """Why the lines are not the whole history; empty where they are."""
-        if not self.lines and self._old_states:
-            return f"this run's checkpoints are from before they left evidence ({EVIDENCE_FILE})"
-        if self.lines and self.lines[0].number == 1 and self.lines[0].after:
-            return f"steps 1 to {self.lines[0].after} are from before checkpoints left evidence ({EVIDENCE_FILE})"
-        return ""
-
-    @property
-    def covered_after(self) -> int:
-        """Updates up to this one are from before."""
-        if not self.lines:
-            return max(self._old_states, default=0)
-        return self.lines[0].after if self.lines[0].number == 1 else 0
-
-    @property
-    def newest_step(self) -> int:
-        return max([*self.states, *(line.step for line in self.lines)], default=0)
-
-    @cached_property
-    def witnesses(self) -> tuple[Evidence, ...]:
-        """The lines; of checkpoints from before, what their own states say, which is less."""
-        old = sorted(self._old_states.items())
-        return self.lines or tuple(
-            Evidence(number=n, after=0, step=step, finished=state.finished, partial=state.partial)
-            for n, (step, state) in enumerate(old, start=1)
-        )
-
-    @cached_property
-    def finished(self) -> dict[str, FinishedDocument]:
-        return {document: finished for line in self.witnesses for document, finished in line.finished.items()}
-
-    @property
-    def _old_states(self) -> dict[int, StateFile]:
-        return {step: state for step, state in self.states.items() if not state.number}
-
-    def is_settled(self, line: Evidence, account: Account) -> bool:
-        """Whether the ledger knows of it. Only of the newest it may not: its trainer works on that at this moment, or
-        ended in between and will do it at the next start. The ledger marks all windows of a line or none."""
-        if line is not self.witnesses[-1] or (account.finished_step or 0) >= line.step:
-            return True
-        rows = (account.windows.get(document) for document in line.finished)
-        return any(row is not None and row.state == TRAINED for row in rows)
-
-
-def read_lines(checkpoints: Path) -> tuple[tuple[Evidence, ...], tuple[str, ...]]:
-    """The lines, and what is wrong with those that can't be read."""
-    lines, damaged = EvidenceFile(checkpoints / EVIDENCE_FILE).read()
-    return tuple(lines), tuple(damaged)

@@ -8,7 +8,8 @@ the ledger was told), the rows of steps, and the stream.
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from cli.audit_account import Account, Testimony, Window
+from cli.audit_account import Account, Window
+from cli.audit_testimony import Testimony
 from shared.ledger import DROPPED, READING, SCORED, TRAINED
 from trainer.evidence import Evidence, FinishedDocument
 
