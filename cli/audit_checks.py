@@ -1,136 +1,230 @@
-"""The comparisons of `headwater audit`: each returns the contradictions that it found, in words. No printing."""
+"""The comparisons of `headwater audit`: each returns the contradictions that it found, in words. Pure.
 
-from collections.abc import Mapping
+What the database says about a window is never compared with itself, but with what was written at another time by
+another hand: the cursor and the number of windows (collector, at reading), the checkpoints' evidence (trainer, before
+the ledger was told), the rows of steps, and the stream.
+"""
 
-import sqlalchemy as sa
-from sqlalchemy import Engine
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
-from cli.checkpoint_states import StateFile
-from shared.database import DocumentRow, transaction
-from shared.ledger import DROPPED, SCORED, TRAINED
-from shared.records import DocumentKey
+from cli.audit_account import Account, Window
+from cli.audit_testimony import Testimony
+from shared.ledger import DROPPED, READING, SCORED, TRAINED
+from trainer.evidence import Evidence, FinishedDocument
 
-_D = DocumentRow
+NON_FINITE = "non_finite_loss"
 
 
-def gaps(engine: Engine, run_id: str) -> list[str]:
-    """Parts and epochs whose positions are not 0, 1, 2, ... and epochs that were skipped."""
-    query = (
-        sa.select(
-            _D.part,
-            _D.epoch,
-            sa.func.count(sa.distinct(_D.position)),
-            sa.func.min(_D.position),
-            sa.func.max(_D.position),
-        )
-        .where(_D.run_id == run_id)
-        .group_by(_D.part, _D.epoch)
-        .order_by(_D.part, _D.epoch)
-    )
-    with transaction(engine) as session:
-        rows = session.execute(query).all()
-    found = [
-        f"part {part}, epoch {epoch}: {number} positions between {first} and {last}"
-        for part, epoch, number, first, last in rows
-        if first != 0 or last + 1 != number
-    ]
-    for part in sorted({row[0] for row in rows}):
-        epochs = [row[1] for row in rows if row[0] == part]
+def windows_read(account: Account) -> int:
+    """How many there must be by cursors and numbers of windows; a document of which nothing is left counts once."""
+    sizes = (max(row.num_windows for row in rows) or len(rows) for rows in account.documents.values())
+    end = sum(account.cursors.values())
+    below = sum(place[2] < account.cursors.get(place[:2], 0) for place in account.documents)
+    return sum(sizes) + end - below
+
+
+def positions(account: Account) -> Iterator[str]:
+    """Documents below the cursor that have no row, rows beyond it, epochs that were jumped over."""
+    read: dict[tuple[int, int], set[int]] = {place: set() for place in account.cursors}
+    for part, epoch, position in account.documents:
+        read.setdefault((part, epoch), set()).add(position)
+    for (part, epoch), found in sorted(read.items()):
+        end = account.cursors.get((part, epoch), 0)
+        where = f"part {part}, epoch {epoch} was read up to position {end - 1}"
+        if not end:
+            where = f"part {part}, epoch {epoch} has no cursor"
+        yield from (f"document {part}.{epoch}.{n} has no row: {where}" for n in range(end) if n not in found)
+        yield from (f"document {part}.{epoch}.{n} has rows: {where}" for n in sorted(found) if n >= end)
+    for part in sorted({part for part, _ in read}):
+        epochs = sorted(epoch for one, epoch in read if one == part)
         if epochs != list(range(len(epochs))):
-            found.append(f"part {part}: epochs {epochs}")
-    return found
+            yield f"part {part} was read in epochs {epochs}: one was jumped over"
 
 
-def window_gaps(engine: Engine, run_id: str) -> list[str]:
-    """Documents whose windows are not 0, 1, 2, ..."""
-    number, last = sa.func.count(_D.window), sa.func.max(_D.window)
-    query = (
-        sa.select(_D.part, _D.epoch, _D.position, number, last)
-        .where(_D.run_id == run_id)
-        .group_by(_D.part, _D.epoch, _D.position)
-        .having(last + 1 != number)
-    )
-    with transaction(engine) as session:
-        rows = session.execute(query).all()
-    return [
-        f"document {part}.{epoch}.{position}: {count} windows up to number {last_window}"
-        for part, epoch, position, count, last_window in rows
-    ]
+def windows(account: Account) -> Iterator[str]:
+    """Windows that a document must have and has not, or has and must not have."""
+    for (part, epoch, position), rows in account.documents.items():
+        name = f"{part}.{epoch}.{position}"
+        numbers = {row.num_windows for row in rows} - {0} or {rows[-1].window + 1}
+        if len(numbers) > 1:
+            yield f"document {name}: its rows disagree on how many windows it has, {sorted(numbers)}"
+        found, size = {row.window for row in rows}, max(numbers)
+        yield from (f"window {name}.{n} has no row: its document has {size}" for n in range(size) if n not in found)
+        yield from (f"window {name}.{n} has a row: its document has {size}" for n in sorted(found) if n >= size)
 
 
-def trained_beyond(engine: Engine, run_id: str, *, newest_step: int) -> list[str]:
-    """Trained documents whose step is missing or later than the newest checkpoint's."""
-    query = sa.select(_D).where(
-        _D.run_id == run_id,
-        _D.state == TRAINED,
-        sa.or_(_D.trained_step.is_(None), _D.trained_step > newest_step),
-    )
-    with transaction(engine) as session:
-        return [
-            f"document {_key(row)} is marked trained at step {row.trained_step}, the newest checkpoint is {newest_step}"
-            for row in session.scalars(query)
-        ]
+def states(account: Account) -> Iterator[str]:
+    """Windows in a state that no rule knows."""
+    known = (READING, SCORED, TRAINED, DROPPED)
+    yield from (f"window {name} is {row.state!r}" for name, row in account.windows.items() if row.state not in known)
 
 
-def repeated(states: Mapping[int, StateFile]) -> list[str]:
-    """Documents that two of the checkpoints at hand both finished."""
-    first_seen: dict[str, int] = {}
-    found = []
-    for step, state in sorted(states.items()):
-        for document in state.finished:
-            if document in first_seen:
-                found.append(f"document {document} at steps {first_seen[document]} and {step}")
-            first_seen.setdefault(document, step)
-    return found
+def lines(testimony: Testimony, account: Account) -> Iterator[str]:
+    """Lines that are damaged, missing or there twice, and checkpoints on disk that say something else."""
+    yield from testimony.damaged
+    number, step = 0, 0
+    for line in testimony.lines:
+        if line.number <= number:
+            yield (
+                f"checkpoint number {line.number} has a second line (step {line.step}): one was copied, or the "
+                "checkpoint was deleted and its windows with it"
+            )
+        elif line.number > number + 1:
+            missing = number + 1 if line.number == number + 2 else f"{number + 1} to {line.number - 1}"
+            yield f"the evidence of checkpoint number {missing}, between steps {step} and {line.after}, is missing"
+        elif number and line.after != step:
+            yield f"the evidence of step {line.step} goes on from step {line.after}, the one before it ends at {step}"
+        number, step = line.number, line.step
+    yield from _disagreeing_states(testimony, account)
 
 
-def unmarked(engine: Engine, run_id: str, states: Mapping[int, StateFile]) -> list[str]:
-    """Documents that a checkpoint finished and the database does not say so.
-
-    The newest checkpoint may be a moment ahead of the database: a trainer that died in between marks them when it
-    comes back. What a checkpoint has only begun must not count as trained.
-    """
-    found = []
-    newest = max(states, default=0)
-    for step, state in sorted(states.items()):
-        for document, trained_step in state.finished.items():
-            found += _unmarked_document(engine, run_id, document, trained_step, is_newest=step == newest)
-    for document in states[newest].partial if states else ():
-        row = _row(engine, run_id, document)
-        if row is not None and row.state == TRAINED:
-            found.append(f"document {document} is marked trained, checkpoint {newest} has only begun it")
-    return found
+def _disagreeing_states(testimony: Testimony, account: Account) -> Iterator[str]:
+    by_step = {line.step: line for line in testimony.lines}
+    newest = max(testimony.states, default=0)
+    for step, state in sorted(testimony.states.items()):
+        if not state.number:
+            continue
+        line = by_step.get(step)
+        if line is None:
+            if step != newest or account.in_state(TRAINED).keys() & state.finished.keys():
+                yield f"checkpoint {state.folder.name} has no line: the evidence of step {step} is missing"
+        elif (line.number, line.finished, line.partial) != (state.number, state.finished, state.partial):
+            yield f"checkpoint {state.folder.name} and the evidence of step {step} say different things"
 
 
-def _unmarked_document(
-    engine: Engine, run_id: str, document: str, trained_step: int | None, *, is_newest: bool
-) -> list[str]:
-    row = _row(engine, run_id, document)
-    if row is None:
-        return [f"document {document} is in a checkpoint and was never read"]
-    wanted = DROPPED if trained_step is None else TRAINED
-    if row.state == wanted and (trained_step is None or row.trained_step == trained_step):
-        return []
-    if is_newest and row.state not in (TRAINED, DROPPED):
-        return []
-    return [f"document {document} is {row.state} (step {row.trained_step}), its checkpoint says step {trained_step}"]
+def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
+    """Windows that two checkpoints finished, and entries of the stream that two windows came from."""
+    documents: dict[str, int] = {}
+    entries: dict[str, str] = {}
+    for line in testimony.witnesses:
+        for document, finished in line.finished.items():
+            if document in documents:
+                both = f"{documents[document]} and {line.step}"
+                yield f"window {document} was finished by two checkpoints, of steps {both}"
+            elif finished.entry_id in entries:
+                yield f"windows {entries[finished.entry_id]} and {document} came from one entry, {finished.entry_id}"
+            documents.setdefault(document, line.step)
+            entries.setdefault(finished.entry_id, document)
 
 
-def scored(engine: Engine, run_id: str) -> set[str]:
-    """Ids of documents that are on the stream according to the database."""
-    query = sa.select(_D).where(_D.run_id == run_id, _D.state == SCORED)
-    with transaction(engine) as session:
-        return {_key(row) for row in session.scalars(query)}
+def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
+    """Windows that the database calls finished by the trainer, and no checkpoint says so."""
+    before, finished_step = testimony.covered_after, account.finished_step
+    if finished_step is not None and finished_step > testimony.newest_step:
+        yield f"the trainer finished at step {finished_step}, the newest checkpoint is of {testimony.newest_step}"
+    for name, row in account.in_state(TRAINED).items():
+        step = row.trained_step
+        if step is None or step > testimony.newest_step:
+            yield f"window {name} is marked trained at step {step}, the newest checkpoint is of {testimony.newest_step}"
+        elif name not in testimony.finished and step > before:
+            yield f"window {name} is marked trained at step {step}, no checkpoint contains it"
+    if before:
+        return
+    for name, row in account.in_state(DROPPED).items():
+        if row.reason == NON_FINITE and name not in testimony.finished:
+            yield f"window {name} is dropped as {NON_FINITE}, no checkpoint says so"
 
 
-def _row(engine: Engine, run_id: str, document: str) -> DocumentRow | None:
-    key = DocumentKey.parse(document)
-    with transaction(engine) as session:
-        row = session.get(DocumentRow, (run_id, key.part, key.epoch, key.position, key.window))
-        if row is not None:
-            session.expunge(row)
-        return row
+def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
+    """Windows that a checkpoint finished, and the database says something else."""
+    for line in testimony.witnesses:
+        is_settled = testimony.is_settled(line, account)
+        for document, finished in line.finished.items():
+            row = account.windows.get(document)
+            if row is None:
+                yield f"window {document} is in the checkpoint of step {line.step} and has no row"
+            elif is_settled or row.state not in (READING, SCORED):
+                yield from _disagreement(row, finished, line)
 
 
-def _key(row: DocumentRow) -> str:
-    return f"{row.part}.{row.epoch}.{row.position}.{row.window}"
+def _disagreement(row: Window, finished: FinishedDocument, line: Evidence) -> Iterator[str]:
+    says = f"the checkpoint of step {line.step} says"
+    wanted = DROPPED if finished.step is None else TRAINED
+    if row.state != wanted or (wanted == DROPPED and row.reason != NON_FINITE):
+        state = f"{row.state} ({row.reason})" if row.reason else row.state
+        yield f"window {row} is {state}, {says} {wanted if finished.step else NON_FINITE}"
+    elif finished.step is not None and row.trained_step != finished.step:
+        yield f"window {row} is marked trained at step {row.trained_step}, {says} step {finished.step}"
+    elif finished.pairs_by_step and row.num_pairs != finished.num_pairs:
+        yield f"window {row} is marked as giving {row.num_pairs} pairs, {says} {finished.num_pairs}"
+
+
+def begun(account: Account, testimony: Testimony) -> Iterator[str]:
+    """Windows of which the newest checkpoint used some pairs only, and the database calls them finished."""
+    for line in testimony.witnesses[-1:]:
+        for document in line.partial:
+            row = account.windows.get(document)
+            if row is None:
+                yield f"window {document} was begun by the checkpoint of step {line.step} and has no row"
+            elif row.state in (TRAINED, DROPPED):
+                yield f"window {document} is {row.state}, the checkpoint of step {line.step} has only begun it"
+
+
+def steps(account: Account, testimony: Testimony) -> Iterator[str]:
+    """Rows that are missing between the first step and the newest, or up to the newest checkpoint."""
+    newest = testimony.newest_step
+    owed = testimony.states[newest].owes_row if newest in testimony.states else False
+    for step in range(1, max([*account.steps, newest], default=0) + 1):
+        if step not in account.steps and not (owed and step == newest):
+            yield f"step {step} has no row"
+
+
+def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
+    """Steps whose row counts other pairs than the windows of the checkpoints gave, and windows that gave more than
+    they have."""
+    given: Counter[int] = Counter()
+    for document in testimony.finished.values():
+        given.update(document.pairs_by_step)
+    for line in testimony.lines[-1:]:
+        for partial in line.partial.values():
+            given.update(partial.pairs_by_step)
+    last = testimony.lines[-1].step if testimony.lines else 0
+    for step, row in account.steps.items():
+        if testimony.covered_after < step <= last and row.num_pairs != given[step]:
+            yield f"step {step} took {row.num_pairs} pairs by its row, {given[step]} by the checkpoints"
+    for name, finished in testimony.finished.items():
+        window = account.windows.get(name)
+        used = finished.num_pairs + finished.num_skipped
+        if window is not None and 0 < window.num_chunks < used:
+            yield f"window {name} gave {used} pairs, it has {window.num_chunks} scored chunks"
+
+
+def versions(account: Account) -> Iterator[str]:
+    """Weight versions without a row, and steps and windows that name them."""
+    if not account.versions:
+        if account.steps:
+            yield f"no weight version has a row, and {len(account.steps)} steps were taken"
+        return
+    first, last = min(account.versions), max(account.versions)
+    yield from (f"weight version {n} has no row" for n in range(first, last) if n not in account.versions)
+    if account.versions[first] != 0:
+        step = account.versions[first]
+        yield f"weight version {first} of step {step} is the first with a row: the one before the first step has none"
+    for step, row in account.steps.items():
+        published = account.versions.get(row.policy_version)
+        if published is None:
+            yield f"step {step} ended with weight version {row.policy_version}, which has no row"
+        elif published > step:
+            yield f"step {step} ended with weight version {row.policy_version}, which is of step {published}"
+    named = {row.policy_version: name for name, row in account.windows.items() if row.policy_version is not None}
+    for version, name in named.items():
+        if version not in account.versions:
+            yield f"window {name} was sampled under weight version {version}, which has no row"
+
+
+def left_over(account: Account) -> Iterator[str]:
+    """Windows in flight, though the trainer finished because the source had ended: nobody will finish them."""
+    ended = account.source_ended_at
+    if ended is not None:
+        for name, row in account.in_state(READING, SCORED).items():
+            if row.read_at <= ended:
+                yield f"window {name} is {row.state}, though the source had ended when the trainer finished"
+
+
+def abandoned(reading: Mapping[str, Window], *, leased: Collection[int]) -> Iterator[str]:
+    """Windows being read in parts that no collector leases while others work. Where none works they are in flight."""
+    if leased:
+        for name, row in reading.items():
+            if row.part not in leased:
+                yield f"window {name} is being read, and no collector leases part {row.part}"

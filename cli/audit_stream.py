@@ -1,10 +1,11 @@
-"""Which documents lie on a run's stream, for `headwater audit`: from Redis itself, or from a copy of its file."""
+"""What a run's Redis knows, for `headwater audit`: from Redis itself, or from a copy of its file."""
 
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli.plan import child_environ
@@ -13,6 +14,7 @@ from cli.processes import Child, stop_children
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
 from cli.run_folder import RunFolder
 from shared.auth import generate_token
+from shared.coordination import Coordination
 from shared.errors import HeadwaterError, StreamError, StreamSchemaError
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
@@ -25,20 +27,29 @@ class StreamUnreachable(HeadwaterError):
     """The stream can't be read; the audit says so instead of guessing."""
 
 
-def documents_on_stream(settings: Settings, folder: RunFolder) -> set[str]:
-    """Ids of all documents on the stream, delivered or not. Raises StreamUnreachable."""
+@dataclass(frozen=True)
+class OnStream:
+    documents: frozenset[str]
+    """Ids of all documents on the stream, delivered or not."""
+    leased: frozenset[int]
+    """Parts of the source that a collector holds."""
+
+
+def read_stream(settings: Settings, folder: RunFolder) -> OnStream:
+    """Raises StreamUnreachable."""
     if settings.redis.url:
-        return _read(settings.redis.url, settings.run.name)
+        return _read(settings.redis.url, settings)
     if not any(folder.redis.glob("*")):
-        return set()  # the run never had a stream
+        return OnStream(frozenset(), frozenset())  # the run never had a stream
     with _copy_served(folder.redis) as url:
-        return _read(url, settings.run.name)
+        return _read(url, settings)
 
 
-def _read(url: str, run_id: str) -> set[str]:
-    client = connect(url, timeout_s=5.0)
+def _read(url: str, settings: Settings) -> OnStream:
+    client, run_id = connect(url, timeout_s=5.0), settings.run.name
     try:
-        return DocumentStream(client, run_id).document_ids()
+        leased = Coordination(client, run_id).leased_parts(num_parts=settings.documents.num_parts)
+        return OnStream(frozenset(DocumentStream(client, run_id).document_ids()), frozenset(leased))
     except (StreamError, StreamSchemaError) as exc:
         raise StreamUnreachable(str(exc)) from exc
     finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import HeadwaterError
+from trainer.evidence import FinishedDocument, PartialDocument
 
 _FOLDER = re.compile(r"^step-(\d{8})$")
 
@@ -15,17 +16,27 @@ class StateFile:
     """The part of a checkpoint's state.json that is about documents."""
 
     folder: Path
-    finished: dict[str, int | None]
-    """Document id -> the last update that contains it; None where every such update was skipped."""
-    partial: tuple[str, ...]
+    number: int
+    """0 in checkpoints from before they left evidence."""
+    finished: dict[str, FinishedDocument]
+    partial: dict[str, PartialDocument]
+    owes_row: bool
+    """The database does not have its step's row; the next start writes it."""
 
 
 def read_states(checkpoints: Path) -> dict[int, StateFile]:
     """By step. Raises HeadwaterError if a complete checkpoint's state can't be read."""
     if not checkpoints.is_dir():
         return {}
-    found = ((match, path) for path in checkpoints.iterdir() if (match := _FOLDER.match(path.name)))
-    return {int(match[1]): _read(path) for match, path in sorted(found, key=lambda pair: pair[1].name)}
+    found: dict[int, StateFile] = {}
+    for path in sorted(checkpoints.iterdir()):
+        if match := _FOLDER.match(path.name):
+            try:
+                found[int(match[1])] = _read(path)
+            except HeadwaterError:
+                if path.exists():  # if not, the trainer has deleted it meanwhile
+                    raise
+    return found
 
 
 def newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
@@ -46,7 +57,12 @@ def _read(folder: Path) -> StateFile:
     path = folder / "state.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        finished = {document: entry["step"] for document, entry in data["finished"].items()}
-        return StateFile(folder, finished, tuple(data["partial"]))
+        return StateFile(
+            folder=folder,
+            number=data.get("number", 0),
+            finished={key: FinishedDocument.model_validate(value) for key, value in data["finished"].items()},
+            partial={key: PartialDocument.model_validate(value) for key, value in data["partial"].items()},
+            owes_row=data.get("row") is not None,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise HeadwaterError(f"{path} can't be read: {exc!r}; the checkpoint is damaged") from exc

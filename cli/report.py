@@ -125,7 +125,7 @@ def _number(value: float | None) -> str:
 
 def _audit_lines(engine: Engine, settings: Settings, folder: RunFolder) -> list[str]:
     result = audit_run(engine, settings, folder)
-    lines = [f"{balance_line(result.balance)}.", ""]
+    lines = [f"{balance_line(result)}.", ""]
     if result.balance.dropped:
         dropped = sorted(result.balance.dropped.items())
         lines += ["| dropped because | windows |", "|---|---:|", *[f"| {reason} | {n} |" for reason, n in dropped], ""]

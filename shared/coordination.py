@@ -167,6 +167,12 @@ class Coordination:
         with translated():
             self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
 
+    def leased_parts(self, *, num_parts: int) -> set[int]:
+        """Parts that a collector holds at this moment."""
+        with translated():
+            owners = self._client.mget([lease_key(self._run, part) for part in range(num_parts)])
+        return {part for part, owner in enumerate(owners) if owner is not None}
+
     def mark_exhausted(self, part: int, lease: Lease | None = None, *, extent: str) -> None:
         """The part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or dropped.
         Raises FencedError if another collector has taken it since `lease`."""

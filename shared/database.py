@@ -13,14 +13,16 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import JSON, Engine, Index, String, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from shared.errors import DatabaseError
+from shared.errors import DatabaseError, DatabaseRefusalError
 
 BUSY_TIMEOUT_S = 30.0
 IDLE_TRANSACTION_S = 60.0
 """PostgreSQL ends a transaction that is silent for this long: a frozen process must not hold rows for ever."""
+_LongId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+"""SQLite numbers rows by itself only in a column that is called INTEGER, which has 64 bits there."""
 
 
 class Base(DeclarativeBase):
@@ -100,7 +102,7 @@ class ChunkRow(Base):
     """A scored (or dropped) chunk, for the share of windows that is kept for people."""
 
     __tablename__ = "chunks"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
     run_id: Mapped[str] = mapped_column(index=True)
     document_id: Mapped[str] = mapped_column(index=True)
     start: Mapped[int]
@@ -115,8 +117,8 @@ class ChunkRow(Base):
 
 class CandidateRow(Base):
     __tablename__ = "candidates"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    chunk_id: Mapped[int] = mapped_column(sa.ForeignKey("chunks.id", ondelete="CASCADE"), index=True)
+    id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
+    chunk_id: Mapped[int] = mapped_column(_LongId, sa.ForeignKey("chunks.id", ondelete="CASCADE"), index=True)
     kinds: Mapped[str]
     """One word for each time that it was made, with commas between: `original,rewrite`, `rollout,rollout`."""
     text: Mapped[str]
@@ -222,15 +224,23 @@ def migrate(engine: Engine) -> None:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Session]:
-    """One transaction: committed whole, or rolled back. Raises DatabaseError."""
+    """One transaction: committed whole, or rolled back. Raises DatabaseError, or DatabaseRefusalError where a repeat is
+    no use."""
     with translated(), Session(engine) as session, session.begin():
         yield session
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Driver errors as DatabaseError (disk full, locked, unreachable)."""
+    """Driver errors as DatabaseError (disk full, locked, unreachable), all others as DatabaseRefusalError."""
     try:
         yield
     except DBAPIError as exc:
-        raise DatabaseError(f"database: {exc.orig}") from exc
+        kind = DatabaseError if _may_pass(exc) else DatabaseRefusalError
+        raise kind(f"database: {exc.orig}") from exc
+
+
+def _may_pass(exc: DBAPIError) -> bool:
+    """Whether the same call may succeed later. SQLite calls a wrong statement operational too."""
+    is_wrong_statement = getattr(exc.orig, "sqlite_errorname", "") == "SQLITE_ERROR"
+    return exc.connection_invalidated or (isinstance(exc, OperationalError) and not is_wrong_statement)

@@ -127,5 +127,13 @@ class DatabaseError(HeadwaterError):
     retryable = True
 
 
+class DatabaseRefusalError(DatabaseError):
+    """The database was reached and refuses what it was asked (a number out of range, a constraint, no such table):
+    trying again is no use."""
+
+    status = 500
+    retryable = False
+
+
 class TrainingError(HeadwaterError):
     """Training can't go on (non-finite losses in a row, an unusable checkpoint)."""

@@ -3,9 +3,11 @@
 Who writes what: the collector `begin`s a position (all its windows, before any work), then marks each window
 `scored` once it is on the stream, or `dropped`. The trainer marks `trained` when a checkpoint that contains the
 update is on disk, or `dropped`. So the table is at the same time the cursor (`unfinished`, `next_position`) and the
-proof of conservation (`balance`):
+account of every window (`balance`):
 
     read = trained + dropped (by reason) + in flight
+
+That nothing is missing from it is proved by `headwater audit`, against the cursors, the checkpoints and the stream.
 
 A collector writes under its lease (shared/leases.py): the first statement of each of its transactions is an update of
 the part's row that finds it only under the lease's number. On both databases that holds the row, or on SQLite the
@@ -14,8 +16,9 @@ whole file, until the transaction ends, so nobody can take the part between the 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -73,7 +76,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Balance:
-    """The conservation law in numbers of document windows."""
+    """Document windows by state, as the table counts them. It proves nothing: `headwater audit` does, from what others
+    know about the same windows."""
 
     read: int
     trained: int
@@ -85,10 +89,6 @@ class Balance:
     def in_flight(self) -> int:
         """Being worked on by a collector, or on the stream, or trained since the last checkpoint."""
         return self.reading + self.scored
-
-    @property
-    def holds(self) -> bool:
-        return self.read == self.trained + sum(self.dropped.values()) + self.in_flight
 
 
 @dataclass
@@ -230,17 +230,21 @@ class Ledger:
                 session.add(self._kept_trained(key, reason, role="collector" if lease else "trainer"))
             return row.state == DROPPED
 
-    def mark_trained(self, steps: dict[str, int]) -> None:
-        """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing."""
+    def mark_trained(self, steps: Mapping[str, int], *, num_pairs: Mapping[str, int] = MappingProxyType({})) -> None:
+        """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing.
+
+        `num_pairs`: how many of its pairs are in updates; a window is missing there where the checkpoint is from before
+        this was counted.
+        """
         with transaction(self.engine) as session:
-            for step in sorted(set(steps.values())):
-                keys = [DocumentKey.parse(text) for text, at in steps.items() if at == step]
+            for text, step in steps.items():
                 self._update(
                     session,
-                    keys,
+                    [DocumentKey.parse(text)],
                     from_states=(READING, SCORED),
                     state=TRAINED,
                     trained_step=step,
+                    num_pairs=num_pairs.get(text),
                     finished_at=self._clock(),
                 )
 

@@ -173,19 +173,21 @@ class WeightStore:
 
     @_translated()
     def prune(self, *, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what these rest on; returns what is gone.
-
-        Manifests go first, so that no half version looks complete. WeightStoreError, and nothing deleted, where a kept
-        version's chain can't be read.
-        """
+        """Delete all but the newest `keep` versions and what these rest on; returns what is gone. WeightStoreError, and
+        nothing deleted, where a kept version's chain can't be read."""
         present = self.versions()
         needed = self._needed(present[-keep:])
         gone = [version for version in present if version not in needed]
         for version in gone:
-            self._known.pop(version, None)
-            self._fs.rm_file(f"{self._folder(version)}/{MANIFEST}")
-            self._fs.rm(self._folder(version), recursive=True)
+            self.delete(version)
         return gone
+
+    @_translated()
+    def delete(self, version: int) -> None:
+        """Take back one version. The manifest goes first, so that no half version looks complete."""
+        self._known.pop(version, None)
+        self._fs.rm_file(f"{self._folder(version)}/{MANIFEST}")
+        self._fs.rm(self._folder(version), recursive=True)
 
     def _needed(self, kept: Iterable[int]) -> set[int]:
         needed: set[int] = set()

@@ -13,6 +13,7 @@ import torch
 from shared.configuration import without_passwords
 from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
+from shared.errors import DatabaseError, StreamError
 from shared.ledger import Ledger
 from shared.settings import Settings
 from shared.stream import DocumentStream, connect
@@ -26,7 +27,7 @@ from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import Policy, load_policy
 from trainer.replicas import Replicas
-from trainer.sinks import delete_steps_beyond, open_sinks
+from trainer.sinks import delete_steps_beyond, open_sinks, write_step
 from trainer.weights import WeightPublisher
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,17 @@ class _Connections:
 
 
 def train(settings: Settings, stop: Event) -> None:
-    """A whole run of the trainer: fresh, resumed, or finished already. Returns when it ended in good order."""
+    """A whole run of the trainer: fresh, resumed, or finished already. Returns when it ended in good order, as it also
+    does when asked to stop while Redis or the database is away."""
+    try:
+        _train(settings, stop)
+    except (StreamError, DatabaseError) as exc:
+        if not (stop.is_set() and exc.retryable):
+            raise
+        _log.warning("stopped while waiting; the next start pays what the checkpoint owes: %s", exc)
+
+
+def _train(settings: Settings, stop: Event) -> None:
     trainer = prepare(settings, stop)
     if trainer is None:
         return
@@ -58,7 +69,7 @@ def prepare(settings: Settings, stop: Event) -> Trainer | None:
     checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
-        _settle(checkpoint, connections)
+        _settle(checkpoint, checkpoints, connections)
         if checkpoint.state.step >= settings.trainer.steps:
             _say_finished_already(checkpoint, connections)
             return None
@@ -106,6 +117,7 @@ def _build(
         stop=stop,
         step=step,
         checkpointed_step=step,
+        num_checkpoints=checkpoint.state.number if checkpoint else 0,
     )
 
 
@@ -121,10 +133,15 @@ def _connect(settings: Settings, stop: Event) -> _Connections:
     return _Connections(stream, Coordination(client, settings.run.name), ledger, patience)
 
 
-def _settle(checkpoint: Checkpoint, connections: _Connections) -> None:
-    """A crash may have come between the checkpoint and its acknowledgement."""
+def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: _Connections) -> None:
+    """A crash, or an end while Redis or the database was away, may have come between the checkpoint and its evidence,
+    its step's row or its acknowledgement."""
     _log.info("resuming from %s", checkpoint.folder)
-    commit_finished(checkpoint.state.finished, connections.ledger, connections.stream, connections.patience)
+    state, ledger = checkpoint.state, connections.ledger
+    checkpoints.keep_evidence(state)
+    if (row := state.row) is not None:
+        connections.patience(lambda: write_step(ledger.engine, ledger.run_id, step=state.step, row=row))
+    commit_finished(state.finished, ledger, connections.stream, connections.patience)
 
 
 def _say_finished_already(checkpoint: Checkpoint, connections: _Connections) -> None:

@@ -4,9 +4,10 @@
                               reference/              only if the reference was ever refreshed
                               optimizer.safetensors   moments by parameter name, and the random state
                               state.json              written last: step, version, documents
+    checkpoints/finished.jsonl                        what each of them finished (evidence.py)
 
-The folder is written as `….tmp`, synced to disk and renamed. Acknowledging documents comes after that (inbox.py),
-deleting older checkpoints after the acknowledgement.
+The folder is written as `….tmp`, synced to disk and renamed. Its line in finished.jsonl comes after that, then
+acknowledging documents (inbox.py), then deleting older checkpoints.
 """
 
 import logging
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from shared.records import Record
+from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument, PartialDocument
+from trainer.figures import StepFigures
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import Policy
 
@@ -31,23 +34,6 @@ _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _FOLDER = re.compile(r"^step-(\d{8})$")
 _log = logging.getLogger(__name__)
-
-
-class FinishedDocument(Record):
-    """A document whose pairs have all been used since the checkpoint before."""
-
-    entry_id: str
-    """Its entry on the stream, acknowledged once this checkpoint is on disk."""
-    step: int | None
-    """The last update that contains it; None if every step it was part of was skipped as non-finite."""
-
-
-class PartialDocument(Record):
-    """A document of which some pairs have been used: its first `used` ones."""
-
-    used: int = Field(ge=1)
-    step: int | None
-    """As in FinishedDocument."""
 
 
 class CheckpointState(Record):
@@ -60,6 +46,18 @@ class CheckpointState(Record):
     finished: dict[str, FinishedDocument] = Field(default_factory=dict)
     """By document id."""
     partial: dict[str, PartialDocument] = Field(default_factory=dict)
+    number: int = Field(default=0, ge=0)
+    """1 is the run's first checkpoint; 0 in those from before this was kept, which leave no evidence."""
+    after: int = Field(default=0, ge=0)
+    """Step of the checkpoint before it; 0 if there was none."""
+    row: StepFigures | None = None
+    """The row of `step` where the database did not get it, because it was away when the trainer ended."""
+
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence(
+            number=self.number, after=self.after, step=self.step, finished=self.finished, partial=self.partial
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,12 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(f"checkpoint {folder} can't be written: {exc}; earlier ones are intact") from exc
         return folder
+
+    def keep_evidence(self, state: CheckpointState) -> None:
+        """Note for ever what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
+        if state.number:
+            EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
+            _sync(self._root)
 
     def prune(self) -> None:
         """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from shared.records import CANDIDATE_KINDS, ScoredDocument
+from pydantic import ConfigDict
+
+from shared.records import CANDIDATE_KINDS, Record, ScoredDocument
 from trainer.preferences import Preference, Selection, rewards_by_kind
 
 FIGURES: dict[str, str] = {
@@ -53,6 +55,17 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
+
+
+class StepFigures(Record):
+    """One step's row in the database."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+    at: float
+    """Unix seconds."""
+    policy_version: int
+    figures: dict[str, float]
+
 
 _COUNTS = (
     "documents",

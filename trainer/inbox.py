@@ -1,7 +1,7 @@
 """The trainer's side of the stream: reads documents, filters them, holds their pairs until a checkpoint has them.
 
     pending first (after a start), then new -> duplicate? stale? no pair? -> held -> taken by steps -> finished
-    checkpoint on disk -> ledger: trained -> stream: acknowledged -> forgotten
+    checkpoint and its evidence on disk -> ledger: trained -> stream: acknowledged -> forgotten
 
 `fill` is where the trainer blocks; a collector's write unblocks it, as do the stop event and the end of the source.
 Documents are read one at a time, so that nothing is held (and grows stale) beyond what the next step needs.
@@ -9,9 +9,9 @@ Documents are read one at a time, so that nothing is held (and grows stale) beyo
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 
 from shared import metrics
@@ -21,7 +21,7 @@ from shared.ledger import Ledger
 from shared.records import DocumentKey, ScoredDocument
 from shared.settings import Settings
 from shared.stream import BrokenEntry, DocumentStream, StreamEntry
-from trainer.checkpoint import FinishedDocument, PartialDocument
+from trainer.evidence import FinishedDocument, PartialDocument
 from trainer.figures import Tally
 from trainer.patience import Patience
 from trainer.preferences import Preference, Selection, select_pairs
@@ -39,6 +39,12 @@ class _Held:
     used: int
     step: int | None = None
     """The last applied update that contains one of its pairs."""
+    pairs_by_step: Counter[int] = field(default_factory=Counter)
+    """Applied update -> how many of its pairs are in it."""
+
+    @property
+    def num_skipped(self) -> int:
+        return self.used - self.pairs_by_step.total()
 
 
 class Inbox:
@@ -100,12 +106,19 @@ class Inbox:
     def mark_applied(self, pairs: list[Preference], step: int) -> None:
         """These pairs are part of update `step`."""
         for pair in pairs:
-            self._held[pair.document_id].step = step
+            held = self._held[pair.document_id]
+            held.step = step
+            held.pairs_by_step[step] += 1
 
     def finished(self) -> dict[str, FinishedDocument]:
         """Documents whose pairs are all used, by id."""
         return {
-            document_id: FinishedDocument(entry_id=held.entry_id, step=held.step)
+            document_id: FinishedDocument(
+                entry_id=held.entry_id,
+                step=held.step,
+                pairs_by_step=dict(held.pairs_by_step),
+                num_skipped=held.num_skipped,
+            )
             for document_id, held in self._held.items()
             if not held.unused
         }
@@ -113,7 +126,7 @@ class Inbox:
     def partial(self) -> dict[str, PartialDocument]:
         """Documents in the middle, by id; among them those that have not come back since a resume."""
         begun = {
-            document_id: PartialDocument(used=held.used, step=held.step)
+            document_id: PartialDocument(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
             for document_id, held in self._held.items()
             if held.unused and held.used
         }
@@ -161,12 +174,13 @@ class Inbox:
         document = entry.document
         selection = self._select(document)
         self._tally.add_document(document, selection)
-        if not selection.pairs:
+        if not selection.pairs and begun is None:
             self._tally.count("no_preference_documents")
             return self._drop(entry, "no_preference", _why_no_pair(selection, document))
         self._partial.pop(document.document_id, None)
-        used, step = (begun.used, begun.step) if begun else (0, None)
-        held = _Held(entry.entry_id, deque(selection.pairs[used:]), used, step)
+        held = _Held(entry.entry_id, deque(selection.pairs), 0)
+        if begun:
+            held = _Held(entry.entry_id, deque(selection.pairs[begun.used :]), begun.used, begun.step, _applied(begun))
         self._held[document.document_id] = held
         self.num_pairs += len(held.unused)
         return None
@@ -235,12 +249,18 @@ def commit_finished(
 ) -> None:
     """The ledger first, then the stream; repeating it (after a crash in between) changes nothing."""
     steps = {document_id: document.step for document_id, document in finished.items() if document.step is not None}
-    patience(lambda: ledger.mark_trained(steps))
+    num_pairs = {document_id: document.num_pairs for document_id, document in finished.items() if document.num_pairs}
+    patience(lambda: ledger.mark_trained(steps, num_pairs=num_pairs))
     for document_id in finished.keys() - steps.keys():
         key = DocumentKey.parse(document_id)
         patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
     entries = {document.entry_id: document_id for document_id, document in finished.items()}
     patience(lambda: stream.acknowledge(entries))
+
+
+def _applied(begun: PartialDocument) -> Counter[int]:
+    """A checkpoint from before this was counted knows only the last of the updates."""
+    return Counter(begun.pairs_by_step or ({} if begun.step is None else {begun.step: begun.used}))
 
 
 def _why_no_pair(selection: Selection, document: ScoredDocument) -> str:

@@ -13,7 +13,8 @@ _T = TypeVar("_T")
 
 
 class Patience:
-    """Repeats a call while it fails with StreamError or DatabaseError; everything repeated must be idempotent."""
+    """Repeats a call while it fails with a retryable StreamError or DatabaseError; everything repeated must be
+    idempotent. What the database refuses is raised at once."""
 
     def __init__(
         self, stop: Event, *, give_up_s: float = 900.0, max_backoff_s: float = 10.0, stopping_s: float = 3.0
@@ -37,8 +38,8 @@ class Patience:
                     _log.warning("back after %d failed attempts", attempt)
                 return answer
 
-    def _wait_or_give_up(self, exc: Exception, attempt: int, spent_s: float) -> None:
-        if spent_s > (self._stopping_s if self._stop.is_set() else self._give_up_s):
+    def _wait_or_give_up(self, exc: StreamError | DatabaseError, attempt: int, spent_s: float) -> None:
+        if not exc.retryable or spent_s > (self._stopping_s if self._stop.is_set() else self._give_up_s):
             raise exc
         if attempt & (attempt - 1) == 0:  # 1, 2, 4, 8, ...: a long outage stays a few lines
             _log.warning("waiting (attempt %d): %s", attempt, exc)

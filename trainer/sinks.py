@@ -13,6 +13,7 @@ from shared.configuration import without_passwords
 from shared.database import StepRow, transaction
 from shared.errors import SettingsError
 from shared.settings import Settings
+from trainer.figures import StepFigures
 
 
 class Sink(Protocol):
@@ -29,11 +30,8 @@ class DatabaseSink:
         self._run_id = run_id
 
     def write(self, step: int, policy_version: int, figures: Mapping[str, float]) -> None:
-        row = StepRow(
-            run_id=self._run_id, step=step, at=time.time(), policy_version=policy_version, figures=dict(figures)
-        )
-        with transaction(self._engine) as session:
-            session.merge(row)
+        row = StepFigures(at=time.time(), policy_version=policy_version, figures=dict(figures))
+        write_step(self._engine, self._run_id, step=step, row=row)
 
     def close(self) -> None:
         """Transactions leave nothing open."""
@@ -94,6 +92,12 @@ def open_sinks(settings: Settings, engine: Engine, *, resume_step: int) -> Seque
     if settings.trainer.log_wandb:
         sinks.append(WandbSink(settings))
     return sinks
+
+
+def write_step(engine: Engine, run_id: str, *, step: int, row: StepFigures) -> None:
+    """Replaces the row that the step may have."""
+    with transaction(engine) as session:
+        session.merge(StepRow(run_id=run_id, step=step, **row.model_dump()))
 
 
 def delete_steps_beyond(engine: Engine, run_id: str, *, step: int) -> int:

@@ -11,9 +11,11 @@ parameter in bfloat16, nothing in float32, where every element changes at every 
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import sqlalchemy as sa
 import torch
 from sqlalchemy import Engine
 from torch import Tensor
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import WeightVersionRow, transaction
-from shared.errors import WeightStoreError
+from shared.errors import DatabaseError, WeightStoreError
 from shared.weight_patches import encode_patches, find_patches
 from shared.weight_state import State, lay_out, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
@@ -81,8 +83,9 @@ class WeightPublisher:
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that anybody has seen; 0 where nobody has seen any."""
         announced = self.patience(self.coordination.announced_version)
-        seen = [checkpoint_version, *self.store.versions(), *([] if announced is None else [announced])]
-        self.version = max(seen)
+        present = self.store.versions()
+        self.version = max([checkpoint_version, *present, *([] if announced is None else [announced])])
+        self._record_forgotten(present)
 
     def publish(self, model: PreTrainedModel, step: int) -> int:
         """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
@@ -91,7 +94,7 @@ class WeightPublisher:
         update = self._prepare(weight_bytes(model, _DTYPES[self.dtype]))
         manifest = self._write(update, version, step)
         seconds = time.perf_counter() - began
-        self.patience(lambda: self._record(manifest, seconds))
+        self._record(manifest, seconds)
         self.patience(lambda: self.coordination.announce_weights(version))
         self.version = version
         self._remember(update)
@@ -135,6 +138,29 @@ class WeightPublisher:
             self._last = _Published(self.version, update.state, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
+        """A version that can't be recorded is taken back: nobody was told of it, and the next start publishes the same
+        weights again. Without this each start would leave one more full version."""
+        try:
+            self.patience(lambda: self._write_row(manifest, seconds))
+        except DatabaseError:
+            self._delete_quietly(manifest.version)
+            raise
+
+    def _record_forgotten(self, present: Sequence[int]) -> None:
+        """A kill came between a version's manifest and its row. A replica may serve it all the same, so its number is
+        used up, and `headwater audit` looks for its row."""
+        recorded = self.patience(self._newest_recorded)
+        for version in present:
+            if recorded is not None and version > recorded:
+                manifest = self.store.manifest(version)
+                self.patience(lambda manifest=manifest: self._write_row(manifest, seconds=0.0))  # type: ignore[misc]
+
+    def _newest_recorded(self) -> int | None:
+        query = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
+        with transaction(self.engine) as session:
+            return session.scalar(query)
+
+    def _write_row(self, manifest: Manifest, seconds: float) -> None:
         row = WeightVersionRow(
             run_id=self.run_id,
             version=manifest.version,
@@ -146,6 +172,14 @@ class WeightPublisher:
         )
         with transaction(self.engine) as session:
             session.merge(row)
+
+    def _delete_quietly(self, version: int) -> None:
+        try:
+            self.store.delete(version)
+        except OSError as exc:
+            _log.warning(
+                "weight version %d, which could not be recorded, stays in %s: %s", version, self.store.root, exc
+            )
 
     def _prune(self) -> None:
         """A version that can't be deleted costs space, not the run."""

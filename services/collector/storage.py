@@ -70,12 +70,14 @@ class Storage:
         return answer
 
     async def database(self, call: Callable[[], T]) -> T:
-        """The answer of a blocking database call, however long the database is away."""
+        """The answer of a blocking database call, however long the database is away. Raises DatabaseRefusalError."""
         backoff = Backoff(self.max_backoff_s)
         while True:
             try:
                 answer = await asyncio.get_running_loop().run_in_executor(self._database, call)
             except DatabaseError as exc:
+                if not exc.retryable:
+                    raise
                 self._note_down("database", str(exc))
                 await asyncio.sleep(backoff.next_s())
             else:

@@ -4,16 +4,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
 from cli.run_folder import RunFolder
 from shared.configuration import load_settings
-from shared.database import StepRow, migrate, open_database, transaction
+from shared.database import StepRow, WeightVersionRow, migrate, open_database, transaction
 from shared.ledger import Ledger, WindowStart
 from shared.records import DocumentKey
 from shared.settings import Settings
+from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument, PartialDocument
 
 
 def key(position: int, *, window: int = 0, epoch: int = 0) -> DocumentKey:
@@ -36,22 +38,56 @@ class MadeRun:
         for one in keys:
             self.ledger.mark_scored(one, num_chunks=1, num_dropped_chunks=0, policy_version=0)
 
+    def train(self, step: int, *documents: str, partial: tuple[str, ...] = (), skipped: tuple[str, ...] = ()) -> None:
+        """A step, its checkpoint, and what follows: one pair of each document is in it."""
+        self.step(step, pairs=len(documents) + len(partial))
+        self.checkpoint(step, {**dict.fromkeys(documents, step), **dict.fromkeys(skipped)}, partial=partial)
+        self.ledger.mark_trained(dict.fromkeys(documents, step), num_pairs=dict.fromkeys(documents, 1))
+        for document in skipped:
+            self.ledger.drop(DocumentKey.parse(document), reason="non_finite_loss")
+
     def checkpoint(self, step: int, finished: dict[str, int | None], partial: tuple[str, ...] = ()) -> None:
-        """What the trainer's state.json says about documents."""
+        """What the trainer's state.json says about documents, and the line that it leaves."""
+        lines, _ = self.evidence.read()
+        line = Evidence(
+            number=len(lines) + 1,
+            after=lines[-1].step if lines else 0,
+            step=step,
+            finished={
+                document: FinishedDocument(
+                    entry_id=f"{step}-{number}",
+                    step=at,
+                    pairs_by_step={} if at is None else {at: 1},
+                    num_skipped=1 if at is None else 0,
+                )
+                for number, (document, at) in enumerate(finished.items())
+            },
+            partial={document: PartialDocument(used=1, step=step, pairs_by_step={step: 1}) for document in partial},
+        )
+        self.write_state(step, line.model_dump(mode="json"))
+        self.evidence.append(line)
+
+    def checkpoint_from_before(self, step: int, finished: dict[str, int | None]) -> None:
+        """As trainers wrote them that left no evidence."""
+        documents = {one: {"entry_id": f"{step}-{n}", "step": at} for n, (one, at) in enumerate(finished.items())}
+        self.write_state(step, {"step": step, "finished": documents, "partial": {}})
+
+    def write_state(self, step: int, state: dict[str, Any]) -> None:
         folder = self.folder.checkpoints / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        state = {
-            "step": step,
-            "policy_version": step,
-            "finished": {document: {"entry_id": "0-1", "step": at} for document, at in finished.items()},
-            "partial": {document: {"used": 1, "step": step} for document in partial},
-        }
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "state.json").write_text(json.dumps(state | {"policy_version": step}))
+
+    @property
+    def evidence(self) -> EvidenceFile:
+        return EvidenceFile(self.folder.checkpoints / EVIDENCE_FILE)
 
     def step(self, number: int, **figures: float) -> None:
+        """Its row, and that of the weight version after it; before the first one also that of version 0."""
         with transaction(self.engine) as session:
-            row = StepRow(run_id="made", step=number, at=100.0 + number, policy_version=number, figures=figures)
-            session.add(row)
+            session.add(StepRow(run_id="made", step=number, at=100.0 + number, policy_version=number, figures=figures))
+            for version in {0, number}:
+                row = {"version": version, "step": version, "form": "full", "num_bytes": 9, "seconds": 0.1}
+                session.merge(WeightVersionRow(run_id="made", created_at=1.0, **row))
 
 
 @pytest.fixture

@@ -1,27 +1,30 @@
 """The audit holds for an honest run, and names each kind of contradiction."""
 
 import json
+import shutil
 
 import pytest
 import sqlalchemy as sa
 
-from cli.audit import AuditResult, audit, audit_run
+from cli.audit import AuditResult, audit, audit_run, balance_line
 from cli.plan import child_environ
 from cli.ports import Ports
 from cli.processes import Child
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
+from shared.coordination import Coordination
 from shared.database import DocumentRow, transaction
 from shared.stream import DocumentStream, connect
 from tests.cli.conftest import MadeRun, key
+from trainer.evidence import Evidence, FinishedDocument
 
 
 def _honest(made: MadeRun) -> None:
-    """Two trained in one checkpoint, one dropped, one being read."""
+    """Two windows trained, one dropped, one being read."""
     made.read(key(0), key(0, window=1), key(1), key(2))
     made.score(key(0), key(0, window=1))
-    made.ledger.mark_trained({"0.0.0.0": 1, "0.0.0.1": 2})
     made.ledger.drop(key(1), reason="not_json")
-    made.checkpoint(2, {"0.0.0.0": 1, "0.0.0.1": 2})
+    made.train(1, "0.0.0.0")
+    made.train(2, "0.0.0.1")
 
 
 def _fails(result: AuditResult) -> dict[str, str]:
@@ -32,83 +35,172 @@ def _audit(made: MadeRun) -> AuditResult:
     return audit_run(made.engine, made.settings, made.folder)
 
 
+def _outcomes(made: MadeRun) -> dict[str, str]:
+    return {check.name: check.outcome for check in _audit(made).checks}
+
+
 def test_an_honest_run_balances(made: MadeRun) -> None:
     _honest(made)
     result = _audit(made)
-    assert result.holds
-    assert (result.balance.read, result.balance.trained, result.balance.in_flight) == (4, 2, 1)
+    assert _fails(result) == {}
+    assert (result.read, result.balance.trained, result.balance.in_flight) == (4, 2, 1)
     assert result.balance.dropped == {"not_json": 1}
+    assert balance_line(result) == "4 windows read = 2 trained + 1 dropped + 1 in flight"
 
 
 def test_an_empty_run_balances(made: MadeRun) -> None:
-    assert _audit(made).holds
+    assert set(_outcomes(made).values()) == {"holds"}
+
+
+def test_the_equation_has_two_sides(made: MadeRun) -> None:
+    """What was read is known from cursors and numbers of windows, not from the rows that are added up."""
+    _honest(made)
+    with transaction(made.engine) as session:
+        session.execute(sa.delete(DocumentRow).where(DocumentRow.window == 1))
+    result = _audit(made)
+    assert balance_line(result) == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
+    assert "documents are conserved" in _fails(result)
 
 
 def test_a_position_that_was_jumped_over_is_found(made: MadeRun) -> None:
     made.read(key(0), key(2))
-    assert "part 0, epoch 0: 2 positions between 0 and 2" in str(_fails(_audit(made)))
+    assert "document 0.0.1 has no row: part 0, epoch 0 was read up to position 2" in str(_fails(_audit(made)))
 
 
 def test_an_epoch_that_was_jumped_over_is_found(made: MadeRun) -> None:
     made.read(key(0), key(0, epoch=2))
-    assert "part 0: epochs [0, 2]" in str(_fails(_audit(made)))
-
-
-def test_a_window_that_was_jumped_over_is_found(made: MadeRun) -> None:
-    made.read(key(0), key(0, window=2))
-    assert "document 0.0.0: 2 windows up to number 2" in str(_fails(_audit(made)))
-
-
-def test_a_document_trained_beyond_the_newest_checkpoint_is_found(made: MadeRun) -> None:
-    _honest(made)
-    made.ledger.mark_trained({"0.0.2.0": 3})
-    assert "document 0.0.2.0 is marked trained at step 3" in str(_fails(_audit(made)))
+    assert "part 0 was read in epochs [0, 2]" in str(_fails(_audit(made)))
 
 
 def test_a_document_in_two_checkpoints_is_found(made: MadeRun) -> None:
     _honest(made)
-    made.checkpoint(4, {"0.0.0.0": 1})
-    assert "document 0.0.0.0 at steps 2 and 4" in str(_fails(_audit(made)))
-
-
-def test_a_document_of_an_older_checkpoint_that_is_not_marked_is_found(made: MadeRun) -> None:
-    _honest(made)
-    made.checkpoint(1, {"0.0.2.0": 1})
-    assert "document 0.0.2.0 is reading" in str(_fails(_audit(made)))
+    made.step(3, pairs=1)
+    made.checkpoint(3, {"0.0.0.0": 1})
+    assert "window 0.0.0.0 was finished by two checkpoints, of steps 1 and 3" in str(_fails(_audit(made)))
 
 
 def test_the_newest_checkpoint_may_be_a_moment_ahead(made: MadeRun) -> None:
+    """Its trainer died before it told the ledger, and will do so at its next start."""
     _honest(made)
-    made.checkpoint(4, {"0.0.2.0": 3})
-    assert _audit(made).holds
+    made.score(key(2))
+    _put_on_stream(made, "0.0.2.0")
+    made.step(3, pairs=1)
+    made.checkpoint(3, {"0.0.2.0": 3})
+    assert _fails(_audit(made)) == {}
+    made.ledger.record_event("trainer", "finished", "finished at step 3", step=3, source_ended=False)
+    assert "window 0.0.2.0 is scored, the checkpoint of step 3 says trained" in str(_fails(_audit(made)))
+
+
+def test_an_older_checkpoint_may_not(made: MadeRun) -> None:
+    _honest(made)
+    made.step(3, pairs=1)
+    made.checkpoint(3, {"0.0.2.0": 3})
+    made.step(4, pairs=0)
+    made.checkpoint(4, {})
+    assert "window 0.0.2.0 is reading, the checkpoint of step 3 says trained" in str(_fails(_audit(made)))
+
+
+def test_a_checkpoint_may_be_a_moment_ahead_of_its_evidence(made: MadeRun) -> None:
+    _honest(made)
+    made.step(3, pairs=1)
+    before = made.evidence.path.read_text()
+    made.checkpoint(3, {"0.0.2.0": 3})
+    made.evidence.path.write_text(before)
+    assert _fails(_audit(made)) == {}
+
+
+def test_the_row_that_a_checkpoint_carries_is_not_missed(made: MadeRun) -> None:
+    """The database was away when the trainer ended; the next start writes it."""
+    _honest(made)
+    made.checkpoint(3, {})
+    assert "step 3 has no row" in str(_fails(_audit(made)))
+    path = made.folder.checkpoints / "step-00000003/state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"row": {"at": 1.0}}))
+    assert _fails(_audit(made)) == {}
 
 
 def test_a_document_that_was_only_begun_does_not_count_as_trained(made: MadeRun) -> None:
     _honest(made)
-    made.checkpoint(4, {}, partial=("0.0.0.0",))
-    assert "document 0.0.0.0 is marked trained, checkpoint 4 has only begun it" in str(_fails(_audit(made)))
+    made.train(3, partial=("0.0.0.0",))
+    assert "window 0.0.0.0 is trained, the checkpoint of step 3 has only begun it" in str(_fails(_audit(made)))
 
 
 def test_a_document_whose_steps_were_all_skipped_counts_as_dropped(made: MadeRun) -> None:
     _honest(made)
-    made.ledger.drop(key(2), reason="non_finite_loss")
-    made.checkpoint(4, {"0.0.2.0": None})
-    assert _audit(made).holds
+    made.train(3, skipped=("0.0.2.0",))
+    assert _fails(_audit(made)) == {}
 
 
 def test_a_document_nobody_read_is_found(made: MadeRun) -> None:
-    made.checkpoint(1, {"0.0.7.0": 1})
-    assert "document 0.0.7.0 is in a checkpoint and was never read" in str(_fails(_audit(made)))
+    made.train(1, "0.0.7.0")
+    assert "window 0.0.7.0 is in the checkpoint of step 1 and has no row" in str(_fails(_audit(made)))
 
 
-def test_a_state_that_no_rule_knows_breaks_the_balance(made: MadeRun) -> None:
+def test_a_checkpoint_that_was_deleted_to_go_on_without_it_is_named(made: MadeRun) -> None:
+    """What the next start then writes has its number again."""
     _honest(made)
+    made.evidence.append(
+        Evidence(number=2, after=1, step=3, finished={}, partial={}),
+    )
+    assert "checkpoint number 2 has a second line (step 3)" in str(_fails(_audit(made)))
+
+
+def test_nothing_may_be_in_flight_when_the_source_has_ended(made: MadeRun) -> None:
+    _honest(made)
+    made.ledger.record_event("trainer", "finished", "finished at step 2", step=2, source_ended=False)
+    assert _fails(_audit(made)) == {}
+    made.ledger.record_event("trainer", "finished", "the source ended", step=2, source_ended=True)
+    assert "window 0.0.2.0 is reading, though the source had ended" in str(_fails(_audit(made)))
+    made.ledger.record_event("trainer", "resumed", "with more epochs")
+    assert _fails(_audit(made)) == {}
+
+
+def test_a_run_from_before_evidence_was_kept_is_not_said_to_hold(made: MadeRun) -> None:
+    _honest(made)
+    shutil.rmtree(made.folder.checkpoints)
+    made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
     with transaction(made.engine) as session:
-        session.execute(sa.update(DocumentRow).where(DocumentRow.position == 2).values(state="lost"))
-    assert "documents are conserved" in _fails(_audit(made))
+        session.execute(sa.update(DocumentRow).values(num_windows=0, num_pairs=None))
+    result = _audit(made)
+    assert _fails(result) == {}
+    unknown = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
+    assert "4 windows were read before their number was kept" in unknown["every document has all its windows"]
+    assert "from before they left evidence" in unknown["trained windows are in a checkpoint"]
+    assert {check.name for check in result.checks if check.outcome == "holds"} == {
+        "every window is in a known state",
+        "where collectors work, windows being read are in their hands",
+        "steps have no gap up to the newest checkpoint",
+        "scored windows are on the stream",
+    }
 
 
-def _put_on_stream(made: MadeRun, *documents: str) -> None:
+def test_what_is_wrong_in_a_run_from_before_is_still_found(made: MadeRun) -> None:
+    _honest(made)
+    shutil.rmtree(made.folder.checkpoints)
+    made.checkpoint_from_before(1, {"0.0.0.0": 1, "0.0.2.0": 1})
+    made.checkpoint_from_before(2, {"0.0.0.1": 2})
+    assert "window 0.0.2.0 is reading, the checkpoint of step 1 says trained" in str(_fails(_audit(made)))
+
+
+def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> None:
+    _honest(made)
+    shutil.rmtree(made.folder.checkpoints)
+    made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
+    made.step(3, pairs=1)
+    finished = {"0.0.2.0": FinishedDocument(entry_id="9-1", step=3, pairs_by_step={3: 1})}
+    made.evidence.append(Evidence(number=1, after=2, step=3, finished=finished, partial={}))
+    made.ledger.mark_trained({"0.0.2.0": 3}, num_pairs={"0.0.2.0": 1})
+    result = _audit(made)
+    assert _fails(result) == {}
+    details = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
+    assert details["pairs of each step came from its windows"].startswith("steps 1 to 2 are from before")
+    made.ledger.mark_trained({"0.0.2.0": 3})
+    with transaction(made.engine) as session:
+        session.execute(sa.update(DocumentRow).where(DocumentRow.position == 2).values(num_pairs=4))
+    assert "window 0.0.2.0 is marked as giving 4 pairs" in str(_fails(_audit(made)))
+
+
+def _put_on_stream(made: MadeRun, *documents: str, leased: tuple[int, ...] = ()) -> None:
     """Through an embedded Redis that is killed afterwards, as at the end of a run that failed."""
     with Ports() as ports:
         port = ports.take(HOST, 0)
@@ -121,8 +213,42 @@ def _put_on_stream(made: MadeRun, *documents: str) -> None:
         stream = DocumentStream(client, "made")
         for document in documents:
             stream.append(document, b"", lease=None)
+        held = Coordination(client, "made").acquire_leases(leased, "collector", room=len(leased), lease_s=60)
+        assert held == list(leased)
         client.close()
         server.kill()
+
+
+def test_windows_being_read_need_a_collector_where_any_works(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none works they are simply in flight."""
+    monkeypatch.setattr("cli.audit.RECHECK_S", 0.0)
+    collector = made.settings.collector.model_copy(update={"lease_s": 0.3})
+    documents = made.settings.documents.model_copy(update={"num_parts": 2})
+    made.settings = made.settings.model_copy(update={"collector": collector, "documents": documents})
+    name = "where collectors work, windows being read are in their hands"
+    made.read(key(0))
+    (check,) = [check for check in _audit(made).checks if check.name == name]
+    assert (check.outcome, check.detail) == ("holds", "1 in flight, no collector works")
+    _put_on_stream(made, leased=(1,))
+    assert _fails(_audit(made)) == {name: "window 0.0.0.0 is being read, and no collector leases part 0"}
+    _put_on_stream(made, leased=(0,))
+    assert _outcomes(made)[name] == "holds"
+
+
+def test_what_only_one_look_sees_is_no_contradiction(made: MadeRun) -> None:
+    """A part that is free for a moment has its collector when the audit looks again."""
+    documents = made.settings.documents.model_copy(update={"num_parts": 2})
+    made.settings = made.settings.model_copy(update={"documents": documents})
+    made.read(key(0))
+    _put_on_stream(made, leased=(1,))
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        _put_on_stream(made, leased=(0,))
+
+    assert _fails(audit_run(made.engine, made.settings, made.folder, wait=wait)) == {}
+    assert waited == [made.settings.collector.lease_s / 3 + 1.0]
 
 
 def test_scored_documents_are_looked_up_in_a_copy_of_the_redis_file(made: MadeRun) -> None:
@@ -130,7 +256,7 @@ def test_scored_documents_are_looked_up_in_a_copy_of_the_redis_file(made: MadeRu
     made.score(key(0), key(1))
     _put_on_stream(made, "0.0.0.0")
     before = {path: path.read_bytes() for path in made.folder.redis.rglob("*") if path.is_file()}
-    assert _fails(_audit(made)) == {"scored documents are on the stream": "document 0.0.1.0 is not"}
+    assert _fails(_audit(made)) == {"scored windows are on the stream": "window 0.0.1.0 is not on the stream"}
     assert {path: path.read_bytes() for path in made.folder.redis.rglob("*") if path.is_file()} == before
 
 
@@ -139,7 +265,7 @@ def test_an_unreachable_redis_is_said_and_not_guessed(made: MadeRun) -> None:
     made.score(key(0))
     remote = made.settings.redis.model_copy(update={"url": "redis://127.0.0.1:1/0"})
     made.settings = made.settings.model_copy(update={"redis": remote})
-    (check,) = [check for check in _audit(made).checks if check.name == "scored documents are on the stream"]
+    (check,) = [check for check in _audit(made).checks if check.name == "scored windows are on the stream"]
     assert check.outcome == "not checked"
     assert "127.0.0.1:1" in check.detail
 
@@ -151,4 +277,4 @@ def test_the_command_prints_json_and_tells_by_its_exit_code(made: MadeRun, capsy
     assert (data["read"], data["trained"], data["dropped"], data["holds"]) == (4, 2, {"not_json": 1}, True)
     made.read(key(9))
     assert audit(str(made.folder.path), as_json=False) == 1
-    assert "fails        positions of each part and epoch have no gap" in capsys.readouterr().out
+    assert "fails        every position of each part has its document" in capsys.readouterr().out

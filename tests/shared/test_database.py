@@ -135,3 +135,34 @@ def test_sqlite_keeps_a_write_ahead_log_and_syncs(tmp_path: Path) -> None:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 2
     engine.dispose()
+
+
+def test_what_the_database_refuses_is_no_outage(database: Engine) -> None:
+    """A constraint, and a wrong statement (SQLite calls that an operational error)."""
+    with transaction(database) as session:
+        session.add(RunRow(id="a", created_at=1.0, settings={}))
+    statements = ["INSERT INTO runs (id, created_at, settings) VALUES ('a', 1.0, '{}')", "SELECT * FROM nowhere"]
+    for statement in statements:
+        with pytest.raises(DatabaseError) as failure, transaction(database) as session:
+            session.execute(sa.text(statement))
+        assert not failure.value.retryable, statement
+
+
+def test_a_number_out_of_range_is_no_outage(postgres_url: str) -> None:
+    with pytest.raises(DatabaseError, match="out of range") as failure, transaction(open_database(postgres_url)) as one:
+        one.execute(sa.text("SELECT CAST(3000000000 AS integer)"))
+    assert not failure.value.retryable
+
+
+def test_a_server_or_a_lock_that_is_in_the_way_is_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.database.BUSY_TIMEOUT_S", 0.1)
+    locked, holder = (open_database(f"sqlite:///{tmp_path / 'h.db'}") for _ in range(2))
+    migrate(locked)
+    with holder.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseError, match="locked") as failure, transaction(locked) as session:
+            session.add(RunRow(id="a", created_at=1.0, settings={}))
+    assert failure.value.retryable
+    with pytest.raises(DatabaseError) as failure:
+        migrate(open_database("postgresql://nobody@127.0.0.1:1/none"))
+    assert failure.value.retryable

@@ -46,15 +46,14 @@ def test_a_window_goes_from_reading_over_scored_to_trained(database: Engine) -> 
     begin(ledger, key(0))
     assert rows(database)[0].state == "reading"
     score(ledger, key(0))
-    ledger.mark_trained({"0.0.0.0": 7})
+    ledger.mark_trained({"0.0.0.0": 7}, num_pairs={"0.0.0.0": 2})
     (row,) = rows(database)
-    assert (row.state, row.num_chunks, row.num_dropped_chunks, row.policy_version, row.trained_step) == (
-        "trained", 3, 1, 2, 7,
-    )  # fmt: skip
+    assert (row.state, row.num_chunks, row.num_dropped_chunks, row.policy_version) == ("trained", 3, 1, 2)
+    assert (row.trained_step, row.num_pairs) == (7, 2)
     assert row.finished_at is not None
 
 
-def test_balance_counts_every_state_and_holds(database: Engine) -> None:
+def test_balance_counts_every_state(database: Engine) -> None:
     ledger = opened(database)
     begin(ledger, *(key(position) for position in range(6)))
     score(ledger, key(1), key(2), key(3))
@@ -65,7 +64,6 @@ def test_balance_counts_every_state_and_holds(database: Engine) -> None:
     balance = ledger.balance()
     assert balance == Balance(read=7, trained=1, dropped={"stale": 2, "not_json": 1}, reading=2, scored=1)
     assert balance.in_flight == 3
-    assert balance.holds
 
 
 def test_begin_repeated_keeps_the_rows_as_they_are(database: Engine) -> None:

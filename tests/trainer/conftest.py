@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cli.audit import audit_run
+from cli.run_folder import RunFolder
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.ledger import Ledger, WindowStart
@@ -128,7 +130,13 @@ class Stack:
         for document in documents:
             self.ledger.begin([WindowStart(document.key, document.source_id, len(document.token_ids))])
             self.stream.write(document)
-            self.ledger.mark_scored(document.key, num_chunks=1, num_dropped_chunks=0, policy_version=0)
+            num_chunks = len(document.chunks)
+            self.ledger.mark_scored(document.key, num_chunks=num_chunks, num_dropped_chunks=0, policy_version=0)
+
+    def contradictions(self) -> list[str]:
+        """What `headwater audit` finds."""
+        result = audit_run(self.ledger.engine, self.settings, RunFolder(self.settings.run.folder))
+        return [problem for check in result.checks for problem in check.problems]
 
     def with_trainer(self, **trainer: Any) -> "Stack":
         """The same run with other trainer settings."""

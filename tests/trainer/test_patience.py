@@ -2,7 +2,7 @@ from threading import Event
 
 import pytest
 
-from shared.errors import DatabaseError, StreamError, WeightStoreError
+from shared.errors import DatabaseError, DatabaseRefusalError, StreamError, WeightStoreError
 from trainer.patience import Patience
 
 
@@ -41,4 +41,11 @@ def test_other_errors_are_not_repeated() -> None:
     flaky = Flaky(1, WeightStoreError)
     with pytest.raises(WeightStoreError):
         Patience(Event())(flaky)
+    assert flaky.calls == 1
+
+
+def test_what_the_database_refuses_is_not_repeated() -> None:
+    flaky = Flaky(1, DatabaseRefusalError)
+    with pytest.raises(DatabaseRefusalError):
+        Patience(Event(), max_backoff_s=0.001)(flaky)
     assert flaky.calls == 1

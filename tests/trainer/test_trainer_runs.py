@@ -19,7 +19,7 @@ from shared.stream import SCHEMA, document_ids_key, encode
 from tests.trainer.conftest import Stack
 from tests.trainer.documents import candidate, chunk, document, plain_document
 from trainer.assembly import train
-from trainer.checkpoint import FinishedDocument
+from trainer.evidence import FinishedDocument
 from trainer.figures import FIGURES
 from trainer.inbox import commit_finished
 from trainer.loop import Trainer
@@ -54,7 +54,7 @@ def test_a_run_trains_checkpoints_marks_and_acknowledges(make_stack: MakeStack) 
     stack.write(documents_of(stack, range(4)))  # 12 pairs
     train(stack.settings, Event())
     balance = stack.ledger.balance()
-    assert (balance.read, balance.trained, balance.in_flight, balance.holds) == (4, 4, 0, True)
+    assert (balance.read, balance.trained, balance.in_flight, stack.contradictions()) == (4, 4, 0, [])
     assert stack.stream.document_ids() == set()
     report = stack.coordination.trainer_report()
     assert report is not None
@@ -175,8 +175,7 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     client.xadd(key, {b"id": broken.document_id.encode(), b"schema": SCHEMA, b"body": b"\x00garbage"})
     stack.write([good])
     train(stack.settings, Event())
-    assert stack.ledger.balance().dropped == {"broken_entry": 1}
-    assert stack.ledger.balance().holds
+    assert (stack.ledger.balance().dropped, stack.contradictions()) == ({"broken_entry": 1}, [])
 
 
 def test_an_entry_of_another_version_ends_the_trainer_and_stays_on_the_stream(make_stack: MakeStack) -> None:
@@ -209,7 +208,7 @@ def test_a_document_in_the_middle_stays_pending_and_goes_on_where_it_was(make_st
         stack.write(documents_of(stack, range(4)))
     train(cut.settings, Event())
     state = json.loads((cut.settings.run.folder / "checkpoints/step-00000001/state.json").read_text())
-    assert state["partial"] == {"0.0.1.0": {"used": 1, "step": 1}}
+    assert state["partial"] == {"0.0.1.0": {"used": 1, "step": 1, "pairs_by_step": {"1": 1}}}
     assert cut.ledger.balance().trained == 1
     train(cut.with_trainer(steps=3).settings, Event())
     train(whole.settings, Event())
@@ -261,6 +260,7 @@ def kill_at(trainer: Trainer, place: str) -> None:
         "sinks.write",
         "coordination.report_trainer",
         "checkpoints.write",
+        "checkpoints.keep_evidence",
         "ledger.mark_trained",
         "stream.acknowledge",
         "checkpoints.prune",
@@ -276,10 +276,11 @@ def test_wherever_it_is_killed_it_ends_with_the_same_bits(make_stack: MakeStack,
     kill_at(trainer, place)
     with pytest.raises(Killed):
         trainer.run()
+    assert killed.contradictions() == []
     train(killed.settings, Event())
     assert_equal_weights(weights_at(whole, 6), weights_at(killed, 6))
     assert [row.step for row in rows_of(killed)] == [1, 2, 3, 4, 5, 6]
-    assert (killed.ledger.balance().trained, killed.ledger.balance().holds) == (8, True)
+    assert (killed.ledger.balance().trained, killed.contradictions()) == (8, [])
     assert killed.stream.document_ids() == set()
 
 
@@ -349,6 +350,7 @@ def test_a_non_finite_loss_is_skipped_and_training_goes_on(make_stack: MakeStack
     assert stack.ledger.balance().dropped == {"non_finite_loss": 1}
     assert (stack.ledger.balance().trained, stack.ledger.balance().in_flight) == (2, 0)
     assert rows_of(stack)[0].figures["skipped_steps"] == 1
+    assert stack.contradictions() == []
 
 
 def test_non_finite_losses_in_a_row_stop_the_run_with_the_checkpoint_intact(make_stack: MakeStack) -> None:
@@ -371,7 +373,7 @@ def test_older_checkpoints_and_half_written_ones_are_deleted(make_stack: MakeSta
     root = stack.settings.run.folder / "checkpoints"
     (root / "step-00000009.tmp").mkdir(parents=True)
     train(stack.settings, Event())
-    assert sorted(entry.name for entry in root.iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(entry.name for entry in root.iterdir()) == ["finished.jsonl", "step-00000003", "step-00000004"]
 
 
 def test_a_damaged_checkpoint_is_an_error_not_a_step_back(make_stack: MakeStack) -> None:

@@ -38,9 +38,11 @@ def upgrade() -> None:
         batch_op.alter_column("num_bytes", existing_type=sa.Integer(), type_=sa.BigInteger(), existing_nullable=False)
     with op.batch_alter_table("candidates", schema=None) as batch_op:
         batch_op.alter_column("kind", new_column_name="kinds", existing_type=sa.String(), existing_nullable=False)
+    _set_id_type("BIGINT")
 
 
 def downgrade() -> None:
+    _set_id_type("INTEGER")
     with op.batch_alter_table("candidates", schema=None) as batch_op:
         batch_op.alter_column("kinds", new_column_name="kind", existing_type=sa.String(), existing_nullable=False)
     with op.batch_alter_table("weight_versions", schema=None) as batch_op:
@@ -53,3 +55,13 @@ def downgrade() -> None:
         batch_op.drop_column("source")
     op.drop_table("cursors")
     op.drop_table("parts")
+
+
+def _set_id_type(name: str) -> None:
+    """Of chunks and candidates, of which a long run has more than 2**31. SQLite's INTEGER has 64 bits already."""
+    if op.get_bind().dialect.name != "postgresql":
+        return
+    for table, column in (("chunks", "id"), ("candidates", "id"), ("candidates", "chunk_id")):
+        op.execute(f"ALTER TABLE {table} ALTER COLUMN {column} TYPE {name}")
+    for table in ("chunks", "candidates"):
+        op.execute(f"ALTER SEQUENCE {table}_id_seq AS {name}")

@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from cli import audit_checks
+from cli.audit_account import read_account
 from services.collector.service import run_collector
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
@@ -46,6 +48,12 @@ class Seen:
     @property
     def balance(self) -> Balance:
         return self.ledger.balance()
+
+    @property
+    def contradictions(self) -> list[str]:
+        """Windows that cursors and numbers of windows tell of and that have no row, or the other way round."""
+        account = read_account(self.ledger.engine, self.ledger.run_id)
+        return [*audit_checks.positions(account), *audit_checks.windows(account), *audit_checks.states(account)]
 
     def take_all(self) -> list[ScoredDocument]:
         """All documents on the stream that were not taken yet."""

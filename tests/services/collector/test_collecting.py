@@ -53,7 +53,7 @@ def test_every_document_reaches_the_stream_with_all_its_candidates(make_settings
         assert {chunk.judgement.rewards for chunk in document.chunks if chunk.judgement} == {(1.0, 0.75, 0.5, 0.25)}
         assert set(document.seconds) == {"generate", "rewrite", "judge"}
     assert seen.balance.scored == 6
-    assert seen.balance.holds
+    assert seen.contradictions == []
     assert {headers["authorization"] for headers in stub.headers} == {"Bearer word"}
 
 
@@ -241,7 +241,7 @@ def test_bad_lines_are_dropped_with_file_and_line_and_the_run_goes_on(
     assert len(found) == 4
     assert seen.balance.dropped == {"not_json": 1, "no_text_field": 1, "too_short": 1, "invalid_utf8": 1}
     assert seen.balance.read == 8
-    assert seen.balance.holds
+    assert seen.contradictions == []
     details = dict(reasons(seen))
     assert details["not_json"].startswith(f"{path}:1: not JSON")
     assert f"{path}:3" in details["too_short"]

@@ -16,7 +16,7 @@ from services.collector.recording import Recorder
 from services.collector.storage import Storage
 from services.collector.texts import PolicyTokenizer
 from shared.coordination import TrainerReport
-from shared.errors import StreamError
+from shared.errors import DatabaseRefusalError, StreamError
 from shared.leases import Lease
 from shared.ledger import WindowStart
 from shared.records import DocumentKey, ScoredDocument
@@ -340,3 +340,21 @@ def test_a_wrong_setting_ends_the_process_with_one_line(make_settings: MakeSetti
     assert len(errors) == 1
     assert "matches no file" in errors[0]
     assert "Traceback" not in process.log.read_text()
+
+
+def test_what_the_database_refuses_ends_the_collector_at_once(
+    make_settings: MakeSettings, documents: dict[str, Any]
+) -> None:
+    """An outage is waited out; a refusal stays one however often it is asked."""
+    with served(StubServices().app) as url:
+        settings = make_settings(url, documents=documents)
+        refusal = "BEGIN SELECT RAISE(ABORT, 'no such documents here'); END"
+        with Seen(settings).ledger.engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE TRIGGER refuse BEFORE INSERT ON documents {refusal}")
+
+        async def run() -> None:
+            async with collecting(settings) as task:
+                await asyncio.wait_for(task, 20)
+
+        with pytest.raises(DatabaseRefusalError, match="no such documents here"):
+            asyncio.run(run())

@@ -1,0 +1,142 @@
+"""The line that each checkpoint leaves: what is in it, and what a crash does to it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import torch
+
+from shared.database import DocumentRow, transaction
+from shared.errors import TrainingError
+from tests.trainer.conftest import Stack
+from tests.trainer.documents import candidate, chunk, document, plain_document
+from trainer.assembly import train
+from trainer.evidence import Evidence, EvidenceFile, FinishedDocument
+
+MakeStack = Callable[..., Stack]
+
+
+def line(number: int, *documents: str) -> Evidence:
+    finished = {
+        one: FinishedDocument(entry_id=f"{number}-0", step=number, pairs_by_step={number: 1}) for one in documents
+    }
+    return Evidence(number=number, after=number - 1, step=number, finished=finished, partial={})
+
+
+def lines_of(stack: Stack) -> list[dict[str, Any]]:
+    path = stack.settings.run.folder / "checkpoints/finished.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_a_run_tells_which_updates_each_document_is_in_and_keeps_it(make_stack: MakeStack) -> None:
+    """Three documents of three pairs, steps of four: the second is in both steps, the third has one pair left."""
+    stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
+    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    train(stack.settings, Event())
+    first, second = lines_of(stack)
+    assert (first["number"], first["after"], first["step"]) == (1, 0, 1)
+    assert (second["number"], second["after"], second["step"]) == (2, 1, 2)
+    assert {name: one["pairs_by_step"] for name, one in first["finished"].items()} == {"0.0.0.0": {"1": 3}}
+    assert {name: one["pairs_by_step"] for name, one in second["finished"].items()} == {"0.0.1.0": {"1": 1, "2": 2}}
+    assert second["partial"] == {"0.0.2.0": {"used": 2, "step": 2, "pairs_by_step": {"2": 2}}}
+    with transaction(stack.ledger.engine) as session:
+        rows = session.execute(sa.select(DocumentRow.num_pairs).order_by(DocumentRow.position)).scalars().all()
+    assert rows == [3, 3, None]
+
+
+def test_pairs_of_a_skipped_step_are_told_apart(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=1, pairs_per_step=4)
+    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    trainer = stack.prepare()
+    norm = trainer.policy.model.get_parameter("model.norm.weight")
+    good = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+    trainer.take_step(trainer._next_pairs())  # three pairs of the first document, one of the second
+    with torch.no_grad():
+        norm.copy_(good)
+    trainer.run()
+    (only,) = lines_of(stack)
+    skipped = {name: (one["pairs_by_step"], one["num_skipped"]) for name, one in only["finished"].items()}
+    assert skipped == {"0.0.0.0": ({}, 3), "0.0.1.0": ({"1": 2}, 1)}
+    assert stack.contradictions() == []
+
+
+def test_a_document_in_the_middle_that_comes_back_with_fewer_pairs_is_trained_not_dropped(
+    make_stack: MakeStack,
+) -> None:
+    """A Redis that lost it: the collector scored it again, and now all its candidates tie."""
+    stack = make_stack(steps=1, pairs_per_step=2)
+    stack.write([plain_document(0, run=stack.run)])
+    train(stack.settings, Event())
+    (entry,) = stack.stream.read_pending()
+    stack.stream.acknowledge({entry.entry_id: entry.document_id})
+    tie = document(0, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
+    stack.stream.write(tie)
+    stack.write([plain_document(1, run=stack.run)])
+    train(stack.with_trainer(steps=2).settings, Event())
+    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
+    assert stack.contradictions() == []
+
+
+def test_a_torn_last_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    file.append(line(1, "0.0.0.0"))
+    whole = file.path.read_bytes()
+    file.append(line(2, "0.0.1.0"))
+    both = file.path.read_bytes()
+    for end in range(len(whole), len(both)):
+        file.path.write_bytes(both[:end])
+        assert file.read() == ([line(1, "0.0.0.0")], [])
+        file.append(line(2, "0.0.1.0"))
+        assert file.path.read_bytes() == both
+
+
+def test_a_first_line_that_was_torn_is_written_again(tmp_path: Path) -> None:
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    file.path.write_text('{"number":1,"aft')
+    file.append(line(1, "0.0.0.0"))
+    assert file.read() == ([line(1, "0.0.0.0")], [])
+
+
+def test_a_line_is_written_once_however_long_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.evidence._BLOCK_BYTES", 16)
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    for number in (1, 1, 2, 2, 1):
+        file.append(line(number, *(f"0.0.{n}.{number}" for n in range(20))))
+    assert [one.number for one in file.read()[0]] == [1, 2]
+
+
+def test_a_damaged_line_is_named_and_never_written_over(tmp_path: Path) -> None:
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    file.append(line(1, "0.0.0.0"))
+    file.path.write_bytes(file.path.read_bytes() + b"{}\n")
+    assert file.read()[1] == ["line 2 can't be read: Field required"]
+    with pytest.raises(TrainingError, match="move a damaged file away"):
+        file.append(line(2, "0.0.1.0"))
+    assert file.path.read_bytes().endswith(b"{}\n")
+
+
+def test_a_run_from_before_goes_on_and_leaves_evidence_from_there(make_stack: MakeStack) -> None:
+    """Its checkpoint knows neither numbers nor pairs by step."""
+    stack = make_stack(steps=1, pairs_per_step=4)
+    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    train(stack.settings, Event())
+    folder = stack.settings.run.folder / "checkpoints"
+    (folder / "finished.jsonl").unlink()
+    state = json.loads((folder / "step-00000001/state.json").read_text())
+    for name in ("number", "after", "row"):
+        del state[name]
+    for finished in state["finished"].values():
+        del finished["pairs_by_step"], finished["num_skipped"]
+    del state["partial"]["0.0.1.0"]["pairs_by_step"]
+    (folder / "step-00000001/state.json").write_text(json.dumps(state))
+    train(stack.with_trainer(steps=2).settings, Event())
+    (only,) = lines_of(stack)
+    assert (only["number"], only["after"], only["step"]) == (1, 1, 2)
+    assert only["finished"]["0.0.1.0"]["pairs_by_step"] == {"1": 1, "2": 2}
+    assert stack.contradictions() == []
