@@ -9,7 +9,7 @@ zeros included, and nearly always +1 or -1. Integers are laid in planes (all low
 which is what lets an entropy coder see how small they are.
 
 A difference says nothing without its base. The manifest names the base and has the checksum of the resulting state;
-whoever applies patches compares it (services/rollout/weight_copy.py).
+whoever applies patches compares it (services/rollout/held_weights.py).
 """
 
 import json
@@ -22,7 +22,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from shared.errors import WeightStoreError
-from shared.weight_state import Bits, State
+from shared.weight_state import Bits, State, StateSums
 
 PREFIX = b"headwater-sparse-1\n"
 _ZSTD_LEVEL = 3
@@ -71,6 +71,15 @@ def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
     """Change the bits of `state`, which must be writable and the state that `patches` were found against."""
     for patch in patches:
         state[patch.name].bits[patch.indices] += patch.changes
+
+
+def patched_sums(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> StateSums:
+    """The sums of `base` as they will be once `patches` are applied to it; `sums` are those of `base`."""
+    changes = {}
+    for patch in patches:
+        before = base[patch.name].bits[patch.indices]
+        changes[patch.name] = (patch.indices, before, before + patch.changes)
+    return sums.changed(changes)
 
 
 def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:

@@ -109,10 +109,13 @@ def _forge(tensor: Callable[[Tensor], Tensor], name: str = NORM) -> Breaking:
     return break_it
 
 
-def _wrong_checksum(author: Author, version: int) -> None:
-    author.step()
-    patches = find_patches(author._published, author.state())
-    author.publish_changes(version, patches, checksum="xxh3_128:" + 32 * "0")
+def _wrong_checksum(form: str) -> Breaking:
+    def break_it(author: Author, version: int) -> None:
+        author.step()
+        patches = find_patches(author._published, author.state())
+        author.publish_changes(version, patches, checksum=form + 32 * "0")
+
+    return break_it
 
 
 def _not_finite(author: Author, version: int) -> None:
@@ -136,7 +139,8 @@ BROKEN: dict[str, Breaking] = {
     "has dtype F16, the base's is BF16": _forge(lambda norm: norm.to(torch.float16)),
     "has dtype F32, the base's is BF16": _forge(lambda norm: norm.to(torch.float32)),
     "the base has no tensor 'model.other.weight'": _forge(lambda norm: norm.clone(), "model.other.weight"),
-    "its manifest says xxh3_128:0000": _wrong_checksum,
+    "its manifest says rows_1:0000": _wrong_checksum("rows_1:"),
+    "written by another version of this program": _wrong_checksum("xxh3_128:"),
     "holds NaN": _not_finite,
     "rests on": _without_manifest_of_its_base,
 }
