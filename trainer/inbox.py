@@ -153,7 +153,8 @@ class Inbox:
         if held is not None or self._is_finished(document.document_id):
             return self._acknowledge_duplicate(delivery)
         begun = self._partial.get(document.document_id)
-        if begun is None and max(document.policy_versions, default=0) > policy_version:
+        # Version 0 is also that of a replica that has loaded nothing yet.
+        if begun is None and max(document.policy_versions, default=0) > max(policy_version, 0):
             return self._drop_newer(delivery, policy_version)
         if begun is None and self._lag(document, policy_version) > self._settings.trainer.max_policy_lag:
             return self._drop_stale(delivery, policy_version)
