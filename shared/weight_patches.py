@@ -8,8 +8,8 @@ taken as an unsigned integer, from the base's, modulo 2^width: exact for every p
 zeros included, and nearly always +1 or -1. Integers are laid in planes (all lowest bytes, then all next ones, ...),
 which is what lets an entropy coder see how small they are.
 
-A difference says nothing without its base. The manifest names the base and has the checksum of the resulting state;
-whoever applies patches compares it (services/rollout/held_weights.py).
+A difference says nothing without its base. The manifest names the base and has checksums of the resulting state and of
+the changed elements; whoever applies patches compares both (services/rollout/held_weights.py).
 """
 
 import json
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 import zstandard
 from numpy.typing import NDArray
 
@@ -73,13 +74,18 @@ def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
         state[patch.name].bits[patch.indices] += patch.changes
 
 
-def patched_sums(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> StateSums:
-    """The sums of `base` as they will be once `patches` are applied to it; `sums` are those of `base`."""
+def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tuple[StateSums, str]:
+    """What `base`, of which `sums` are, will be once `patches` are applied: its sums, and the checksum of the changed
+    elements alone. The sums tell whether the changes fit the base that the sums are of; the checksum, whether the bits
+    that lie in memory are still those of that base."""
     changes = {}
+    digest = xxhash.xxh3_128()
     for patch in patches:
         before = base[patch.name].bits[patch.indices]
-        changes[patch.name] = (patch.indices, before, before + patch.changes)
-    return sums.changed(changes)
+        after = before + patch.changes
+        changes[patch.name] = (patch.indices, before, after)
+        digest.update(after.data)
+    return sums.changed(changes), f"xxh3_128:{digest.hexdigest()}"
 
 
 def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:

@@ -54,6 +54,8 @@ class Manifest(Record):
     """Sparse: the version that the changes are to be applied to."""
     state_checksum: str = ""
     """Of all tensors together (shared/weight_state.py), after the changes. A sparse version has one always."""
+    changed_checksum: str = ""
+    """Sparse: of the changed elements alone, as they are after the changes (shared/weight_patches.py)."""
     files: tuple[WeightFile, ...]
     created_at: float
 
@@ -105,6 +107,7 @@ class WeightStore:
         epoch: str = "",
         base: int | None = None,
         state_checksum: str = "",
+        changed_checksum: str = "",
     ) -> Manifest:
         """Write all files, then the manifest; sparse if there is a `base`.
 
@@ -120,6 +123,7 @@ class WeightStore:
             form="full" if base is None else "sparse",
             base=base,
             state_checksum=state_checksum,
+            changed_checksum=changed_checksum,
             files=tuple(
                 WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                 for name, content in files.items()

@@ -28,7 +28,7 @@ from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
-from shared.weight_patches import encode_patches, find_patches, patched_sums
+from shared.weight_patches import encode_patches, find_patches, foresee
 from shared.weight_state import State, StateSums, lay_out, parse_state
 from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from trainer.patience import Patience
@@ -68,6 +68,7 @@ class _Update:
     state: State
     sums: StateSums
     base: int | None = None
+    changed_checksum: str = ""
 
 
 @dataclass
@@ -131,11 +132,11 @@ class WeightPublisher:
         if last is None or last.num_sparse + 1 >= self.full_every:
             return _Update(FULL_FILE, content, state, StateSums.of(state))
         patches = find_patches(last.state, state)
-        sums = patched_sums(last.sums, patches, last.state)
+        sums, changed_checksum = foresee(last.sums, patches, last.state)
         changes = encode_patches(patches, last.state)
         if len(changes) >= len(content):
             return _Update(FULL_FILE, content, state, sums)
-        return _Update(SPARSE_FILE, changes, state, sums, base=last.version)
+        return _Update(SPARSE_FILE, changes, state, sums, base=last.version, changed_checksum=changed_checksum)
 
     def _write(self, update: _Update, version: int, step: int) -> Manifest:
         try:
@@ -146,6 +147,7 @@ class WeightPublisher:
                 epoch=self.epoch,
                 base=update.base,
                 state_checksum=update.sums.checksum,
+                changed_checksum=update.changed_checksum,
             )
         except OSError as exc:
             # without a manifest the version does not exist; the next start writes over its folder

@@ -1,7 +1,7 @@
 """A whole weight version in a replica's memory: what changes are found to fit, and applied to. Used by weight_copy.py.
 
 An update takes work in proportion to its changes: their old bits are read, the checksum of the whole state is brought
-up to date from them (shared/weight_state.py) and compared with the manifest's, and only then do bits change.
+up to date from them (shared/weight_state.py), and only if it is the manifest's do bits change.
 """
 
 import json
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import WeightStoreError
-from shared.weight_patches import TensorPatch, apply_patches, decode_patches, patched_sums
+from shared.weight_patches import TensorPatch, apply_patches, decode_patches, foresee
 from shared.weight_state import CHECKSUM_FORM, BitTensor, StateSums, parse_state, write_state
+from shared.weight_store import Manifest
 
 
 class MismatchError(WeightStoreError):
@@ -48,21 +49,27 @@ class HeldWeights:
         """Reads the whole state."""
         return StateSums.of(self._state).checksum == self._sums.checksum
 
-    def apply(self, file: Path, *, version: int, checksum: str) -> list[TensorPatch]:
-        """Become `version` by the changes in `file`; returns them. MismatchError, and nothing has changed, unless the
-        result has the checksum."""
+    def apply(self, file: Path, wanted: Manifest) -> list[TensorPatch]:
+        """Become `wanted` by the changes in `file`; returns them. MismatchError, and nothing has changed, unless the
+        result has the manifest's checksums."""
+        version, checksum = wanted.version, wanted.state_checksum
         if not checksum.startswith(CHECKSUM_FORM):
             raise MismatchError(
-                f"weight version {version} was written by another version of this program (its checksum is "
-                f"{checksum}): start the trainer, which begins with a full version"
+                f"weight version {version} was written by another version of this program, its checksum is {checksum}: "
+                "start the trainer, which begins with a full version"
             )
         try:
             patches = decode_patches(file.read_bytes(), self._state, where=file.name)
         except WeightStoreError as exc:
             raise MismatchError(f"weight version {version}: {exc}") from exc
-        sums = patched_sums(self._sums, patches, self._state)
+        sums, changed = foresee(self._sums, patches, self._state)
         if sums.checksum != checksum:
             raise MismatchError(f"weight version {version} comes out as {sums.checksum}, its manifest says {checksum}")
+        if changed != wanted.changed_checksum:
+            raise MismatchError(
+                f"the changed elements of weight version {version} come out as {changed}, its manifest says "
+                f"{wanted.changed_checksum or 'nothing of them'}"
+            )
         apply_patches(self._state, patches)
         self._sums = sums
         return patches
@@ -71,7 +78,7 @@ class HeldWeights:
         """Become again what was held before `patches` (of several versions: one after the other) were applied."""
         for patch in reversed(patches):
             inverse = TensorPatch(patch.name, patch.indices, np.negative(patch.changes))
-            self._sums = patched_sums(self._sums, [inverse], self._state)
+            self._sums, _ = foresee(self._sums, [inverse], self._state)
             apply_patches(self._state, [inverse])
 
     def write(self, file: Path) -> None:

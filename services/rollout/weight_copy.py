@@ -218,8 +218,7 @@ class WeightCopy:
             good, trouble = _fetch_links(store, links, temporary)
             began = time.perf_counter()
             for link in good:
-                file = temporary / _link_name(link)
-                applied += held.apply(file, version=link.version, checksum=link.state_checksum)
+                applied += held.apply(temporary / _link_name(link), link)
             changed = self._folder / f"{_folder_name(good[-1].version)}.patches"
             held.write_changes(changed, applied)
             metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
@@ -240,7 +239,7 @@ class WeightCopy:
                 whole = HeldWeights.read(temporary / FULL_FILE) if good[0].form == "full" else self._copy_of_current()
                 for link in changes:
                     file = temporary / _link_name(link)
-                    whole.apply(file, version=link.version, checksum=link.state_checksum)
+                    whole.apply(file, link)
                     file.unlink()
                 whole.write(temporary / FULL_FILE)
                 metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
