@@ -58,8 +58,8 @@ def test_a_run_survives_the_death_of_every_part_and_goes_on_after_its_end(recipe
 
 
 def test_a_run_whose_weights_travel_through_a_bucket(recipe: Recipe, s3: Any) -> None:
-    """Full and sparse versions; what the rollout service had last of each start is what the trainer put there, checksum
-    and all. A second start goes on in the same bucket."""
+    """Full and sparse versions, none of them refused; the last whole one that the rollout service had is what the
+    trainer put there, checksum and all. A second start goes on in the same bucket."""
     options = ("--weights.store", "s3://weights/run", "--rollout.engine.dtype", "bfloat16")
     with recipe.launch("--trainer.steps", "6", *options) as run:
         assert run.finish() == 0, run.output
@@ -74,6 +74,7 @@ def test_a_run_whose_weights_travel_through_a_bucket(recipe: Recipe, s3: Any) ->
     served = {int(copy.parent.name.removeprefix("v")): state_checksum(map_state(copy)) for copy in copies}
     assert max(served) >= 6
     assert served == {version: store.manifest(version).state_checksum for version in served}
+    assert "refused_weights" not in recipe.event_kinds()
 
 
 def test_a_judge_that_hangs_makes_the_run_wait_and_a_resumed_run_stops_calmly(recipe: Recipe) -> None:
