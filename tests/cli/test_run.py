@@ -72,8 +72,9 @@ def test_a_run_whose_weights_travel_through_a_bucket(recipe: Recipe, s3: Any) ->
     assert store.manifest(store.versions()[-1]).step == 8
     copies = (recipe.run_folder / "replicas").glob("*/v*/model.safetensors")  # a replica for each port
     served = {int(copy.parent.name.removeprefix("v")): state_checksum(map_state(copy)) for copy in copies}
-    assert max(served) >= 6
-    assert served == {version: store.manifest(version).state_checksum for version in served}
+    newest = max(served)  # the second start's, which the store still has
+    assert newest >= 6
+    assert served[newest] == store.manifest(newest).state_checksum
     assert "refused_weights" not in recipe.event_kinds()
 
 
