@@ -14,6 +14,11 @@ which `pause` is when nothing is generated. The peer is what one would do otherw
 vLLM's `reload_weights` (paused meanwhile, since it is not made for requests in flight) or `from_pretrained`.
 
 Where the floor lies is measured too: the same bytes copied in memory, and written to this disk and synced.
+
+    python -m benchmarks.weight_push --replica [--before CHECKOUT] [--json FILE]
+
+measures something else: the bytes that a replica reads and writes for one sparse update, and its seconds, beside those
+of another checkout of this project (replica_costs.py).
 """
 
 import asyncio
@@ -34,12 +39,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.pushed_weights import RATES, SIZES, Pushed, Size, push_versions
+from benchmarks.replica_costs import SIZES as REPLICA_SIZES
+from benchmarks.replica_costs import measure_replica
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.build import build_engine
 from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared import metrics
+from shared.coordination import AnnouncedWeights
 from shared.settings import EngineSettings
 from shared.weight_store import WeightStore
 
@@ -55,13 +63,22 @@ Seconds = dict[str, list[float]]
 def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models to measure")
+    options.add_argument("--replica", action="store_true", help="only what a sparse update costs a replica")
+    options.add_argument("--before", type=Path, help="with --replica: folder of another checkout to compare with")
     given = options.parse_args()
-    kinds = ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
     report = Report()
+    if given.replica:
+        measure_replica(report, REPLICA_SIZES, other=given.before, num_rounds=1 if given.quick else 2)
+        return _finish(report, given.json)
+    kinds = ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
     for name in given.sizes:
         measure_size(report, SIZES[name], kinds, num_versions=2 if given.quick else 5)
+    return _finish(report, given.json)
+
+
+def _finish(report: Report, json_file: Path | None) -> int:
     report.figures["other load while measuring (1 min average)"] = os.getloadavg()[0]
-    return report.finish(given.json)
+    return report.finish(json_file)
 
 
 def measure_size(report: Report, size: Size, kinds: list[str], *, num_versions: int) -> None:
@@ -124,7 +141,7 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
         store=WeightStore(str(arriving)),
         copy=WeightCopy(folder / "copy"),
         engine=engine,
-        announced=lambda: announced[0],
+        announced=lambda: AnnouncedWeights(announced[0]),
         events=_NoEvents(),
         poll_interval_s=1.0,
     )

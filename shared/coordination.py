@@ -76,6 +76,15 @@ class TrainerReport:
     state: TrainerState
 
 
+@dataclass(frozen=True)
+class AnnouncedWeights:
+    """The weight version that replicas are to serve."""
+
+    version: int
+    epoch: str = ""
+    """The lineage that the number belongs to (shared/weight_store.py)."""
+
+
 class Coordination:
     """One run's facts in Redis. Raises StreamError when Redis can't be reached."""
 
@@ -83,15 +92,22 @@ class Coordination:
         self._client: Any = client
         self._run = run
 
-    def announce_weights(self, version: int) -> None:
+    def announce_weights(self, version: int, *, epoch: str = "") -> None:
         with translated():
-            self._client.set(weights_key(self._run), version)
+            self._client.set(weights_key(self._run), f"{version} {epoch}")
 
-    def announced_version(self) -> int | None:
-        """None until the trainer has announced one."""
+    def announced_weights(self) -> AnnouncedWeights | None:
+        """None until the trainer has announced some."""
         with translated():
             value = self._client.get(weights_key(self._run))
-        return None if value is None else int(value)
+        if value is None:
+            return None
+        version, _, epoch = value.decode().partition(" ")
+        return AnnouncedWeights(int(version), epoch)
+
+    def announced_version(self) -> int | None:
+        announced = self.announced_weights()
+        return None if announced is None else announced.version
 
     def report_replica(self, replica: str, version: int, *, lifetime_s: float) -> None:
         """It lives and serves `version`; unless it says so again within `lifetime_s`, it counts as dead."""

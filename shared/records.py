@@ -146,11 +146,15 @@ class ScoredDocument(Record):
         return str(self.key)
 
     @property
-    def oldest_policy_version(self) -> int | None:
-        versions = [
+    def policy_versions(self) -> tuple[int, ...]:
+        """Of all rollouts."""
+        return tuple(
             candidate.policy_version
             for chunk in self.chunks
             for candidate in chunk.candidates
             if candidate.policy_version is not None
-        ]
-        return min(versions, default=None)
+        )
+
+    @property
+    def oldest_policy_version(self) -> int | None:
+        return min(self.policy_versions, default=None)

@@ -8,8 +8,8 @@ taken as an unsigned integer, from the base's, modulo 2^width: exact for every p
 zeros included, and nearly always +1 or -1. Integers are laid in planes (all lowest bytes, then all next ones, ...),
 which is what lets an entropy coder see how small they are.
 
-A difference says nothing without its base. The manifest names the base and has the checksum of the resulting state;
-whoever applies patches compares it (services/rollout/weight_copy.py).
+A difference says nothing without its base. The manifest names the base and has checksums of the resulting state and of
+the changed elements; whoever applies patches compares both (services/rollout/held_weights.py).
 """
 
 import json
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import xxhash
 import zstandard
 from numpy.typing import NDArray
 
 from shared.errors import WeightStoreError
-from shared.weight_state import Bits, State
+from shared.weight_state import Bits, State, StateSums
 
 PREFIX = b"headwater-sparse-1\n"
 _ZSTD_LEVEL = 3
@@ -71,6 +72,20 @@ def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
     """Change the bits of `state`, which must be writable and the state that `patches` were found against."""
     for patch in patches:
         state[patch.name].bits[patch.indices] += patch.changes
+
+
+def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tuple[StateSums, str]:
+    """What `base`, of which `sums` are, will be once `patches` are applied: its sums, and the checksum of the changed
+    elements alone. The sums tell whether the changes fit the base that the sums are of; the checksum, whether the bits
+    that lie in memory are still those of that base."""
+    changes = {}
+    digest = xxhash.xxh3_128()
+    for patch in patches:
+        before = base[patch.name].bits[patch.indices]
+        after = before + patch.changes
+        changes[patch.name] = (patch.indices, before, after)
+        digest.update(after.data)
+    return sums.changed(changes), f"xxh3_128:{digest.hexdigest()}"
 
 
 def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:

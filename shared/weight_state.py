@@ -1,17 +1,22 @@
 """A policy's weights as bits: what trainer and replica compare, patch and take checksums of. No torch, no floats.
 
-Both hold a safetensors file (the trainer in memory, the replica mapped from its disk); a *state* is its tensors by
-name, each a flat view of unsigned integers as wide as its elements. Bits, not numbers, because equal means
-equal to the last one: -0.0 is not 0.0 here, and a NaN equals itself.
+Both hold a safetensors file in memory; a *state* is its tensors by name, each a flat view of unsigned integers as wide
+as its elements. Bits, not numbers, because equal means equal to the last one: -0.0 is not 0.0 here, and a NaN equals
+itself.
+
+The checksum of a state can be brought up to date from its changes alone (`StateSums`). A tensor is cut into rows of
+64 KiB; a row's sum is that of its 32-bit words, each multiplied by an odd number of its place, modulo 2^64. An element
+that changes adds the difference of its word times that number. The checksum is a hash of all sums, names and layouts.
 """
 
 import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -20,7 +25,12 @@ from numpy.typing import NDArray
 from shared.errors import WeightStoreError
 
 Bits = NDArray[np.unsignedinteger[Any]]
+Sums = NDArray[np.uint64]
 Content = bytes | bytearray | memoryview | mmap.mmap
+
+CHECKSUM_FORM = "rows_1:"
+_ROW_BYTES, _WORD_BYTES = 1 << 16, 4
+_ROW_WORDS = _ROW_BYTES // _WORD_BYTES
 
 _LENGTH_BYTES = 8
 """A safetensors file: the header's length (little-endian), the header (JSON), the tensors' bytes."""
@@ -107,18 +117,84 @@ def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
             opened.write(np.ascontiguousarray(state[name].bits).data)
 
 
-def state_checksum(state: State) -> str:
-    """128 bits of XXH3 over names, dtypes, shapes and bits, in the order of the names.
+@dataclass(frozen=True)
+class StateSums:
+    """The sums of all rows of a state, which one checksum is made of."""
 
-    It guards against accidents at the speed of memory, not against an author of manifests with bad intentions: who can
-    write to the store can write any weights.
-    """
-    digest = xxhash.xxh3_128()
-    for name in sorted(state):
-        tensor = state[name]
-        digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-        digest.update(np.ascontiguousarray(tensor.bits).data)
-    return f"xxh3_128:{digest.hexdigest()}"
+    layouts: Mapping[str, tuple[str, tuple[int, ...]]]
+    rows: Mapping[str, Sums]
+    """By tensor: (number of its rows,)."""
+
+    @classmethod
+    def of(cls, state: State) -> Self:
+        """From the whole state."""
+        return cls(
+            {name: tensor.layout for name, tensor in state.items()},
+            {name: _row_sums(tensor.bits) for name, tensor in state.items()},
+        )
+
+    def changed(self, changes: Mapping[str, tuple[NDArray[np.int64], Bits, Bits]]) -> "StateSums":
+        """The sums after some elements of some tensors changed: by name their indices (N,), ascending and distinct,
+        into the flattened tensor, their bits (N,) before and after. The work is in proportion to N."""
+        rows = dict(self.rows)
+        for name, (indices, before, after) in changes.items():
+            rows[name] = rows[name].copy()
+            _add_changes(rows[name], indices, before, after)
+        return StateSums(self.layouts, rows)
+
+    @property
+    def checksum(self) -> str:
+        """It guards against accidents, not against an author of manifests with bad intentions: who can write to the
+        store can write any weights."""
+        digest = xxhash.xxh3_128()
+        for name in sorted(self.rows):
+            digest.update(json.dumps([name, *self.layouts[name]]).encode())
+            digest.update(self.rows[name].data)
+        return f"{CHECKSUM_FORM}{digest.hexdigest()}"
+
+
+def state_checksum(state: State) -> str:
+    """Of the whole state, whatever the order of its tensors."""
+    return StateSums.of(state).checksum
+
+
+def _row_sums(bits: Bits) -> Sums:
+    content = np.ascontiguousarray(bits).view(np.uint8)
+    num_full = len(content) // _ROW_BYTES
+    sums = np.zeros(-(-len(content) // _ROW_BYTES), "<u8")
+    words = content[: num_full * _ROW_BYTES].view("<u4").reshape(num_full, _ROW_WORDS)
+    np.einsum("ij,j->i", words, _weights(), out=sums[:num_full], dtype=np.uint64, casting="unsafe")
+    if num_full < len(sums):
+        rest = content[num_full * _ROW_BYTES :].tobytes()
+        last = np.frombuffer(rest + bytes(-len(rest) % _WORD_BYTES), "<u4").astype(np.uint64)
+        sums[-1] = np.dot(last, _weights()[: len(last)])
+    return sums
+
+
+def _add_changes(sums: Sums, indices: NDArray[np.int64], before: Bits, after: Bits) -> None:
+    if not len(indices):
+        return
+    width = before.itemsize
+    if width > _WORD_BYTES:  # two words each
+        indices = np.stack([2 * indices, 2 * indices + 1], axis=1).reshape(-1)
+        before, after, width = before.view("<u4"), after.view("<u4"), _WORD_BYTES
+    per_word = _WORD_BYTES // width
+    words, shifts = indices // per_word, (8 * width * (indices % per_word)).astype(np.uint64)
+    changes = (after.astype(np.uint64) - before.astype(np.uint64)) << shifts
+    changes *= _weights()[words % _ROW_WORDS]
+    rows = words // _ROW_WORDS
+    firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+    sums[rows[firsts]] += np.add.reduceat(changes, firsts)
+
+
+@cache
+def _weights() -> Sums:
+    """(_ROW_WORDS,) odd numbers without order (splitmix64): part of the checksum's form."""
+    mixed = np.arange(1, _ROW_WORDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    weights: Sums = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
+    return weights
 
 
 def _view(

@@ -7,6 +7,9 @@
 The trainer is the only writer. Readers fetch into a local folder and compare checksums before they let an engine
 touch a file. Versions only ever ascend, also after a resume from an older checkpoint; `step` says which update
 a version belongs to. A sparse version rests on its base and so, link by link, on a full one: `chain` finds it.
+
+Numbers are comparable within one *epoch* only: a trainer that does not go on from what was announced before it, because
+the store or Redis was wiped or restored, begins another one (trainer/weights.py).
 """
 
 import hashlib
@@ -43,12 +46,16 @@ class Manifest(Record):
     """What one version consists of."""
 
     version: int = Field(ge=0)
+    epoch: str = ""
+    """The id of the lineage that the number belongs to; empty in stores from before there were epochs."""
     step: int = Field(ge=0)
     form: Literal["full", "sparse"] = "full"
     base: int | None = None
     """Sparse: the version that the changes are to be applied to."""
     state_checksum: str = ""
     """Of all tensors together (shared/weight_state.py), after the changes. A sparse version has one always."""
+    changed_checksum: str = ""
+    """Sparse: of the changed elements alone, as they are after the changes (shared/weight_patches.py)."""
     files: tuple[WeightFile, ...]
     created_at: float
 
@@ -97,8 +104,10 @@ class WeightStore:
         *,
         version: int,
         step: int,
+        epoch: str = "",
         base: int | None = None,
         state_checksum: str = "",
+        changed_checksum: str = "",
     ) -> Manifest:
         """Write all files, then the manifest; sparse if there is a `base`.
 
@@ -109,10 +118,12 @@ class WeightStore:
             raise WeightStoreError(f"weight version {version} already lies in {self.root}: versions only ascend")
         manifest = Manifest(
             version=version,
+            epoch=epoch,
             step=step,
             form="full" if base is None else "sparse",
             base=base,
             state_checksum=state_checksum,
+            changed_checksum=changed_checksum,
             files=tuple(
                 WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
                 for name, content in files.items()
@@ -151,8 +162,8 @@ class WeightStore:
         return found
 
     def chain(self, version: int, *, known: int | None = None) -> list[Manifest]:
-        """What leads to `version`, in order: from the last full one, or from behind version `known` if that is on
-        the way. WeightStoreError if a link's manifest is missing or unreadable."""
+        """What leads to `version`, in order: from the last full one, or from behind version `known` (of the same epoch)
+        if that is on the way. WeightStoreError if a link's manifest is missing, unreadable or of another epoch."""
         links: list[Manifest] = []
         wanted: int | None = version
         while wanted is not None and wanted != known:
@@ -160,6 +171,8 @@ class WeightStore:
                 links.append(self.manifest(wanted))
             except WeightStoreError as exc:
                 raise exc if not links else WeightStoreError(f"version {version} rests on {wanted}: {exc}") from exc
+            if links[-1].epoch != links[0].epoch:
+                raise WeightStoreError(f"version {version} rests on {wanted}, which is of another epoch")
             wanted = links[-1].base
         return links[::-1]
 

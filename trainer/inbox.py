@@ -1,6 +1,6 @@
 """The trainer's side of the stream: reads documents, filters them, holds their pairs until a checkpoint has them.
 
-    pending first (after a start), then new -> duplicate? stale? no pair? -> held -> taken by steps -> finished
+    pending first (after a start), then new -> duplicate? newer? stale? no pair? -> held -> taken by steps -> finished
     checkpoint and its evidence on disk -> ledger: trained -> stream: acknowledged -> forgotten
 
 `fill` is where the trainer blocks; a collector's write unblocks it, as do the stop event and the end of the source.
@@ -79,8 +79,8 @@ class Inbox:
     def fill(self, num_pairs: int, *, policy_version: int) -> None:
         """Read until `num_pairs` are held; returns earlier when asked to stop or when the source has ended.
 
-        A document more than `max_policy_lag` versions behind `policy_version` is dropped. Raises TrainingError when
-        nothing arrives for `trainer.stream_timeout_s`.
+        A document more than `max_policy_lag` versions behind `policy_version` is dropped, and so is one ahead of it.
+        Raises TrainingError when nothing arrives for `trainer.stream_timeout_s`.
         """
         arrived = time.monotonic()
         while self.num_pairs < num_pairs and not self._stop.is_set():
@@ -166,6 +166,9 @@ class Inbox:
         if held is not None or self._is_finished(document.document_id):
             return self._acknowledge_duplicate(delivery)
         begun = self._partial.get(document.document_id)
+        # Version 0 is also that of a replica that has loaded nothing yet.
+        if begun is None and max(document.policy_versions, default=0) > max(policy_version, 0):
+            return self._drop_newer(delivery, policy_version)
         if begun is None and self._lag(document, policy_version) > self._settings.trainer.max_policy_lag:
             return self._drop_stale(delivery, policy_version)
         return self._hold(delivery, begun)
@@ -208,6 +211,12 @@ class Inbox:
         metrics.stale_documents_total.inc()
         oldest = entry.document.oldest_policy_version
         self._drop(entry, "stale", f"sampled under version {oldest}, read at version {policy_version}")
+
+    def _drop_newer(self, entry: StreamEntry, policy_version: int) -> None:
+        """Another policy's rollouts: this trainer has published no such version, and never publishes one again that
+        anybody has seen."""
+        newest = max(entry.document.policy_versions)
+        self._drop(entry, "newer_than_policy", f"sampled under version {newest}, read at version {policy_version}")
 
     def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
         """The ledger first: after a crash in between the entry comes again and is known as dropped."""

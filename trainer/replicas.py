@@ -35,7 +35,8 @@ class Replicas:
     """Replicas that did not catch up in time, with the version they had: waited for again once they move."""
 
     def keep_up(self, version: int) -> None:
-        """Look who lives; if any is more than `max_lag` behind `version`, wait until none is, `max_wait_s` at most."""
+        """Look who lives; if any is more than `max_lag` behind `version`, or ahead of it (on weights of another epoch),
+        wait until none is, `max_wait_s` at most."""
         live = self._look()
         if not self.max_wait_s:
             return
@@ -63,7 +64,7 @@ class Replicas:
         return {
             replica: served
             for replica, served in live.items()
-            if version - served > self.max_lag and self._given_up.get(replica) != served
+            if not 0 <= version - served <= self.max_lag and self._given_up.get(replica) != served
         }
 
     def _conclude(self, waited_for: Mapping[str, int], late: Mapping[str, int], version: int, seconds: float) -> None:
@@ -74,8 +75,8 @@ class Replicas:
         metrics.replica_waits_total.labels("given_up").inc()
         self._given_up.update(late)
         message = (
-            f"replicas {dict(sorted(late.items()))} are more than {self.max_lag} versions behind {version} after "
-            f"{seconds:.1f} s (trainer.replica_wait_s): training goes on, their rollouts will be dropped as stale; "
+            f"replicas {dict(sorted(late.items()))} are not within {self.max_lag} versions of {version} after "
+            f"{seconds:.1f} s (trainer.replica_wait_s): training goes on, their rollouts will be dropped; "
             "their /readyz says what is wrong"
         )
         _log.warning(message)

@@ -4,13 +4,17 @@
                -> WeightStore.publish (manifest last) -> WeightVersionRow -> announce
 
 Versions only ascend: after a resume from an older checkpoint the loaded weights get a new number, above everything
-that the store, Redis or the checkpoint has seen. The first version of a process is full, then every `full_every`th,
-and any that would not be smaller as changes. What was published last stays in memory to be compared with: 2 bytes a
-parameter in bfloat16, nothing in float32, where every element changes at every step and no version is sparse.
+that the store, Redis, a living replica or the checkpoint has seen. Where the trainer can't know what was seen, because
+the store or Redis was wiped or restored, it begins a new *epoch*: replicas take its versions whatever their numbers.
+
+The first version of a process is full, then every `full_every`th, and any that would not be smaller as changes. What
+was published last stays in memory to be compared with: 2 bytes a parameter in bfloat16, nothing in float32, where every
+element changes at every step and no version is sparse.
 """
 
 import logging
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared import metrics
-from shared.coordination import Coordination
+from shared.coordination import AnnouncedWeights, Coordination
 from shared.database import WeightVersionRow, transaction
 from shared.errors import DatabaseError, WeightStoreError
-from shared.weight_patches import encode_patches, find_patches
-from shared.weight_state import State, lay_out, parse_state, state_checksum
+from shared.weight_patches import encode_patches, find_patches, foresee
+from shared.weight_state import State, StateSums, lay_out, parse_state
 from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from trainer.patience import Patience
 
@@ -51,6 +55,7 @@ class _Published:
 
     version: int
     state: State
+    sums: StateSums
     num_sparse: int
     """Sparse versions since the last full one, this one included."""
 
@@ -62,8 +67,9 @@ class _Update:
     name: str
     content: bytes | bytearray
     state: State
-    state_checksum: str
+    sums: StateSums
     base: int | None = None
+    changed_checksum: str = ""
 
 
 @dataclass
@@ -78,14 +84,32 @@ class WeightPublisher:
     patience: Patience
     version: int = -1
     """The newest published version; -1 before the first."""
+    epoch: str = ""
+    """What its number belongs to; `continue_after` decides it."""
     _last: _Published | None = field(default=None, init=False)
 
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that anybody has seen; 0 where nobody has seen any."""
-        announced = self.patience(self.coordination.announced_version)
-        present = self.store.versions()
-        self.version = max([checkpoint_version, *present, *([] if announced is None else [announced])])
-        self._record_forgotten(present)
+        announced = self.patience(self.coordination.announced_weights)
+        stored = self.store.versions()
+        served = [version for version in self.patience(self.coordination.live_replicas).values() if version]
+        seen = [checkpoint_version, *stored, *served, *([announced.version] if announced else [])]
+        self.version = max(seen)
+        self.epoch = self._epoch_that_goes_on(announced, stored) or uuid.uuid4().hex
+        _log.info("weight versions go on after %d in epoch %s", self.version, self.epoch)
+        self._record_forgotten(stored)
+
+    def _epoch_that_goes_on(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
+        """That of the announcement, if the store still has the announced version or a newer one of its epoch; else
+        empty. (Without an announcement a replica may have seen any number.)"""
+        if announced is None or not stored or stored[-1] < announced.version:
+            return ""
+        try:
+            newest = self.store.manifest(stored[-1])
+        except WeightStoreError as exc:
+            _log.warning("a new epoch of weight versions begins: %s", exc)
+            return ""
+        return announced.epoch if newest.epoch == announced.epoch else ""
 
     def publish(self, model: PreTrainedModel, step: int) -> int:
         """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
@@ -95,7 +119,7 @@ class WeightPublisher:
         manifest = self._write(update, version, step)
         seconds = time.perf_counter() - began
         self._record(manifest, seconds)
-        self.patience(lambda: self.coordination.announce_weights(version))
+        self.patience(lambda: self.coordination.announce_weights(version, epoch=self.epoch))
         self.version = version
         self._remember(update)
         self._prune()
@@ -106,14 +130,15 @@ class WeightPublisher:
     def _prepare(self, content: bytearray) -> _Update:
         """The changes since the last version, if there is one, if a full one isn't due, and if they are smaller."""
         state = parse_state(content, where="the policy")
-        full = _Update(FULL_FILE, content, state, state_checksum(state))
         last = self._last
         if last is None or last.num_sparse + 1 >= self.full_every:
-            return full
-        changes = encode_patches(find_patches(last.state, state), last.state)
+            return _Update(FULL_FILE, content, state, StateSums.of(state))
+        patches = find_patches(last.state, state)
+        sums, changed_checksum = foresee(last.sums, patches, last.state)
+        changes = encode_patches(patches, last.state)
         if len(changes) >= len(content):
-            return full
-        return _Update(SPARSE_FILE, changes, state, full.state_checksum, base=last.version)
+            return _Update(FULL_FILE, content, state, sums)
+        return _Update(SPARSE_FILE, changes, state, sums, base=last.version, changed_checksum=changed_checksum)
 
     def _write(self, update: _Update, version: int, step: int) -> Manifest:
         try:
@@ -121,8 +146,10 @@ class WeightPublisher:
                 {update.name: update.content},
                 version=version,
                 step=step,
+                epoch=self.epoch,
                 base=update.base,
-                state_checksum=update.state_checksum,
+                state_checksum=update.sums.checksum,
+                changed_checksum=update.changed_checksum,
             )
         except OSError as exc:
             # without a manifest the version does not exist; the next start writes over its folder
@@ -135,7 +162,7 @@ class WeightPublisher:
         """Only where a next version may be compared with it."""
         if self.dtype == "bfloat16" and self.full_every > 1:
             num_sparse = 0 if update.base is None or self._last is None else self._last.num_sparse + 1
-            self._last = _Published(self.version, update.state, num_sparse)
+            self._last = _Published(self.version, update.state, update.sums, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
         """A version that can't be recorded is taken back: nobody was told of it, and the next start publishes the same

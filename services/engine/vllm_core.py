@@ -216,8 +216,9 @@ def held_to(pattern: str) -> dict[str, Any]:
 
 
 def oldest_version(output: Any) -> int:
-    """Of the weights that a CompletionOutput's tokens were sampled under."""
-    return min(int(span.version) for span in output.weight_versions)
+    """Of the weights that a CompletionOutput's tokens were sampled under: those of its first ones. (Not the lowest
+    number: after a change of epoch that would be a version that its first tokens never saw.)"""
+    return int(output.weight_versions[0].version)
 
 
 def next_token_scores(answer: Any, wanted: Sequence[int]) -> dict[int, TokenScore]:

@@ -86,7 +86,7 @@ def _build_watcher(settings: Settings, engine: Engine, coordination: Coordinatio
         store=WeightStore(settings.weight_store_url),
         copy=WeightCopy(Path(folder)),
         engine=engine,
-        announced=coordination.announced_version if coordination else None,
+        announced=coordination.announced_weights if coordination else None,
         events=RunEvents(settings, role="rollout"),
         poll_interval_s=settings.rollout.poll_interval_s,
     )

@@ -1,10 +1,13 @@
 """The weight watcher: brings announced weight versions from the store into the engine. One thread of its own.
 
-    announced (Redis) --poll--> fetch, compare checksums, patch the own copy (weight_copy.py), the engine generates on
+    announced (Redis) --poll--> fetch, compare checksums, change the own copy (weight_copy.py), the engine generates on
                       --------> engine.patch_weights, where it can, or engine.load_weights --> version served
 
 Whatever fails before the engine has switched leaves the last good version in service: it is counted, logged, written
 as an event and shown in /readyz, and tried again with backoff or when a newer version is announced.
+
+A version is newer if its number is higher within its epoch. One of another epoch is taken whatever its number: the
+trainer has begun anew (trainer/weights.py), and what is loaded belongs to a policy that is no longer trained.
 """
 
 import asyncio
@@ -17,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.engine.base import Engine, PatchableEngine
-from services.rollout.weight_copy import Staged, WeightCopy
+from services.rollout.weight_copy import CopyState, Staged, WeightCopy
 from shared import metrics
+from shared.coordination import AnnouncedWeights
 from shared.errors import EngineError, HeadwaterError, StreamError, WeightStoreError
-from shared.weight_store import WeightStore
+from shared.weight_store import Manifest, WeightStore
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class Events(Protocol):
 class _Refusal:
     """A version that could not be loaded, and when to try it again."""
 
-    version: int
+    wanted: AnnouncedWeights
     reason: str
     num_tries: int
     retry_at: float
@@ -52,7 +56,7 @@ class WeightWatcher:
         store: WeightStore,
         copy: WeightCopy,
         engine: Engine,
-        announced: Callable[[], int | None] | None,
+        announced: Callable[[], AnnouncedWeights | None] | None,
         events: Events,
         poll_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -66,7 +70,7 @@ class WeightWatcher:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
-        self._loaded: int | None = None
+        self._loaded: CopyState | None = None
         self._refusal: _Refusal | None = None
         self._trouble = ""
         self._caught_up = threading.Event()
@@ -74,7 +78,11 @@ class WeightWatcher:
     @property
     def detail(self) -> str:
         """The trouble there is, empty when none."""
-        refused = f"weight version {self._refusal.version} was refused: {self._refusal.reason}" if self._refusal else ""
+        refused = (
+            f"weight version {self._refusal.wanted.version} was refused: {self._refusal.reason}"
+            if self._refusal
+            else ""
+        )
         return "; ".join(part for part in (self._trouble, refused) if part)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -89,7 +97,7 @@ class WeightWatcher:
         self._copy.open()
         try:
             for version in reversed(self._store.versions()):
-                if self._try_version(version):
+                if self._try_manifest(version):
                     break
         except OSError as exc:
             self._hear_nothing(exc)
@@ -109,13 +117,16 @@ class WeightWatcher:
 
     def check(self) -> None:
         """One look: load what is announced if it is new and not refused a moment ago."""
-        version = self._read_announced()
-        if version is None or (self._loaded is not None and version <= self._loaded):
+        wanted = self._read_announced()
+        if wanted is None:
+            return
+        if not self._is_new(wanted):
+            self._copy.keep_up()
             return
         refusal = self._refusal
-        if refusal and refusal.version == version and self._clock() < refusal.retry_at:
+        if refusal and refusal.wanted == wanted and self._clock() < refusal.retry_at:
             return
-        self._try_version(version)
+        self._try_version(wanted)
 
     def _run(self, on_failure: Callable[[BaseException], None]) -> None:
         while not self._stop.wait(self._poll_interval_s):
@@ -126,76 +137,113 @@ class WeightWatcher:
                 on_failure(EngineError(f"the weight watcher broke down: {type(exc).__name__}: {exc}"))
                 raise
 
-    def _read_announced(self) -> int | None:
+    def _read_announced(self) -> AnnouncedWeights | None:
         try:
-            version = self._announced()
-            if version is not None and (self._loaded is None or version > self._loaded):
-                version = self._still_there(version)
+            wanted = self._announced()
+            if wanted is not None and self._is_new(wanted):
+                wanted = self._still_there(wanted)
         except (StreamError, OSError) as exc:
             self._hear_nothing(exc)
             return None
         self._trouble = ""
-        return version
+        return wanted
 
-    def _still_there(self, version: int) -> int:
-        """An announced version may be deleted before a slow replica fetched it: the newest one is as good."""
+    def _is_new(self, wanted: AnnouncedWeights) -> bool:
+        loaded = self._loaded
+        return loaded is None or wanted.epoch != loaded.epoch or wanted.version > loaded.version
+
+    def _still_there(self, wanted: AnnouncedWeights) -> AnnouncedWeights:
+        """An announced version may be deleted before a slow replica fetched it: the newest of its epoch is as good."""
         versions = self._store.versions()
-        return version if version in versions else max([version, *versions])
+        if wanted.version in versions or max(versions, default=-1) < wanted.version:
+            return wanted
+        newest = self._newest()
+        return newest if newest is not None and newest.epoch == wanted.epoch else wanted
 
-    def _newest(self) -> int | None:
-        return max(self._store.versions(), default=None)
+    def _newest(self) -> AnnouncedWeights | None:
+        version = max(self._store.versions(), default=None)
+        try:
+            return None if version is None else _announcement(self._store.manifest(version))
+        except WeightStoreError:
+            return None if version is None else AnnouncedWeights(version)  # refused as soon as it is tried
 
     def _hear_nothing(self, exc: Exception) -> None:
         if not self._trouble:
-            _log.warning("new weights can't be heard of, version %s stays in service: %s", self._loaded, exc)
+            _log.warning("new weights can't be heard of, version %s stays in service: %s", self._serving, exc)
         self._trouble = f"new weights can't be heard of: {exc}"
 
-    def _try_version(self, version: int) -> bool:
+    @property
+    def _serving(self) -> int | None:
+        return self._loaded.version if self._loaded else None
+
+    def _try_manifest(self, version: int) -> bool:
+        """Whatever its epoch."""
+        try:
+            wanted = _announcement(self._store.manifest(version))
+        except WeightStoreError as exc:
+            self._refuse(AnnouncedWeights(version), exc)
+            return False
+        return self._try_version(wanted)
+
+    def _try_version(self, wanted: AnnouncedWeights) -> bool:
         """True once the engine serves it, or a newer one than before that lies on the way to it."""
         try:
-            staged = self._load(version)
+            staged = self._load(wanted)
         except (HeadwaterError, OSError) as exc:
-            self._refuse(version, exc)
+            self._refuse(wanted, exc)
             return False
-        self._loaded = staged.version
-        if self._refusal and self._refusal.version <= staged.version:
+        self._loaded = staged.state
+        if self._refusal and (
+            self._refusal.wanted.epoch != staged.state.epoch or not self._is_new(self._refusal.wanted)
+        ):
             self._refusal = None
         metrics.policy_version.set(staged.version)
-        _log.info("weights loaded", extra={"version": staged.version})
+        _log.info("weights loaded", extra={"version": staged.version, "epoch": staged.state.epoch})
         if staged.trouble:
-            self._refuse(version, WeightStoreError(staged.trouble))
+            self._refuse(wanted, WeightStoreError(staged.trouble))
         return True
 
-    def _load(self, version: int) -> Staged:
-        staged = self._copy.stage(self._store, version, with_patches=self._takes_patches())
+    def _load(self, wanted: AnnouncedWeights) -> Staged:
+        staged = self._copy.stage(self._store, self._manifest(wanted), with_changes=self._takes_changes())
         began = time.perf_counter()
         try:
-            if self._loaded is not None and staged.version <= self._loaded:
+            if not self._is_new(AnnouncedWeights(staged.version, staged.state.epoch)):
                 raise WeightStoreError(staged.trouble or f"only version {staged.version} could be had")
-            self._switch_engine(staged)
+            if not self._patch_engine(staged):
+                staged = self._copy.write(staged)
+                assert staged.folder is not None
+                self._wait_for(self._engine.load_weights(staged.folder, staged.version))
         except BaseException:
             self._copy.discard(staged)
             raise
-        self._copy.adopt(staged)
         metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - began)
+        self._copy.adopt(staged)
         return staged
 
-    def _takes_patches(self) -> bool:
-        """Whether the engine can go from the own copy's version, which it must serve, to the next in place."""
-        engine = self._engine
-        return isinstance(engine, PatchableEngine) and engine.can_patch and engine.weight_version == self._copy.version
+    def _manifest(self, wanted: AnnouncedWeights) -> Manifest:
+        manifest = self._store.manifest(wanted.version)
+        if manifest.epoch != wanted.epoch:
+            raise WeightStoreError(
+                f"weight version {wanted.version} in {self._store.root} is of epoch {manifest.epoch or 'none'}, the "
+                f"announced one is of epoch {wanted.epoch or 'none'}: the store was wiped or restored, or is not the "
+                "trainer's; set weights.store, or start the trainer again"
+            )
+        return manifest
 
-    def _switch_engine(self, staged: Staged) -> None:
-        if not self._patch_engine(staged):
-            self._wait_for(self._engine.load_weights(staged.folder, staged.version))
+    def _takes_changes(self) -> bool:
+        """Whether the engine can go from the own copy's version, which it must serve, to the next in place."""
+        engine, loaded = self._engine, self._loaded
+        serves_copy = loaded is not None and loaded == self._copy.current and engine.weight_version == loaded.version
+        return serves_copy and isinstance(engine, PatchableEngine) and engine.can_patch
 
     def _patch_engine(self, staged: Staged) -> bool:
         """False where the whole version must be loaded: that also heals what a failed patch has left."""
         engine = self._engine
-        if staged.patches is None or staged.base is None or not isinstance(engine, PatchableEngine):
+        changes = staged.changes
+        if changes is None or not isinstance(engine, PatchableEngine):
             return False
         try:
-            self._wait_for(engine.patch_weights(staged.patches, base=staged.base, version=staged.version))
+            self._wait_for(engine.patch_weights(changes.file, base=changes.base, version=staged.version))
         except (EngineError, OSError) as exc:
             _log.warning("weight version %d can't be patched in, all of it is loaded: %s", staged.version, exc)
             metrics.failed_patches_total.inc()
@@ -206,18 +254,22 @@ class WeightWatcher:
         assert self._loop is not None, "bind() comes first"
         asyncio.run_coroutine_threadsafe(switching, self._loop).result(LOAD_TIMEOUT_S)
 
-    def _refuse(self, version: int, exc: Exception) -> None:
+    def _refuse(self, wanted: AnnouncedWeights, exc: Exception) -> None:
         before = self._refusal
-        num_tries = before.num_tries + 1 if before and before.version == version else 1
+        num_tries = before.num_tries + 1 if before and before.wanted == wanted else 1
         wait_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2 ** (num_tries - 1))
-        self._refusal = _Refusal(version, str(exc), num_tries, self._clock() + wait_s)
+        self._refusal = _Refusal(wanted, str(exc), num_tries, self._clock() + wait_s)
         _log.warning(
             "weight version %d refused, version %s stays in service: %s",
-            version,
-            self._loaded,
+            wanted.version,
+            self._serving,
             exc,
             extra={"num_tries": num_tries, "retry_in_s": wait_s},
         )
         if num_tries == 1:
             metrics.refused_weights_total.inc()
-            self._events.record("refused_weights", str(exc), version=version, serving=self._loaded)
+            self._events.record("refused_weights", str(exc), version=wanted.version, serving=self._serving)
+
+
+def _announcement(manifest: Manifest) -> AnnouncedWeights:
+    return AnnouncedWeights(manifest.version, manifest.epoch)

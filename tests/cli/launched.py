@@ -15,7 +15,7 @@ from sqlalchemy import Engine
 
 from cli.audit import AuditResult, audit_run
 from cli.run_folder import find_run
-from shared.database import CandidateRow, StepRow, open_database, transaction
+from shared.database import CandidateRow, EventRow, StepRow, open_database, transaction
 from shared.errors import DatabaseError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,6 +58,13 @@ class Recipe:
         engine = self._database()
         with transaction(engine) as session:
             found = list(session.scalars(sa.select(StepRow.step).order_by(StepRow.step)))
+        engine.dispose()
+        return found
+
+    def event_kinds(self) -> list[str]:
+        engine = self._database()
+        with transaction(engine) as session:
+            found = list(session.scalars(sa.select(EventRow.kind)))
         engine.dispose()
         return found
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import redis
 
-from shared.coordination import Coordination, TrainerReport
+from shared.coordination import AnnouncedWeights, Coordination, TrainerReport
 from shared.errors import FencedError
 from shared.leases import Lease
 from shared.stream import lease_key
@@ -28,8 +28,9 @@ def test_nothing_is_known_at_first(client: redis.Redis, run: str) -> None:
 
 def test_announced_version_and_report_come_back(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.announce_weights(0)
+    coordination.announce_weights(0, epoch="e")
     assert coordination.announced_version() == 0
+    assert coordination.announced_weights() == AnnouncedWeights(0, "e")
     for report in (TrainerReport(3, 2, "training"), TrainerReport(4, 4, "finished")):
         coordination.report_trainer(report)
         assert coordination.trainer_report() == report

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +17,8 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save
 
 from shared.errors import WeightStoreError
-from shared.weight_patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches
-from shared.weight_state import BitTensor, State, map_state, parse_state, state_checksum, write_state
+from shared.weight_patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches, foresee
+from shared.weight_state import BitTensor, State, StateSums, map_state, parse_state, state_checksum, write_state
 
 _DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
 
@@ -67,6 +68,8 @@ def test_any_change_of_bits_arrives(states: tuple[State, State]) -> None:
     received = sent(base, new)
     assert equal(received, new)
     assert state_checksum(received) == state_checksum(new)
+    foreseen, _ = foresee(StateSums.of(base), find_patches(base, new), base)
+    assert foreseen.checksum == state_checksum(new)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -201,6 +204,47 @@ def test_a_written_state_is_what_the_library_reads(tmp_path: Path) -> None:
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def splitmix64(number: int) -> int:
+    """The `number`th output of the generator with seed 0, from its definition."""
+    mixed = number * 0x9E3779B97F4A7C15 % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return mixed ^ mixed >> 31
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 3, 4, 65_535, 65_536, 65_537, 150_001])
+def test_a_row_is_summed_word_by_word(num_bytes: int) -> None:
+    weights = [splitmix64(number) | 1 for number in range(1, 16_385)]
+    assert splitmix64(1) == 0xE220A8397B1DCDAF  # of the published generator
+    content = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8)
+    rows = [content[start : start + 65_536].tobytes() for start in range(0, num_bytes, 65_536)]
+    words = [[int.from_bytes(row[at : at + 4], "little") for at in range(0, len(row), 4)] for row in rows]
+    expected = [sum(word * weight for word, weight in zip(row, weights, strict=False)) % 2**64 for row in words]
+    assert StateSums.of(state_of(x=content)).rows["x"].tolist() == expected
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_sums_follow_changes_over_several_rows(width: int) -> None:
+    draw = np.random.default_rng(width)
+    before = draw.integers(0, 2 ** (8 * width) - 1, 300_000 // width, f"u{width}", endpoint=True)
+    after = np.where(draw.random(before.shape) < 0.01, before[::-1], before)
+    base, new = state_of(x=before, y=bf16(1.0)), state_of(x=after, y=bf16(-1.0))
+    foreseen, changed = foresee(StateSums.of(base), find_patches(base, new), base)
+    assert foreseen.checksum == state_checksum(new) != state_checksum(base)
+    values = after[after != before].tobytes() + bf16(-1.0).tobytes()
+    assert changed == f"xxh3_128:{xxhash.xxh3_128_hexdigest(values)}"
+
+
+def test_bits_that_are_not_the_bases_any_more_show_in_the_checksum_of_the_changed() -> None:
+    """The sums alone can't tell: they follow the differences."""
+    base, new = state_of(x=bf16(1.0, 2.0, 3.0)), state_of(x=bf16(1.0, 2.5, 3.0))
+    rotten = state_of(x=bf16(1.0, 4.0, 3.0))
+    patches, sums = find_patches(base, new), StateSums.of(base)
+    (good, changed), (also_good, other) = foresee(sums, patches, base), foresee(sums, patches, rotten)
+    assert good.checksum == also_good.checksum
+    assert changed != other
 
 
 def test_the_checksum_sees_names_layouts_and_bits_but_not_the_order() -> None:

@@ -101,6 +101,13 @@ def test_a_chain_leads_from_the_last_full_version(store: WeightStore) -> None:
     assert [link.version for link in store.chain(3)] == [3]
 
 
+def test_a_chain_stays_in_its_epoch(store: WeightStore) -> None:
+    store.publish(FILES, version=1, step=1, epoch="first")
+    store.publish({"changes.zst": b""}, version=2, step=2, epoch="second", base=1, state_checksum="sum")
+    with pytest.raises(WeightStoreError, match="version 2 rests on 1, which is of another epoch"):
+        store.chain(2)
+
+
 def test_pruning_keeps_what_a_kept_version_rests_on(store: WeightStore, tmp_path: Path) -> None:
     for version in (0, 1):
         store.publish(FILES, version=version, step=version)

@@ -1,5 +1,6 @@
 """A real trainer and real rollout services on one Redis and one store: the weights are equal at every version."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +12,8 @@ from services.engine.transformers import TransformersEngine
 from services.rollout.app import build_app
 from shared import metrics
 from shared.settings import EngineSettings, Secrets, Settings
-from tests.services.serving import running
-from tests.trainer.conftest import Stack
+from tests.services.serving import running, wait_until
+from tests.trainer.conftest import Stack, tiny_llama
 from tests.trainer.documents import plain_document
 from trainer.loop import Trainer
 
@@ -87,3 +88,32 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
     forms = [trainer.publisher.store.manifest(version).form for version in trainer.publisher.store.versions()]
     assert forms == ["full", "sparse", "sparse", "sparse"]  # 4 to 7; the late one began with 0 to 3
     assert counted_failed_patches() == failed_patches
+
+
+def test_a_living_replica_follows_a_trainer_that_begins_anew(
+    make_stack: Callable[..., Stack], policy_folder: Path
+) -> None:
+    """Store and Redis were put back to nothing, and the new trainer has not heard of the replica: its numbers begin
+    below the one that is served."""
+    stack = make_stack().with_weights(dtype="bfloat16")
+    rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
+    publisher, model = stack.prepare().publisher, tiny_llama(seed=3)
+    publisher.version = 40
+    with ExitStack() as apps:
+        followers = Followers(stack.settings.model_copy(update={"rollout": rollout}), policy_folder, apps)
+        followers.start("one")
+        engine = followers.engines["one"]
+        for step in range(2):
+            publisher.publish(model, step)
+        wait_until(lambda: engine.weight_version == 42, what="version 42")
+        shutil.rmtree(publisher.store.root)
+        anew, other = stack.prepare().publisher, tiny_llama(seed=4)
+        anew.version, anew.epoch = -1, "anew"
+        for version in range(2):
+            assert anew.publish(other, 0) == version
+            wait_until(lambda version=version: engine.weight_version == version, what=f"version {version}")
+            found, expected = bits(engine._started.module), bits(other)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            with torch.no_grad():
+                next(other.parameters())[:3] += 1.0
+        assert httpx.get(f"{followers.urls['one']}/readyz").json()["detail"] == ""

@@ -130,6 +130,21 @@ def test_a_stale_document_is_dropped_counted_and_acknowledged(make_stack: MakeSt
     assert stack.stream.document_ids() == set()
 
 
+def test_a_document_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
+    """One rollout of a version that this trainer never published is enough: it is another policy's."""
+    stack = make_stack(steps=1, pairs_per_step=3)
+    own, ahead = plain_document(0, run=stack.run), plain_document(1, version=1, run=stack.run)
+    mixed = ahead.model_copy(
+        update={"key": own.key.model_copy(update={"position": 2}), "chunks": own.chunks[:1] + ahead.chunks[1:]}
+    )
+    stack.write([ahead, mixed, own])
+    train(stack.settings, Event())
+    assert stack.ledger.balance().dropped == {"newer_than_policy": 2}
+    assert stack.ledger.balance().trained == 1
+    assert rows_of(stack)[0].figures["policy_lag_max"] == 0
+    assert stack.stream.document_ids() == set()
+
+
 def test_a_document_that_comes_twice_is_trained_once(make_stack: MakeStack) -> None:
     stack = make_stack(steps=2, pairs_per_step=3)
     first, second = documents_of(stack, range(2))

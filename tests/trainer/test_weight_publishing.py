@@ -1,5 +1,8 @@
 import os
-from collections.abc import Callable
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from shared.coordination import AnnouncedWeights
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
+from shared.stream import weights_key
 from shared.weight_patches import apply_patches, decode_patches
 from shared.weight_state import BitTensor, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
@@ -172,11 +177,86 @@ def test_a_store_that_refuses_is_a_clear_error_and_announces_nothing(make_stack:
     assert stack.coordination.announced_version() is None
 
 
-def test_a_full_disk_leaves_no_complete_version(make_stack: Callable[..., Stack]) -> None:
-    """The store's root is a file: every write below it fails as on a broken disk."""
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Meanwhile the system refuses to write on behind that many bytes of any file, in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+    """Once there is room the same number is written again, whole."""
     stack = make_stack()
-    trainer = stack.prepare()
-    Path(stack.settings.weight_store_url).write_text("in the way")
-    with pytest.raises(WeightStoreError, match=r"free space or mend weights\.store"):
+    trainer, store = stack.prepare(), store_of(stack)
+    with room_for(10_000), pytest.raises(WeightStoreError, match=r"free space or mend weights\.store"):
         trainer.publisher.publish(trainer.policy.model, 0)
-    assert stack.coordination.announced_version() is None
+    (half,) = Path(store.root).glob("v*/*")
+    assert (half.name, half.stat().st_size) == (FULL_FILE, 10_000)
+    assert (store.versions(), stack.coordination.announced_version()) == ([], None)
+    assert trainer.publisher.publish(trainer.policy.model, 0) == 0
+    store.fetch(store.manifest(0), tmp_path)
+    assert (tmp_path / FULL_FILE).stat().st_size > 10_000
+    assert (store.versions(), stack.coordination.announced_version()) == ([0], 0)
+
+
+def next_start(stack: Stack, checkpoint_version: int) -> tuple[int, str]:
+    """Version and epoch of what a trainer that starts now publishes first."""
+    publisher = stack.prepare().publisher
+    publisher.continue_after(checkpoint_version)
+    version = publisher.publish(tiny_llama(), 0)
+    assert stack.coordination.announced_weights() == AnnouncedWeights(version, publisher.epoch)
+    assert store_of(stack).manifest(version).epoch == publisher.epoch
+    return version, publisher.epoch
+
+
+def test_an_ordinary_resume_goes_on_in_its_epoch(make_stack: Callable[..., Stack]) -> None:
+    """Also after a crash between the store and the announcement, and from an older checkpoint."""
+    stack = make_stack()
+    first, epoch = next_start(stack, -1)
+    assert (first, len(epoch)) == (0, 32)
+    assert next_start(stack, 0) == (1, epoch)
+    stack.coordination.announce_weights(0, epoch=epoch)
+    assert next_start(stack, -1) == (2, epoch)
+
+
+def test_a_wiped_store_begins_an_epoch(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack()
+    _, epoch = next_start(stack, 6)
+    shutil.rmtree(store_of(stack).root)
+    version, other = next_start(stack, -1)
+    assert version == 8
+    assert other != epoch
+
+
+def test_a_store_put_back_to_before_what_was_announced_begins_an_epoch(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack()
+    _, epoch = next_start(stack, -1)
+    stack.coordination.announce_weights(5, epoch=epoch)
+    version, other = next_start(stack, -1)
+    assert version == 6
+    assert other != epoch
+
+
+def test_without_what_was_announced_an_epoch_begins(make_stack: Callable[..., Stack]) -> None:
+    """Redis was lost: a replica may serve any number. Announced without an epoch, by an earlier release: the same."""
+    stack = make_stack()
+    _, epoch = next_start(stack, -1)
+    stack.coordination._client.delete(weights_key(stack.run))
+    version, other = next_start(stack, 0)
+    stack.coordination._client.set(weights_key(stack.run), version)
+    assert stack.coordination.announced_weights() == AnnouncedWeights(1, "")
+    _, third = next_start(stack, 0)
+    assert len({epoch, other, third}) == 3
+
+
+def test_versions_ascend_above_what_a_living_replica_serves(make_stack: Callable[..., Stack]) -> None:
+    """Everything was put back to an earlier state, but for the replica. One that serves 0 has loaded nothing."""
+    stack = make_stack()
+    stack.coordination.report_replica("fresh", 0, lifetime_s=30)
+    assert next_start(stack, -1)[0] == 0
+    stack.coordination.report_replica("a", 41, lifetime_s=30)
+    assert next_start(stack, 0)[0] == 42

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -66,10 +67,19 @@ class Author:
         self.store = store
         file.parent.rename(self._folder(version))
 
-    def publish_changes(self, version: int, patches: Sequence[TensorPatch], *, checksum: str = "") -> None:
+    def publish_changes(
+        self, version: int, patches: Sequence[TensorPatch], *, checksum: str = "", changed_checksum: str = ""
+    ) -> None:
         checksum = checksum or state_checksum(self.state())
         files = {SPARSE_FILE: encode_patches(patches, self._published)}
-        self.store.publish(files, version=version, step=version, base=self._version, state_checksum=checksum)
+        self.store.publish(
+            files,
+            version=version,
+            step=version,
+            base=self._version,
+            state_checksum=checksum,
+            changed_checksum=changed_checksum or checksum_of_changed(patches, self._published),
+        )
         self._note(version, checksum)
 
     def file(self, version: int) -> Path:
@@ -83,6 +93,11 @@ class Author:
     def _note(self, version: int, checksum: str) -> None:
         self.checksums[version] = checksum
         self._version, self._published = version, self.state()
+
+
+def checksum_of_changed(patches: Sequence[TensorPatch], base: State) -> str:
+    changed = [(base[patch.name].bits[patch.indices] + patch.changes).tobytes() for patch in patches]
+    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(b''.join(changed))}"
 
 
 Breaking = Callable[[Author, int], None]
@@ -109,10 +124,19 @@ def _forge(tensor: Callable[[Tensor], Tensor], name: str = NORM) -> Breaking:
     return break_it
 
 
-def _wrong_checksum(author: Author, version: int) -> None:
+def _wrong_checksum(form: str) -> Breaking:
+    def break_it(author: Author, version: int) -> None:
+        author.step()
+        patches = find_patches(author._published, author.state())
+        author.publish_changes(version, patches, checksum=form + 32 * "0")
+
+    return break_it
+
+
+def _wrong_checksum_of_changed(author: Author, version: int) -> None:
     author.step()
     patches = find_patches(author._published, author.state())
-    author.publish_changes(version, patches, checksum="xxh3_128:" + 32 * "0")
+    author.publish_changes(version, patches, changed_checksum="xxh3_128:" + 32 * "0")
 
 
 def _not_finite(author: Author, version: int) -> None:
@@ -136,7 +160,9 @@ BROKEN: dict[str, Breaking] = {
     "has dtype F16, the base's is BF16": _forge(lambda norm: norm.to(torch.float16)),
     "has dtype F32, the base's is BF16": _forge(lambda norm: norm.to(torch.float32)),
     "the base has no tensor 'model.other.weight'": _forge(lambda norm: norm.clone(), "model.other.weight"),
-    "its manifest says xxh3_128:0000": _wrong_checksum,
+    "its manifest says rows_1:0000": _wrong_checksum("rows_1:"),
+    "its manifest says xxh3_128:0000": _wrong_checksum_of_changed,
+    "written by another version of this program": _wrong_checksum("xxh3_128:"),
     "holds NaN": _not_finite,
     "rests on": _without_manifest_of_its_base,
 }

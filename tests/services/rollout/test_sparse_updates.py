@@ -1,5 +1,6 @@
 """Sparse weight versions through the real service: every bit arrives, and nothing broken is ever served."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import sqlalchemy as sa
+from safetensors.torch import load_file, save
 
 from services.engine.transformers import TransformersEngine
 from services.rollout.app import build_app
@@ -21,7 +23,7 @@ from shared.api import RolloutResponse
 from shared.database import EventRow, open_database, transaction
 from shared.errors import SettingsError
 from shared.settings import EngineSettings, Settings
-from shared.weight_state import map_state, state_checksum
+from shared.weight_state import map_state, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, WeightStore
 from tests.services.rollout.author import BROKEN, Author
 from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
@@ -81,11 +83,22 @@ class Replica:
     def versions(self) -> set[int]:
         return {rollout.policy_version for of_start in self.ask().rollouts for rollout in of_start}
 
-    def copy_checksum(self) -> str:
-        """Of the copy on its disk; there is one, and nothing half made beside it."""
+    def served_checksum(self) -> str:
+        """Of the weights that the engine answers with, in the published dtype."""
+        (copy,) = self.copies()
+        published = load_file(copy / FULL_FILE)
+        own = self.engine._started.module.state_dict()
+        content = save({name: own[name].to(tensor.dtype) for name, tensor in published.items()})
+        return state_checksum(parse_state(content, where="the engine"))
+
+    def copies(self) -> list[Path]:
+        """The whole copy on its disk, which is what it says it is; nothing half made beside it."""
         wait_until(lambda: len(list(self.folder.glob("v*[0-9]"))) == 1, what="the older copy to go")
-        (copy,) = self.folder.glob("v*[0-9]")
-        return state_checksum(map_state(copy / FULL_FILE))
+        found = list(self.folder.glob("v*"))
+        for copy in found:
+            written = json.loads((copy / "copy.json").read_text())["state_checksum"]
+            assert written == state_checksum(map_state(copy / FULL_FILE))
+        return found
 
 
 @contextmanager
@@ -120,7 +133,7 @@ def test_changes_are_patched_in_and_equal_the_full_form_to_the_last_bit(
             author.sparse(version)
             early.wait_for(version)
             assert early.versions() == {version}
-            assert early.copy_checksum() == author.checksums[version]
+            assert early.served_checksum() == author.checksums[version]
         assert early.engine.updates == [("load", 1), ("patch", 2), ("patch", 3)]
         sparse = early.tokens()
         author.full(4, step=False)
@@ -140,7 +153,7 @@ def test_a_late_replica_finds_the_full_version_and_what_followed(
         with replica(tiny_model, tmp_path, "late") as late:
             assert late.engine.updates == [("load", 4)]
             assert late.tokens() == early.tokens()
-            assert late.copy_checksum() == early.copy_checksum() == author.checksums[4]
+            assert late.served_checksum() == early.served_checksum() == author.checksums[4]
             author.sparse(5)
             for either in (early, late):
                 either.wait_for(5)
@@ -161,12 +174,12 @@ def test_a_broken_update_leaves_the_last_good_version_and_the_next_full_one_heal
         assert words in one.detail
         assert one.readiness["ready"]
         assert (one.tokens(), one.versions()) == (before, {2})
-        assert one.copy_checksum() == author.checksums[2]
+        assert one.served_checksum() == author.checksums[2]
         assert counted("refused_weights") == refused + 1
         author.full(5)
         one.wait_for(5)
         assert one.detail == ""
-        assert one.copy_checksum() == author.checksums[5]
+        assert one.served_checksum() == author.checksums[5]
     assert events_of(tiny_model, tmp_path) == [("refused_weights", 4)]
 
 
@@ -187,7 +200,7 @@ def test_what_rests_on_a_broken_version_is_refused_until_it_is_mended(
         assert one.versions() == {1}
         author.file(2).write_bytes(good[0])
         one.wait_for(3)
-        assert one.copy_checksum() == author.checksums[3]
+        assert one.served_checksum() == author.checksums[3]
 
 
 def test_a_broken_link_is_approached_as_far_as_the_way_is_good(
@@ -201,7 +214,7 @@ def test_a_broken_link_is_approached_as_far_as_the_way_is_good(
     with replica(tiny_model, tmp_path) as late:
         assert late.versions() == {3}
         assert "version 4 was refused" in late.detail
-        assert late.copy_checksum() == author.checksums[3]
+        assert late.served_checksum() == author.checksums[3]
 
 
 def test_a_copy_that_was_damaged_on_disk_is_replaced_from_the_last_full_version(
@@ -215,7 +228,7 @@ def test_a_copy_that_was_damaged_on_disk_is_replaced_from_the_last_full_version(
         copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         author.sparse(3)
         one.wait_for(3)
-        assert one.copy_checksum() == author.checksums[3]
+        assert one.served_checksum() == author.checksums[3]
         assert one.detail == ""
         assert one.engine.updates[-1] == ("load", 3)
 
@@ -258,7 +271,7 @@ def test_a_replica_that_starts_again_goes_on_from_its_own_copy(
     author.sparse(3)
     with replica(tiny_model, tmp_path) as second:
         assert second.versions() == {3}
-        assert second.copy_checksum() == author.checksums[3]
+        assert second.served_checksum() == author.checksums[3]
 
 
 @pytest.mark.parametrize("newest", [1, 2])
@@ -277,7 +290,7 @@ def test_a_copy_of_another_run_is_not_served(tiny_model: Path, author: Author, t
     (tmp_path / "test/replicas/a").rename(tmp_path / "other/test/replicas/a")
     with replica(tiny_model, tmp_path / "other") as second:
         assert second.versions() == {newest}
-        assert second.copy_checksum() == other.checksums[newest]
+        assert second.served_checksum() == other.checksums[newest]
         assert second.detail == ""
 
 
@@ -295,7 +308,7 @@ def test_what_a_killed_replica_left_half_done_is_cleared(tmp_path: Path, author:
     author.full(1)
     killed, copy = WeightCopy(tmp_path / "copy"), WeightCopy(tmp_path / "copy")
     killed.open()
-    killed.adopt(killed.stage(author.store, 1, with_patches=False))
+    killed.adopt(killed.stage(author.store, author.store.manifest(1), with_changes=False))
     killed.close()
     whole = tmp_path / "copy/v00000001"
     shutil.copytree(whole, tmp_path / "copy/v00000003.tmp")
@@ -306,7 +319,8 @@ def test_what_a_killed_replica_left_half_done_is_cleared(tmp_path: Path, author:
     (damaged / FULL_FILE).write_bytes(author.content()[:-1] + b"\xff")
     (tmp_path / "copy/v00000002.patches").write_bytes(b"half")
     copy.open()
-    assert copy.version == 1
+    assert copy.current is not None
+    assert copy.current.version == 1
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {".lock", "v00000001"}
     copy.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared import metrics
 from shared.api import RolloutResponse
+from shared.coordination import AnnouncedWeights
 from shared.database import EventRow, open_database, transaction
 from shared.errors import StreamError
 from shared.weight_store import WeightStore
@@ -188,12 +190,22 @@ class RecordedEvents:
         self.kinds.append(kind)
 
 
+class LoadingEngine(FakeEngine):
+    """Remembers the file that it was given last, and as which version."""
+
+    loaded: tuple[bytes, int] | None = None
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        await super().load_weights(folder, version)
+        self.loaded = (folder / "model.safetensors").read_bytes(), version
+
+
 class Watched:
     """A watcher on a fake engine, with announcements and a clock set by hand."""
 
     def __init__(self, store: WeightStore, folder: Path) -> None:
-        self.engine, self.events = FakeEngine(), RecordedEvents()
-        self.now, self.announced, self.redis_is_up = 0.0, 0, True
+        self.engine, self.events = LoadingEngine(), RecordedEvents()
+        self.now, self.announced, self.epoch, self.redis_is_up = 0.0, 0, "first", True
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -213,17 +225,17 @@ class Watched:
         self.thread.join(5)
         self.loop.close()
 
-    def _read(self) -> int:
+    def _read(self) -> AnnouncedWeights:
         if not self.redis_is_up:
             raise StreamError("Redis: connection refused")
-        return self.announced
+        return AnnouncedWeights(self.announced, self.epoch)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> WeightStore:
     store = WeightStore(str(tmp_path / "store"))
     for version in (1, 2, 3):
-        store.publish({"model.safetensors": b"content"}, version=version, step=version)
+        store.publish({"model.safetensors": b"content"}, version=version, step=version, epoch="first")
     return store
 
 
@@ -282,11 +294,84 @@ def test_without_redis_the_last_version_stays_and_the_detail_says_so(watched: Wa
     assert (watched.engine.weight_version, watched.watcher.detail) == (2, "")
 
 
-def test_older_announcements_are_ignored(watched: Watched) -> None:
+def test_older_announcements_of_an_epoch_are_ignored(watched: Watched) -> None:
+    """They are late news: within an epoch versions only ascend."""
     for announced in (3, 2):
         watched.announced = announced
         watched.watcher.check()
     assert watched.engine.weight_version == 3
+
+
+def begin_anew(store: WeightStore, *versions: int) -> None:
+    """The store is wiped, and a trainer that knows nothing of it begins."""
+    shutil.rmtree(store.root)
+    for version in versions:
+        store.publish({"model.safetensors": b"another"}, version=version, step=version, epoch="second")
+
+
+def test_a_version_of_another_epoch_is_taken_whatever_its_number(watched: Watched, store: WeightStore) -> None:
+    """Lower, then the one after it; the number that was served before means nothing any more."""
+    watched.announced = 3
+    watched.watcher.check()
+    begin_anew(store, 0, 1, 3)
+    watched.epoch = "second"
+    for announced in (0, 1, 3):
+        watched.announced = announced
+        watched.watcher.check()
+        assert (watched.engine.weight_version, watched.watcher.detail) == (announced, "")
+        assert watched.engine.loaded == (b"another", announced)
+
+
+def test_the_same_number_in_another_epoch_is_another_version(watched: Watched, store: WeightStore) -> None:
+    watched.announced = 3
+    watched.watcher.check()
+    assert watched.engine.loaded == (b"content", 3)
+    begin_anew(store, 3)
+    watched.epoch = "second"
+    watched.watcher.check()
+    assert watched.engine.loaded == (b"another", 3)
+
+
+def test_a_store_of_another_epoch_than_the_announced_one_is_refused(watched: Watched) -> None:
+    watched.announced = 2
+    watched.watcher.check()
+    watched.announced, watched.epoch = 3, "second"
+    watched.watcher.check()
+    assert watched.engine.loaded == (b"content", 2)
+    assert "is of epoch first, the announced one is of epoch second" in watched.watcher.detail
+
+
+def test_a_pruned_version_does_not_give_way_to_one_of_another_epoch(watched: Watched, store: WeightStore) -> None:
+    watched.epoch, watched.announced = "second", 0
+    watched.watcher.check()
+    assert watched.engine.weight_version == 0
+    assert "no complete weight version 0" in watched.watcher.detail
+
+
+def test_a_copy_of_another_epoch_is_never_a_base(watched: Watched, store: WeightStore) -> None:
+    """Neither for a sparse version that follows its number, nor as the version itself."""
+    watched.announced = 3
+    watched.watcher.check()
+    shutil.rmtree(store.root)
+    store.publish({"changes.zst": b""}, version=4, step=4, epoch="second", base=3, state_checksum="sum")
+    watched.announced, watched.epoch = 4, "second"
+    watched.watcher.check()
+    assert watched.engine.loaded == (b"content", 3)
+    assert "version 4 rests on 3: no complete weight version 3" in watched.watcher.detail
+
+
+def test_versions_from_before_there_were_epochs_are_served_until_one_has_an_epoch(
+    watched: Watched, store: WeightStore
+) -> None:
+    manifest = Path(store.root) / "v00000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('  "epoch": "first",\n', ""))
+    assert "epoch" not in manifest.read_text()
+    watched.announced, watched.epoch = 2, ""
+    watched.watcher.check()
+    assert watched.engine.weight_version == 2
+    watched.announced, watched.epoch = 3, "first"
+    watched.watcher.check()
+    assert (watched.engine.weight_version, watched.watcher.detail) == (3, "")
 
 
 def test_manifests_of_the_tests_are_real(store: WeightStore) -> None:
