@@ -155,9 +155,7 @@ def endpoint(engine: EngineSettings) -> str:
 
 def remote_service(url: str, token: str) -> str:
     """Ready, and the token opens it."""
-    answer = _get(f"{url.rstrip('/')}/readyz", "")
-    _get(f"{url.rstrip('/')}/metrics", token)
-    data = answer.json()
+    data = _get(f"{url.rstrip('/')}/status", token).json()
     return f"{url} is ready ({data.get('engine', '')} {data.get('model', '')})".replace("  ", " ")
 
 

@@ -131,7 +131,7 @@ def _settled_in(path: Path, settings: Settings) -> Settings:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    data = settings.model_dump(mode="json")
+    data = without_passwords(settings).model_dump(mode="json")
     found: dict[str, Any] = {}
     for place in IDENTITY:
         section, _, key = place.partition(".")

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from shared.database import CursorRow, DocumentRow, EventRow, RunRow, transaction
 from shared.records import DocumentKey
+from shared.secret_urls import without_secrets
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
 
@@ -113,7 +114,8 @@ class Ledger:
                 self._advance_cursor(session, key)
             if row.state == TRAINED:
                 raise AssertionError(f"document {key} is trained already and can't be dropped")
-            row.state, row.reason, row.detail, row.finished_at = DROPPED, reason, storable(detail)[:2000], self._clock()
+            row.state, row.reason, row.finished_at = DROPPED, reason, self._clock()
+            row.detail = storable(without_secrets(detail))[:2000]
 
     def mark_trained(self, steps: dict[str, int]) -> None:
         """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing."""
@@ -217,7 +219,7 @@ class Ledger:
                     at=self._clock(),
                     role=role,
                     kind=kind,
-                    message=message[:2000],
+                    message=without_secrets(message)[:2000],
                     data=data,
                 )
             )

@@ -63,16 +63,19 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
 
 @dataclass
 class _State:
-    """What /readyz tells."""
+    """What /readyz and /status tell."""
 
     starting: bool = True
     storage: Storage | None = None
     services: list[Services] = field(default_factory=list)
 
-    def trouble(self) -> str:
-        if self.starting or self.storage is None:
-            return "; ".join(["the collector is starting", *(self.storage.trouble.values() if self.storage else ())])
-        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.services)]))
+    def trouble(self) -> dict[str, str]:
+        """In a few words what is wrong, with the whole sentence."""
+        found = {"the collector is starting": "the collector is starting"} if self.starting else {}
+        away = dict(self.storage.trouble) if self.storage else {}
+        for services in self.services:
+            away |= services.trouble
+        return found | {f"{name} is away": reason for name, reason in away.items()}
 
 
 async def run_collector(settings: Settings, secrets: Secrets) -> None:

@@ -4,7 +4,7 @@
                       --------> engine.patch_weights, where it can, or engine.load_weights --> version served
 
 Whatever fails before the engine has switched leaves the last good version in service: it is counted, logged, written
-as an event and shown in /readyz, and tried again with backoff or when a newer version is announced.
+as an event and shown in /status, and tried again with backoff or when a newer version is announced.
 """
 
 import asyncio
@@ -76,6 +76,12 @@ class WeightWatcher:
         """The trouble there is, empty when none."""
         refused = f"weight version {self._refusal.version} was refused: {self._refusal.reason}" if self._refusal else ""
         return "; ".join(part for part in (self._trouble, refused) if part)
+
+    @property
+    def summary(self) -> str:
+        """The same without addresses and errors, for everybody."""
+        refused = f"weight version {self._refusal.version} was refused" if self._refusal else ""
+        return "; ".join(part for part in ("new weights can't be heard of" if self._trouble else "", refused) if part)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """The loop that the engine lives on."""

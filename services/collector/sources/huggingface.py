@@ -7,6 +7,7 @@ from typing import Any
 
 from services.collector.sources.base import RawRecord
 from shared.errors import SourceError
+from shared.secret_urls import without_secrets
 
 
 class HuggingFaceReader:
@@ -18,7 +19,7 @@ class HuggingFaceReader:
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         rows = islice(self._rows(start), 0, None, step)
         for count, row in enumerate(rows):
-            place = f"{self._name}[{self._split}]:{start + count * step + 1}"
+            place = f"{without_secrets(self._name)}[{self._split}]:{start + count * step + 1}"
             yield RawRecord(place, partial(dict[str, Any], row))
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:

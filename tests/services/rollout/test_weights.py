@@ -43,7 +43,7 @@ def ask(url: str, seed: int = 0) -> RolloutResponse:
 
 
 def readiness(url: str) -> dict[str, object]:
-    found: dict[str, object] = httpx.get(f"{url}/readyz", timeout=5).json()
+    found: dict[str, object] = httpx.get(f"{url}/status", headers=HEADERS, timeout=5).json()
     return found
 
 
