@@ -1,7 +1,9 @@
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -13,7 +15,7 @@ from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
 from shared.weight_patches import apply_patches, decode_patches
 from shared.weight_state import BitTensor, parse_state, state_checksum
-from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from tests.trainer.conftest import Stack, tiny_llama
 from trainer.weights import WeightPublisher, untied_state
 
@@ -151,13 +153,52 @@ def test_versions_ascend_above_store_announcement_and_checkpoint(make_stack: Cal
     assert publisher.publish(tiny_llama(), 0) == 51
 
 
-def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: Callable[..., Stack]) -> None:
-    stack = make_stack()
+def test_old_versions_are_pruned_and_every_version_has_its_row(
+    make_stack: Callable[..., Stack], database_url: str
+) -> None:
+    stack = make_stack(database_url=database_url)
     trainer = stack.prepare()
     for step in range(5):
         trainer.publisher.publish(trainer.policy.model, step)
     assert store_of(stack).versions() == [2, 3, 4]
-    assert [(row.version, row.step) for row in version_rows(stack)] == [(version, version) for version in range(5)]
+    sizes = {version: store_of(stack).manifest(version).num_bytes for version in (2, 3, 4)}
+    rows = version_rows(stack)
+    assert [(row.run_id, row.version, row.step) for row in rows] == [(stack.run, step, step) for step in range(5)]
+    assert {row.version: row.num_bytes for row in rows[2:]} == sizes
+
+
+def test_a_version_that_is_published_again_after_a_crash_replaces_its_row(
+    make_stack: Callable[..., Stack], database_url: str
+) -> None:
+    """Its first publisher ended between the row and the announcement, and the store was emptied."""
+    stack = make_stack(database_url=database_url)
+    stack.prepare().publisher.publish(tiny_llama(), 3)
+    shutil.rmtree(stack.settings.weight_store_url)
+    again = stack.prepare().publisher
+    again.version = -1
+    again.publish(tiny_llama(), 5)
+    assert [(row.version, row.step) for row in version_rows(stack)] == [(0, 5)]
+
+
+class LargeStore(WeightStore):
+    """Says that it wrote so much; nobody has to."""
+
+    num_bytes = 0
+
+    def publish(self, *arguments: Any, **options: Any) -> Manifest:
+        manifest = super().publish(*arguments, **options)
+        (file,) = manifest.files
+        return manifest.model_copy(update={"files": (file.model_copy(update={"num_bytes": self.num_bytes}),)})
+
+
+@pytest.mark.parametrize("gib", [3, 20])
+def test_a_version_of_a_large_policy_has_its_row(make_stack: Callable[..., Stack], database_url: str, gib: int) -> None:
+    stack = make_stack(database_url=database_url)
+    publisher = stack.prepare().publisher
+    store = LargeStore(stack.settings.weight_store_url)
+    store.num_bytes, publisher.store = gib * 2**30, store
+    publisher.publish(tiny_llama(), 1)
+    assert [row.num_bytes for row in version_rows(stack)] == [gib * 2**30]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
