@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -23,6 +23,7 @@ from shared import metrics
 from shared.api import Readiness
 from shared.auth import check_bearer
 from shared.errors import AuthError, ForbiddenError, HeadwaterError
+from shared.secret_urls import without_secrets
 from shared.settings import Secrets
 
 _log = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ def require_admin(request: Request) -> None:
 def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], summary: Callable[[], str]) -> None:
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Not ready: see `detail`"}}
 
-    def answered(found: Readiness) -> JSONResponse:
+    def answered(found: Readiness) -> Response:
         metrics.ready.set(found.ready)
-        return JSONResponse(found.model_dump(mode="json"), status_code=200 if found.ready else 503)
+        content = without_secrets(found.model_dump_json())  # a model may be named by a URL, too
+        return Response(content, status_code=200 if found.ready else 503, media_type="application/json")
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
@@ -81,12 +83,12 @@ def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], sum
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["operations"], response_model=Readiness, responses=not_ready)
-    async def readyz() -> JSONResponse:
+    async def readyz() -> Response:
         """Whether requests can be answered now, and by what; `detail` names the kind of trouble. Open."""
         return answered(readiness().model_copy(update={"detail": summary()}))
 
     @app.get("/status", tags=["operations"], response_model=Readiness, responses=not_ready)
-    async def status() -> JSONResponse:
+    async def status() -> Response:
         """The same with `detail` in full: addresses, and what stores, engines and services said."""
         return answered(readiness())
 
