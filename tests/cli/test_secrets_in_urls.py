@@ -4,7 +4,7 @@ import json
 import re
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from shared.database import open_database
 from tests.cli.launched import Recipe
 from tests.services.collector.processes import RedisProcess, served
 from tests.services.collector.stub_services import StubServices
+from tests.shared.conftest import database_url, postgres_url
+
+__all__ = ["database_url", "postgres_url"]  # fixtures
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -94,20 +97,20 @@ def redis_server(tmp_path: Path) -> Iterator[RedisProcess]:
     server.stop()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_run_leaves_no_secret_of_its_urls_anywhere(
-    recipe: Recipe, redis_server: RedisProcess, new_postgres_database: Callable[[], str]
+    recipe: Recipe, redis_server: RedisProcess, database_url: str
 ) -> None:
-    database = new_postgres_database()
     services = TalkativeServices()
     with served(services.app) as url:
-        options = urls_with_secrets(redis_server.url, database, url)
+        options = urls_with_secrets(redis_server.url, database_url, url)
         with recipe.launch("--trainer.steps", "3", *options) as run, listening(run.recipe.run_folder) as heard:
             assert run.finish() == 0, run.output
-    assert steps_in(database) == [1, 2, 3]
+    assert steps_in(database_url) == [1, 2, 3]
     assert any(MARK not in key for key in services.keys)  # the answers
     assert set(services.failures.values()) == {0}  # the errors that repeat URLs were made
     left = {str(path): path.read_bytes().decode("utf-8", "replace") for path in files_of(recipe.run_folder)}
-    left |= tables_of(database) | heard | {"output": run.output}
+    left |= tables_of(database_url) | heard | {"output": run.output}
     assert {"settings.toml", "processes.toml", "report.md", "collector.log"} <= {Path(name).name for name in left}
     assert {"table runs", "table events", "/readyz of the collector", "/readyz of the rewriter"} <= left.keys()
     assert {name: found for name, text in left.items() if (found := re.findall(rf".*{MARK}.*", text)[:3])} == {}

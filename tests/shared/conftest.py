@@ -1,10 +1,15 @@
-"""Real stores: a Redis server, and each database test once on SQLite and once on PostgreSQL (tests/conftest.py)."""
+"""Real stores: a Redis server, and each database test once on SQLite and once on PostgreSQL."""
 
 import itertools
+import tempfile
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
+import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from shared.database import migrate, open_database
@@ -12,6 +17,34 @@ from shared.stream import connect
 from tests.services.collector.processes import RedisProcess
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server from the pgserver package. As root it runs as a user `pgserver`, which it makes: its folder
+    must then lie where that user may go, so not under pytest's private one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is unset
+        import pgserver
+
+    folder = Path(tempfile.mkdtemp(prefix="headwater-pg-"))
+    server: Any = pgserver.get_server(folder, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of its own for each test."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'headwater.db'}"
+    server = str(request.getfixturevalue("postgres_url"))
+    name = f"test_{next(_numbers)}"
+    admin = open_database(server).execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return server.replace("/postgres?", f"/{name}?")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -15,9 +14,12 @@ from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
 from shared.weight_patches import apply_patches, decode_patches
 from shared.weight_state import BitTensor, parse_state, state_checksum
-from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
+from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from tests.shared.conftest import database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
 from trainer.weights import WeightPublisher, untied_state
+
+__all__ = ["database_url", "postgres_url"]  # fixtures
 
 
 def store_of(stack: Stack) -> WeightStore:
@@ -178,27 +180,6 @@ def test_a_version_that_is_published_again_after_a_crash_replaces_its_row(
     again.version = -1
     again.publish(tiny_llama(), 5)
     assert [(row.version, row.step) for row in version_rows(stack)] == [(0, 5)]
-
-
-class LargeStore(WeightStore):
-    """Says that it wrote so much; nobody has to."""
-
-    num_bytes = 0
-
-    def publish(self, *arguments: Any, **options: Any) -> Manifest:
-        manifest = super().publish(*arguments, **options)
-        (file,) = manifest.files
-        return manifest.model_copy(update={"files": (file.model_copy(update={"num_bytes": self.num_bytes}),)})
-
-
-@pytest.mark.parametrize("gib", [3, 20])
-def test_a_version_of_a_large_policy_has_its_row(make_stack: Callable[..., Stack], database_url: str, gib: int) -> None:
-    stack = make_stack(database_url=database_url)
-    publisher = stack.prepare().publisher
-    store = LargeStore(stack.settings.weight_store_url)
-    store.num_bytes, publisher.store = gib * 2**30, store
-    publisher.publish(tiny_llama(), 1)
-    assert [row.num_bytes for row in version_rows(stack)] == [gib * 2**30]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

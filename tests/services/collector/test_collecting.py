@@ -62,13 +62,14 @@ def test_the_text_of_every_candidate_is_what_its_ids_decode_to(
     make_settings: MakeSettings, documents: dict[str, Any], tokenizer_folder: Path
 ) -> None:
     """Behind its prefix, in which the judge reads it and the trainer trains it."""
-    decode = AutoTokenizer.from_pretrained(tokenizer_folder).decode
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     _, found = collected(StubServices(), make_settings, documents=documents)
     for document in found:
         for chunk in document.chunks:
-            prefix = document.token_ids[: chunk.start]
+            prefix = list(document.token_ids[: chunk.start])
+            shown = str(tokenizer.decode(prefix))
             for candidate in chunk.candidates:
-                assert decode([*prefix, *candidate.token_ids]) == decode(list(prefix)) + candidate.text
+                assert tokenizer.decode([*prefix, *candidate.token_ids]) == shown + candidate.text
     assert sum(len(chunk.candidates) for document in found for chunk in document.chunks) > 20
 
 
