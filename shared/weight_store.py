@@ -86,7 +86,7 @@ class WeightStore:
         except (ImportError, ValueError) as exc:
             raise SettingsError(f"weights.store {root!r} can't be opened: {exc} (S3: headwater[s3])") from exc
         self.root = without_secrets(root)
-        if type(self._fs)._strip_protocol(self.root) != self._root:
+        if self.root != root and type(self._fs)._strip_protocol(self.root) != self._root:
             raise SettingsError(
                 f"weights.store {self.root} takes no keys or options in its URL, they would become part of the path: "
                 "give them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

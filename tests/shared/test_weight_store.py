@@ -170,3 +170,9 @@ def test_a_key_that_would_become_part_of_the_path_is_refused(root: str) -> None:
     with pytest.raises(SettingsError, match="takes no keys or options") as caught:
         WeightStore(root)
     assert "hUsh" not in str(caught.value)
+
+
+def test_chained_file_systems_are_stores_too() -> None:
+    store = WeightStore("dir::memory://chained/run")
+    store.publish(FILES, version=1, step=1)
+    assert store.versions() == [1]
