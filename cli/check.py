@@ -12,6 +12,7 @@ from cli.ports import Ports
 from cli.probes import Probe, probes
 from shared.configuration import load_settings
 from shared.errors import HeadwaterError, SettingsError
+from shared.secret_urls import without_secrets
 
 
 def check(config: Path, overrides: Sequence[str]) -> int:
@@ -25,7 +26,7 @@ def check(config: Path, overrides: Sequence[str]) -> int:
         plan = make_plan(settings, ports)
         problems = [problem for probe in probes(plan) if (problem := _try(probe))]
         for line in plan_lines(plan):
-            print(line)
+            print(without_secrets(line))
     return _fail(problems) if problems else 0
 
 
@@ -53,7 +54,7 @@ def _try(probe: Probe) -> str | None:
     except HeadwaterError as exc:
         print(f"  NO   {probe.name:<16} {exc}")
         return f"{probe.name}: {exc}"
-    print(f"  ok   {probe.name:<16} {found}")
+    print(f"  ok   {probe.name:<16} {without_secrets(found)}")
     return None
 
 

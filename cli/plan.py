@@ -13,7 +13,7 @@ from typing import Literal
 from cli.ports import Ports
 from cli.redis_server import HOST, redis_url
 from shared.auth import generate_token
-from shared.configuration import load_secrets
+from shared.configuration import load_secrets, secret_variables
 from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings, TrainerSettings
 
 ServiceRole = Literal["rollout", "rewriter", "judge"]
@@ -66,16 +66,15 @@ class Plan:
         return [sys.executable, "-m", module, "--config", str(self.settings.run.folder / "processes.toml")]
 
     def environ(self) -> dict[str, str]:
-        """The children's environment. The URLs of Redis and database travel here, since they may have passwords."""
-        database_url = self.settings.database.url
+        """The children's environment. What is secret in a setting travels here, since their file has none of it."""
         return (
             child_environ()
+            | secret_variables(self.settings)
             | {
                 "HEADWATER_TOKEN": self.secrets.token,
                 "HEADWATER_ADMIN_TOKEN": self.secrets.admin_token,
                 "HEADWATER_REDIS__URL": self.redis_url,
             }
-            | ({"HEADWATER_DATABASE__URL": database_url} if database_url else {})
         )
 
 

@@ -17,6 +17,7 @@ from cli.redis_server import find_redis_server
 from cli.run_folder import RunFolder
 from services.collector.sources.base import Refusal, Source
 from shared.auth import authorization_header
+from shared.configuration import without_passwords
 from shared.database import open_database, translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
 from shared.identity import refuse_changed_identity
@@ -157,9 +158,7 @@ def endpoint(engine: EngineSettings) -> str:
 
 def remote_service(url: str, token: str) -> str:
     """Ready, and the token opens it."""
-    answer = _get(f"{url.rstrip('/')}/readyz", "")
-    _get(f"{url.rstrip('/')}/metrics", token)
-    data = answer.json()
+    data = _get(f"{url.rstrip('/')}/status", token).json()
     return f"{url} is ready ({data.get('engine', '')} {data.get('model', '')})".replace("  ", " ")
 
 
@@ -208,7 +207,7 @@ def database(settings: Settings) -> str:
 
 def refuse_another_run(start: RunStart, settings: Settings) -> None:
     """What the run's first processes would say of these settings and of the documents as they are."""
-    now = settings.model_dump(mode="json")
+    now = without_passwords(settings).model_dump(mode="json")
     refuse_changed_identity(start.settings, now, run=f"{settings.run.name!r} of this database")
     if start.source is not None:
         refuse_changed_source(start.source, documents(settings).manifest(), run=settings.run.name)

@@ -15,6 +15,7 @@ from cli.display import duration
 from cli.run_folder import RunFolder, find_run
 from shared.database import EventRow, StepRow, migrate, open_database, transaction
 from shared.errors import HeadwaterError
+from shared.secret_urls import without_secrets
 from shared.settings import Settings
 
 _NEWEST_EVENTS = 30
@@ -76,7 +77,7 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
         *_event_lines(engine, settings.run.name),
     ]
     path = folder.report / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(without_secrets("\n".join(lines)) + "\n", encoding="utf-8")
     return path
 
 

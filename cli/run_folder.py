@@ -68,7 +68,7 @@ class RunFolder:
     def refuse_another_run(self, settings: Settings) -> None:
         """SettingsError if the folder belongs to a run of another identity."""
         if self.settings_file.exists():
-            old, new = read_toml(self.settings_file), settings.model_dump(mode="json")
+            old, new = read_toml(self.settings_file), without_passwords(settings).model_dump(mode="json")
             refuse_changed_identity(old, new, run=f"in {self.path}")
 
     def adopt(self, settings: Settings) -> None:

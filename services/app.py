@@ -2,7 +2,7 @@
 
 `create_app` is called by each service's own app.py, which then adds its routes. Every route but `/healthz` and
 `/readyz` needs the bearer token, the documentation (`/docs`, `/openapi.json`) included; routes that change a
-service add `Depends(require_admin)`.
+service add `Depends(require_admin)`. What the open ones say names no address and repeats nobody's error.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -23,6 +23,7 @@ from shared import metrics
 from shared.api import Readiness
 from shared.auth import check_bearer
 from shared.errors import AuthError, ForbiddenError, HeadwaterError
+from shared.secret_urls import without_secrets
 from shared.settings import Secrets
 
 _log = logging.getLogger(__name__)
@@ -37,14 +38,19 @@ def create_app(
     description: str,
     secrets: Secrets,
     readiness: Callable[[], Readiness],
+    summary: Callable[[], str] = lambda: "",
     max_request_bytes: int,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
-    """An app with everything but the service's own routes. `readiness` must answer at once, without I/O."""
+    """An app with everything but the service's own routes.
+
+    `readiness` has its detail in full, for callers with the token; `summary` is what everybody may read in its place.
+    Both must answer at once, without I/O.
+    """
     app = FastAPI(title=title, description=description, lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.state.secrets = secrets
-    _add_operations_routes(app, readiness)
+    _add_operations_routes(app, readiness, summary)
     _add_error_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost: metrics see refusals too, and no body is read before the token.
@@ -63,23 +69,28 @@ def require_admin(request: Request) -> None:
         raise ForbiddenError("this route needs the admin token: send HEADWATER_ADMIN_TOKEN as bearer") from exc
 
 
-def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness]) -> None:
+def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], summary: Callable[[], str]) -> None:
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Not ready: see `detail`"}}
+
+    def answered(found: Readiness) -> Response:
+        metrics.ready.set(found.ready)
+        content = without_secrets(found.model_dump_json())  # a model may be named by a URL, too
+        return Response(content, status_code=200 if found.ready else 503, media_type="application/json")
+
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
         """The process runs. Open."""
         return {"status": "ok"}
 
-    @app.get(
-        "/readyz",
-        tags=["operations"],
-        response_model=Readiness,
-        responses={503: {"model": Readiness, "description": "Not ready: `detail` says why"}},
-    )
-    async def readyz() -> JSONResponse:
-        """Whether requests can be answered now, and by what. Open."""
-        answer = readiness()
-        metrics.ready.set(answer.ready)
-        return JSONResponse(answer.model_dump(mode="json"), status_code=200 if answer.ready else 503)
+    @app.get("/readyz", tags=["operations"], response_model=Readiness, responses=not_ready)
+    async def readyz() -> Response:
+        """Whether requests can be answered now, and by what; `detail` names the kind of trouble. Open."""
+        return answered(readiness().model_copy(update={"detail": summary()}))
+
+    @app.get("/status", tags=["operations"], response_model=Readiness, responses=not_ready)
+    async def status() -> Response:
+        """The same with `detail` in full: addresses, and what stores, engines and services said."""
+        return answered(readiness())
 
     @app.get(METRICS_PATH, tags=["operations"], response_class=Response)
     async def metrics_text() -> Response:

@@ -1,7 +1,8 @@
 """The life of the engine behind a service: it starts beside the server, so that /healthz answers while a model loads.
 
     life = EngineLife(engine)
-    app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail), lifespan=life.lifespan)
+    app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
+                     summary=lambda: life.summary, lifespan=life.lifespan)
 
 A failed start is left in `app.state.failure`, which ends the process with that error (services/serve.py). So is the
 failure of an engine that will never answer again: whoever started the service starts it anew.
@@ -26,7 +27,8 @@ class EngineLife:
         self._engine = engine
         self._after_start = after_start
         self.ready = False
-        self.detail = "the engine is starting"
+        self.detail = self.summary = "the engine is starting"
+        """`summary` is for everybody: it repeats no error."""
 
     def check_ready(self) -> None:
         """Raise EngineError (503, try again) while the engine can't answer."""
@@ -41,7 +43,7 @@ class EngineLife:
         try:
             yield
         finally:
-            self.ready, self.detail = False, "the service is stopping"
+            self._note("the service is stopping")
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -54,16 +56,20 @@ class EngineLife:
             if self._after_start is not None:
                 await self._after_start()
         except HeadwaterError as exc:
-            self.detail = f"the engine could not start: {exc}"
+            self._note("the engine could not start", str(exc))
             app.state.failure = exc
             return
         except Exception as exc:
             app.state.failure = EngineError(f"{self._engine.name} could not start: {type(exc).__name__}: {exc}")
             raise
-        self.ready, self.detail = True, ""
+        self.ready, self.detail, self.summary = True, "", ""
 
     async def _watch(self, app: FastAPI, engine: FallibleEngine) -> None:
         while not engine.failure:  # noqa: ASYNC110 (the end of another process can only be looked for)
             await asyncio.sleep(_WATCH_S)
-        self.ready, self.detail = False, engine.failure
+        self._note("the engine has failed", engine.failure)
         app.state.failure = EngineError(engine.failure)
+
+    def _note(self, summary: str, reason: str = "") -> None:
+        """Not ready, and why."""
+        self.ready, self.summary, self.detail = False, summary, f"{summary}: {reason}" if reason else summary

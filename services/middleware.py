@@ -14,6 +14,7 @@ from shared.settings import Secrets
 
 OPEN_PATHS = ("/healthz", "/readyz")
 METRICS_PATH = "/metrics"
+_OPERATIONS_PATHS = (*OPEN_PATHS, "/status", METRICS_PATH)
 
 
 class MetricsMiddleware:
@@ -27,7 +28,7 @@ class MetricsMiddleware:
             await self._app(scope, receive, send)
             return
         status = 500
-        is_work = scope["path"] not in (*OPEN_PATHS, METRICS_PATH)
+        is_work = scope["path"] not in _OPERATIONS_PATHS
         metrics.requests_in_flight.inc(is_work)
         started = time.perf_counter()
 

@@ -235,7 +235,7 @@ class JudgementResponse(Record):
 
 
 class Readiness(Record):
-    """Answer of /readyz (status 200 when ready, else 503)."""
+    """Answer of /readyz and /status (status 200 when ready, else 503)."""
 
     ready: bool
     service: Literal["rollout", "rewriter", "judge", "collector"]
@@ -246,4 +246,5 @@ class Readiness(Record):
     fingerprint: str = ""
     """Judge only."""
     detail: str = ""
-    """Why it isn't ready, or the last trouble (such as a refused weight update)."""
+    """Why it isn't ready, or the last trouble (such as a refused weight update). /readyz, which is open, has it in a
+    few words, without addresses and the errors of others; /status, behind the token, in full."""

@@ -5,18 +5,19 @@ Every process begins here: `load_settings(path, overrides)`. Errors name the pla
 
 import json
 import os
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from shared.errors import SettingsError
-from shared.settings import Secrets, Settings
+from shared.secret_urls import without_secrets
+from shared.settings import Secrets, Section, Settings
 
+_SectionT = TypeVar("_SectionT", bound=Section)
 _PREFIX = "HEADWATER_"
 _SECRETS = {f"{_PREFIX}{name.upper()}": name for name in Secrets.model_fields}
 
@@ -57,16 +58,40 @@ def write_settings(settings: Settings, path: Path) -> None:
 
 
 def without_passwords(settings: Settings) -> Settings:
-    """For everything that is kept: the passwords in the URLs of Redis and database are secrets, which come from the
-    environment only."""
-    redis = settings.redis.model_copy(update={"url": _without_password(settings.redis.url)})
-    database = settings.database.model_copy(update={"url": _without_password(settings.database.url)})
-    return settings.model_copy(update={"redis": redis, "database": database})
+    """For everything that is kept: no URL in any setting has a secret in it. These travel in the environment only."""
+    return _cleaned(settings)
 
 
-def _without_password(url: str) -> str:
-    """Up to the last @: what makes the password strange must not keep it in."""
-    return re.sub(r"^([^:/]+://[^:/@]*):.*@", r"\1@", url)
+def secret_variables(settings: Settings) -> dict[str, str]:
+    """What `without_passwords` leaves out, for a process that is given the rest as a file: HEADWATER_* -> the whole
+    setting."""
+    return {
+        f"{_PREFIX}{'__'.join(place).upper()}": text
+        for place, text in _texts(settings, ())
+        if without_secrets(text) != text
+    }
+
+
+def _cleaned(section: _SectionT) -> _SectionT:
+    changes: dict[str, Any] = {}
+    for name, value in _fields(section):
+        if isinstance(value, str):
+            changes[name] = without_secrets(value)
+        elif isinstance(value, Section):
+            changes[name] = _cleaned(value)
+    return section.model_copy(update=changes)
+
+
+def _texts(section: Section, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name, value in _fields(section):
+        if isinstance(value, str):
+            yield (*place, name), value
+        elif isinstance(value, Section):
+            yield from _texts(value, (*place, name))
+
+
+def _fields(section: Section) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(section, name)) for name in type(section).model_fields)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -99,7 +124,7 @@ def _command_line_values(overrides: Sequence[str]) -> list[tuple[list[str], Any,
             if not words:
                 raise SettingsError(f"{option} needs a value")
             value = words.pop(0)
-        values.append((name.replace("-", "_").split("."), _parse(value), f"command line {option}"))
+        values.append((name.replace("-", "_").split("."), _parse(value), f"command line --{name}"))
     return values
 
 

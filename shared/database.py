@@ -184,7 +184,7 @@ def open_database(url: str) -> Engine:
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as exc:
-        raise DatabaseError(f"database.url {url!r} is not an SQLAlchemy URL") from exc
+        raise DatabaseError("database.url is not an SQLAlchemy URL, such as postgresql://USER@HOST/DATABASE") from exc
     if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":

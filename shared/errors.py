@@ -5,12 +5,20 @@ clients turn such an answer back into `ServiceError`. `retryable` tells the coll
 request may succeed later.
 """
 
+from shared.secret_urls import without_secrets
+
 
 class HeadwaterError(Exception):
-    """Root of all errors that Headwater raises on purpose; the message says what, where and the remedy."""
+    """Root of all errors that Headwater raises on purpose; the message says what, where and the remedy.
+
+    It goes into logs, tables and answers, so the URLs in it, other libraries' too, lose their secrets.
+    """
 
     status = 500
     retryable = False
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class SettingsError(HeadwaterError):

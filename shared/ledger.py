@@ -41,6 +41,7 @@ from shared.identity import refuse_changed_identity
 from shared.leases import Lease
 from shared.manifest import Manifest, refuse_changed_source
 from shared.records import DocumentKey
+from shared.secret_urls import without_secrets
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
 
@@ -213,7 +214,7 @@ class Ledger:
         outcome = {
             "state": DROPPED,
             "reason": reason,
-            "detail": storable(detail)[:2000],
+            "detail": storable(without_secrets(detail))[:2000],
             "finished_at": self._clock(),
             **_worked_on(lease),
         }
@@ -356,7 +357,12 @@ class Ledger:
 
     def _event(self, role: str, kind: str, message: str, **data: Any) -> EventRow:
         return EventRow(
-            run_id=self.run_id, at=self._clock(), role=role, kind=kind, message=storable(message)[:2000], data=data
+            run_id=self.run_id,
+            at=self._clock(),
+            role=role,
+            kind=kind,
+            message=storable(without_secrets(message))[:2000],
+            data=data,
         )
 
     def _kept_trained(self, key: DocumentKey, reason: str, *, role: str) -> EventRow:

@@ -1,9 +1,11 @@
 """`python -m shared.probe URL`: a container's health check. The answer on standard output and status 0 if it is a
 success, else why not on standard error and status 1.
 
-Standard library only: every container runs it every few seconds, and images have no curl.
+Standard library only: every container runs it every few seconds, and images have no curl. It sends HEADWATER_TOKEN, if
+that is set, so that in a container it can ask for /status too.
 """
 
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -21,7 +23,7 @@ def probe(url: str, *, timeout_s: float = TIMEOUT_S) -> str:
     """The body of a 2xx answer. Raises ProbeFailed."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would be asked for this machine
     try:
-        with direct.open(url, timeout=timeout_s) as answer:
+        with direct.open(urllib.request.Request(url, headers=_headers()), timeout=timeout_s) as answer:
             return _text(answer.read(_MAX_BYTES))
     except urllib.error.HTTPError as exc:
         raise ProbeFailed(f"{url} answers {exc.code}: {_text(exc.read(_MAX_BYTES))}") from exc
@@ -40,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{exc}\n")
         return 1
     return 0
+
+
+def _headers() -> dict[str, str]:
+    token = os.environ.get("HEADWATER_TOKEN", "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _text(content: bytes) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shared import limits
 from shared.api import MAX_ROLLOUTS, MAX_SUFFIX_TOKENS, MAX_TEMPERATURE, MAX_WINDOW_TOKENS
 from shared.records import CandidateKind
+from shared.secret_urls import url_of
 
 Objective = Literal["dpo", "rf_nll", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout", "next_token"]
 
@@ -62,7 +63,7 @@ class PolicySettings(Section):
 
 class DocumentsSettings(Section):
     format: Literal["jsonl", "parquet", "text", "huggingface"] = "jsonl"
-    path: str = ""
+    path: Annotated[str, url_of()] = ""
     """File, folder or glob; for `huggingface` the dataset's name."""
     subset: str = ""
     """`huggingface` only: the dataset's configuration name."""
@@ -121,18 +122,18 @@ class ChunksSettings(Section):
 
 
 class RedisSettings(Section):
-    url: str = ""
+    url: Annotated[str, url_of("redis", "rediss", "unix")] = ""
     """Empty: `headwater run` starts an embedded one."""
     timeout_s: float = Field(default=10.0, gt=0)
 
 
 class DatabaseSettings(Section):
-    url: str = ""
+    url: Annotated[str, url_of()] = ""
     """SQLAlchemy URL; empty: SQLite in the run folder."""
 
 
 class WeightsSettings(Section):
-    store: str = ""
+    store: Annotated[str, url_of()] = ""
     """Folder or fsspec URL; empty: `weights/` in the run folder."""
     push_every: int = Field(default=1, ge=1)
     """Steps between pushes of fresh weights to the rollout service."""
@@ -159,7 +160,7 @@ class EngineSettings(Section):
     """`transformers`: how long a batch waits for company once a request is there."""
     max_queued_requests: int = Field(default=1024, ge=1)
     """More are answered 503 with Retry-After."""
-    endpoint: str = ""
+    endpoint: Annotated[str, url_of("http", "https")] = ""
     """`openai`: base URL such as http://host:8000/v1."""
     key_variable: str = "OPENAI_API_KEY"
     """`openai`: the environment variable that holds the endpoint's key; may be unset for open endpoints."""
@@ -194,7 +195,7 @@ class ServiceSettings(Section):
     host: str = "127.0.0.1"
     """Where the service binds. Another than loopback needs tokens set by hand."""
     port: int = Field(ge=0, le=65535)
-    url: str = ""
+    url: Annotated[str, url_of("http", "https")] = ""
     """Where the collector reaches it; empty: http://host:port. With a URL set, `headwater run` starts none. Several
     replicas: their addresses separated by commas, asked in turn, or one address with a load balancer behind it."""
     max_request_bytes: int = Field(default=64_000_000, ge=1)

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import HeadwaterError, SettingsError, WeightStoreError
 from shared.records import Record
+from shared.secret_urls import without_secrets
 
 MANIFEST = "manifest.json"
 FULL_FILE = "model.safetensors"
@@ -91,7 +92,12 @@ class WeightStore:
             self._fs, self._root = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as exc:
             raise SettingsError(f"weights.store {root!r} can't be opened: {exc} (S3: headwater[s3])") from exc
-        self.root = root
+        self.root = without_secrets(root)
+        if self.root != root and type(self._fs)._strip_protocol(self.root) != self._root:
+            raise SettingsError(
+                f"weights.store {self.root} takes no keys or options in its URL, they would become part of the path: "
+                "give them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
         self._known: dict[int, Manifest] = {}

@@ -77,7 +77,7 @@ class Replicas:
         message = (
             f"replicas {dict(sorted(late.items()))} are not within {self.max_lag} versions of {version} after "
             f"{seconds:.1f} s (trainer.replica_wait_s): training goes on, their rollouts will be dropped; "
-            "their /readyz says what is wrong"
+            "their /status says what is wrong"
         )
         _log.warning(message)
         self.patience(lambda: self.ledger.record_event("trainer", "late_replicas", message, replicas=dict(late)))

@@ -1,7 +1,7 @@
 """The collector's HTTP side: health, readiness and metrics. Nobody sends it requests of work."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,12 +14,12 @@ _MAX_REQUEST_BYTES = 65_536
 _DESCRIPTION = "Reads documents, has their chunks continued, rewritten and judged, and writes them on the stream."
 
 
-def build(secrets: Secrets, trouble: Callable[[], str]) -> FastAPI:
-    """`trouble()` says at once what keeps the collector from its work; empty when nothing does."""
+def build(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> FastAPI:
+    """`trouble()` says at once what keeps the collector from its work: in a few words, each with the whole sentence."""
 
     def readiness() -> Readiness:
         found = trouble()
-        return Readiness(ready=not found, service="collector", detail=found)
+        return Readiness(ready=not found, service="collector", detail="; ".join(found.values()))
 
     return create_app(
         service="collector",
@@ -27,6 +27,7 @@ def build(secrets: Secrets, trouble: Callable[[], str]) -> FastAPI:
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=readiness,
+        summary=lambda: "; ".join(trouble()),
         max_request_bytes=_MAX_REQUEST_BYTES,
     )
 

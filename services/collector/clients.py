@@ -76,7 +76,7 @@ class ServiceClient:
     ) -> None:
         for base_url in base_urls:
             if not base_url.startswith(("http://", "https://")):
-                raise SettingsError(f"{role}.url {base_url!r} is not an address: expected http://HOST:PORT")
+                raise SettingsError(f"{role}.url is not an address: expected http://HOST:PORT")
         self.role = role
         self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
         """Replicas: every attempt goes to the next one, so that a retry meets another than the one that failed."""
@@ -227,9 +227,10 @@ class Services:
         return await self.judge.judge(make_request)
 
     @property
-    def trouble(self) -> str:
-        """What is wrong with services that were down when last asked."""
-        return "; ".join(client.trouble for client in (self.rollout, self.rewriter, self.judge) if client.trouble)
+    def trouble(self) -> dict[str, str]:
+        """What is wrong with services that were down when last asked, by role."""
+        clients = (self.rollout, self.rewriter, self.judge)
+        return {client.role: client.trouble for client in clients if client.trouble}
 
 
 def http_client(

@@ -64,17 +64,20 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
 
 @dataclass
 class _State:
-    """What /readyz tells."""
+    """What /readyz and /status tell."""
 
     starting: bool = True
     storage: Storage | None = None
     others: list[Services | Source] = field(default_factory=list)
     """What else may be in trouble."""
 
-    def trouble(self) -> str:
-        if self.starting or self.storage is None:
-            return "; ".join(["the collector is starting", *(self.storage.trouble.values() if self.storage else ())])
-        return "; ".join(filter(None, [*self.storage.trouble.values(), *(found.trouble for found in self.others)]))
+    def trouble(self) -> dict[str, str]:
+        """In a few words what is wrong, with the whole sentence."""
+        found = {"the collector is starting": "the collector is starting"} if self.starting else {}
+        away = dict(self.storage.trouble) if self.storage else {}
+        for other in self.others:
+            away |= other.trouble
+        return found | {f"{name} is away": reason for name, reason in away.items()}
 
 
 async def run_collector(settings: Settings, secrets: Secrets) -> None:

@@ -20,6 +20,7 @@ from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenSequence
 from services.engine.openai_scores import read_echoed_scores, read_label_scores
 from shared.errors import EngineError, HeadwaterError, OverloadedError, RequestError
+from shared.secret_urls import without_secrets
 from shared.settings import EngineSettings
 
 MAX_RETRIES = 3
@@ -52,7 +53,7 @@ class OpenAIEngine:
 
     @property
     def name(self) -> str:
-        return f"openai:{self._settings.model}@{self._settings.endpoint}"
+        return f"openai:{self._settings.model}@{without_secrets(self._settings.endpoint)}"
 
     @property
     def weight_version(self) -> int:

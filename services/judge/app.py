@@ -44,6 +44,7 @@ def create_judge_app(settings: Settings, secrets: Secrets, *, engine: Engine) ->
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=bench.readiness,
+        summary=lambda: bench.life.summary,
         max_request_bytes=settings.judge.max_request_bytes,
         lifespan=bench.life.lifespan,
     )

@@ -40,6 +40,7 @@ def create_rewriter_app(settings: Settings, secrets: Secrets, *, engine: Engine)
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=desk.readiness,
+        summary=lambda: desk.life.summary,
         max_request_bytes=settings.rewriter.max_request_bytes,
         lifespan=desk.life.lifespan,
     )

@@ -65,6 +65,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=readiness,
+        summary=lambda: "; ".join(part for part in (life.summary, watcher.summary) if part),
         max_request_bytes=settings.rollout.max_request_bytes,
         lifespan=lifespan,
     )

@@ -2,15 +2,29 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from shared.records import Record, TokenIds
 
 MODEL_ID = "policy"
 MAX_PROMPTS = 1024
 MAX_SAMPLES = 128
+MAX_CHOICES = 1024
+"""Prompts times samples in one request."""
+MAX_PROMPT_CHARACTERS = 4_000_000
+MAX_PROMPT_TOKENS = 1_000_000
+_FORMS = "a text, texts, a list of token ids, or several lists of token ids"
 
-Prompts = str | list[str] | TokenIds | list[TokenIds]
+
+def _in_one_sentence(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """Pydantic would tell of each form that the value does not have."""
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError(f"prompt must be {_FORMS}") from None
+
+
+Prompts = Annotated[str | list[str] | TokenIds | list[TokenIds], WrapValidator(_in_one_sentence)]
 
 
 class CompletionRequest(Record):
@@ -58,8 +72,23 @@ class CompletionRequest(Record):
             raise ValueError(f"{', '.join(asked)} can't be honoured here: leave it out")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens = 0 without echo asks for nothing")
-        if len(self.prompts) > MAX_PROMPTS:
-            raise ValueError(f"{len(self.prompts)} prompts, at most {MAX_PROMPTS} in one request")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_for_some_but_not_too_much(self) -> "CompletionRequest":
+        prompts = self.prompts
+        if not prompts:
+            raise ValueError(f"prompt is empty: give {_FORMS}")
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request")
+        if len(prompts) * self.n > MAX_CHOICES:
+            num_choices = len(prompts) * self.n
+            raise ValueError(
+                f"{len(prompts)} prompts times n = {self.n} are {num_choices} choices, "
+                f"at most {MAX_CHOICES} in one request"
+            )
+        for index, prompt in enumerate(prompts):
+            _check_size(prompt, name="prompt" if isinstance(self.prompt, str | tuple) else f"prompt {index}")
         return self
 
     @property
@@ -68,13 +97,21 @@ class CompletionRequest(Record):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt, tuple):
-            return [self.prompt]
+            return [self.prompt] if self.prompt else []
         return list(self.prompt)
 
     @property
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         return [stop for stop in stops if stop]
+
+
+def _check_size(prompt: str | TokenIds, *, name: str) -> None:
+    if not prompt:
+        raise ValueError(f"{name} is empty: the model needs at least one token to continue")
+    unit, allowed = ("characters", MAX_PROMPT_CHARACTERS) if isinstance(prompt, str) else ("tokens", MAX_PROMPT_TOKENS)
+    if len(prompt) > allowed:
+        raise ValueError(f"{name} has {len(prompt)} {unit}, at most {allowed}")
 
 
 class ChoiceLogprobs(Record):

@@ -4,7 +4,7 @@
                       --------> engine.patch_weights, where it can, or engine.load_weights --> version served
 
 Whatever fails before the engine has switched leaves the last good version in service: it is counted, logged, written
-as an event and shown in /readyz, and tried again with backoff or when a newer version is announced.
+as an event and shown in /status, and tried again with backoff or when a newer version is announced.
 
 A version is newer if its number is higher within its epoch. One of another epoch is taken whatever its number: the
 trainer has begun anew (trainer/weights.py), and what is loaded belongs to a policy that is no longer trained.
@@ -84,6 +84,12 @@ class WeightWatcher:
             else ""
         )
         return "; ".join(part for part in (self._trouble, refused) if part)
+
+    @property
+    def summary(self) -> str:
+        """The same without addresses and errors, for everybody."""
+        refused = f"weight version {self._refusal.wanted.version} was refused" if self._refusal else ""
+        return "; ".join(part for part in ("new weights can't be heard of" if self._trouble else "", refused) if part)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """The loop that the engine lives on."""

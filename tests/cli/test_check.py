@@ -58,6 +58,24 @@ def test_every_problem_is_listed(folder: Path, capsys: pytest.CaptureFixture[str
         assert f"  - {place}: " in text
 
 
+def test_no_secret_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "--documents.path": "https://me:hUsh@127.0.0.1:1/a?sig=hUsh",
+        "--redis.url": "redis://:hUsh@127.0.0.1:1/0",
+        "--database.url": "postgresql://me:hUsh@127.0.0.1:1/x?connect_timeout=2&sslpassword=hUsh",
+        "--weights.store": "s3://id:hUsh@bucket",
+        "--judge.url": "http://me:hUsh@127.0.0.1:1/?key=hUsh",
+        "--rewriter.engine.kind": "openai",
+        "--rewriter.engine.endpoint": "http://me:hUsh@127.0.0.1:1/v1#hUsh",
+        "--rollout.engine.model": "https://me:hUsh@127.0.0.1:1/m",
+    }
+    assert _check(folder, *[word for option in options.items() for word in option]) == 1
+    output = capsys.readouterr()
+    assert "hUsh" not in output.out + output.err
+    for place in ("documents", "redis", "database", "weights.store", "judge"):
+        assert f"  NO   {place}" in output.out
+
+
 def test_wrong_settings_are_problems_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _check(folder, "--trainer.beta", "-1", "--trainer.steps", "0") == 1
     assert "2 problems:" in capsys.readouterr().out

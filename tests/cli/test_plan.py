@@ -77,6 +77,14 @@ def test_tokens_are_made_unless_given(ports: Ports, monkeypatch: pytest.MonkeyPa
     assert len(plan.secrets.admin_token) >= 40
 
 
+def test_what_is_secret_in_a_url_travels_in_the_environment(ports: Ports) -> None:
+    urls = {"--judge.url": "http://me:word@judge", "--redis.url": "redis://:word@redis"}
+    environ = _plan(ports, *[word for pair in urls.items() for word in pair]).environ()
+    assert environ["HEADWATER_JUDGE__URL"] == "http://me:word@judge"
+    assert environ["HEADWATER_REDIS__URL"] == "redis://:word@redis"
+    assert "HEADWATER_DATABASE__URL" not in environ
+
+
 def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_JUDGE__PORT", "1")
     monkeypatch.setenv("OPENAI_API_KEY", "key")

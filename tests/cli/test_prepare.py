@@ -42,4 +42,4 @@ def test_no_password_stays_behind(tmp_path: Path) -> None:
     with transaction(engine) as session:
         settings = session.scalars(sa.select(RunRow.settings)).one()
     engine.dispose()
-    assert settings["redis"]["url"] == "redis://@redis:6379/0"
+    assert settings["redis"]["url"] == "redis://redis:6379/0"

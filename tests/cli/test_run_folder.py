@@ -55,6 +55,13 @@ def test_a_run_from_before_a_setting_keeps_what_it_did_then(folder: RunFolder) -
     folder.adopt(_settings("--documents.shuffle_bytes", "0"))
 
 
+def test_a_secret_is_no_part_of_a_runs_identity(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for word in ("one", "two"):
+        folder.adopt(_settings("--documents.path", f"https://me:{word}@host/a?sig={word}"))
+    assert load_settings(folder.settings_file, environ={}).documents.path == "https://host/a"
+
+
 def test_a_second_launcher_is_refused(folder: RunFolder) -> None:
     other = RunFolder(folder.path)
     with folder.locked(), pytest.raises(SettingsError, match="another `headwater run`"), other.locked():
@@ -91,7 +98,7 @@ def test_stores_of_its_own_are_reached_as_the_environment_says(tmp_path: Path) -
     _, settings = find_run(str(folder.path), here)
     assert (settings.redis.url, settings.database.url) == tuple(here.values())
     _, settings = find_run(str(folder.path), {})
-    assert (settings.redis.url, settings.database.url) == ("redis://@redis/0", "postgresql://me@db/runs")
+    assert (settings.redis.url, settings.database.url) == ("redis://redis/0", "postgresql://me@db/runs")
 
 
 def test_embedded_stores_are_not_replaced_by_the_environment(folder: RunFolder) -> None:

@@ -23,7 +23,13 @@ def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes:
         title="Toy",
         description="For tests",
         secrets=Secrets(token="t0ken", admin_token="adm1n"),
-        readiness=lambda: Readiness(ready=ready, service=service, detail="" if ready else "the model is loading"),
+        readiness=lambda: Readiness(
+            ready=ready,
+            service=service,
+            model="http://me:word@hub:1/m",
+            detail="" if ready else "no model at http://hub:1",
+        ),
+        summary=lambda: "" if ready else "the model is loading",
         max_request_bytes=max_request_bytes,
     )
 
@@ -62,12 +68,17 @@ def test_health_and_readiness_are_open(client: TestClient) -> None:
     assert client.get("/readyz").status_code == 200
 
 
-def test_not_ready_is_503_with_the_reason() -> None:
-    answer = TestClient(make_app(ready=False)).get("/readyz")
-    assert (answer.status_code, answer.json()["detail"]) == (503, "the model is loading")
+def test_not_ready_is_503_with_the_reason_in_a_few_words_for_everybody_and_in_full_for_some() -> None:
+    client = TestClient(make_app(ready=False))
+    open_answer = client.get("/readyz").json()
+    assert {"detail": "the model is loading", "ready": False}.items() <= open_answer.items()
+    assert open_answer["model"] == "http://hub:1/m"
+    assert {"detail": "no model at http://hub:1"}.items() <= client.get("/status", headers=TOKEN).json().items()
+    assert (client.get("/readyz").status_code, client.get("/status", headers=TOKEN).status_code) == (503, 503)
+    assert client.get("/status").status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json", "/v1/echo/a", "/nowhere"])
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/docs", "/openapi.json", "/v1/echo/a", "/nowhere"])
 def test_everything_else_needs_the_token(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 401

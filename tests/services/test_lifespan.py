@@ -24,7 +24,8 @@ def test_a_service_ends_with_the_failure_of_its_engine() -> None:
             await _until(lambda: life.ready)
             engine.failure = "its core has died"
             await _until(lambda: hasattr(app.state, "failure"))
-            assert (life.ready, life.detail) == (False, "its core has died")
+            assert (life.ready, life.summary) == (False, "the engine has failed")
+            assert life.detail == "the engine has failed: its core has died"
 
     asyncio.run(asyncio.wait_for(run(), 10))
     assert str(app.state.failure) == "its core has died"

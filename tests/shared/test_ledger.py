@@ -276,6 +276,15 @@ def test_names_that_are_not_utf8_are_kept(database: Engine) -> None:
     assert [(row.source_id, row.detail) for row in rows(database)] == [("caf\\udce9", "caf\\udce9")]
 
 
+def test_no_secret_of_a_url_becomes_a_row(database: Engine) -> None:
+    ledger = opened(database)
+    ledger.drop(key(0), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
+    ledger.record_event("rollout", "refused_weights", "no s3://id:hUsh@bucket/run")
+    with transaction(database) as session:
+        assert session.scalars(sa.select(DocumentRow)).one().detail == "judge at http://judge/v1: no"
+        assert session.scalars(sa.select(EventRow)).one().message == "no s3://bucket/run"
+
+
 def test_a_run_is_opened_once_and_events_are_kept(database: Engine) -> None:
     opened(database).open_run({"seed": 2})
     opened(database).record_event("trainer", "resume", "from step 4", step=4)

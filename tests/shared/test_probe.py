@@ -10,10 +10,11 @@ from shared.probe import main
 
 
 class _Answers(BaseHTTPRequestHandler):
-    """Path /503 answers 503, and so on."""
+    """Path /503 answers 503, and so on; /token answers 200 to who has the token."""
 
     def do_GET(self) -> None:
-        self.send_response(int(self.path[1:]))
+        has_token = self.headers.get("Authorization") == "Bearer word"
+        self.send_response(int(self.path[1:]) if self.path != "/token" else 200 if has_token else 401)
         self.end_headers()
         self.wfile.write(b'{"detail": "the engine is starting"}\n')
 
@@ -40,6 +41,12 @@ def test_a_success_is_status_0_and_its_body(url: str, capsys: pytest.CaptureFixt
 def test_a_refusal_is_status_1_and_says_why(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{url}/503"]) == 1
     assert capsys.readouterr().err == f'{url}/503 answers 503: {{"detail": "the engine is starting"}}\n'
+
+
+def test_the_token_is_sent_where_there_is_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([f"{url}/token"]) == 1
+    monkeypatch.setenv("HEADWATER_TOKEN", "word")
+    assert main([f"{url}/token"]) == 0
 
 
 def test_silence_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import WeightStoreError
+from shared.errors import SettingsError, WeightStoreError
 from shared.weight_store import MANIFEST, WeightStore
 
 FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
@@ -169,3 +169,17 @@ def test_any_file_system_of_fsspec_serves(tmp_path: Path) -> None:
     assert store.versions() == [0]
     assert fetched(store, 0, tmp_path / "local") == FILES
     store.prune(keep=1)
+
+
+@pytest.mark.parametrize("root", ["s3://id:hUsh@bucket/run", "s3://bucket/run?token=hUsh", "memory://run#hUsh"])
+def test_a_key_that_would_become_part_of_the_path_is_refused(root: str) -> None:
+    """The file system would repeat it in its errors without the rest of the URL."""
+    with pytest.raises(SettingsError, match="takes no keys or options") as caught:
+        WeightStore(root)
+    assert "hUsh" not in str(caught.value)
+
+
+def test_chained_file_systems_are_stores_too() -> None:
+    store = WeightStore("dir::memory://chained/run")
+    store.publish(FILES, version=1, step=1)
+    assert store.versions() == [1]

@@ -19,8 +19,11 @@ from shared.stream import weights_key
 from shared.weight_patches import apply_patches, decode_patches
 from shared.weight_state import BitTensor, parse_state, state_checksum
 from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from tests.shared.conftest import database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
 from trainer.weights import WeightPublisher, untied_state
+
+__all__ = ["database_url", "postgres_url"]  # fixtures
 
 
 def store_of(stack: Stack) -> WeightStore:
@@ -156,13 +159,31 @@ def test_versions_ascend_above_store_announcement_and_checkpoint(make_stack: Cal
     assert publisher.publish(tiny_llama(), 0) == 51
 
 
-def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: Callable[..., Stack]) -> None:
-    stack = make_stack()
+def test_old_versions_are_pruned_and_every_version_has_its_row(
+    make_stack: Callable[..., Stack], database_url: str
+) -> None:
+    stack = make_stack(database_url=database_url)
     trainer = stack.prepare()
     for step in range(5):
         trainer.publisher.publish(trainer.policy.model, step)
     assert store_of(stack).versions() == [2, 3, 4]
-    assert [(row.version, row.step) for row in version_rows(stack)] == [(version, version) for version in range(5)]
+    sizes = {version: store_of(stack).manifest(version).num_bytes for version in (2, 3, 4)}
+    rows = version_rows(stack)
+    assert [(row.run_id, row.version, row.step) for row in rows] == [(stack.run, step, step) for step in range(5)]
+    assert {row.version: row.num_bytes for row in rows[2:]} == sizes
+
+
+def test_a_version_that_is_published_again_after_a_crash_replaces_its_row(
+    make_stack: Callable[..., Stack], database_url: str
+) -> None:
+    """Its first publisher ended between the row and the announcement, and the store was emptied."""
+    stack = make_stack(database_url=database_url)
+    stack.prepare().publisher.publish(tiny_llama(), 3)
+    shutil.rmtree(stack.settings.weight_store_url)
+    again = stack.prepare().publisher
+    again.version = -1
+    again.publish(tiny_llama(), 5)
+    assert [(row.version, row.step) for row in version_rows(stack)] == [(0, 5)]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

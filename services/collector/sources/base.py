@@ -50,8 +50,8 @@ class Source(Protocol):
     """Documents in an order that depends on nothing but settings and files."""
 
     @property
-    def trouble(self) -> str:
-        """Why reading fails now; empty when it does not."""
+    def trouble(self) -> dict[str, str]:
+        """Why reading fails now, under the source's own name; empty when it does not."""
         ...
 
     def read(self, part: int, *, epoch: int, start: int) -> Iterator[Document | Refusal]:

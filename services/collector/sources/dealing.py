@@ -40,8 +40,8 @@ class DealtSource:
     retries: Retries = field(default_factory=Retries)
 
     @property
-    def trouble(self) -> str:
-        return self.retries.trouble
+    def trouble(self) -> dict[str, str]:
+        return {"source": self.retries.trouble} if self.retries.trouble else {}
 
     def manifest(self) -> Manifest:
         return self.reader.manifest()

@@ -9,6 +9,7 @@ from services.collector.sources.base import RawRecord
 from services.collector.sources.rows import row_record
 from shared.errors import SourceReadError
 from shared.manifest import Manifest
+from shared.secret_urls import without_secrets
 
 
 class HuggingFaceReader:
@@ -24,13 +25,14 @@ class HuggingFaceReader:
         splits = builder.info.splits or {}
         num_rows = splits[self._split].num_examples if self._split in splits else None
         files = (builder.config.data_files or {}).get(self._split, [])
-        facts = {"name": self._name, "subset": self._subset, "split": self._split, "num_rows": num_rows}
+        name = without_secrets(self._name)
+        facts = {"name": name, "subset": self._subset, "split": self._split, "num_rows": num_rows}
         return Manifest({_name_of(file, builder.base_path): _size(file) for file in files}, facts)
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         rows = islice(self._rows(start), 0, None, step)
         for count, row in enumerate(rows):
-            place = f"{self._name}[{self._split}]:{start + count * step + 1}"
+            place = f"{without_secrets(self._name)}[{self._split}]:{start + count * step + 1}"
             wanted = {name: row[name] for name in self._columns if name in row}
             yield row_record(place, wanted, names=list(row))
 
@@ -63,7 +65,7 @@ def _name_of(file: str, root: str | None) -> str:
     """From the dataset's root, and without the revision of the hub: a new one may hold the same files."""
     plain = re.sub(r"^(hf://[^@]*)@[^/]*", r"\1", file)
     shown = plain.removeprefix(f"{root}/") if root else plain
-    return shown.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return without_secrets(shown).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _size(file: str) -> int:

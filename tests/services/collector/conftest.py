@@ -26,6 +26,11 @@ def tokenizer(tokenizer_folder: Path) -> PolicyTokenizer:
 
 
 def build_tokenizer(folder: Path, *, adds_bos: bool) -> Path:
+    make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(*, adds_bos: bool) -> Any:
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -34,11 +39,9 @@ def build_tokenizer(folder: Path, *, adds_bos: bool) -> Path:
     if adds_bos:
         template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         bpe._tokenizer.post_processor = template
-    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>"
     )
-    made.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
-"""One ASGI app that answers as rollout, rewriter and judge would, and remembers what it was asked."""
+"""One ASGI app that answers as rollout, rewriter and judge would, and remembers what it was asked.
+
+The text of every answer is what its token ids decode to, under the tokenizer of the collector's tests.
+"""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from starlette.applications import Starlette
@@ -11,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from shared.api import JudgementRequest, RewriteRequest, RolloutRequest
+from tests.services.collector.conftest import make_tokenizer
 
 Interference = Callable[[str, Any], Response | None]
 """May answer in the service's place: gets path and body."""
@@ -18,7 +23,8 @@ Interference = Callable[[str, Any], Response | None]
 
 @dataclass
 class StubServices:
-    """Rollout i of a chunk is ` roll i`, the rewrite is the suffix in capitals, the reward falls with the index."""
+    """Rollout i of a chunk is ` roll i`, or the end of it where that is too long; the rewrite is the suffix in
+    capitals, cut to its length in tokens; the reward falls with the index."""
 
     interfere: Interference = lambda path, body: None
     seconds: float = 0.0
@@ -58,20 +64,38 @@ class StubServices:
         return endpoint
 
 
+@cache
+def _tokenizer() -> Any:
+    return make_tokenizer(adds_bos=False)
+
+
+def _encoded(text: str) -> list[int]:
+    found: list[int] = _tokenizer().encode(text, add_special_tokens=False)
+    return found
+
+
+def _answer(token_ids: list[int]) -> dict[str, Any]:
+    """Without the bytes of a character that was cut at the end."""
+    while (text := _tokenizer().decode(token_ids, clean_up_tokenization_spaces=False)).endswith("\ufffd"):
+        token_ids = token_ids[:-1]
+    return {"token_ids": token_ids, "text": text}
+
+
 def _rollouts(body: Any) -> dict[str, Any]:
     request = RolloutRequest.model_validate(body)
 
-    def rollout(index: int) -> dict[str, Any]:
-        return {"token_ids": [5, 6, index], "text": f" roll {index}", "finish_reason": "length", "policy_version": 3}
+    def rollout(index: int, max_tokens: int) -> dict[str, Any]:
+        token_ids = _encoded(f" roll {index}")[-max_tokens:]
+        return _answer(token_ids) | {"finish_reason": "length", "policy_version": 3}
 
-    return {"rollouts": [[rollout(index) for index in range(request.num_rollouts)] for _ in request.starts]}
+    return {"rollouts": [[rollout(index, bound) for index in range(request.num_rollouts)] for bound in request.bounds]}
 
 
 def _rewrites(body: Any) -> dict[str, Any]:
     request = RewriteRequest.model_validate(body)
     return {
         "rewrites": [
-            {"text": request.suffix(item).upper(), "token_ids": [7, 8], "finish_reason": "stop"}
+            _answer(_encoded(request.suffix(item).upper())[: item.max_suffix_tokens]) | {"finish_reason": "stop"}
             for item in request.items
         ]
     }

@@ -131,8 +131,8 @@ def test_a_retry_goes_to_the_next_replica() -> None:
 
 
 def test_an_address_that_is_no_url_stops() -> None:
-    with pytest.raises(SettingsError, match=r"rollout\.url 'rollout:8001' is not an address"):
-        ask([good()], url="rollout:8001")
+    with pytest.raises(SettingsError, match=r"rollout\.url is not an address"):
+        ask([good()], url="http://rollout:8001,rollout:8002")
 
 
 @pytest.mark.parametrize(

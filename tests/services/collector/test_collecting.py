@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from starlette.responses import JSONResponse, Response
+from transformers import AutoTokenizer
 
 from shared import metrics
 from shared.database import CandidateRow, ChunkRow, DocumentRow, transaction
@@ -55,6 +56,21 @@ def test_every_document_reaches_the_stream_with_all_its_candidates(make_settings
     assert seen.balance.scored == 6
     assert seen.contradictions == []
     assert {headers["authorization"] for headers in stub.headers} == {"Bearer word"}
+
+
+def test_the_text_of_every_candidate_is_what_its_ids_decode_to(
+    make_settings: MakeSettings, documents: dict[str, Any], tokenizer_folder: Path
+) -> None:
+    """Behind its prefix, in which the judge reads it and the trainer trains it."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    _, found = collected(StubServices(), make_settings, documents=documents)
+    for document in found:
+        for chunk in document.chunks:
+            prefix = list(document.token_ids[: chunk.start])
+            shown = str(tokenizer.decode(prefix))
+            for candidate in chunk.candidates:
+                assert tokenizer.decode([*prefix, *candidate.token_ids]) == shown + candidate.text
+    assert sum(len(chunk.candidates) for document in found for chunk in document.chunks) > 20
 
 
 def test_services_are_asked_for_what_the_window_holds(make_settings: MakeSettings, documents: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def test_readiness_names_the_service_that_is_away_and_metrics_need_the_token(
 
     down, port = True, free_port()
     path = write_documents(tmp_path / "documents.jsonl", 4)
-    base = f"http://127.0.0.1:{port}"
+    base, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer word"}
 
     def ready() -> tuple[int, str]:
         try:
@@ -36,13 +36,14 @@ def test_readiness_names_the_service_that_is_away_and_metrics_need_the_token(
     async def run(settings: Settings) -> None:
         nonlocal down
         async with collecting(settings, Secrets(token="word")) as task:
-            await until(lambda: "judge at" in ready()[1], task=task)
-            assert (await asyncio.to_thread(ready))[0] == 503
+            await until(lambda: ready() == (503, "judge is away"), task=task)
+            assert (await asyncio.to_thread(httpx.get, f"{base}/status")).status_code == 401
+            status = await asyncio.to_thread(lambda: httpx.get(f"{base}/status", headers=headers))
+            assert f"judge at {url}/v1/judgements answered 503" in status.json()["detail"]
             assert (await asyncio.to_thread(httpx.get, f"{base}/healthz")).status_code == 200
             assert (await asyncio.to_thread(httpx.get, f"{base}/metrics")).status_code == 401
             down = False
             await until(lambda: ready() == (200, ""), task=task)
-            headers = {"Authorization": "Bearer word"}
             text = (await asyncio.to_thread(lambda: httpx.get(f"{base}/metrics", headers=headers))).text
             assert 'headwater_service_up{service="judge"} 1.0' in text
 

@@ -57,7 +57,7 @@ def test_reads_that_fail_in_the_middle_skip_nothing_and_double_nothing() -> None
     source = dealt(reader)
     assert [contents(source, part=part) for part in range(2)] == [contents(dealt(Flaky({})), part=p) for p in range(2)]
     assert counted.get() == before + 11
-    assert (source.trouble, metrics.service_up.labels("documents")._value.get()) == ("", 1)
+    assert (source.trouble, metrics.service_up.labels("documents")._value.get()) == ({}, 1)
 
 
 def test_a_failure_at_the_first_record_is_configuration() -> None:
@@ -75,7 +75,7 @@ def test_failures_without_end_are_an_error_that_says_how_long() -> None:
     with pytest.raises(SourceError, match=r"could not be read for \d+ s, the last time: record 6: the conn") as failed:
         contents(source)
     assert not isinstance(failed.value, SourceReadError)
-    assert source.trouble == "record 6: the connection broke"
+    assert source.trouble == {"source": "record 6: the connection broke"}
     assert 0.3 <= time.monotonic() - began < 10
 
 

@@ -229,6 +229,15 @@ def test_an_unreachable_endpoint_is_waited_for_and_then_an_error() -> None:
         with_engine("http://127.0.0.1:9", lambda engine: engine.score("a", ["b"]), timeout_s=0.5)
 
 
+def test_secrets_of_the_endpoints_url_are_in_no_name_and_no_error() -> None:
+    url = "http://me:hUsh@127.0.0.1:9"
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1 can't be reached") as caught:
+        with_engine(url, lambda engine: engine.score("a", ["b"]), timeout_s=0.5)
+    assert "hUsh" not in str(caught.value)
+    engine = OpenAIEngine(EngineSettings(kind="openai", model="m", endpoint=f"{url}/v1?key=hUsh"))
+    assert engine.name == "openai:m@http://127.0.0.1:9/v1"
+
+
 def test_it_has_no_tokenizer(chat_url: str) -> None:
     async def work(engine: OpenAIEngine) -> None:
         with pytest.raises(EngineError, match="no tokenizer"):

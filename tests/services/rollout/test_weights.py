@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from safetensors.torch import load, save
 from torch import Tensor
 
+from services.engine.base import Generation, Prompt, Sampling
+from services.engine.transformers import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
@@ -23,6 +25,7 @@ from shared.api import RolloutResponse
 from shared.coordination import AnnouncedWeights
 from shared.database import EventRow, open_database, transaction
 from shared.errors import StreamError
+from shared.settings import EngineSettings
 from shared.weight_store import WeightStore
 from tests.services.fakes import FakeEngine
 from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
@@ -32,9 +35,11 @@ BODY = {"token_ids": list(range(20, 60)), "starts": [16, 40], "num_rollouts": 2,
 
 
 @contextmanager
-def service(model: Path, folder: Path) -> Iterator[tuple[str, WeightStore]]:
+def service(
+    model: Path, folder: Path, *, engine: TransformersEngine | None = None
+) -> Iterator[tuple[str, WeightStore]]:
     settings = make_settings(model, folder)
-    with running(build_app(settings, SECRETS)) as url:
+    with running(build_app(settings, SECRETS, engine=engine)) as url:
         yield url, WeightStore(settings.weight_store_url)
 
 
@@ -45,7 +50,7 @@ def ask(url: str, seed: int = 0) -> RolloutResponse:
 
 
 def readiness(url: str) -> dict[str, object]:
-    found: dict[str, object] = httpx.get(f"{url}/readyz", timeout=5).json()
+    found: dict[str, object] = httpx.get(f"{url}/status", headers=HEADERS, timeout=5).json()
     return found
 
 
@@ -63,19 +68,49 @@ def test_a_published_version_is_served(tiny_model: Path, other_weights: bytes, t
         assert before.rollouts[0][0].token_ids != after.rollouts[0][0].token_ids
 
 
+class BusyEngine(TransformersEngine):
+    """Takes version 2 only while requests are being answered."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(EngineSettings(model=str(model), device="cpu"))
+        self.num_running = self.num_at_swap = 0
+        """Requests that are being answered: now, and when version 2 came."""
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        self.num_running += 1
+        try:
+            return await super().generate(prompts, sampling)
+        finally:
+            self.num_running -= 1
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        while version == 2 and self.num_running < 4:  # noqa: ASYNC110 (a test's requests tell nobody)
+            await asyncio.sleep(0.001)
+        self.num_at_swap = self.num_running
+        await super().load_weights(folder, version)
+
+
 def test_a_swap_loses_no_request_in_flight(tiny_model: Path, other_weights: bytes, tmp_path: Path) -> None:
-    with service(tiny_model, tmp_path) as (url, store), ThreadPoolExecutor(16) as pool:
+    engine = BusyEngine(tiny_model)
+
+    def ask_until_swapped(seed: int) -> list[RolloutResponse]:
+        answers = [ask(url, seed)]
+        while versions(answers[-1]) != {2}:
+            answers.append(ask(url, seed))
+        return answers
+
+    with service(tiny_model, tmp_path, engine=engine) as (url, store), ThreadPoolExecutor(8) as pool:
         store.publish({"model.safetensors": (tiny_model / "model.safetensors").read_bytes()}, version=1, step=1)
         wait_until(lambda: readiness(url)["policy_version"] == 1, what="version 1")
-        under_first = {seed: ask(url, seed) for seed in range(2)}
-        asked = [pool.submit(ask, url, seed % 2) for seed in range(32)]
+        expected = {(1, seed): ask(url, seed) for seed in range(2)}
+        asking = {pool.submit(ask_until_swapped, seed % 2): seed % 2 for seed in range(8)}
         store.publish({"model.safetensors": other_weights}, version=2, step=2)
-        answers = [future.result(60) for future in asked]
-        wait_until(lambda: readiness(url)["policy_version"] == 2, what="version 2")
-        under_second = {seed: ask(url, seed) for seed in range(2)}
-        for seed, answer in enumerate(answers):
-            (version,) = versions(answer)
-            assert answer == {1: under_first, 2: under_second}[version][seed % 2]
+        answers = [(seed, answer) for future, seed in asking.items() for answer in future.result(60)]
+        expected |= {(2, seed): ask(url, seed) for seed in range(2)}
+    assert engine.num_at_swap >= 4
+    for seed, answer in answers:
+        (version,) = versions(answer)
+        assert answer == expected[version, seed]
 
 
 def refused_total() -> float:
