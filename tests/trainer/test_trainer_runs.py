@@ -19,11 +19,8 @@ from shared.stream import SCHEMA, document_ids_key, encode
 from tests.trainer.conftest import Stack
 from tests.trainer.documents import candidate, chunk, document, plain_document
 from trainer.assembly import train
-from trainer.evidence import FinishedDocument
 from trainer.figures import FIGURES
-from trainer.inbox import commit_finished
 from trainer.loop import Trainer
-from trainer.patience import Patience
 
 MakeStack = Callable[..., Stack]
 
@@ -204,17 +201,6 @@ def test_an_entry_of_another_version_ends_the_trainer_and_stays_on_the_stream(ma
         train(stack.settings, Event())
     assert stack.ledger.balance().dropped == {}
     assert stack.stream.backlog().pending == 2
-
-
-def test_a_window_that_is_trained_is_not_dropped_by_the_trainer(make_stack: MakeStack) -> None:
-    """A checkpoint of an earlier trainer contains it, and this one's loss was not finite."""
-    stack = make_stack()
-    (document_trained,) = documents_of(stack, range(1))
-    stack.write([document_trained])
-    stack.ledger.mark_trained({document_trained.document_id: 1})
-    finished = {document_trained.document_id: FinishedDocument(entry_id="1-0", step=None)}
-    commit_finished(finished, stack.ledger, stack.stream, Patience(Event()))
-    assert (stack.ledger.balance().trained, stack.ledger.balance().dropped) == (1, {})
 
 
 def test_a_document_in_the_middle_stays_pending_and_goes_on_where_it_was(make_stack: MakeStack) -> None:
