@@ -101,8 +101,7 @@ def good_run(
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("good")
     make = make_stack.__wrapped__(redis_server, policy_folder, folder)  # type: ignore[attr-defined]
-    stack = make("run", steps=7, pairs_per_step=4, checkpoint_every=2, keep_checkpoints=1)
-    stack = stack._with("documents", {"num_parts": 2})
+    stack = make("run", num_parts=2, steps=7, pairs_per_step=4, checkpoint_every=2, keep_checkpoints=1)
     train_a_run(stack)
     stack.ledger.engine.dispose()
     return stack.settings, folder

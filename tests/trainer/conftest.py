@@ -161,7 +161,7 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
     """`make_stack(name, **trainer settings)`; names keep runs of one test apart. Without a `database_url` the run has
     an SQLite of its own."""
 
-    def make(name: str = "run", *, database_url: str = "", **trainer: Any) -> Stack:
+    def make(name: str = "run", *, database_url: str = "", num_parts: int = 1, **trainer: Any) -> Stack:
         run = f"{tmp_path.name}-{name}"[-60:].lstrip("-_.")
         defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01, "log_tensorboard": False}
         settings = Settings.model_validate(
@@ -170,6 +170,7 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
                 "policy": {"model": str(policy_folder)},
                 "redis": {"url": redis_server.url},
                 "database": {"url": database_url},
+                "documents": {"num_parts": num_parts},
                 "chunks": {"context_tokens": 64, "suffix_tokens": 4, "min_prefix_tokens": 4, "min_suffix_tokens": 1},
                 "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
             }
