@@ -173,6 +173,12 @@ class Coordination:
             held = self._client.eval(_RENEW, len(keys), *keys, owner, int(lease_s * 1000), *numbers)
         return {parts[index - 1] for index in held}
 
+    def lease_owner(self, part: int) -> str | None:
+        """None if nobody holds the part."""
+        with translated():
+            owner = self._client.get(lease_key(self._run, part))
+        return None if owner is None else owner.decode()
+
     def raise_fence(self, lease: Lease) -> bool:
         """Entries under another number are refused from here on; False if the lease has ended already."""
         keys = (lease_key(self._run, lease.part), fences_key(self._run))

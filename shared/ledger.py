@@ -139,34 +139,41 @@ class Ledger:
             found = session.execute(sa.select(RunRow.settings, source).where(RunRow.id == self.run_id)).first()
         return None if found is None else RunStart(*found)
 
-    def take_part(self, part: int) -> int:
-        """The fencing number of a new lease on the part: rows are not written under an earlier one from here on."""
-        new = {"run_id": self.run_id, "part": part}
+    def lease_epoch(self, part: int) -> int:
+        """The newest fencing number of the part; 0 before it was ever taken."""
+        with transaction(self.engine) as session:
+            row = session.get(PartRow, (self.run_id, part))
+            return 0 if row is None else row.lease_epoch
+
+    def take_part(self, part: int, *, after: int) -> int:
+        """The fencing number of a new lease: rows are not written under an earlier one from here on.
+
+        `after`: the number that was read before. FencedError if it has risen since: another has taken the part.
+        """
         with transaction(self.engine) as session:
             session.execute(
                 sa.text(
                     "INSERT INTO parts (run_id, part, lease_epoch) VALUES (:run_id, :part, 0) ON CONFLICT DO NOTHING"
                 ),
-                new,
+                {"run_id": self.run_id, "part": part},
             )
-            session.execute(
-                sa.update(PartRow)
-                .where(PartRow.run_id == self.run_id, PartRow.part == part)
-                .values(lease_epoch=PartRow.lease_epoch + 1)
-            )
-            return session.get_one(PartRow, (self.run_id, part)).lease_epoch
+            self._move_epoch(session, part, after, after + 1)
+        return after + 1
 
     def refuse_if_fenced(self, session: Session, lease: Lease | None) -> None:
         """First in a transaction: until it ends nobody else takes the part. Raises FencedError if somebody has."""
         if lease is None:
             return
+        self._move_epoch(session, lease.part, lease.epoch, lease.epoch)
+
+    def _move_epoch(self, session: Session, part: int, expected: int, epoch: int) -> None:
         held = session.execute(
             sa.update(PartRow)
-            .where(PartRow.run_id == self.run_id, PartRow.part == lease.part, PartRow.lease_epoch == lease.epoch)
-            .values(lease_epoch=lease.epoch)
+            .where(PartRow.run_id == self.run_id, PartRow.part == part, PartRow.lease_epoch == expected)
+            .values(lease_epoch=epoch)
         )
         if not _num_rows(held):
-            raise FencedError(f"part {lease.part} was taken by another collector after lease number {lease.epoch}")
+            raise FencedError(f"part {part} was taken by another collector after lease number {expected}")
 
     def begin(self, windows: Sequence[WindowStart], lease: Lease | None = None) -> None:
         """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes

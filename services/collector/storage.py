@@ -85,11 +85,18 @@ class Storage:
                 return answer
 
     async def take_part(self, part: int, owner: str) -> Lease:
-        """Fence off everyone who had the part before. `owner` holds its key in Redis; FencedError if that has ended."""
-        epoch = await self.database(lambda: self.ledger.take_part(part))
-        lease = Lease(part, owner, epoch)
+        """Fence off everyone who had the part before. `owner` has its key in Redis; FencedError if that has ended.
+
+        The number is read before the key is looked at, and only raised from what was read: a process that is frozen
+        anywhere in here wakes without fencing off the next one.
+        """
+        before = await self.database(lambda: self.ledger.lease_epoch(part))
+        ended = FencedError(f"the lease on part {part} ended before the work on it began")
+        if await self.redis(lambda: self.coordination.lease_owner(part)) != owner:
+            raise ended
+        lease = Lease(part, owner, await self.database(lambda: self.ledger.take_part(part, after=before)))
         if not await self.redis(lambda: self.coordination.raise_fence(lease)):
-            raise FencedError(f"the lease on part {part} ended before the work on it began")
+            raise ended
         return lease
 
     async def begin(self, windows: list[Window], lease: Lease) -> None:

@@ -34,6 +34,10 @@ def score(ledger: Ledger, *keys: DocumentKey) -> None:
         ledger.mark_scored(found, num_chunks=3, num_dropped_chunks=1, policy_version=2)
 
 
+def take(ledger: Ledger, part: int) -> int:
+    return ledger.take_part(part, after=ledger.lease_epoch(part))
+
+
 def rows(database: Engine) -> Sequence[DocumentRow]:
     with transaction(database) as session:
         found = session.scalars(sa.select(DocumentRow).order_by(DocumentRow.position, DocumentRow.window)).all()
@@ -88,7 +92,7 @@ def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(datab
     ledger = opened(database)
     begin(ledger, key(0))
     ledger.mark_trained({"0.0.0.0": 3})
-    lease = Lease(0, "me", ledger.take_part(0))
+    lease = Lease(0, "me", take(ledger, 0))
     assert not ledger.drop(key(0), reason="stale")
     assert not ledger.drop(key(0), reason="judge_refused", lease=lease)
     assert [(row.state, row.reason, row.trained_step) for row in rows(database)] == [("trained", "", 3)]
@@ -110,10 +114,10 @@ def test_a_dropped_window_keeps_its_first_reason(database: Engine) -> None:
 
 def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
     ledger = opened(database)
-    first = Lease(0, "a", ledger.take_part(0))
+    first = Lease(0, "a", take(ledger, 0))
     ledger.begin([WindowStart(key(0), "d0", 32)], first)
     ledger.begin([WindowStart(key(1), "d1", 32)], first)
-    second = Lease(0, "b", ledger.take_part(0))
+    second = Lease(0, "b", take(ledger, 0))
     refused: list[Callable[[], object]] = [
         lambda: ledger.begin([WindowStart(key(2), "d2", 32)], first),
         lambda: ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, policy_version=1, lease=first),
@@ -136,18 +140,27 @@ def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
 
 def test_numbers_of_parts_and_runs_are_their_own(database: Engine) -> None:
     ledger = opened(database)
-    assert [ledger.take_part(part) for part in (0, 0, 1, 0)] == [1, 2, 1, 3]
-    assert Ledger(database, "other").take_part(0) == 1
+    assert [take(ledger, part) for part in (0, 0, 1, 0)] == [1, 2, 1, 3]
+    assert take(Ledger(database, "other"), 0) == 1
+
+
+def test_a_part_that_was_taken_since_it_was_looked_at_is_not_taken(database: Engine) -> None:
+    ledger = opened(database)
+    before = ledger.lease_epoch(0)
+    assert take(ledger, 0) == 1
+    with pytest.raises(FencedError, match="part 0 was taken by another collector after lease number 0"):
+        ledger.take_part(0, after=before)
+    assert ledger.lease_epoch(0) == 1
 
 
 def test_a_part_is_not_taken_between_the_check_and_the_write(database: Engine) -> None:
     """The write is under way when another takes the part: it is complete before the number rises."""
     ledger = opened(database)
-    lease = Lease(0, "a", ledger.take_part(0))
+    lease = Lease(0, "a", take(ledger, 0))
     with ThreadPoolExecutor(1) as another:
         with transaction(database) as session:
             ledger.refuse_if_fenced(session, lease)
-            taking = another.submit(ledger.take_part, 0)
+            taking = another.submit(ledger.take_part, 0, after=1)
             with pytest.raises(TimeoutError):
                 taking.result(timeout=0.5)
             session.add(EventRow(run_id="run", at=1.0, role="r", kind="k", message="m", data={}))

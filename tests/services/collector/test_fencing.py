@@ -103,7 +103,7 @@ def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettin
     """The part may be taken between a window's row and its chunks."""
     seen = Seen(make_settings("http://127.0.0.1:1"))
     recorder = Recorder(seen.ledger, tokenizer, 1.0)
-    first, second = (Lease(0, owner, seen.ledger.take_part(0)) for owner in ("a", "b"))
+    first, second = (Lease(0, owner, seen.ledger.take_part(0, after=after)) for after, owner in enumerate("ab"))
     with pytest.raises(FencedError):
         recorder.record(scored_document(0), first)
     recorder.record(scored_document(0, text=" kept"), second)

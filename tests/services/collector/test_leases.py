@@ -13,11 +13,12 @@ from services.collector.recording import Recorder
 from services.collector.storage import Storage
 from services.collector.texts import PolicyTokenizer
 from shared.coordination import Coordination
-from shared.errors import StreamError
+from shared.errors import FencedError, StreamError
 from shared.leases import Lease
 from shared.settings import Settings
 from shared.stream import connect, lease_key
 from tests.services.collector.runs import Seen, until
+from tests.shared.scored import scored_document
 
 MakeSettings = Callable[..., Settings]
 URL = "http://127.0.0.1:1"
@@ -103,7 +104,7 @@ def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, stor
     async def work(lease: Lease) -> None:
         leases.append(lease)
         if lease.epoch == 1:
-            seen.ledger.take_part(0)
+            seen.ledger.take_part(0, after=1)
             await storage.left_over(lease)
         await asyncio.Event().wait()
 
@@ -113,3 +114,30 @@ def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, stor
 
     asyncio.run(run())
     assert leases == [Lease(0, "me", 1), Lease(0, "me", 3)]
+
+
+def test_a_collector_that_is_frozen_while_it_takes_a_part_does_not_fence_off_the_next(
+    seen: Seen, storage: Storage
+) -> None:
+    coordination = seen.coordination
+
+    def another_takes() -> None:
+        coordination.release_lease(0, "me")
+        assert coordination.acquire_leases([0], "another", room=1, lease_s=30)
+        assert coordination.raise_fence(Lease(0, "another", seen.ledger.take_part(0, after=0)))
+
+    class FrozenBeforeItRaises(Coordination):
+        def lease_owner(self, part: int) -> str | None:
+            owner = super().lease_owner(part)
+            another_takes()
+            return owner
+
+    storage.coordination = FrozenBeforeItRaises(coordination._client, seen.ledger.run_id)
+    assert coordination.acquire_leases([0], "me", room=1, lease_s=30)
+    with pytest.raises(FencedError, match="part 0 was taken by another collector after lease number 0"):
+        asyncio.run(storage.take_part(0, "me"))
+    storage.coordination = coordination
+    with pytest.raises(FencedError, match="ended before the work on it began"):
+        asyncio.run(storage.take_part(0, "me"))
+    assert seen.ledger.lease_epoch(0) == 1
+    seen.stream.write(scored_document(0), Lease(0, "another", 1))
