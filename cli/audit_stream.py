@@ -49,7 +49,7 @@ def _read(url: str, settings: Settings) -> OnStream:
     client, run_id = connect(url, timeout_s=5.0), settings.run.name
     try:
         leased = Coordination(client, run_id).leased_parts(num_parts=settings.documents.num_parts)
-        return OnStream(frozenset(DocumentStream(client, run_id).document_ids()), frozenset(leased))
+        return OnStream(frozenset(DocumentStream(client, run_id).entries().values()), frozenset(leased))
     except (StreamError, StreamSchemaError) as exc:
         raise StreamUnreachable(str(exc)) from exc
     finally:

@@ -267,3 +267,12 @@ def test_the_stream_survives_a_killed_redis(tmp_path: Path) -> None:
 def test_reading_without_a_group_says_so(client: redis.Redis, run: str) -> None:
     with pytest.raises(StreamError, match=GROUP):
         DocumentStream(client, run).read(count=1, block_s=0.01)
+
+
+def test_entries_are_read_off_the_stream_itself(client: redis.Redis, run: str) -> None:
+    stream = opened(client, run)
+    written = {stream.write(scored_document(number)): f"0.0.{number}.0" for number in range(5)}
+    assert stream.entries(count=2) == written
+    lost = next(iter(written))
+    client.xdel(documents_key(run), lost)
+    assert stream.entries() == {entry: document for entry, document in written.items() if entry != lost}
