@@ -137,5 +137,5 @@ def test_ids_of_recorded_candidates_go_beyond_32_bits(database: Engine) -> None:
         chunk = ChunkRow(run_id="r", document_id="0.0.0.1", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
         session.flush()
-        session.add(CandidateRow(chunk_id=chunk.id, kind="original", text="t", num_tokens=3, scores={}))
+        session.add(CandidateRow(chunk_id=chunk.id, kinds="original", text="t", num_tokens=3, scores={}))
         assert chunk.id == 2**31
