@@ -72,7 +72,6 @@ class Plan:
             | secret_variables(self.settings)
             | {
                 "HEADWATER_TOKEN": self.secrets.token,
-                "HEADWATER_ADMIN_TOKEN": self.secrets.admin_token,
                 "HEADWATER_REDIS__URL": self.redis_url,
             }
         )
@@ -121,7 +120,7 @@ def service_settings(settings: Settings, role: str) -> ServiceSettings:
 
 
 def _complete(given: Secrets) -> Secrets:
-    return Secrets(token=given.token or generate_token(), admin_token=given.admin_token or generate_token())
+    return Secrets(token=given.token or generate_token())
 
 
 def _with_free_port(

@@ -14,7 +14,6 @@ set -C # the shell creates the file itself, or fails: nobody else's is written t
 cat > "$target" <<END
 # Secrets of this machine's stack. Keep them here; git ignores this file.
 HEADWATER_TOKEN=$(secret)
-HEADWATER_ADMIN_TOKEN=$(secret)
 REDIS_PASSWORD=$(secret)
 POSTGRES_PASSWORD=$(secret)
 GRAFANA_PASSWORD=$(secret)

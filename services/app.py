@@ -1,8 +1,8 @@
 """What every service's HTTP side shares: health, readiness, metrics, tokens, size bound, one form of errors.
 
 `create_app` is called by each service's own app.py, which then adds its routes. Every route but `/healthz` and
-`/readyz` needs the bearer token, the documentation (`/docs`, `/openapi.json`) included; routes that change a
-service add `Depends(require_admin)`. What the open ones say names no address and repeats nobody's error.
+`/readyz` needs the bearer token, the documentation (`/docs`, `/openapi.json`) included. What the open ones say names
+no address and repeats nobody's error.
 """
 
 import logging
@@ -21,8 +21,7 @@ from services.middleware import METRICS_PATH, OPEN_PATHS, AuthMiddleware, Metric
 from services.rendering import error_response, render_error
 from shared import metrics
 from shared.api import Readiness
-from shared.auth import check_bearer
-from shared.errors import AuthError, ForbiddenError, HeadwaterError
+from shared.errors import HeadwaterError
 from shared.secret_urls import without_secrets
 from shared.settings import Secrets
 
@@ -58,15 +57,6 @@ def create_app(
     app.add_middleware(AuthMiddleware, secrets=secrets)
     app.add_middleware(MetricsMiddleware)
     return app
-
-
-def require_admin(request: Request) -> None:
-    """Dependency of routes that change a service: 403 for a caller who has only the ordinary token."""
-    secrets: Secrets = request.app.state.secrets
-    try:
-        check_bearer(request.headers.get("authorization"), token=secrets.admin_token)
-    except AuthError as exc:
-        raise ForbiddenError("this route needs the admin token: send HEADWATER_ADMIN_TOKEN as bearer") from exc
 
 
 def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], summary: Callable[[], str]) -> None:

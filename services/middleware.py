@@ -48,10 +48,7 @@ class MetricsMiddleware:
 
 
 class AuthMiddleware:
-    """Refuses everything but the open paths without a token, before any of the body is read.
-
-    The admin token opens the ordinary routes too.
-    """
+    """Refuses everything but the open paths without a token, before any of the body is read."""
 
     def __init__(self, app: ASGIApp, *, secrets: Secrets) -> None:
         self._app = app
@@ -60,19 +57,11 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                self._check(_header(scope, b"authorization"))
+                check_bearer(_header(scope, b"authorization"), token=self._secrets.token)
             except AuthError as exc:
                 await render_error(exc)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    def _check(self, header: str | None) -> None:
-        try:
-            check_bearer(header, token=self._secrets.token)
-        except AuthError:
-            if not self._secrets.admin_token:
-                raise
-            check_bearer(header, token=self._secrets.admin_token)
 
 
 class SizeMiddleware:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
-from shared.errors import AuthError, ForbiddenError, HeadwaterError
+from shared.errors import AuthError, HeadwaterError
 
 RETRY_AFTER_S = 1
 """A batch takes about a second; callers back off further by themselves."""
@@ -24,6 +24,6 @@ def render_error(exc: HeadwaterError) -> JSONResponse:
 def _headers(exc: HeadwaterError) -> dict[str, str]:
     if exc.status == 503:
         return {"Retry-After": str(RETRY_AFTER_S)}
-    if isinstance(exc, AuthError) and not isinstance(exc, ForbiddenError):
+    if isinstance(exc, AuthError):
         return {"WWW-Authenticate": "Bearer"}
     return {}

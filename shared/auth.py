@@ -1,7 +1,4 @@
-"""Bearer tokens: made by the local launcher or an operator, compared in constant time.
-
-Two tokens exist: the ordinary one for every route but health, the admin one for routes that change a service.
-"""
+"""The bearer token of every route but health: made by the local launcher or an operator, compared in constant time."""
 
 import hmac
 import ipaddress
@@ -30,12 +27,9 @@ def check_bearer(header: str | None, *, token: str) -> None:
 
 
 def refuse_open_binding(host: str, secrets_: Secrets) -> None:
-    """Raise SettingsError if a service would listen beyond loopback without tokens."""
-    if _is_loopback(host) or (secrets_.token and secrets_.admin_token):
-        return
-    raise SettingsError(
-        f"binding to {host} without tokens would let anybody in: set HEADWATER_TOKEN and HEADWATER_ADMIN_TOKEN"
-    )
+    """Raise SettingsError if a service would listen beyond loopback without a token."""
+    if not (_is_loopback(host) or secrets_.token):
+        raise SettingsError(f"binding to {host} without a token would let anybody in: set HEADWATER_TOKEN")
 
 
 def _is_loopback(host: str) -> bool:

@@ -49,12 +49,6 @@ class AuthError(HeadwaterError):
     status = 401
 
 
-class ForbiddenError(AuthError):
-    """The token is right, but this route needs the admin token."""
-
-    status = 403
-
-
 class RequestTooLargeError(HeadwaterError):
     """The body is longer than `max_request_bytes`."""
 

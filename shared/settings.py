@@ -193,7 +193,7 @@ class EngineSettings(Section):
 
 class ServiceSettings(Section):
     host: str = "127.0.0.1"
-    """Where the service binds. Another than loopback needs tokens set by hand."""
+    """Where the service binds. Another than loopback needs a token set by hand."""
     port: int = Field(ge=0, le=65535)
     url: Annotated[str, url_of("http", "https")] = ""
     """Where the collector reaches it; empty: http://host:port. With a URL set, `headwater run` starts none. Several
@@ -369,7 +369,7 @@ class TrainerSettings(Section):
     max_bad_steps: int = Field(default=5, ge=1)
     """Steps in a row with a non-finite loss before the run stops."""
     host: str = "127.0.0.1"
-    """Where `metrics_port` binds. Another than loopback needs tokens set by hand."""
+    """Where `metrics_port` binds. Another than loopback needs a token set by hand."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Serves /metrics and /healthz; 0: neither, since without a scraper nobody would read them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -448,5 +448,3 @@ class Secrets(Section):
 
     token: str = ""
     """HEADWATER_TOKEN: bearer token of every route but health."""
-    admin_token: str = ""
-    """HEADWATER_ADMIN_TOKEN: bearer token of the routes that change a service."""

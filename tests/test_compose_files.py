@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "docker-compose.yml", *sorted((ROOT / "compose").glob("*.yml"))]
-SECRETS = ("HEADWATER_TOKEN", "HEADWATER_ADMIN_TOKEN", "REDIS_PASSWORD", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD")
+SECRETS = ("HEADWATER_TOKEN", "REDIS_PASSWORD", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD")
 
 
 class _Loader(yaml.SafeLoader):

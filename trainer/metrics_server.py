@@ -82,23 +82,13 @@ def _application(secrets: Secrets) -> Callable[[Environ, StartResponse], Iterabl
         if path != "/metrics":
             return _say(start_response, "404 Not Found", "here are /metrics and /healthz\n")
         try:
-            _check(environ.get("HTTP_AUTHORIZATION"), secrets)
+            check_bearer(environ.get("HTTP_AUTHORIZATION"), token=secrets.token)
         except AuthError as exc:
             return _say(start_response, "401 Unauthorized", f"{exc}\n", ("WWW-Authenticate", "Bearer"))
         found: Iterable[bytes] = metrics_application(environ, start_response)
         return found
 
     return answer
-
-
-def _check(header: str | None, secrets: Secrets) -> None:
-    """The admin token opens what the ordinary one does."""
-    try:
-        check_bearer(header, token=secrets.token)
-    except AuthError:
-        if not secrets.admin_token:
-            raise
-        check_bearer(header, token=secrets.admin_token)
 
 
 def _say(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> Iterable[bytes]:

@@ -16,7 +16,6 @@ value() { sed -n "s/^$2=//p" "$1"; }
 
 write tokens.env <<EOF
 HEADWATER_TOKEN=$(random)
-HEADWATER_ADMIN_TOKEN=$(random)
 EOF
 write redis.env <<EOF
 REDISCLI_AUTH=$(random)

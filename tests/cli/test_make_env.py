@@ -22,8 +22,8 @@ def test_every_secret_is_new_and_long_and_readable_by_the_owner_alone(tmp_path: 
     assert one.stat().st_mode & 0o777 == 0o600
     secrets = _secrets(one)
     passwords = {"REDIS_PASSWORD", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD"}
-    assert secrets.keys() == {"HEADWATER_TOKEN", "HEADWATER_ADMIN_TOKEN"} | passwords
-    assert len({*secrets.values(), *_secrets(other).values()}) == 10
+    assert secrets.keys() == {"HEADWATER_TOKEN"} | passwords
+    assert len({*secrets.values(), *_secrets(other).values()}) == 8
     # They stand in URLs: no character may mean something there.
     assert all(len(value) == 64 and value.isalnum() for value in secrets.values())
 

@@ -38,7 +38,7 @@ def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[...,
 
     def make(interrupted: bool = False, over: bool = True, **programs: str) -> Stack:
         roles = tuple(programs)
-        plan = _Programs(Settings(), Secrets(token="t", admin_token="a"), roles, None, (), programs)
+        plan = _Programs(Settings(), Secrets(token="t"), roles, None, (), programs)
         folder = RunFolder(tmp_path)
         folder.create()
         tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from services.app import create_app, require_admin
+from services.app import create_app
 from shared import metrics
 from shared.api import Readiness, RolloutRequest
 from shared.errors import EngineError, OverloadedError, RequestError
 from shared.settings import Secrets
 
 TOKEN = {"Authorization": "Bearer t0ken"}
-ADMIN = {"Authorization": "Bearer adm1n"}
 
 
 def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
@@ -22,7 +21,7 @@ def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes:
         service=service,
         title="Toy",
         description="For tests",
-        secrets=Secrets(token="t0ken", admin_token="adm1n"),
+        secrets=Secrets(token="t0ken"),
         readiness=lambda: Readiness(
             ready=ready,
             service=service,
@@ -46,10 +45,6 @@ def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes:
         raise {"engine": EngineError, "overloaded": OverloadedError, "request": RequestError, "bug": KeyError}[kind](
             "why and what to do"
         )
-
-    @app.post("/v1/change", dependencies=[Depends(require_admin)])
-    async def change() -> dict[str, str]:
-        return {}
 
     return app
 
@@ -85,12 +80,6 @@ def test_everything_else_needs_the_token(client: TestClient, path: str) -> None:
     assert answer.json()["error"]["type"] == "AuthError"
     assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
     assert client.get(path, headers=TOKEN).status_code != 401
-
-
-def test_admin_routes_need_the_admin_token(client: TestClient) -> None:
-    refused = client.post("/v1/change", headers=TOKEN)
-    assert (refused.status_code, refused.json()["error"]["type"]) == (403, "ForbiddenError")
-    assert client.post("/v1/change", headers=ADMIN).status_code == 200
 
 
 @pytest.mark.parametrize(

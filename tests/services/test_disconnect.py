@@ -19,7 +19,7 @@ from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
 from tests.services.serving import running
 
-SECRETS = Secrets(token="t0ken", admin_token="adm1n")
+SECRETS = Secrets(token="t0ken")
 HEADERS = {"Authorization": "Bearer t0ken"}
 CASES: dict[str, tuple[Callable[[Settings, FakeEngine], FastAPI], str, dict[str, Any]]] = {
     "rollout": (

@@ -102,10 +102,9 @@ def test_settings_written_and_read_again_are_the_same(tmp_path: Path) -> None:
 
 
 def test_secrets_come_from_the_environment_and_are_no_settings() -> None:
-    environ = {"HEADWATER_TOKEN": "a", "HEADWATER_ADMIN_TOKEN": "b"}
+    environ = {"HEADWATER_TOKEN": "a"}
     assert load_settings(None, environ=environ) == Settings()
     assert load_secrets(environ).token == "a"
-    assert load_secrets(environ).admin_token == "b"
 
 
 def test_an_objective_without_its_candidates_is_refused() -> None:

@@ -53,7 +53,7 @@ class Probes:
 
 def environ_of(*plugins: Path, **more: str) -> dict[str, str]:
     """Of a run's processes. `plugins` are folders with plug-ins for vLLM."""
-    tokens = {"HEADWATER_TOKEN": TOKEN, "HEADWATER_ADMIN_TOKEN": TOKEN[::-1]}
+    tokens = {"HEADWATER_TOKEN": TOKEN}
     return os.environ | tokens | {"PYTHONPATH": os.pathsep.join(map(str, plugins))} | more
 
 

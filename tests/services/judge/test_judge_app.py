@@ -19,7 +19,7 @@ from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
 
 TOKEN = {"Authorization": "Bearer t0ken"}
-SECRETS = Secrets(token="t0ken", admin_token="adm1n")
+SECRETS = Secrets(token="t0ken")
 TEXT = "The moon"
 ITEM = {"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}
 

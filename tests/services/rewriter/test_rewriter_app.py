@@ -17,7 +17,7 @@ from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
 
 TOKEN = {"Authorization": "Bearer t0ken"}
-SECRETS = Secrets(token="t0ken", admin_token="adm1n")
+SECRETS = Secrets(token="t0ken")
 PREFIX = "The moon moves around the"
 
 

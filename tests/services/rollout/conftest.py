@@ -12,7 +12,7 @@ from tests.services.serving import running
 
 TOKEN = "t0ken"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-SECRETS = Secrets(token=TOKEN, admin_token="adm1n")
+SECRETS = Secrets(token=TOKEN)
 
 
 def make_settings(model: Path, folder: Path, **rollout: object) -> Settings:
