@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import JSON, Engine, Index, String, event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -228,6 +229,12 @@ def transaction(engine: Engine) -> Iterator[Session]:
     no use."""
     with translated(), Session(engine) as session, session.begin():
         yield session
+
+
+def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None:
+    """A row with these values, unless there is one with its primary key: of several writers at once one inserts."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    session.execute(insert(table).values(values).on_conflict_do_nothing())
 
 
 @contextmanager

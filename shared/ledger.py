@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from shared.database import (
@@ -33,6 +32,7 @@ from shared.database import (
     PartRow,
     RunRow,
     WeightVersionRow,
+    insert_if_absent,
     transaction,
     translated,
 )
@@ -106,10 +106,8 @@ class Ledger:
 
     def open_run(self, settings: dict[str, Any]) -> None:
         """Write the run's row if it isn't there. SettingsError if it is there with another identity."""
-        insert = postgresql.insert if self.engine.dialect.name == "postgresql" else sqlite.insert
-        row = {"id": self.run_id, "created_at": self._clock(), "settings": settings}
         with transaction(self.engine) as session:
-            session.execute(insert(RunRow).values(row).on_conflict_do_nothing())
+            insert_if_absent(session, RunRow, id=self.run_id, created_at=self._clock(), settings=settings)
             began_with = session.scalars(sa.select(RunRow.settings).where(RunRow.id == self.run_id)).one()
         refuse_changed_identity(began_with, settings, run=f"{self.run_id!r} of this database")
 
@@ -151,12 +149,7 @@ class Ledger:
         `after`: the number that was read before. FencedError if it has risen since: another has taken the part.
         """
         with transaction(self.engine) as session:
-            session.execute(
-                sa.text(
-                    "INSERT INTO parts (run_id, part, lease_epoch) VALUES (:run_id, :part, 0) ON CONFLICT DO NOTHING"
-                ),
-                {"run_id": self.run_id, "part": part},
-            )
+            insert_if_absent(session, PartRow, run_id=self.run_id, part=part, lease_epoch=0)
             self._move_epoch(session, part, after, after + 1)
         return after + 1
 
