@@ -59,10 +59,10 @@ if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('hset', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
-# KEYS fences, the command's key; ARGV part, lease epoch, the command and what follows its key
-_FENCED = """
+# KEYS fences, exhausted parts; ARGV part, lease epoch, extent
+_MARK_EXHAUSTED = """
 if redis.call('hget', KEYS[1], ARGV[1]) ~= ARGV[2] then return false end
-return redis.call(ARGV[3], KEYS[2], unpack(ARGV, 4))
+return redis.call('hset', KEYS[2], ARGV[1], ARGV[3])
 """
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 
@@ -195,14 +195,16 @@ class Coordination:
             owners = self._client.mget([lease_key(self._run, part) for part in range(num_parts)])
         return {part for part, owner in enumerate(owners) if owner is not None}
 
-    def mark_exhausted(self, part: int, lease: Lease | None = None, *, extent: str) -> None:
-        """The part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or dropped.
-        Raises FencedError if another collector has taken it since `lease`."""
+    def mark_exhausted(self, lease: Lease, *, extent: str) -> None:
+        """The lease's part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or
+        dropped. Raises FencedError if another collector has taken it since."""
+        keys = (fences_key(self._run), exhausted_key(self._run))
         with translated():
-            if lease is None:
-                self._client.hset(exhausted_key(self._run), part, extent)
-            else:
-                self._fenced(lease, "HSET", exhausted_key(self._run), part, extent)
+            done = self._client.eval(_MARK_EXHAUSTED, len(keys), *keys, lease.part, lease.epoch, extent)
+        if done is None:
+            raise FencedError(
+                f"its end is not marked: another collector has taken part {lease.part} since, or Redis has lost its data"
+            )
 
     def exhausted_parts(self, *, extent: str) -> set[int]:
         """What an earlier start said of another extent, such as fewer epochs, does not count."""
@@ -213,12 +215,3 @@ class Coordination:
     def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
         """Whether every part is exhausted."""
         return self.exhausted_parts(extent=extent) >= set(range(num_parts))
-
-    def _fenced(self, lease: Lease, command: str, key: str, *words: str | int) -> None:
-        """A command that answers anything but nil, done only while `lease` is the newest of its part."""
-        keys = (fences_key(self._run), key)
-        if self._client.eval(_FENCED, len(keys), *keys, lease.part, lease.epoch, command, *words) is None:
-            raise FencedError(
-                f"{command} {key} is not done: another collector has taken part {lease.part} since, or Redis has lost "
-                "its data"
-            )

@@ -185,7 +185,7 @@ class PartWorker:
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.redis(lambda: coordination.mark_exhausted(lease.part, lease, extent=extent))
+        await self.storage.redis(lambda: coordination.mark_exhausted(lease, extent=extent))
         _log.info("part %d has no more documents", lease.part)
 
     def close(self) -> None:

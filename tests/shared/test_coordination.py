@@ -19,6 +19,14 @@ def renew(coordination: Coordination, part: int, owner: str, *, epoch: int | Non
     return coordination.renew_leases({part: epoch}, owner, lease_s=lease_s) == {part}
 
 
+def end(coordination: Coordination, part: int, extent: str) -> None:
+    """By a collector that holds the part."""
+    lease = Lease(part, "holder", 1)
+    acquire(coordination, part, lease.owner)
+    assert coordination.raise_fence(lease)
+    coordination.mark_exhausted(lease, extent=extent)
+
+
 def test_nothing_is_known_at_first(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
     assert coordination.announced_version() is None
@@ -89,14 +97,14 @@ def test_only_the_holder_raises_the_fence(client: redis.Redis, run: str) -> None
     coordination = Coordination(client, run)
     acquire(coordination, 0, "a")
     assert not coordination.raise_fence(Lease(0, "b", 9))
-    coordination.mark_exhausted(1, extent="all")
+    end(coordination, 1, "all")
     assert coordination.raise_fence(Lease(0, "a", 3))
     for epoch in (2, 4):
         with pytest.raises(FencedError, match="another collector has taken part 0"):
-            coordination.mark_exhausted(0, Lease(0, "a", epoch), extent="all")
+            coordination.mark_exhausted(Lease(0, "a", epoch), extent="all")
     assert not coordination.source_exhausted(num_parts=2, extent="all")
-    coordination.mark_exhausted(0, Lease(0, "a", 3), extent="all")
-    coordination.mark_exhausted(0, Lease(0, "a", 3), extent="all")
+    coordination.mark_exhausted(Lease(0, "a", 3), extent="all")
+    coordination.mark_exhausted(Lease(0, "a", 3), extent="all")
     assert coordination.source_exhausted(num_parts=2, extent="all")
 
 
@@ -111,18 +119,18 @@ def test_only_the_holder_releases(client: redis.Redis, run: str) -> None:
 
 def test_the_source_is_exhausted_when_every_part_is(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
-    coordination.mark_exhausted(1, extent="one epoch")
-    coordination.mark_exhausted(1, extent="one epoch")
+    end(coordination, 1, "one epoch")
+    end(coordination, 1, "one epoch")
     assert not coordination.source_exhausted(num_parts=2, extent="one epoch")
-    coordination.mark_exhausted(0, extent="one epoch")
+    end(coordination, 0, "one epoch")
     assert coordination.source_exhausted(num_parts=2, extent="one epoch")
 
 
 def test_an_end_is_true_for_what_was_to_be_read_then(client: redis.Redis, run: str) -> None:
     coordination = Coordination(client, run)
     for part in (0, 1):
-        coordination.mark_exhausted(part, extent="one epoch")
-    coordination.mark_exhausted(1, extent="two epochs")
+        end(coordination, part, "one epoch")
+    end(coordination, 1, "two epochs")
     assert coordination.exhausted_parts(extent="two epochs") == {1}
     assert not coordination.source_exhausted(num_parts=2, extent="one epoch")
     assert not coordination.source_exhausted(num_parts=2, extent="two epochs")

@@ -20,6 +20,7 @@ from cli.audit import audit_run
 from cli.run_folder import RunFolder
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
+from shared.leases import Lease
 from shared.ledger import Ledger, WindowStart
 from shared.records import ScoredDocument
 from shared.settings import Settings
@@ -132,6 +133,13 @@ class Stack:
             self.stream.write(document)
             num_chunks = len(document.chunks)
             self.ledger.mark_scored(document.key, num_chunks=num_chunks, num_dropped_chunks=0, policy_version=0)
+
+    def end_source(self, *, max_epochs: int) -> None:
+        """As the collector of its only part does."""
+        lease = Lease(0, "collector", 1)
+        self.coordination.acquire_leases([0], lease.owner, room=1, lease_s=60)
+        assert self.coordination.raise_fence(lease)
+        self.coordination.mark_exhausted(lease, extent=self.ledger.extent(max_epochs=max_epochs))
 
     def contradictions(self) -> list[str]:
         """What `headwater audit` finds."""

@@ -300,7 +300,7 @@ def test_the_same_command_again_says_finished_and_a_larger_one_goes_on(make_stac
 def test_the_end_of_the_source_makes_one_last_smaller_step(make_stack: MakeStack) -> None:
     stack = make_stack(steps=9, pairs_per_step=4)
     stack.write(documents_of(stack, range(2)))  # 6 pairs
-    stack.coordination.mark_exhausted(0, extent=stack.ledger.extent(max_epochs=0))
+    stack.end_source(max_epochs=0)
     train(stack.settings, Event())
     assert [row.figures["pairs"] for row in rows_of(stack)] == [4, 2]
     report = stack.coordination.trainer_report()
@@ -312,7 +312,7 @@ def test_the_end_of_the_source_makes_one_last_smaller_step(make_stack: MakeStack
 def test_the_end_of_fewer_epochs_is_not_the_end(make_stack: MakeStack) -> None:
     stack = make_stack(steps=9, pairs_per_step=3, stream_timeout_s=2.0)
     stack.write(documents_of(stack, [0]))
-    stack.coordination.mark_exhausted(0, extent=stack.ledger.extent(max_epochs=2))
+    stack.end_source(max_epochs=2)
     with pytest.raises(TrainingError, match="no document arrived"):
         train(stack.settings, Event())
 
