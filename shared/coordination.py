@@ -203,7 +203,7 @@ class Coordination:
             done = self._client.eval(_MARK_EXHAUSTED, len(keys), *keys, lease.part, lease.epoch, extent)
         if done is None:
             raise FencedError(
-                f"its end is not marked: another collector has taken part {lease.part} since, or Redis has lost its data"
+                f"no end is marked: another collector has taken part {lease.part} since, or Redis has lost its data"
             )
 
     def exhausted_parts(self, *, extent: str) -> set[int]:
