@@ -76,7 +76,8 @@ class ScoredChunk(Record):
     candidates: tuple[Candidate, ...]
     """No two with the same token ids."""
     judgement: Judgement | None = None
-    """None exactly when the objective needs no judge (`next_token`, `sft_*`, `dpo_rewrite_over_rollout`)."""
+    """None where no judge was asked: the objective needs none (`next_token`, `sft_*`, `dpo_rewrite_over_rollout`), or
+    there is one candidate only."""
 
     @model_validator(mode="after")
     def _one_reward_per_candidate(self) -> "ScoredChunk":

@@ -103,7 +103,10 @@ def _highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: flo
 
 
 def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-    """A gap says nothing here: where all tie, each candidate is as good as the filter can tell."""
+    """A gap says nothing here: where all tie, each candidate is as good as the filter can tell. One alone is the best
+    of its pool without a judge (services/collector/pools.py)."""
+    if len(chunk.candidates) == 1 and chunk.candidates[0].token_ids:
+        return chunk.candidates[0], None
     pool = _judged(chunk)
     if not pool:
         return "missing"

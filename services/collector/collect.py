@@ -46,7 +46,7 @@ async def collect(
         verdicts = await asking.judge(pools) if settings.needs_judge else {}
     except RefusedRequestError as exc:
         return DroppedWindow(exc.reason, str(exc))
-    scored, dropped = sort_chunks(window, pools, verdicts, needs_judge=settings.needs_judge)
+    scored, dropped = sort_chunks(window, pools, verdicts, objective=settings.trainer.objective)
     count_chunks(scored, dropped)
     if not scored:
         return _nothing_scored(dropped)

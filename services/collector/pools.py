@@ -14,7 +14,7 @@ from services.collector.texts import WindowText
 from shared import metrics
 from shared.api import JudgedText, JudgementFailure, JudgementItem, Rewrite, Rollout
 from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, TokenIds
-from shared.settings import ScheduleStage
+from shared.settings import JUDGED_OBJECTIVES, Objective, ScheduleStage
 
 MIN_JUDGED = 2
 """Different candidates: one can't be preferred to itself."""
@@ -62,13 +62,13 @@ def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, 
 
 
 def sort_chunks(
-    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, needs_judge: bool
+    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: Objective
 ) -> tuple[list[ScoredChunk], list[DroppedChunk]]:
     """Chunks to train on, and those dropped with their reasons. `verdicts` by index of the chunk."""
     scored, dropped = [], [*window.dropped]
     for index, (chunk, pool) in enumerate(zip(window.chunks, pools, strict=True)):
         verdict = verdicts.get(index)
-        if len(pool) < (MIN_JUDGED if needs_judge else 1):
+        if not _is_enough(pool, objective):
             dropped.append(DroppedChunk(start=chunk.start, reason=_why_too_few(pool)))
         elif isinstance(verdict, JudgementFailure):
             dropped.append(DroppedChunk(start=chunk.start, reason=verdict.reason))
@@ -103,6 +103,14 @@ def _one(equal: Sequence[Candidate]) -> Candidate:
     versions = [candidate.policy_version for candidate in equal if candidate.policy_version is not None]
     kinds = tuple(kind for candidate in equal for kind in candidate.kinds)
     return equal[0].model_copy(update={"kinds": kinds, "policy_version": min(versions, default=None)})
+
+
+def _is_enough(pool: Pool, objective: Objective) -> bool:
+    """One alone is the best of its pool, which is all that `rf_nll` asks for: most rollouts of a policy from scratch
+    can't be shown. But a rollout that nobody judged must not teach the policy that made it."""
+    if len(pool) == 1 and objective in JUDGED_OBJECTIVES:
+        return objective == "rf_nll" and set(pool[0].kinds) != {"rollout"}
+    return len(pool) > 0
 
 
 def _why_too_few(pool: Pool) -> str:

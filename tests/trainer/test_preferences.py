@@ -84,6 +84,14 @@ def test_a_chunk_without_judgement_or_with_one_candidate_is_missing_not_zero() -
     assert select([chunk(2, POOL[:2], (float("nan"), 0.5))]).missing == 1
 
 
+def test_rf_nll_takes_the_only_candidate_without_a_judge_and_dpo_takes_none() -> None:
+    alone = [chunk(2, [ORIGINAL], None)]
+    (pair,) = select(alone, "rf_nll").pairs
+    assert (pair.chosen, pair.rejected) == (ORIGINAL, None)
+    assert select(alone, "dpo").pairs == ()
+    assert select([chunk(2, [ORIGINAL, REWRITE], None)], "rf_nll").pairs == ()
+
+
 def test_rf_nll_takes_the_highest_even_if_all_tie() -> None:
     assert select([chunk(2, POOL, (0.1, 0.8, 0.3, 0.2, 0.1))], "rf_nll").pairs[0].chosen == REWRITE
     assert select([chunk(2, POOL, (0.5,) * 5)], "rf_nll").pairs[0].rejected is None

@@ -12,7 +12,7 @@ from services.collector.windows import Chunk
 from shared import metrics
 from shared.api import Rewrite, Rollout
 from shared.records import DocumentKey, Judgement, ScoredDocument
-from shared.settings import ScheduleStage
+from shared.settings import Objective, ScheduleStage
 from trainer.preferences import select_pairs
 
 PREFIX, ORIGINAL = (1, 2), (3, 4)
@@ -39,7 +39,7 @@ def pool_of(rewrite: tuple[int, ...], *rollouts: Rollout) -> Pool:
 
 def scored(pool: Pool, rewards: Sequence[float], position: int = 0) -> ScoredDocument:
     judgement = Judgement(rewards=tuple(rewards), scores={}, num_calls=1, fingerprint="f")
-    chunks, dropped = sort_chunks(window(position), [pool], {0: judgement}, needs_judge=True)
+    chunks, dropped = sort_chunks(window(position), [pool], {0: judgement}, objective="dpo")
     return ScoredDocument(
         run_id="r",
         key=window(position).key,
@@ -82,8 +82,30 @@ def test_all_equal_is_no_preference_and_one_alone_is_too_few() -> None:
     (copied,) = pool_of(ORIGINAL, rollout(ORIGINAL, 1), rollout(ORIGINAL, 1))
     alone = copied.model_copy(update={"kinds": ("original",), "policy_version": None})
     for pool, reason in (((copied,), "no_preference"), ((alone,), "too_few_candidates"), ((), "too_few_candidates")):
-        scored_chunks, dropped = sort_chunks(window(), [pool], {}, needs_judge=True)
+        scored_chunks, dropped = sort_chunks(window(), [pool], {}, objective="dpo")
         assert (scored_chunks, [lost.reason for lost in dropped]) == ([], [reason])
+
+
+def test_one_alone_is_scored_without_a_judge_where_one_is_enough() -> None:
+    """Rollouts of a policy from scratch can't be shown: the original is the best of its pool."""
+    unusable = [
+        Rollout(token_ids=GOOD, text="", finish_reason="length", policy_version=1, refusal="broken_text")
+        for _ in range(2)
+    ]
+    (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=(), rollouts=[unusable])
+    (chunk,), dropped = sort_chunks(window(), [pool], {}, objective="rf_nll")
+    assert ([candidate.kinds for candidate in chunk.candidates], chunk.judgement, dropped) == (
+        [("original",)],
+        None,
+        [],
+    )
+
+
+def test_a_rollout_alone_is_trained_only_where_no_judge_was_to_be_asked() -> None:
+    _, alone = pool_of(ORIGINAL, rollout(GOOD, 1))
+    objectives: tuple[Objective, ...] = ("dpo", "rf_nll", "sft_rollout")
+    kept = {name: len(sort_chunks(window(), [(alone,)], {}, objective=name)[0]) for name in objectives}
+    assert kept == {"dpo": 0, "rf_nll": 0, "sft_rollout": 1}
 
 
 def test_copies_count_in_the_metrics_as_often_as_they_were_made() -> None:
