@@ -51,13 +51,15 @@ class StubServices:
             body = await request.json()
             self.requests.append((path, body))
             self.headers.append(dict(request.headers))
+            # Decided at arrival: tests count the requests before this one, and others may come while it waits.
+            interference = self.interfere(path, body)
             self.num_now += 1
             self.max_at_once = max(self.max_at_once, self.num_now)
             try:
                 await asyncio.sleep(self.seconds)
                 while path in self.held:  # noqa: ASYNC110 - emptied by another thread
                     await asyncio.sleep(0.01)
-                return self.interfere(path, body) or JSONResponse(answer(body))
+                return interference or JSONResponse(answer(body))
             finally:
                 self.num_now -= 1
 
