@@ -20,10 +20,10 @@ from rich.table import Table
 from sqlalchemy import select
 
 import starter
-from cli.checkpoint_states import newest_policy
 from cli.processes import Child, stop_children
 from cli.run import run
 from cli.run_folder import find_run
+from shared.checkpoint_state import newest_policy
 from shared.database import StepRow, open_database, transaction
 from shared.errors import HeadwaterError
 from starter.documents import documents, write_documents

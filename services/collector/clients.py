@@ -28,8 +28,8 @@ from shared.api import (
     RolloutRequest,
     RolloutResponse,
 )
-from shared.auth import authorization_header
 from shared.errors import ServiceError, SettingsError, TokenIdsNeededError
+from shared.http import authorization_header
 from shared.records import Record
 from shared.settings import Settings
 
@@ -217,7 +217,7 @@ class Services:
     rewriter: ServiceClient
     judge: JudgeClient
 
-    async def continue_prefixes(self, request: RolloutRequest) -> RolloutResponse:
+    async def roll_out(self, request: RolloutRequest) -> RolloutResponse:
         return await self.rollout.post("/v1/rollouts", request, RolloutResponse)
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
@@ -238,7 +238,7 @@ def http_client(
 ) -> httpx.AsyncClient:
     """One connection pool for all services; every wait is bounded by collector.request_timeout_s."""
     timeout_s = settings.collector.request_timeout_s
-    connections = 3 * settings.collector.max_documents_in_flight
+    connections = 3 * settings.collector.max_windows_in_flight
     return httpx.AsyncClient(
         headers=authorization_header(token),
         timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),

@@ -1,6 +1,6 @@
 """Back-pressure: a window starts only while there is room for it.
 
-    who blocks      `enter`, while max_documents_in_flight windows are at work, or in flight + unread on the stream
+    who blocks      `enter`, while max_windows_in_flight windows are at work, or in flight + unread on the stream
                     has reached max_backlog
     who unblocks    `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
 
@@ -9,8 +9,13 @@ stream the sum never falls by itself.
 """
 
 import asyncio
+import contextlib
 
+from services.collector.storage import Storage
 from shared import metrics
+from shared.coordination import TrainerReport
+from shared.errors import StreamError
+from shared.stream import Backlog
 
 
 class Gate:
@@ -28,7 +33,7 @@ class Gate:
         """Take a place; give it back by `leave`."""
         await self.wait_open()
         self.in_flight += 1  # no await since the check: two waiters can't take the same place
-        metrics.documents_in_flight.set(self.in_flight)
+        metrics.windows_in_flight.set(self.in_flight)
 
     async def wait_open(self) -> None:
         """Until there is a place, without taking it: nothing is read far ahead of the work."""
@@ -42,7 +47,7 @@ class Gate:
 
     def leave(self) -> None:
         self.in_flight -= 1
-        metrics.documents_in_flight.set(self.in_flight)
+        metrics.windows_in_flight.set(self.in_flight)
         self._changed.set()
 
     def note_written(self) -> None:
@@ -59,3 +64,53 @@ class Gate:
         sum may be a little high until the next look, never too low."""
         self.unread = unread + self._num_written - written_before
         self._changed.set()
+
+
+_INTERVAL_S = 0.2
+
+
+class RunWatch:
+    """Runs beside the work. While Redis is away, what was seen last stays."""
+
+    def __init__(
+        self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, weight_version: int
+    ) -> None:
+        self._storage = storage
+        self._gate = gate
+        self._num_parts = num_parts
+        self._extent = extent
+        self._steps = steps
+        self.weight_version = weight_version
+        """The trainer's newest: the newest in the database at first, and never below what was seen last. A Redis that
+        lost its data tells of none, and the schedule must not begin again."""
+        self.finished = asyncio.Event()
+        """The trainer needs nothing more."""
+
+    async def run(self) -> None:
+        while not self.finished.is_set():
+            with contextlib.suppress(StreamError):  # logged by storage; the next look may succeed
+                await self.look()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def look(self) -> None:
+        """Raises StreamError."""
+        written_before = self._gate.num_written
+        backlog, report, announced = await self._storage.redis_once(self._read)
+        self._gate.note_backlog(backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(backlog.unread)
+        metrics.stream_pending.set(backlog.pending)
+        self.weight_version = max(self.weight_version, report.weight_version if report else 0, announced or 0)
+        if report and await self._is_finished(report):
+            self.finished.set()
+
+    def _read(self) -> tuple[Backlog, TrainerReport | None, int | None]:
+        coordination = self._storage.coordination
+        return self._storage.stream.backlog(), coordination.trainer_report(), coordination.announced_version()
+
+    async def _is_finished(self, report: TrainerReport) -> bool:
+        """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""
+        if report.state != "finished":
+            return False
+        return report.step >= self._steps or await self._storage.redis_once(
+            lambda: self._storage.coordination.source_exhausted(num_parts=self._num_parts, extent=self._extent)
+        )

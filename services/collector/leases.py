@@ -1,7 +1,7 @@
 """Leases on parts of the source: takes free parts, renews them, and stops the work on a part whose lease was lost.
 
     every lease_s / 3:  renew all  ->  lost: cancel that part's work at once
-                        acquire    ->  free (or freed by a dead collector): fence it (shared/leases.py), start its work
+                        acquire    ->  free (or freed by a dead collector): fence it (shared/records.py), start its work
 
 A process that was frozen past its lease may learn of it by a refused write before its next renewal; then the work on
 the part ends by itself. After an outage of Redis the first turn only renews, so that each collector can take up again
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from services.collector.storage import Storage
 from shared import metrics
 from shared.errors import FencedError, StreamError
-from shared.leases import Lease
+from shared.records import Lease
 
 _log = logging.getLogger(__name__)
 _RELEASE_TIMEOUT_S = 2.0

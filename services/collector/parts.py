@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 
 from services.collector.clients import Services
 from services.collector.collect import DroppedWindow, collect
-from services.collector.failures import first_error
-from services.collector.gate import Gate
-from services.collector.preparing import Preparer, Window
+from services.collector.gate import Gate, RunWatch
 from services.collector.sources.base import Document, Refusal, Source
 from services.collector.storage import Storage
-from services.collector.watch import RunWatch
+from services.collector.windows import Preparer, Window
+from services.concurrency import first_error
 from shared import metrics
 from shared.errors import SourceError
-from shared.leases import Lease
 from shared.ledger import Position
-from shared.records import DocumentKey
+from shared.records import Lease, WindowKey
 from shared.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -96,7 +94,7 @@ class PartWorker:
 
     async def _drop_missing(self, lease: Lease, epoch: int, position: int, numbers: set[int]) -> None:
         for number in sorted(numbers):
-            key = DocumentKey(part=lease.part, epoch=epoch, position=position, window=number)
+            key = WindowKey(part=lease.part, epoch=epoch, position=position, window=number)
             detail = f"window {key} was read before, but the source or its settings have changed: it is there no more"
             await self.storage.drop(key, lease, reason="source_changed", detail=detail, source_id="")
 
@@ -146,8 +144,8 @@ class PartWorker:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
 
     async def _refuse(self, item: Refusal, lease: Lease, epoch: int) -> None:
-        key = DocumentKey(part=lease.part, epoch=epoch, position=item.position, window=0)
-        metrics.documents_read_total.inc()
+        key = WindowKey(part=lease.part, epoch=epoch, position=item.position, window=0)
+        metrics.windows_read_total.inc()
         await self.storage.drop(key, lease, reason=item.reason, detail=item.detail, source_id=item.place)
 
     async def _start(self, window: Window, lease: Lease, windows: asyncio.TaskGroup) -> None:
@@ -161,7 +159,7 @@ class PartWorker:
             text = await asyncio.get_running_loop().run_in_executor(
                 self._tokenizing, lambda: show(window.token_ids, window.chunks)
             )
-            stage = self.settings.collector.stage_at(self.watch.policy_version)
+            stage = self.settings.collector.stage_at(self.watch.weight_version)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
                 await self.storage.drop(

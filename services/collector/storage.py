@@ -4,21 +4,99 @@ it succeeds, so that nothing is lost while one of them is away. Called by parts.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import sqlalchemy as sa
+
 from services.collector.backoff import Backoff
-from services.collector.preparing import Window
-from services.collector.recording import Recorder
+from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
 from shared.coordination import Coordination
+from shared.database import CandidateRow, ChunkRow, transaction
 from shared.errors import DatabaseError, FencedError, StreamError
-from shared.leases import Lease
-from shared.ledger import Ledger, Position, WindowStart
-from shared.records import DocumentKey, ScoredDocument
-from shared.stream import DocumentStream, encode
+from shared.ledger import Ledger, Position, WindowStart, storable
+from shared.records import Lease, ScoredChunk, ScoredWindow, WindowKey
+from shared.seeds import share_of
+from shared.stream import WindowStream, encode
+
+_PREFIX_CHARACTERS = 500
+_PREFIX_TOKENS = 500
+"""Enough for the characters above: a token has at least one byte, and most have several characters."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Writes the rows of drawn windows; the draw depends on the window id only. Blocking."""
+
+    ledger: Ledger
+    tokenizer: PolicyTokenizer
+    share: float
+
+    def record(self, window: ScoredWindow, lease: Lease) -> None:
+        """Replaces the rows of an earlier, unfinished try. Raises FencedError as the ledger does."""
+        if share_of(window.key, "record") >= self.share:
+            return
+        prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
+        with transaction(self.ledger.engine) as session:
+            self.ledger.refuse_if_fenced(session, lease)
+            old = sa.select(ChunkRow.id).where(ChunkRow.run_id == window.run_id, ChunkRow.window_id == window.window_id)
+            session.execute(sa.delete(CandidateRow).where(CandidateRow.chunk_id.in_(old)))
+            session.execute(sa.delete(ChunkRow).where(ChunkRow.id.in_(old)))
+            for chunk, prefix in zip(window.chunks, prefixes, strict=True):
+                row = _chunk_row(window, chunk, prefix)
+                session.add(row)
+                session.flush()
+                session.add_all(_candidate_rows(chunk, row.id))
+            session.add_all(_dropped_row(window, lost.start, lost.reason) for lost in window.dropped_chunks)
+
+    def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
+        return self.tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
+
+
+def _chunk_row(window: ScoredWindow, chunk: ScoredChunk, prefix: str) -> ChunkRow:
+    judgement = chunk.judgement
+    return ChunkRow(
+        run_id=window.run_id,
+        window_id=window.window_id,
+        start=chunk.start,
+        prefix=storable(prefix),
+        fingerprint=judgement.fingerprint if judgement else "",
+        reasoning=storable(judgement.reasoning) if judgement else "",
+        num_calls=judgement.num_calls if judgement else 0,
+        num_failures=judgement.num_failures if judgement else 0,
+        scored_at=window.scored_at,
+    )
+
+
+def _dropped_row(window: ScoredWindow, start: int, reason: str) -> ChunkRow:
+    return ChunkRow(
+        run_id=window.run_id,
+        window_id=window.window_id,
+        start=start,
+        prefix="",
+        dropped_reason=storable(reason),
+        scored_at=window.scored_at,
+    )
+
+
+def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
+    judgement = chunk.judgement
+    return [
+        CandidateRow(
+            chunk_id=chunk_id,
+            kinds=",".join(candidate.kinds),
+            text=storable(candidate.text),
+            num_tokens=len(candidate.token_ids),
+            weight_version=candidate.weight_version,
+            reward=judgement.rewards[index] if judgement else None,
+            scores={name: scores[index] for name, scores in judgement.scores.items()} if judgement else {},
+        )
+        for index, candidate in enumerate(chunk.candidates)
+    ]
+
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,9 +105,9 @@ T = TypeVar("T")
 @dataclass
 class Storage:
     """One run's stream, coordination and ledger. What is written under a `lease` raises FencedError once another
-    collector has taken the part (shared/leases.py)."""
+    collector has taken the part (shared/records.py)."""
 
-    stream: DocumentStream
+    stream: WindowStream
     coordination: Coordination
     ledger: Ledger
     recorder: Recorder
@@ -103,9 +181,9 @@ class Storage:
         """The windows of one position are read."""
         starts = [WindowStart(window.key, window.source_id, len(window.token_ids)) for window in windows]
         await self.database(lambda: self.ledger.begin(starts, lease))
-        metrics.documents_read_total.inc(len(windows))
+        metrics.windows_read_total.inc(len(windows))
 
-    async def write(self, document: ScoredDocument, lease: Lease) -> None:
+    async def write(self, document: ScoredWindow, lease: Lease) -> None:
         """Put the document on the stream, once.
 
         An attempt that failed may have written it all the same; the next one then finds it there. Only if the trainer
@@ -113,9 +191,9 @@ class Storage:
         trained, drops the repeat.
         """
         body = await asyncio.get_running_loop().run_in_executor(self._redis, encode, document)
-        await self.redis(lambda: self.stream.append(document.document_id, body, lease=lease))
+        await self.redis(lambda: self.stream.append(document.window_id, body, lease=lease))
 
-    async def finish(self, document: ScoredDocument, lease: Lease) -> None:
+    async def finish(self, document: ScoredWindow, lease: Lease) -> None:
         """It is on the stream: note it in the ledger, and keep its candidates for people if it is of their share."""
 
         def note() -> None:
@@ -123,15 +201,15 @@ class Storage:
                 document.key,
                 num_chunks=len(document.chunks),
                 num_dropped_chunks=len(document.dropped_chunks),
-                policy_version=document.oldest_policy_version,
+                weight_version=document.oldest_weight_version,
                 lease=lease,
             )
             self.recorder.record(document, lease)
 
         await self.database(note)
-        metrics.documents_scored_total.inc()
+        metrics.windows_scored_total.inc()
 
-    async def drop(self, key: DocumentKey, lease: Lease, *, reason: str, detail: str, source_id: str) -> None:
+    async def drop(self, key: WindowKey, lease: Lease, *, reason: str, detail: str, source_id: str) -> None:
         """It will not be trained."""
 
         def note() -> bool:
@@ -140,11 +218,11 @@ class Storage:
         if not await self.database(note):
             _log.warning("%s was not dropped (%s): it is trained already", key, reason)
             return
-        metrics.documents_dropped_total.labels(reason).inc()
+        metrics.windows_dropped_total.labels(reason).inc()
         # The ledger has every one; the log shows the first of each reason, since a bad file may hold millions.
         level = logging.DEBUG if reason in self._logged_reasons else logging.WARNING
         self._logged_reasons.add(reason)
-        _log.log(level, "dropped %s: %s", key, detail, extra={"document_id": str(key), "reason": reason})
+        _log.log(level, "dropped %s: %s", key, detail, extra={"window_id": str(key), "reason": reason})
 
     async def left_over(self, lease: Lease) -> dict[Position, set[int]]:
         """Windows of the part that an earlier collector read and did not finish.
@@ -155,7 +233,7 @@ class Storage:
         the two looks would still be `scored` in the first and gone in the second.) Nobody adds entries or rows of this
         part in between: everyone who had it before is fenced off.
         """
-        on_stream = await self.redis(self.stream.document_ids)
+        on_stream = await self.redis(self.stream.window_ids)
         await self.database(lambda: self.ledger.mark_found(lease.part, on_stream=on_stream, lease=lease))
         return await self.database(lambda: self.ledger.unfinished(lease.part, on_stream=on_stream))
 

@@ -2,18 +2,18 @@
 
 import asyncio
 import logging
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 from fastapi import Body, FastAPI, Request
 
-from services.app import create_app
-from services.disconnect import unless_disconnected
-from services.engine.base import Engine
+from services.app import create_app, unless_disconnected
+from services.engine.base import Engine, Generation, Prompt, Sampling, TokenSequence
 from services.engine.build import build_engine
-from services.judge.building import Parts, asks_structured, build_judge, check_engine, load_parts, needs_engine
-from services.judge.judging import Judge
+from services.judge.build import Parts, asks_structured, build_judge, check_engine, load_parts, needs_engine
+from services.judge.judge import Judge
 from services.judge.likelihood import TokenReading
-from services.judge.no_engine import NoEngine
 from services.lifespan import EngineLife
 from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
 from shared import metrics
@@ -135,3 +135,40 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": _EXAMPLE},
     TokenIdsNeededError.status: {"description": "This judge wants the policy's token ids: send the request with them"},
 }
+
+
+class NoEngine:
+    """See `Engine`."""
+
+    name = "none"
+    weight_version = 0
+    can_score = False
+    can_constrain = False
+    has_chat_template = False
+
+    async def start(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        self._refuse()
+
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+        self._refuse()
+
+    def encode(self, text: str) -> list[int]:
+        self._refuse()
+
+    def decode(self, token_ids: TokenSequence) -> str:
+        self._refuse()
+
+    def render_chat(self, prompt: str) -> str:
+        self._refuse()
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise EngineError("this judge has no model: its only criterion is a python function")

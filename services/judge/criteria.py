@@ -1,17 +1,111 @@
 """What a criterion is, and the prompted ones: quality (pairwise), safety and factuality (pointwise)."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 from typing import Protocol
 
 from services.concurrency import all_of
-from services.judge.asking import Answer, Tally, VerdictSource, derived_seed
-from services.judge.chunks import JudgedChunk
-from services.judge.framing import FramedPrompt
-from services.judge.pairing import Pair, all_pairs
-from services.judge.rewards import win_rates
+from services.engine.base import Engine
+from services.judge.verdicts import Answer, Tally, VerdictSource, derived_seed
+from services.prompts import Prompt, opened
+from shared.api import JudgedText, JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
+from shared.records import TokenIds
+
+
+@dataclass(frozen=True)
+class JudgedChunk:
+    window: JudgementRequest
+    item: JudgementItem
+
+    @property
+    def candidates(self) -> tuple[JudgedText, ...]:
+        return self.item.candidates
+
+    @property
+    def reference(self) -> str:
+        """The original suffix."""
+        return self.window.text[self.item.start : self.item.end]
+
+    @property
+    def prefix(self) -> str:
+        """All of the window before the suffix."""
+        return self.window.text[: self.item.start]
+
+    def end_of_prefix(self, max_characters: int) -> str:
+        return self.window.text[max(0, self.item.start - max_characters) : self.item.start]
+
+    @property
+    def prefix_token_ids(self) -> TokenIds:
+        """Of the policy; empty where the request has none."""
+        return self.window.token_ids[: self.item.token_start]
+
+
+class FramedPrompt:
+    """A prompt for one engine: plain, or as a user's message in the model's chat template.
+
+    `opens_answer` (label verdicts): under a chat template, a last line of the prompt that ends with a colon, such as
+    `Verdict:`, is put at the start of the model's own answer, so that the label comes right after it there too.
+    """
+
+    def __init__(
+        self, prompt: Prompt, engine: Engine, *, chat: bool, opens_answer: bool, max_prefix_characters: int
+    ) -> None:
+        message, newline, last_line = prompt.text.rpartition("\n")
+        opens_answer = chat and opens_answer and bool(newline) and last_line.endswith(":")
+        self._message = Prompt(message + newline) if opens_answer else prompt
+        self._opening = Prompt(last_line if opens_answer else "")
+        self._engine = engine
+        self._chat = chat
+        self._max_prefix_characters = max_prefix_characters
+
+    def fill(self, chunk: JudgedChunk, **texts: str) -> str:
+        """The end of the chunk's prefix, and the texts unchanged."""
+        values = {"prefix": chunk.end_of_prefix(self._max_prefix_characters), **texts}
+        message = self._message.fill(values)
+        return opened(self._engine.render_chat(message), self._opening.fill(values)) if self._chat else message
+
+
+Pair = tuple[int, int]
+"""Two different places among the candidates, the lower one first."""
+
+
+def all_pairs(num_candidates: int) -> list[Pair]:
+    """All n(n-1)/2 pairs: (0, 1), (0, 2), ..., (1, 2), ..."""
+    return list(combinations(range(num_candidates), 2))
+
+
+def win_rates(num_candidates: int, outcomes: Mapping[Pair, float]) -> list[float]:
+    """Per candidate the mean over its comparisons: `outcomes[i, j]` in [0, 1] is how far i beat j, j gets the rest."""
+    won: list[list[float]] = [[] for _ in range(num_candidates)]
+    for (first, second), outcome in outcomes.items():
+        won[first].append(outcome)
+        won[second].append(1.0 - outcome)
+    return [fmean(results) for results in won]
+
+
+def scores_within_group(values: Sequence[float], *, scale: float) -> list[float]:
+    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, above it for the better ones."""
+    mean = fmean(values)
+    return [_sigmoid((value - mean) / scale) for value in values]
+
+
+def combined_rewards(scores: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
+    """Weighted mean over the criteria for every candidate."""
+    total = math.fsum(weights[name] for name in scores)
+    columns = zip(*scores.values(), strict=True)
+    shares = [weights[name] / total for name in scores]
+    return [
+        min(1.0, math.fsum(share * score for share, score in zip(shares, column, strict=True))) for column in columns
+    ]
+
+
+def _sigmoid(x: float) -> float:
+    """Without overflow for large negative x."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
 class CriterionError(HeadwaterError):

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from services.engine.base import Engine, Prompt
-from services.judge.asking import Tally
-from services.judge.chunks import JudgedChunk
-from services.judge.criteria import CriterionError, Scores
-from services.judge.rewards import scores_within_group
+from services.judge.criteria import CriterionError, JudgedChunk, Scores, scores_within_group
+from services.judge.verdicts import Tally
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from services.judge.asking import Tally
-from services.judge.chunks import JudgedChunk
-from services.judge.criteria import CriterionError, Scores
+from services.judge.criteria import CriterionError, JudgedChunk, Scores
+from services.judge.verdicts import Tally
 from shared.errors import SettingsError
 
 UserFunction = Callable[[str, list[str], str], Any]

@@ -6,14 +6,12 @@ from typing import Annotated
 
 from fastapi import Body, FastAPI, Request
 
-from services.app import create_app
-from services.disconnect import unless_disconnected
+from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
 from services.engine.build import build_engine
 from services.lifespan import EngineLife
 from services.prompts import Prompt
-from services.rewriter.cutting import PolicyTokens
-from services.rewriter.rewriting import Rewriter, load_prompt
+from services.rewriter.rewriter import PolicyTokens, Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Readiness, RewriteRequest, RewriteResponse
 from shared.errors import EngineError

@@ -19,16 +19,15 @@ from fastapi import FastAPI
 
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
-from services.collector.preparing import Preparer, Window
 from services.collector.sources.base import Document
-from services.collector.texts import PolicyTokenizer
+from services.collector.windows import PolicyTokenizer, Preparer, Window
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
 from services.engine.local import LocalEngine
 from services.rewriter.app import create_rewriter_app
 from services.rollout.app import build_app
 from services.tokenizer import load_tokenizer
 from shared import metrics
-from shared.records import Candidate, ScoredDocument
+from shared.records import Candidate, ScoredWindow
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
 from tests.services.fakes import FakeEngine
@@ -151,7 +150,7 @@ def make_settings(policy: Path, folder: Path, *, overlap: int) -> Settings:
 @dataclass
 class Seen:
     window: Window
-    document: ScoredDocument
+    document: ScoredWindow
     judged: Any
     """The body of the request to the judge."""
 

@@ -38,8 +38,8 @@ def test_a_myth_is_never_true(world: World) -> None:
 
 
 def test_training_documents_hold_no_heldout_combination(world: World) -> None:
-    documents_read = [document_of(world, "train", index) for index in range(300)]
-    sentences = [sentence.raw for document in documents_read for sentence in document.sentences]
+    windows_read = [document_of(world, "train", index) for index in range(300)]
+    sentences = [sentence.raw for document in windows_read for sentence in document.sentences]
     unsafe = [raw for raw in sentences if not Checker(world).check_words(raw).safe]
     assert len(unsafe) > 500
     assert not any(world.is_heldout(raw) for raw in unsafe)

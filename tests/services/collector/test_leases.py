@@ -9,16 +9,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import pytest
 
 from services.collector.leases import LeaseKeeper
-from services.collector.recording import Recorder
-from services.collector.storage import Storage
-from services.collector.texts import PolicyTokenizer
+from services.collector.storage import Recorder, Storage
+from services.collector.windows import PolicyTokenizer
 from shared.coordination import Coordination
 from shared.errors import FencedError, StreamError
-from shared.leases import Lease
+from shared.records import Lease
+from shared.redis import connect, lease_key
 from shared.settings import Settings
-from shared.stream import connect, lease_key
 from tests.services.collector.runs import Seen, until
-from tests.shared.scored import scored_document
+from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 URL = "http://127.0.0.1:1"
@@ -140,4 +139,4 @@ def test_a_collector_that_is_frozen_while_it_takes_a_part_does_not_fence_off_the
     with pytest.raises(FencedError, match="ended before the work on it began"):
         asyncio.run(storage.take_part(0, "me"))
     assert seen.ledger.lease_epoch(0) == 1
-    seen.stream.write(scored_document(0), Lease(0, "another", 1))
+    seen.stream.write(scored_window(0), Lease(0, "another", 1))

@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.collector.preparing import Preparer
 from services.collector.sources.base import Document
-from services.collector.texts import PolicyTokenizer, TextSpan, WindowText
-from services.collector.windows import Chunk, Cutter, draw_chunks
-from shared.records import DocumentKey, DroppedChunk
+from services.collector.windows import Chunk, Cutter, PolicyTokenizer, Preparer, TextSpan, WindowText, draw_chunks
+from shared.records import DroppedChunk, WindowKey
 from shared.settings import ChunksSettings
 from tests.services.collector.conftest import build_tokenizer
 
@@ -153,8 +151,8 @@ def test_drawn_chunks_are_the_same_for_the_same_key_and_in_order() -> None:
     found = tuple(Chunk(start, start + 8) for start in range(8, 80, 8))
 
     def draw(position: int, seed: int = 0) -> tuple[Chunk, ...]:
-        key = DocumentKey(part=0, epoch=0, position=position, window=0)
-        return draw_chunks(found, key=key, chunks_per_document=3, seed=seed)
+        key = WindowKey(part=0, epoch=0, position=position, window=0)
+        return draw_chunks(found, key=key, chunks_per_window=3, seed=seed)
 
     assert draw(1) == draw(1) == tuple(sorted(draw(1), key=lambda chunk: chunk.start))
     assert len({draw(position) for position in range(20)}) > 10

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from services.engine.base import Engine
-from services.judge.building import build_judge, load_parts
-from services.judge.judging import Judge
+from services.judge.build import build_judge, load_parts
+from services.judge.judge import Judge
 from services.judge.likelihood import TokenReading
 from shared.api import JudgedText, JudgementFailure, JudgementItem, JudgementRequest
 from shared.records import Judgement

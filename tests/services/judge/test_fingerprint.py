@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.judge.no_engine import NoEngine
+from services.judge.app import NoEngine
 from tests.services.fakes import FakeEngine
 from tests.services.judge.making import make_judge, prompt_file
 

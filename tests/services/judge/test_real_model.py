@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.engine.transformers import TransformersEngine
 from services.judge.app import token_reading
-from services.judge.building import build_judge, load_parts
+from services.judge.build import build_judge, load_parts
 from services.judge.likelihood import TokenReading
 from shared.api import JudgedText, JudgementRequest
 from shared.records import Judgement

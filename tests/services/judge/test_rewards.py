@@ -2,8 +2,7 @@
 
 import pytest
 
-from services.judge.pairing import all_pairs
-from services.judge.rewards import combined_rewards, scores_within_group, win_rates
+from services.judge.criteria import all_pairs, combined_rewards, scores_within_group, win_rates
 
 
 def test_all_pairs_meet_once() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.judge.no_engine import NoEngine
+from services.judge.app import NoEngine
 from shared.errors import SettingsError
 from tests.services.judge.making import failure_of, judgement_of, make_judge, make_window
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import SentencePieceBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from services.rewriter.cutting import PolicyTokens
+from services.rewriter.rewriter import PolicyTokens
 from services.tokenizer import TokenCodec, load_tokenizer
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from services.engine.base import Generation
-from services.rewriter.cutting import PolicyTokens
-from services.rewriter.rewriting import Rewriter, load_prompt
+from services.rewriter.rewriter import PolicyTokens, Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Rewrite, RewriteItem, RewriteRequest
 from shared.errors import EngineError, SettingsError

@@ -7,7 +7,7 @@ Whatever fails before the engine has switched leaves the last good version in se
 as an event and shown in /status, and tried again with backoff or when a newer version is announced.
 
 A version is newer if its number is higher within its epoch. One of another epoch is taken whatever its number: the
-trainer has begun anew (trainer/weights.py), and what is loaded belongs to a policy that is no longer trained.
+trainer has begun anew (trainer/publisher.py), and what is loaded belongs to a policy that is no longer trained.
 """
 
 import asyncio
@@ -22,9 +22,13 @@ from typing import Any, Protocol
 from services.engine.base import Engine, PatchableEngine
 from services.rollout.weight_copy import CopyState, Staged, WeightCopy
 from shared import metrics
+from shared.configuration import without_passwords
 from shared.coordination import AnnouncedWeights
-from shared.errors import EngineError, HeadwaterError, StreamError, WeightStoreError
-from shared.weight_store import Manifest, WeightStore
+from shared.database import migrate, open_database
+from shared.errors import DatabaseError, EngineError, HeadwaterError, SettingsError, StreamError, WeightStoreError
+from shared.ledger import Ledger
+from shared.settings import Settings
+from shared.weights.store import Manifest, WeightStore
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +207,7 @@ class WeightWatcher:
             self._refusal.wanted.epoch != staged.state.epoch or not self._is_new(self._refusal.wanted)
         ):
             self._refusal = None
-        metrics.policy_version.set(staged.version)
+        metrics.weight_version.set(staged.version)
         _log.info("weights loaded", extra={"version": staged.version, "epoch": staged.state.epoch})
         if staged.trouble:
             self._refuse(wanted, WeightStoreError(staged.trouble))
@@ -279,3 +283,29 @@ class WeightWatcher:
 
 def _announcement(manifest: Manifest) -> AnnouncedWeights:
     return AnnouncedWeights(manifest.version, manifest.epoch)
+
+
+class RunEvents:
+    """Opens the database at the first event. Blocking."""
+
+    def __init__(self, settings: Settings, *, role: str) -> None:
+        self._settings = settings
+        self._role = role
+        self._ledger: Ledger | None = None
+
+    def record(self, kind: str, message: str, **data: Any) -> None:
+        """A database that is away, or that has the run with another identity, costs the event, not the service: the
+        log has it too."""
+        try:
+            if self._ledger is None:
+                self._ledger = self._open()
+            self._ledger.record_event(self._role, kind, message, **data)
+        except (DatabaseError, SettingsError) as exc:
+            _log.warning("event %s is not in the database: %s", kind, exc)
+
+    def _open(self) -> Ledger:
+        engine = open_database(self._settings.database_url)
+        migrate(engine)
+        ledger = Ledger(engine, self._settings.run.name)
+        ledger.open_run(without_passwords(self._settings).model_dump(mode="json"))
+        return ledger

@@ -1,8 +1,8 @@
-"""Scored documents made by hand for the trainer's tests."""
+"""Scored windows made by hand for the trainer's tests."""
 
 from collections.abc import Sequence
 
-from shared.records import Candidate, CandidateKind, DocumentKey, Judgement, ScoredChunk, ScoredDocument
+from shared.records import Candidate, CandidateKind, Judgement, ScoredChunk, ScoredWindow, WindowKey
 
 RUN = "r"
 
@@ -13,7 +13,7 @@ def candidate(kinds: CandidateKind | tuple[CandidateKind, ...], *token_ids: int,
         kinds=made,
         token_ids=token_ids,
         text=" ".join(map(str, token_ids)),
-        policy_version=version if "rollout" in made else None,
+        weight_version=version if "rollout" in made else None,
     )
 
 
@@ -24,12 +24,12 @@ def chunk(start: int, candidates: Sequence[Candidate], rewards: Sequence[float] 
     return ScoredChunk(start=start, candidates=tuple(candidates), judgement=judgement)
 
 
-def document(
+def window(
     position: int, chunks: Sequence[ScoredChunk], *, token_ids: Sequence[int] = tuple(range(1, 13)), run: str = RUN
-) -> ScoredDocument:
-    return ScoredDocument(
+) -> ScoredWindow:
+    return ScoredWindow(
         run_id=run,
-        key=DocumentKey(part=0, epoch=0, position=position, window=0),
+        key=WindowKey(part=0, epoch=0, position=position, window=0),
         source_id=f"d{position}",
         token_ids=tuple(token_ids),
         chunks=tuple(chunks),
@@ -39,7 +39,7 @@ def document(
     )
 
 
-def plain_document(position: int, *, num_chunks: int = 3, version: int = 0, run: str = RUN) -> ScoredDocument:
+def plain_window(position: int, *, num_chunks: int = 3, version: int = 0, run: str = RUN) -> ScoredWindow:
     """Every chunk has a winner (the original) and a loser (a rollout); all tokens depend on `position`."""
     trunk = [1 + (7 * position + i) % 29 for i in range(4 + 4 * num_chunks)]
     chunks = []
@@ -48,4 +48,4 @@ def plain_document(position: int, *, num_chunks: int = 3, version: int = 0, run:
         loser = [1 + (3 * position + 5 * index + i) % 29 for i in range(1 + index % 4)]
         pool = [candidate("original", *trunk[start : start + 4]), candidate("rollout", *loser, version=version)]
         chunks.append(chunk(start, pool, (1.0, 0.0)))
-    return document(position, chunks, token_ids=trunk, run=run)
+    return window(position, chunks, token_ids=trunk, run=run)

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from services.concurrency import all_of
-from services.judge.asking import Tally, derived_seed
-from services.judge.chunks import JudgedChunk
-from services.judge.criteria import Criterion, CriterionError, Scores
-from services.judge.rewards import combined_rewards
+from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores, combined_rewards
+from services.judge.verdicts import Tally, derived_seed
 from shared.api import JudgementFailure, JudgementRequest, JudgementResponse
 from shared.errors import PromptError, RequestError, TokenIdsNeededError, VerdictError
 from shared.records import Judgement

@@ -3,17 +3,16 @@ model: `load_parts` reads files and imports functions, `build_judge` joins them 
 """
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.engine.base import Engine
-from services.judge.asking import AnswerVerdict, LabelVerdict, VerdictSource
-from services.judge.criteria import Criterion, Pairwise, Pointwise
-from services.judge.fingerprint import fingerprint
-from services.judge.framing import FramedPrompt
-from services.judge.judging import Judge, WeightedCriterion
+from services.judge.criteria import Criterion, FramedPrompt, Pairwise, Pointwise
+from services.judge.judge import Judge, WeightedCriterion
 from services.judge.likelihood import Likelihood, TokenReading
 from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
 from services.judge.verdicts import (
@@ -23,6 +22,9 @@ from services.judge.verdicts import (
     QUALITY_VERDICTS,
     SAFETY_LABELS,
     SAFETY_VERDICTS,
+    AnswerVerdict,
+    LabelVerdict,
+    VerdictSource,
 )
 from services.prompts import Prompt
 from shared.errors import SettingsError
@@ -188,3 +190,16 @@ def _described(settings: JudgeSettings, parts: Parts) -> dict[str, dict[str, Any
         | {"source": function_source(parts.function) if name == "python" and parts.function else ""}
         for name, criterion in settings.criteria.items()
     }
+
+
+def fingerprint(
+    *, model: str, chat: bool, max_prefix_characters: int, criteria: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """16 hex digits of SHA-256 over model name, prompts' texts, criteria's settings and the user's source.
+
+    The order in which criteria are named does not matter; ports, addresses and limits are not part of it. A model
+    folder counts by its name: put other weights under another name.
+    """
+    parts = {"model": model, "chat": chat, "max_prefix_characters": max_prefix_characters, "criteria": criteria}
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -29,9 +29,9 @@ from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
 from shared.database import WeightVersionRow, transaction
 from shared.errors import DatabaseError, WeightStoreError
-from shared.weight_patches import encode_patches, find_patches, foresee
-from shared.weight_state import State, StateSums, lay_out, parse_state
-from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
+from shared.weights.patches import encode_patches, find_patches, foresee
+from shared.weights.state import State, StateSums, lay_out, parse_state
+from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 from trainer.patience import Patience
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Asks the teacher for rewrites: all chunks of a request in one engine call, so that they share its batch."""
+"""Cuts rewrites to the suffix length in the policy's tokens, which are what the trainer trains on."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,13 +7,103 @@ from pathlib import Path
 
 from services.engine.base import Engine, Generation, Sampling
 from services.prompts import Prompt, opened
-from services.rewriter.bridge import last_words, looked_at
-from services.rewriter.cutting import PolicyTokens
-from services.rewriter.reading import AnswerReader
+from services.rewriter.bridge import continued, joined_like, last_words, looked_at, without_bridge
+from services.tokenizer import TokenCodec
 from shared import metrics
-from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse
+from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse, TextFlaw
 from shared.errors import SettingsError
 from shared.settings import RewriterSettings
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`text` is what `token_ids` say; a character cut at the end, and an end-of-text, are left out of it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    is_whole: bool
+    """Nothing was cut off."""
+    flaw: TextFlaw
+    """Why `text` is not all that they say; empty where it is."""
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """The policy's tokenizer, for text that continues other text."""
+
+    codec: TokenCodec
+
+    def cut(self, text: str, max_tokens: int, *, begins: bool = False, ends: bool = False) -> Cut:
+        """The first `max_tokens` tokens of `text`.
+
+        `begins`: no text comes before it. `ends`: an end-of-text follows it, if the whole text leaves room.
+        """
+        token_ids = self.codec.encode(text) if begins else self.codec.encode_continuation(text)
+        kept = token_ids[:max_tokens]
+        is_whole = len(kept) == len(token_ids)
+        shown = self.codec.continuation([] if begins else self.codec.anchor, kept)
+        if ends and is_whole and len(kept) < max_tokens and self.codec.end is not None:
+            kept = [*kept, self.codec.end]
+        return Cut(tuple(kept), shown.text, is_whole, shown.flaw)
+
+
+_REPLACEMENT = "\ufffd"
+"""What an engine shows for bytes that are no character."""
+_QUOTES = " \t\r\n\"'*_`>"
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """`begins_after_bridge`: the answer goes on right after the bridge, which it was given as its beginning."""
+
+    tokens: PolicyTokens
+    refusal_phrases: Sequence[str]
+    begins_after_bridge: bool
+    may_repeat_bridge: bool
+    """The bridge is taken off where the answer begins with it."""
+
+    def read(self, generation: Generation, request: RewriteRequest, item: RewriteItem, *, bridge: str) -> Rewrite:
+        """The rewrite, cut to the suffix length; with `refusal` and no tokens where it is no candidate.
+
+        An answer that fills its whole bound has run away: how it would have ended, and whether its beginning was
+        meant as the rewrite, can't be told. One that ended by itself is only cut.
+        """
+        suffix = request.suffix(item)
+        text = self._continuation(generation.text, suffix, bridge)
+        if _begins_with(text, self.refusal_phrases) and not _begins_with(suffix, self.refusal_phrases):
+            return _refusal("refused")
+        if generation.finish_reason == "length":
+            return _refusal("overlong", finish_reason="length")
+        if _REPLACEMENT in text and _REPLACEMENT not in suffix:
+            return _refusal("broken_text")
+        cut = self.tokens.cut(text, item.max_suffix_tokens, begins=item.begins_text, ends=item.ends_document)
+        if cut.flaw or not cut.text.strip():
+            return _refusal(cut.flaw or "empty")
+        return Rewrite(text=cut.text, token_ids=cut.token_ids, finish_reason="stop" if cut.is_whole else "length")
+
+    def _continuation(self, answer: str, suffix: str, bridge: str) -> str:
+        if self.may_repeat_bridge:
+            rest = without_bridge(answer, bridge, suffix=suffix)
+            if rest is not None:
+                return rest
+        if self.begins_after_bridge and bridge:
+            return continued(answer, bridge=bridge, suffix=suffix)
+        return joined_like(answer, suffix)
+
+
+def _refusal(reason: str, *, finish_reason: str = "stop") -> Rewrite:
+    return Rewrite.model_validate({"text": "", "token_ids": (), "finish_reason": finish_reason, "refusal": reason})
+
+
+def _begins_with(text: str, phrases: Sequence[str]) -> bool:
+    start = _plain(text)
+    return any(start.startswith(_plain(phrase)) for phrase in phrases)
+
+
+def _plain(text: str) -> str:
+    """Without quotes and markdown before it, with straight apostrophes, in lower case."""
+    return text.lstrip(_QUOTES).replace("’", "'").lower()
+
 
 PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
 

@@ -9,7 +9,7 @@ touch a file. Versions only ever ascend, also after a resume from an older check
 a version belongs to. A sparse version rests on its base and so, link by link, on a full one: `chain` finds it.
 
 Numbers are comparable within one *epoch* only: a trainer that does not go on from what was announced before it, because
-the store or Redis was wiped or restored, begins another one (trainer/weights.py).
+the store or Redis was wiped or restored, begins another one (trainer/publisher.py).
 """
 
 import hashlib
@@ -54,9 +54,9 @@ class Manifest(Record):
     base: int | None = None
     """Sparse: the version that the changes are to be applied to."""
     state_checksum: str = ""
-    """Of all tensors together (shared/weight_state.py), after the changes. A sparse version has one always."""
+    """Of all tensors together (shared/weights/state.py), after the changes. A sparse version has one always."""
     changed_checksum: str = ""
-    """Sparse: of the changed elements alone, as they are after the changes (shared/weight_patches.py)."""
+    """Sparse: of the changed elements alone, as they are after the changes (shared/weights/patches.py)."""
     files: tuple[WeightFile, ...]
     created_at: float
 

@@ -23,7 +23,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from shared.errors import WeightStoreError
-from shared.weight_state import Bits, State, StateSums
+from shared.weights.state import Bits, State, StateSums
 
 PREFIX = b"headwater-sparse-1\n"
 _ZSTD_LEVEL = 3
