@@ -1,11 +1,11 @@
 """Back-pressure: a window starts only while there is room for it.
 
-    who blocks      `enter`, while max_windows_in_flight windows are at work, or in flight + unread on the stream
-                    has reached max_backlog
-    who unblocks    `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
+    RunWatch.look   reads the stream's backlog, the weight version and the trainer's state from Redis, 5 times a second
+    Gate blocks     `enter`, while max_windows_in_flight windows are in work, or in flight + unread >= max_backlog
+    Gate unblocks   `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
 
-A written window counts as unread at once (`note_written`, before its `leave`), so that between two looks at the
-stream the sum never falls by itself.
+A written window counts as unread at once (`note_written`, before its `leave`), so the sum does not drop between two
+looks at the stream.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ from shared import metrics
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
 from shared.stream import Backlog
+
+_INTERVAL_S = 0.2
 
 
 class Gate:
@@ -64,9 +66,6 @@ class Gate:
         sum may be a little high until the next look, never too low."""
         self.unread = unread + self._num_written - written_before
         self._changed.set()
-
-
-_INTERVAL_S = 0.2
 
 
 class RunWatch:

@@ -18,7 +18,7 @@ from services.collector.collect import DroppedWindow, collect
 from services.collector.gate import Gate, RunWatch
 from services.collector.sources.base import Document, Refusal, Source
 from services.collector.storage import Storage
-from services.collector.windows import Preparer, Window
+from services.collector.windows import Window, WindowMaker
 from services.concurrency import first_error
 from shared import metrics
 from shared.errors import SourceError
@@ -35,7 +35,7 @@ class PartWorker:
 
     settings: Settings
     source: Source
-    preparer: Preparer
+    maker: WindowMaker
     services: Services
     storage: Storage
     gate: Gate
@@ -139,7 +139,7 @@ class PartWorker:
 
     async def _prepare(self, document: Document, part: int, epoch: int) -> list[Window]:
         def prepare() -> list[Window]:
-            return self.preparer.windows(document, part=part, epoch=epoch)
+            return self.maker.windows(document, part=part, epoch=epoch)
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
 
@@ -155,7 +155,7 @@ class PartWorker:
     async def _work(self, window: Window, lease: Lease) -> None:
         """One window from reading to its end. Its place at the gate is given back only when the ledger knows."""
         try:
-            show = self.preparer.tokenizer.show
+            show = self.maker.tokenizer.show
             text = await asyncio.get_running_loop().run_in_executor(
                 self._tokenizing, lambda: show(window.token_ids, window.chunks)
             )
