@@ -15,7 +15,6 @@ from services.collector.storage import Storage
 from shared import metrics
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
-from shared.stream import Backlog
 
 _INTERVAL_S = 0.2
 
@@ -94,22 +93,18 @@ class RunWatch:
     async def look(self) -> None:
         """Raises StreamError."""
         written_before = self._gate.num_written
-        backlog, report, announced = await self._storage.redis_once(self._read)
-        self._gate.note_backlog(backlog.unread, written_before=written_before)
-        metrics.stream_unread.set(backlog.unread)
-        metrics.stream_pending.set(backlog.pending)
-        self.weight_version = max(self.weight_version, report.weight_version if report else 0, announced or 0)
-        if report and await self._is_finished(report):
+        seen = await self._storage.look()
+        self._gate.note_backlog(seen.backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(seen.backlog.unread)
+        metrics.stream_pending.set(seen.backlog.pending)
+        self.weight_version = max(self.weight_version, seen.weight_version)
+        if seen.trainer and await self._is_finished(seen.trainer):
             self.finished.set()
-
-    def _read(self) -> tuple[Backlog, TrainerReport | None, int | None]:
-        coordination = self._storage.coordination
-        return self._storage.stream.backlog(), coordination.trainer_report(), coordination.announced_version()
 
     async def _is_finished(self, report: TrainerReport) -> bool:
         """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""
         if report.state != "finished":
             return False
-        return report.step >= self._steps or await self._storage.redis_once(
-            lambda: self._storage.coordination.source_exhausted(num_parts=self._num_parts, extent=self._extent)
+        return report.step >= self._steps or await self._storage.source_exhausted(
+            num_parts=self._num_parts, extent=self._extent
         )

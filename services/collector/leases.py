@@ -71,8 +71,7 @@ class LeaseKeeper:
 
     async def _renew(self, group: asyncio.TaskGroup) -> None:
         epochs = {part: held.epoch for part, held in self._held.items()}
-        renew = self._storage.coordination.renew_leases
-        kept = await self._storage.leases(lambda: renew(epochs, self._owner, lease_s=self._lease_s))
+        kept = await self._storage.renew_leases(epochs, self._owner, lease_s=self._lease_s)
         for part in epochs.keys() - kept:
             if held := self._held.pop(part, None):
                 held.work.cancel()
@@ -83,8 +82,7 @@ class LeaseKeeper:
     async def _acquire(self, group: asyncio.TaskGroup) -> None:
         free = [part for part in range(self._num_parts) if part not in self._held]
         room = self._max_parts - len(self._held)
-        acquire = self._storage.coordination.acquire_leases
-        for part in await self._storage.leases(lambda: acquire(free, self._owner, room=room, lease_s=self._lease_s)):
+        for part in await self._storage.acquire_leases(free, self._owner, room=room, lease_s=self._lease_s):
             _log.info("took part %d of %d", part, self._num_parts)
             self._held[part] = _Held(group.create_task(self._work_on(part), name=f"part-{part}"))
         metrics.leased_parts.set(len(self._held))
@@ -104,16 +102,11 @@ class LeaseKeeper:
     async def _note_loss(self, part: int, why: str) -> None:
         message = f"part {part} is given up, its unfinished windows are another collector's: {why}"
         _log.warning(message)
-        ledger = self._storage.ledger
-        await self._storage.database(lambda: ledger.record_event("collector", "lease_lost", message, part=part))
+        await self._storage.record_event("lease_lost", message, part=part)
 
     async def _release(self, parts: Sequence[int]) -> None:
-        def release() -> None:
-            for part in parts:
-                self._storage.coordination.release_lease(part, self._owner)
-
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                await self._storage.leases(release)
+                await self._storage.release_leases(parts, self._owner)
         except (StreamError, TimeoutError):
             _log.warning("leases could not be given back; they end by themselves after %g s", self._lease_s)

@@ -174,16 +174,15 @@ class PartWorker:
 
     async def _end(self, lease: Lease) -> None:
         """All windows of the part are on the stream or dropped."""
-        balance = await self.storage.database(self.storage.ledger.balance)
-        coordination, extent = self.storage.coordination, self.extent
-        ended = await self.storage.redis(lambda: coordination.exhausted_parts(extent=extent))
+        balance = await self.storage.balance()
+        ended = await self.storage.exhausted_parts(extent=self.extent)
         is_last = ended | {lease.part} >= set(range(self.settings.documents.num_parts))
         if is_last and balance.read == sum(balance.dropped.values()):
             raise SourceError(
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.redis(lambda: coordination.mark_exhausted(lease, extent=extent))
+        await self.storage.mark_exhausted(lease, extent=self.extent)
         _log.info("part %d has no more documents", lease.part)
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from services.concurrency import first_error
 from shared.api import Readiness
 from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
+from shared.database import open_database
 from shared.errors import SettingsError
 from shared.http import refuse_open_binding
 from shared.ledger import Ledger
@@ -119,7 +119,7 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
             num_parts=settings.documents.num_parts,
             extent=extent,
             steps=settings.trainer.steps,
-            weight_version=await storage.database(storage.ledger.newest_weight_version),
+            weight_version=await storage.newest_weight_version(),
         )
         maker = WindowMaker(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
@@ -170,17 +170,12 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
 
 
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    ledger = storage.ledger
-    await storage.database(lambda: migrate(ledger.engine))
-    await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
-    await storage.redis(storage.stream.create)
+    await storage.open_run(without_passwords(settings).model_dump(mode="json"))
 
 
 async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
     """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
-    ledger = storage.ledger
-    await storage.database(lambda: ledger.adopt_source(manifest))
-    return await storage.database(lambda: ledger.extent(max_epochs=settings.documents.max_epochs))
+    return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
 
 
 _MAX_REQUEST_BYTES = 65_536
