@@ -34,14 +34,14 @@ from shared.settings import JUDGED_OBJECTIVES, Objective, ScheduleStage, Setting
 
 @dataclass(frozen=True)
 class DroppedWindow:
-    """A window that can't be scored: its reason in the ledger, and the whole sentence."""
+    """A window that can't be scored: a reason to count by, and the whole sentence."""
 
     reason: str
     detail: str
 
 
 Pool = tuple[Candidate, ...]
-"""Candidates of one chunk, no two of them equal, in the order original, rewrite, rollouts of who made them first."""
+"""The distinct candidates of one chunk, in the order original, rewrite, rollouts."""
 
 
 Verdict = Judgement | JudgementFailure
@@ -83,7 +83,7 @@ async def collect(
 
 @dataclass(frozen=True)
 class _Requests:
-    """The requests for one window. Seeds come from its key: a window that is redone asks the same again."""
+    """The requests for one window. Seeds come from its key, so a window that is redone sends the same requests."""
 
     window: Window
     text: WindowText
@@ -102,7 +102,7 @@ class _Requests:
         return rollouts.result(), rewrites.result()
 
     async def judge(self, pools: Sequence[Pool]) -> dict[int, Verdict]:
-        """Verdicts by index of the chunk; a chunk with nothing to compare is not shown to the judge."""
+        """Verdicts by chunk index; a chunk with nothing to compare is not sent to the judge."""
         asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
         if not asked:
             return {}
@@ -187,7 +187,7 @@ async def _nothing() -> Sequence[Rewrite]:
 
 
 def _expect(role: str, what: str, found: int, expected: int) -> None:
-    """An answer of another shape than its request is refused, never padded."""
+    """Refuse an answer whose shape does not fit the request."""
     if found != expected:
         raise RefusedRequestError(f"{role} answered {found} {what}, expected {expected}", reason=f"{role}_refused")
 
@@ -244,7 +244,7 @@ def _rollout(rollout: Rollout, max_tokens: int) -> Candidate | None:
 
 
 def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
-    """A word for why there is nothing to train on; empty when there is."""
+    """Why there is nothing to train on; empty when there is."""
     if not token_ids:
         return "empty"
     return "overlong" if len(token_ids) > max_tokens else ""
@@ -294,8 +294,8 @@ def sort_chunks(
 
 
 def _is_enough(pool: Pool, objective: Objective) -> bool:
-    """One alone is the best of its pool, which is all that `rf_nll` asks for: most rollouts of a policy from scratch
-    can't be shown. But a rollout that nobody judged must not teach the policy that made it."""
+    """A lone candidate is the best of its pool, which is enough for `rf_nll`: most rollouts of a policy from scratch
+    can't be shown. But a policy must not train on its own rollout unjudged."""
     if len(pool) == 1 and objective in JUDGED_OBJECTIVES:
         return objective == "rf_nll" and set(pool[0].kinds) != {"rollout"}
     return len(pool) > 0

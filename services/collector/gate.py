@@ -37,7 +37,7 @@ class Gate:
         metrics.windows_in_flight.set(self.in_flight)
 
     async def wait_open(self) -> None:
-        """Until there is a place, without taking it: nothing is read far ahead of the work."""
+        """Until there is a place, without taking it, so that reading does not run ahead."""
         while not self.is_open:
             self._changed.clear()
             await self._changed.wait()
@@ -61,14 +61,14 @@ class Gate:
         return self._num_written
 
     def note_backlog(self, unread: int, *, written_before: int) -> None:
-        """What the stream said. Windows written since that look began may be missing in it, so they are added: the
-        sum may be a little high until the next look, never too low."""
+        """The stream's count. Windows written since that look began may be missing in it and are added, so the sum may
+        be a little high until the next look, never too low."""
         self.unread = unread + self._num_written - written_before
         self._changed.set()
 
 
 class RunWatch:
-    """Runs beside the work. While Redis is away, what was seen last stays."""
+    """Runs beside the work. While Redis is down, the last values stay."""
 
     def __init__(
         self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, weight_version: int
@@ -79,8 +79,8 @@ class RunWatch:
         self._extent = extent
         self._steps = steps
         self.weight_version = weight_version
-        """The trainer's newest: the newest in the database at first, and never below what was seen last. A Redis that
-        lost its data tells of none, and the schedule must not begin again."""
+        """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none,
+        and the schedule must not start over."""
         self.finished = asyncio.Event()
         """The trainer needs nothing more."""
 
