@@ -1,8 +1,9 @@
 """The life of the engine behind a service: it starts beside the server, so that /healthz answers while a model loads.
 
-    life = EngineLife(engine)
+    life = EngineLife(engine, build=judge_of)
     app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
                      summary=lambda: life.summary, lifespan=life.lifespan)
+    life.service.judge(...)    # what `judge_of` returned; EngineError until then
 
 A failed start is left in `app.state.failure`, which ends the process with that error (services/serve.py). So is the
 failure of an engine that will never answer again: whoever started the service starts it anew.
@@ -11,6 +12,7 @@ failure of an engine that will never answer again: whoever started the service s
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Generic, TypeVar
 
 from fastapi import FastAPI
 
@@ -19,13 +21,16 @@ from shared.errors import EngineError, HeadwaterError
 
 _WATCH_S = 0.5
 
+T = TypeVar("T")
 
-class EngineLife:
-    """`after_start` runs once the engine can answer and before the service is ready."""
 
-    def __init__(self, engine: Engine, *, after_start: Callable[[], Awaitable[None]] | None = None) -> None:
+class EngineLife(Generic[T]):
+    """`build` runs once the engine can answer, and the service is ready when it returns."""
+
+    def __init__(self, engine: Engine, *, build: Callable[[], Awaitable[T]]) -> None:
         self._engine = engine
-        self._after_start = after_start
+        self._build = build
+        self._service: T
         self.ready = False
         self.detail = self.summary = "the engine is starting"
         """`summary` is for everybody: it repeats no error."""
@@ -34,6 +39,12 @@ class EngineLife:
         """Raise EngineError (503, try again) while the engine can't answer."""
         if not self.ready:
             raise EngineError(f"not ready: {self.detail}")
+
+    @property
+    def service(self) -> T:
+        """What `build` returned. Raises EngineError until it is ready."""
+        self.check_ready()
+        return self._service
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -53,8 +64,7 @@ class EngineLife:
     async def _start(self, app: FastAPI) -> None:
         try:
             await self._engine.start()
-            if self._after_start is not None:
-                await self._after_start()
+            self._service = await self._build()
         except HeadwaterError as exc:
             self._note("the engine could not start", str(exc))
             app.state.failure = exc

@@ -1,17 +1,18 @@
-"""Judges the chunks of a request: every criterion on every chunk, all at once, so that the engine's batch stays full.
+"""Judges the chunks of a request: every criterion on every chunk at once, so that the engine's batches stay full.
 
-A chunk that one criterion can't score becomes a `JudgementFailure`, never a partial mean. An engine that fails ends
-the whole request with its error, and the collector asks again.
+A chunk that some criterion can't score becomes a `JudgementFailure`, never a partial mean. If the engine fails, the
+whole request fails with its error and the collector retries it.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.concurrency import all_of
-from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores, combined_rewards
-from services.judge.verdicts import Tally, derived_seed
+from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores
+from services.judge.verdicts import CallCount, derived_seed
 from shared.api import JudgementFailure, JudgementRequest, JudgementResponse
 from shared.errors import PromptError, RequestError, TokenIdsNeededError, VerdictError
 from shared.records import Judgement
@@ -19,7 +20,7 @@ from shared.records import Judgement
 _log = logging.getLogger(__name__)
 
 MAX_CHUNKS_AT_ONCE = 64
-"""Chunks in work over all requests: several engine batches of the smallest criterion (one call a chunk)."""
+"""Over all requests: several engine batches of the smallest criterion (one call a chunk)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class WeightedCriterion:
 
 
 class Judge:
-    """Ready to judge; built by building.py once the engine runs."""
+    """Built by build.py once the engine has started."""
 
     def __init__(self, criteria: Mapping[str, WeightedCriterion], *, fingerprint: str, wants_token_ids: bool) -> None:
         self._criteria = dict(criteria)
@@ -40,7 +41,7 @@ class Judge:
         """A criterion scores the policy's token ids."""
 
     async def judge(self, request: JudgementRequest) -> JudgementResponse:
-        """One judgement or failure per item, in their order. Raises TokenIdsNeededError."""
+        """One judgement or failure per item, in order. Raises TokenIdsNeededError."""
         if self._wants_token_ids and not request.token_ids:
             raise TokenIdsNeededError(
                 "this judge scores the policy's token ids (likelihood): give `token_ids` of the window, and with each "
@@ -54,19 +55,19 @@ class Judge:
 
     async def _in_turn(self, chunk: JudgedChunk, *, seed: int) -> Judgement | JudgementFailure:
         async with self._slots:
-            tallies = {name: Tally(name) for name in self._criteria}
+            counts = {name: CallCount(name) for name in self._criteria}
             try:
-                return await self._judge_chunk(chunk, seed=seed, tallies=tallies)
+                return await self._judge_chunk(chunk, seed=seed, counts=counts)
             except VerdictError as exc:
-                return _failure("unreadable_verdict", exc, tallies)
+                return _failure("unreadable_verdict", exc, counts)
             except CriterionError as exc:
-                return _failure(exc.reason, exc, tallies)
+                return _failure(exc.reason, exc, counts)
             except (PromptError, RequestError) as exc:
-                return _failure("unanswerable_prompt", exc, tallies)
+                return _failure("unanswerable_prompt", exc, counts)
 
-    async def _judge_chunk(self, chunk: JudgedChunk, *, seed: int, tallies: Mapping[str, Tally]) -> Judgement:
+    async def _judge_chunk(self, chunk: JudgedChunk, *, seed: int, counts: Mapping[str, CallCount]) -> Judgement:
         results: list[Scores] = await all_of(
-            entry.criterion.score(chunk, seed=derived_seed(seed, name), tally=tallies[name])
+            entry.criterion.score(chunk, seed=derived_seed(seed, name), count=counts[name])
             for name, entry in self._criteria.items()
         )
         scores = {name: tuple(result.values) for name, result in zip(self._criteria, results, strict=True)}
@@ -74,16 +75,28 @@ class Judge:
             rewards=tuple(combined_rewards(scores, self._weights)),
             scores=scores,
             reasoning=next((result.reasoning for result in results if result.reasoning), ""),
-            num_calls=sum(tally.num_calls for tally in tallies.values()),
-            num_failures=sum(tally.num_failures for tally in tallies.values()),
             fingerprint=self.fingerprint,
+            **_totals(counts),
         )
 
 
-def _failure(reason: str, error: Exception, tallies: Mapping[str, Tally]) -> JudgementFailure:
+def combined_rewards(scores: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
+    """Per candidate the weighted mean over the criteria."""
+    total = math.fsum(weights[name] for name in scores)
+    columns = zip(*scores.values(), strict=True)
+    shares = [weights[name] / total for name in scores]
+    return [
+        min(1.0, math.fsum(share * score for share, score in zip(shares, column, strict=True))) for column in columns
+    ]
+
+
+def _failure(reason: str, error: Exception, counts: Mapping[str, CallCount]) -> JudgementFailure:
     _log.warning("chunk not judged: %s", error, extra={"reason": reason})
-    return JudgementFailure(
-        reason=reason,
-        num_calls=sum(tally.num_calls for tally in tallies.values()),
-        num_failures=sum(tally.num_failures for tally in tallies.values()),
-    )
+    return JudgementFailure(reason=reason, **_totals(counts))
+
+
+def _totals(counts: Mapping[str, CallCount]) -> dict[str, int]:
+    return {
+        "num_calls": sum(count.num_calls for count in counts.values()),
+        "num_failures": sum(count.num_failures for count in counts.values()),
+    }

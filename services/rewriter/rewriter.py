@@ -1,4 +1,9 @@
-"""Cuts rewrites to the suffix length in the policy's tokens, which are what the trainer trains on."""
+"""Puts each chunk to the teacher, and reads its answers: prompt -> answer -> rewrite.
+
+Framing       a chunk and the prompt file -> the text for the teacher's model
+AnswerReader  the teacher's answer -> a rewrite in the policy's tokens, or the reason for having none
+Rewriter      a request -> its rewrites
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,17 +19,58 @@ from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse, Te
 from shared.errors import SettingsError
 from shared.settings import RewriterSettings
 
+PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
+
+
+def load_prompt(path: Path | None) -> Prompt:
+    """The prompt file of the settings, or the shipped one. Raises SettingsError."""
+    return Prompt.load(path or PROMPT, required={"prefix", "suffix"}, allowed={"bridge"})
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a chunk is put to the teacher's model.
+
+    If the prompt ends with {bridge}, the model continues from there: under a chat template the bridge then starts the
+    model's answer instead of ending the user's message.
+    """
+
+    prompt: Prompt
+    chat: bool
+    bridge_words: int
+    max_prefix_characters: int
+
+    def frame(self, request: RewriteRequest, item: RewriteItem, engine: Engine) -> str:
+        bridge = self.bridge(request, item)
+        prefix = request.end_of_prefix(item, self.max_prefix_characters)
+        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
+        if not self.chat:
+            return self.prompt.fill(values)
+        if not self.begins_after_bridge:
+            return engine.render_chat(self.prompt.fill(values))
+        return opened(engine.render_chat(self.prompt.without_end("bridge").fill(values)), bridge)
+
+    def bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
+        """Empty if the prompt shows none."""
+        if "bridge" not in self.prompt.placeholders:
+            return ""
+        return last_words(request.end_of_prefix(item, looked_at(self.bridge_words)), self.bridge_words)
+
+    @property
+    def begins_after_bridge(self) -> bool:
+        return self.prompt.ends_with("bridge")
+
 
 @dataclass(frozen=True)
 class Cut:
-    """`text` is what `token_ids` say; a character cut at the end, and an end-of-text, are left out of it."""
+    """The first tokens of a text. `text` is theirs, without a character cut at the end and without an end-of-text."""
 
     token_ids: tuple[int, ...]
     text: str
     is_whole: bool
     """Nothing was cut off."""
     flaw: TextFlaw
-    """Why `text` is not all that they say; empty where it is."""
+    """Why `text` does not show all tokens; empty if it does."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +94,24 @@ class PolicyTokens:
 
 
 _REPLACEMENT = "\ufffd"
-"""What an engine shows for bytes that are no character."""
+"""What engines show for bytes that are not a character."""
 _QUOTES = " \t\r\n\"'*_`>"
 
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """`begins_after_bridge`: the answer goes on right after the bridge, which it was given as its beginning."""
-
     tokens: PolicyTokens
     refusal_phrases: Sequence[str]
     begins_after_bridge: bool
+    """The prompt gave the bridge as the start of the answer."""
     may_repeat_bridge: bool
-    """The bridge is taken off where the answer begins with it."""
+    """The bridge is removed if the answer begins with it."""
 
     def read(self, generation: Generation, request: RewriteRequest, item: RewriteItem, *, bridge: str) -> Rewrite:
-        """The rewrite, cut to the suffix length; with `refusal` and no tokens where it is no candidate.
+        """The rewrite, cut to the suffix length; if it can't be a candidate, without tokens and with `refusal`.
 
-        An answer that fills its whole bound has run away: how it would have ended, and whether its beginning was
-        meant as the rewrite, can't be told. One that ended by itself is only cut.
+        An answer that reaches its token limit is refused: its start may not be meant as the rewrite at all. A long
+        answer that ended by itself is only cut.
         """
         suffix = request.suffix(item)
         text = self._continuation(generation.text, suffix, bridge)
@@ -82,6 +127,7 @@ class AnswerReader:
         return Rewrite(text=cut.text, token_ids=cut.token_ids, finish_reason="stop" if cut.is_whole else "length")
 
     def _continuation(self, answer: str, suffix: str, bridge: str) -> str:
+        """What follows the bridge."""
         if self.may_repeat_bridge:
             rest = without_bridge(answer, bridge, suffix=suffix)
             if rest is not None:
@@ -101,54 +147,12 @@ def _begins_with(text: str, phrases: Sequence[str]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without quotes and markdown before it, with straight apostrophes, in lower case."""
+    """Without leading quotes and markdown, with straight apostrophes, in lower case."""
     return text.lstrip(_QUOTES).replace("’", "'").lower()
 
 
-PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
-
-
-def load_prompt(path: Path | None) -> Prompt:
-    """The file of the settings or the shipped one. Raises SettingsError."""
-    return Prompt.load(path or PROMPT, required={"prefix", "suffix"}, allowed={"bridge"})
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a chunk is put to the teacher's model.
-
-    A prompt that ends with {bridge} is continued from there; under a chat template the bridge then opens the model's
-    own answer instead of ending the user's message.
-    """
-
-    prompt: Prompt
-    chat: bool
-    bridge_words: int
-    max_prefix_characters: int
-
-    def frame(self, request: RewriteRequest, item: RewriteItem, engine: Engine) -> str:
-        bridge = self.bridge(request, item)
-        prefix = request.end_of_prefix(item, self.max_prefix_characters)
-        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
-        if not self.chat:
-            return self.prompt.fill(values)
-        if not self.begins_after_bridge:
-            return engine.render_chat(self.prompt.fill(values))
-        return opened(engine.render_chat(self.prompt.without_end("bridge").fill(values)), bridge)
-
-    def bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
-        """Empty where the prompt shows none."""
-        if "bridge" not in self.prompt.placeholders:
-            return ""
-        return last_words(request.end_of_prefix(item, looked_at(self.bridge_words)), self.bridge_words)
-
-    @property
-    def begins_after_bridge(self) -> bool:
-        return self.prompt.ends_with("bridge")
-
-
 class Rewriter:
-    """Ready to rewrite: its engine has started."""
+    """Built once its engine has started."""
 
     def __init__(self, engine: Engine, *, settings: RewriterSettings, prompt: Prompt, tokens: PolicyTokens) -> None:
         chat = engine.has_chat_template if settings.chat is None else settings.chat
@@ -162,17 +166,19 @@ class Rewriter:
             tokens,
             settings.refusal_phrases,
             begins_after_bridge=begins_after_bridge,
-            # A chat model was asked to begin with the bridge and may do so although it is already there.
+            # A chat model is asked to begin with the bridge and may repeat it.
             may_repeat_bridge=chat or not begins_after_bridge,
         )
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
-        """One rewrite per item, in their order. Raises EngineError, never an empty rewrite, where the engine fails."""
+        """One rewrite per item, in order. EngineError if the engine fails, never an empty rewrite."""
         prompts = await asyncio.to_thread(self._frame, request)
         answers = await self._engine.generate(prompts, self._sampling(request))
-        # A long window has thousands of chunks: tokenizing their rewrites would hold up everybody else.
+        # A long window has thousands of chunks: tokenizing their rewrites here would block the event loop.
         rewrites = await asyncio.to_thread(self._read, request, [generations[0] for generations in answers])
-        _count(rewrites)
+        for rewrite in rewrites:
+            outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
+            metrics.rewrites_total.labels(outcome=outcome).inc()
         return RewriteResponse(rewrites=tuple(rewrites))
 
     def _frame(self, request: RewriteRequest) -> list[str]:
@@ -191,9 +197,3 @@ class Rewriter:
             top_p=self._settings.top_p,
             seed=request.seed,
         )
-
-
-def _count(rewrites: list[Rewrite]) -> None:
-    for rewrite in rewrites:
-        outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
-        metrics.rewrites_total.labels(outcome=outcome).inc()

@@ -36,7 +36,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     )
     coordination = _connect(settings)
     watcher = _build_watcher(settings, chosen, coordination)
-    life = EngineLife(chosen, after_start=lambda: asyncio.to_thread(watcher.catch_up))
+    life = EngineLife(chosen, build=lambda: asyncio.to_thread(watcher.catch_up))
     heartbeat = _build_heartbeat(settings, coordination, lambda: chosen.weight_version if life.ready else None)
 
     @contextlib.asynccontextmanager
@@ -113,7 +113,7 @@ def replica_name(rollout: RolloutSettings) -> str:
     return rollout.replica or f"{socket.gethostname()}-{rollout.port}"
 
 
-def build_router(engine: Engine, life: EngineLife) -> APIRouter:
+def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
     router = APIRouter(tags=["rollouts"])
 
     @router.post("/v1/rollouts")

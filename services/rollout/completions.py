@@ -144,7 +144,7 @@ def _tops(
     ]
 
 
-def build_router(engine: Engine, life: EngineLife) -> APIRouter:
+def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
     router = APIRouter(tags=["openai"])
     started_at = int(time.time())
     texts = TokenTexts(engine)

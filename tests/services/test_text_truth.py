@@ -23,8 +23,8 @@ from services.collector.sources.base import Document
 from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
 from services.engine.local import LocalEngine
-from services.rewriter.app import create_rewriter_app
-from services.rollout.app import build_app
+from services.rewriter import app as rewriter
+from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
 from shared import metrics
 from shared.records import Candidate, ScoredWindow
@@ -111,8 +111,8 @@ class Routed(httpx.AsyncBaseTransport):
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, policy_engine: Engine | None, judge: StubServices) -> AsyncIterator[Routed]:
     apps: dict[str, FastAPI] = {
-        "rollout": build_app(settings, Secrets(), engine=policy_engine),
-        "rewriter": create_rewriter_app(settings, Secrets(), engine=FakeEngine(answer=teach)),
+        "rollout": rollout.build_app(settings, Secrets(), engine=policy_engine),
+        "rewriter": rewriter.build_app(settings, Secrets(), engine=FakeEngine(answer=teach)),
     }
     routed = Routed({role: httpx.ASGITransport(app) for role, app in apps.items()})
     routed.apps["judge"] = httpx.ASGITransport(judge.app)

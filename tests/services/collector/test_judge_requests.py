@@ -11,7 +11,7 @@ import pytest
 from services.collector.clients import RefusedRequestError, build_services, http_client
 from services.collector.collect import judgement_item
 from services.collector.windows import Chunk, TextSpan, Window, WindowText
-from services.judge.app import build
+from services.judge.app import build_app
 from shared.api import JudgementRequest
 from shared.errors import SettingsError
 from shared.records import Candidate, WindowKey
@@ -135,5 +135,5 @@ def test_a_request_too_large_for_a_real_judge_stops_with_the_numbers() -> None:
     words = (
         r"answered 413: the request has 20,?000,?\d+ bytes or more, at most 1,?000,?000 .* raise judge\.max_request_"
     )
-    with running(build(judge, Secrets(token="word"))) as url, pytest.raises(SettingsError, match=words):
+    with running(build_app(judge, Secrets(token="word"))) as url, pytest.raises(SettingsError, match=words):
         asyncio.run(run(url))

@@ -14,7 +14,7 @@ import orjson
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
 from services.collector.windows import Chunk, TextSpan, Window, WindowText
-from services.judge.app import build
+from services.judge.app import build_app
 from shared.records import ScoredWindow, WindowKey
 from shared.redis import connect
 from shared.settings import Secrets, Settings
@@ -81,7 +81,7 @@ def collected(num_tokens: int) -> tuple[ScoredWindow, Services]:
             stage, clients = asking.collector.schedule[0], build_services(asking, http)
             found.append(await collect(window, text, stage=stage, services=clients, settings=asking))
 
-    with running(build(settings, Secrets(token="word"))) as url:
+    with running(build_app(settings, Secrets(token="word"))) as url:
         asyncio.run(run(url))
     (document,) = found
     assert isinstance(document, ScoredWindow), document

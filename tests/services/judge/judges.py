@@ -1,5 +1,6 @@
 """Judges over the fake engine, and the windows that they judge."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ from services.judge.likelihood import TokenReading
 from shared.api import JudgedText, JudgementFailure, JudgementItem, JudgementRequest
 from shared.records import Judgement
 from shared.settings import JudgeSettings
+from tests.services.fakes import FakeEngine
 
 TEXTS_ONLY = TokenReading(shares_policy_tokens=False, beginning=None)
+
+
+def answering(text: str, **options: Any) -> FakeEngine:
+    return FakeEngine(answer=lambda prompt, index: text, **options)
 
 
 def make_judge(engine: Engine, /, *, reading: TokenReading | None = TEXTS_ONLY, **settings: Any) -> Judge:
@@ -32,17 +38,18 @@ def make_window(*texts: str, prefix: str = "The prefix", reference: str = " ref"
     return JudgementRequest(text=prefix + reference, items=(item,))
 
 
-async def judge_one(judge: Judge, window: JudgementRequest, *, seed: int = 0) -> Judgement | JudgementFailure:
-    return (await judge.judge(window.model_copy(update={"seed": seed}))).judgements[0]
-
-
-async def judgement_of(judge: Judge, window: JudgementRequest, *, seed: int = 0) -> Judgement:
-    judgement = await judge_one(judge, window, seed=seed)
+async def judgement_of(judge: Judge, window: JudgementRequest) -> Judgement:
+    (judgement,) = (await judge.judge(window)).judgements
     assert isinstance(judgement, Judgement), judgement
     return judgement
 
 
-async def failure_of(judge: Judge, window: JudgementRequest) -> JudgementFailure:
-    failure = await judge_one(judge, window)
+def judged(engine: Engine, window: JudgementRequest, /, **settings: Any) -> Judgement:
+    """The window's one chunk, judged with `settings` (and `reading`)."""
+    return asyncio.run(judgement_of(make_judge(engine, **settings), window))
+
+
+def failed(engine: Engine, window: JudgementRequest, /, **settings: Any) -> JudgementFailure:
+    (failure,) = asyncio.run(make_judge(engine, **settings).judge(window)).judgements
     assert isinstance(failure, JudgementFailure), failure
     return failure

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.judge.build import PROMPTS, QUESTIONS, load_prompt
+from services.judge.questions import PROMPTS, QUESTIONS, load_prompt
 from services.judge.verdicts import read_verdict
 from shared.settings import CriterionName, CriterionSettings
 

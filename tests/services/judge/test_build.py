@@ -1,13 +1,28 @@
-"""The fingerprint changes exactly when the judge changes."""
+"""From settings to a judge: what is refused, and a fingerprint that changes exactly when the judge changes."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.judge.app import NoEngine
+from services.judge.build import NoEngine
+from shared.errors import SettingsError
 from tests.services.fakes import FakeEngine
-from tests.services.judge.making import make_judge, prompt_file
+from tests.services.judge.judges import make_judge, prompt_file
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criteria": {"safety": {"verdict": "structured"}}}, r"verdict = 'structured'.*fake:model can't"),
+        ({"criteria": {"safety": {"verdict": "labels"}}}, r"judge\.criteria\.safety compares log-probs"),
+        ({"criteria": {"likelihood": {}}}, r"judge\.criteria\.likelihood .* fake:model"),
+        ({"criteria": {"safety": {}}, "chat": True}, r"judge\.chat = true, but fake:model has no chat template"),
+    ],
+)
+def test_settings_that_the_engine_can_not_serve_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_judge(FakeEngine(), **settings)
 
 
 def fingerprint(*, model: str = "fake:model", **settings: Any) -> str:
