@@ -9,7 +9,7 @@ from statistics import fmean
 from services.engine.base import Engine, Prompt
 from services.judge.criteria import CriterionError, JudgedChunk, Scores
 from services.judge.verdicts import CallCount
-from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import load_tokenizer, same_tokens
 from shared.settings import Settings
 
 
@@ -35,7 +35,7 @@ def token_reading(settings: Settings) -> TokenReading:
     judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
     source = settings.policy.tokenizer_source
     shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
-    return TokenReading(shares_policy_tokens=shared, beginning=beginning_of_text(judge))
+    return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
 
 
 class Likelihood:

@@ -82,7 +82,7 @@ class PolicyTokens:
     def cut(self, text: str, max_tokens: int, *, begins: bool = False, ends: bool = False) -> Cut:
         """The first `max_tokens` tokens of `text`.
 
-        `begins`: no text comes before it. `ends`: an end-of-text follows it, if the whole text leaves room.
+        `begins`: no text comes before it. `ends`: an end-of-text follows if there is room after the whole text.
         """
         token_ids = self.codec.encode(text) if begins else self.codec.encode_continuation(text)
         kept = token_ids[:max_tokens]
