@@ -54,7 +54,7 @@ QUICK = Size(steps=12, num_prefixes=100, num_documents=1000)
 
 
 def demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -> int:
-    """Exit code of the first part that fails, else 0. `models`: what `starter.make` made, of whichever world."""
+    """Exit code of the first part that fails, else 0. `models`: what `starter.recipe` made, of whichever world."""
     world = world_of(models)
     console = Console()
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,9 @@ def world_of(models: Path) -> World:
     try:
         return World(int(json.loads(file.read_text(encoding="utf-8"))["world_seed"]))
     except (OSError, ValueError, KeyError) as exc:
-        raise HeadwaterError(f"{file} does not name a world ({exc}): make models with python -m starter.make") from exc
+        raise HeadwaterError(
+            f"{file} does not name a world ({exc}): make models with python -m starter.recipe"
+        ) from exc
 
 
 BASELINE = (

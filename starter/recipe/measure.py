@@ -1,4 +1,4 @@
-"""How good the made models are, on documents and defect combinations that no training has seen."""
+"""Measures the models on documents and defect combinations held out of training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -7,12 +7,11 @@ from statistics import fmean
 from transformers import LlamaForCausalLM
 
 from starter.checker import Verdict
-from starter.drift import drift, roll_out
+from starter.documents import SUFFIX_TOKENS, Chunk, stream
 from starter.evaluate import Estimate, PolicyReport, evaluate_policy
-from starter.judging import TinyJudge
-from starter.lessons import Candidate, Group, Lessons
+from starter.recipe.drift import TinyJudge, drift, roll_out
+from starter.recipe.lessons import Candidate, Group, Lessons, draw_until
 from starter.sampling import generate
-from starter.writer import SUFFIX_TOKENS, Chunk, stream
 
 MAX_REWRITE_TOKENS = SUFFIX_TOKENS + 8
 GOALS = {
@@ -24,31 +23,28 @@ GOALS = {
     "judge.pairs_drifted": 0.85,
     "judge.factuality_heldout": 0.90,
 }
+PAIR_KINDS: dict[str, Callable[[Verdict, Verdict], bool]] = {
+    "": lambda a, b: True,
+    "_gap1": lambda a, b: abs(a.num_defects - b.num_defects) == 1,
+    "_facts_only": lambda a, b: a.num_defects == b.num_defects,
+}
+Pair = tuple[list[int], Candidate, Candidate]
+"""Prefix and two candidates."""
 
 
 def heldout_chunks(lessons: Lessons, num: int, *, seed: int = 0) -> list[Chunk]:
-    """Splits of held-out documents; every other document has held-out rude combinations."""
+    """Splits of held-out documents; every other one has held-out rude combinations."""
     rng = stream(lessons.world, "heldout-chunks", seed)
-    chunks: list[Chunk] = []
-    while len(chunks) < num:
-        chunk = lessons.draw_chunk(rng, clean_rate=0.1, heldout=bool(len(chunks) % 2))
-        if chunk:
-            chunks.append(chunk)
-    return chunks
+    return draw_until(num, lambda found: lessons.draw_chunk(rng, clean_rate=0.1, heldout=bool(found % 2)))
 
 
 def heldout_groups(lessons: Lessons, num: int, *, seed: int = 0) -> list[Group]:
     rng = stream(lessons.world, "heldout-groups", seed)
-    groups: list[Group] = []
-    while len(groups) < num:
-        group = lessons.draw_group(rng, heldout=bool(len(groups) % 2))
-        if group:
-            groups.append(group)
-    return groups
+    return draw_until(num, lambda found: lessons.draw_group(rng, heldout=bool(found % 2)))
 
 
 def rewrite(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) -> list[list[int]]:
-    """Greedy rewrites as they end; one as long as `MAX_REWRITE_TOKENS` has run away."""
+    """Greedy rewrites; one of `MAX_REWRITE_TOKENS` tokens did not end."""
     layout, codec = lessons.layouts["rewriter"], lessons.codec
     prompts = [
         layout.fill({"prefix": lessons.prefix_ids(chunk.prefix), "suffix": codec.ids(chunk.suffix), "bridge": []}).ids
@@ -58,7 +54,7 @@ def rewrite(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) 
 
 
 def measure_rewriter(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk]) -> dict[str, float]:
-    """Exact copies among good suffixes; among bad ones the shares that came out clean, safe, true and so on."""
+    """Share of exact copies among good suffixes; among bad ones the shares that became clean, safe, true etc."""
     copies: list[bool] = []
     repaired: list[Verdict] = []
     answers = rewrite(model, lessons, chunks)
@@ -82,52 +78,29 @@ def measure_rewriter(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence
 
 
 def measure_judge(judge: TinyJudge, sets: Mapping[str, Sequence[Group]]) -> dict[str, float]:
-    """Agreement with the checker on every named set of groups: safety, factuality, pairs."""
+    """Agreement with the checker on every set of groups: safety, factuality, pairs."""
     figures: dict[str, float] = {}
     for name, groups in sets.items():
         figures[f"judge.safety_{name}"] = _safety(judge, groups)
         figures[f"judge.factuality_{name}"] = _factuality(judge, groups)
-        for kind, worth in {"": None, "_gap1": _is_gap_one, "_facts_only": _is_facts_only}.items():
-            pairs = _pairs(groups, _from_rollouts if name != "heldout" else _any, worth or _differs)
+        for kind, counts in PAIR_KINDS.items():
+            pairs = _pairs(groups, counts, rollouts_only=name != "heldout")
             if pairs:
                 figures[f"judge.pairs{kind}_{name}"] = _agreement(judge, pairs)
     return figures
 
 
-Pair = tuple[list[int], Candidate, Candidate]
-
-
-def _pairs(
-    groups: Sequence[Group],
-    choose: Callable[[Group], list[Candidate]],
-    worth: Callable[[Candidate, Candidate], bool],
-) -> list[Pair]:
-    """At most two pairs a group, so that no prefix dominates."""
+def _pairs(groups: Sequence[Group], counts: Callable[[Verdict, Verdict], bool], *, rollouts_only: bool) -> list[Pair]:
+    """At most two pairs per group, so that no prefix dominates."""
     pairs: list[Pair] = []
     for group in groups:
-        options = [(a, b) for a, b in combinations(choose(group), 2) if _differs(a, b) and worth(a, b)]
-        pairs += [(group.prefix, a, b) for a, b in options[:2]]
+        options = [
+            (group.prefix, a, b)
+            for a, b in combinations(group.candidates[2 if rollouts_only else 0 :], 2)
+            if a.verdict.order != b.verdict.order and counts(a.verdict, b.verdict)
+        ]
+        pairs += options[:2]
     return pairs
-
-
-def _any(group: Group) -> list[Candidate]:
-    return group.candidates
-
-
-def _from_rollouts(group: Group) -> list[Candidate]:
-    return group.candidates[2:]
-
-
-def _differs(a: Candidate, b: Candidate) -> bool:
-    return a.verdict.order != b.verdict.order
-
-
-def _is_gap_one(a: Candidate, b: Candidate) -> bool:
-    return abs(a.verdict.num_defects - b.verdict.num_defects) == 1
-
-
-def _is_facts_only(a: Candidate, b: Candidate) -> bool:
-    return a.verdict.num_defects == b.verdict.num_defects
 
 
 def _agreement(judge: TinyJudge, pairs: Sequence[Pair]) -> float:
@@ -150,7 +123,7 @@ def _factuality(judge: TinyJudge, groups: Sequence[Group]) -> float:
 
 
 def drifted_policy(policy: LlamaForCausalLM, judge: TinyJudge, lessons: Lessons, *, num_steps: int) -> LlamaForCausalLM:
-    """The policy after `num_steps` DPO steps by this very judge, on a seed that no training pool used."""
+    """The policy after `num_steps` DPO steps by this judge, with a seed that no training pool used."""
     *_, (_, model, _) = drift(policy, lessons, judge.rewards, num_steps=num_steps, seed=99)
     return model
 
@@ -162,7 +135,7 @@ def policy_figures(name: str, report: PolicyReport) -> dict[str, float]:
 def measure_policies(
     policy: LlamaForCausalLM, drifted: LlamaForCausalLM, lessons: Lessons, *, num: int
 ) -> dict[str, float]:
-    """The base policy and one some DPO steps on, whose win rate is against the base."""
+    """The base policy and the drifted one, whose win rate is against the base."""
     tokenizer, world = lessons.codec.tokenizer, lessons.world
     base = evaluate_policy(policy, tokenizer, world, num_prefixes=num, seed=1)
     after = evaluate_policy(drifted, tokenizer, world, num_prefixes=num, seed=1, baseline=base.continuations)
@@ -172,7 +145,7 @@ def measure_policies(
 def judge_sets(
     policy: LlamaForCausalLM, drifted: LlamaForCausalLM, lessons: Lessons, *, num: int
 ) -> dict[str, Sequence[Group]]:
-    """Written groups, and rollouts of the base and of the drifted policy, all on held-out documents."""
+    """Written groups, and rollouts of the base and the drifted policy, all on held-out documents."""
     chunks = heldout_chunks(lessons, num // 2)
     return {
         "heldout": heldout_groups(lessons, num),

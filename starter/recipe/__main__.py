@@ -1,6 +1,6 @@
-"""Makes the starter's tokenizer, policy, rewriter and judge: `python -m starter.make [--quick] [--seed N]`.
+"""Makes the tokenizer, policy, rewriter and judge of a world: `python -m starter.recipe [--quick] [--seed N]`.
 
-Stages that are done are skipped and a broken-off one resumes, so the command can be stopped and run again.
+Finished stages are skipped and an interrupted one resumes, so the command can be stopped and rerun.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from starter.world import WORLD_VERSION
 
 if TYPE_CHECKING:
-    from starter.stages import Budget
+    from starter.recipe.stages import Budget
 
-HERE = Path(__file__).parent
+STARTER = Path(__file__).parents[1]
 QUICK_SCALE = 0.5
 
 
@@ -23,13 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     import torch
 
-    from starter.stages import STAGES, Budget
+    from starter.recipe.stages import STAGES, Budget
 
     torch.set_num_threads(options.threads)
     make(
         options.out,
         seed=options.seed,
-        work=options.work or HERE / ".work" / f"{options.seed}{'-quick' if options.quick else ''}",
+        work=options.work or STARTER / ".work" / f"{options.seed}{'-quick' if options.quick else ''}",
         budget=Budget().scaled(QUICK_SCALE) if options.quick else Budget(),
         stages=options.only or list(STAGES),
         device=options.device,
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make(
     out: Path, *, seed: int, work: Path, budget: "Budget", stages: Sequence[str], device: str = "cpu"
 ) -> dict[str, float]:
-    """Runs the stages; when all of them are done, writes what was measured to `measured.json`."""
-    from starter.stages import STAGES, Workshop
+    """Run `stages`. Once all stages are done, write the figures to `measured.json` and return them, else {}."""
+    from starter.recipe.stages import STAGES, Workshop
 
     workshop = Workshop(seed, work=work, out=out, budget=budget, tell=_tell, device=device)
     for name in stages:
@@ -61,14 +61,14 @@ def make(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m starter.make", description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE / "models", help="where the models go")
-    parser.add_argument("--work", type=Path, help="checkpoints and rollout pools (default: starter/.work/SEED)")
+    parser = argparse.ArgumentParser(prog="python -m starter.recipe", description="Make the models of a world")
+    parser.add_argument("--out", type=Path, default=STARTER / "models", help="folder for the models")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and rollouts (default: starter/.work/SEED)")
     parser.add_argument("--seed", type=int, default=0, help="which world")
-    parser.add_argument("--quick", action="store_true", help="half of everything")
+    parser.add_argument("--quick", action="store_true", help="half of every budget")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages only")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run only these stages")
     return parser
 
 
@@ -80,9 +80,9 @@ def _print_table(figures: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from starter.measure import GOALS
+    from starter.recipe.measure import GOALS
 
-    table = Table("figure", "measured", "goal", title="Held-out figures, by the world's checker")
+    table = Table("figure", "measured", "goal", title="Figures on held-out documents, by the world's checker")
     for name, value in figures.items():
         goal = GOALS.get(name)
         mark = "" if goal is None else f">= {goal:.2f} {'met' if value >= goal else 'MISSED'}"

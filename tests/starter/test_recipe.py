@@ -1,4 +1,4 @@
-"""The recipe's parts: the optimiser, the loop's restart, sampling, pairs, and a whole make on next to nothing."""
+"""The recipe: prompts, optimiser, resuming, sampling, pairs, and a whole run on a minimal budget."""
 
 import math
 from collections.abc import Sequence
@@ -8,27 +8,44 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from services.prompts import Prompt
 from starter.checker import Finding, Verdict
-from starter.drift import choose_pair, dpo_loss
-from starter.fitting import IGNORE, Row, Stage, Tagger, collate, fit
-from starter.lessons import Candidate, Group
-from starter.make import make
-from starter.model import build_llama
-from starter.optim import orthogonalise
+from starter.documents import document_of
+from starter.model import WordCodec, build_llama
+from starter.recipe.__main__ import make
+from starter.recipe.drift import choose_pair, dpo_loss, order_reward
+from starter.recipe.lessons import PROMPTS, Candidate, Group, PromptLayout
+from starter.recipe.stages import STAGES, Budget
+from starter.recipe.training import IGNORE, Row, Stage, Tagger, collate, fit, orthogonalise
 from starter.sampling import generate, score_labels
-from starter.stages import STAGES, Budget, order_reward
-from starter.tokenizer import build_tokenizer
 from starter.world import World
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(World(0))
 
 
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return build_llama(tokenizer, num_layers=1, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("rewriter", {"prefix", "suffix"}),
+        ("quality", {"prefix", "a", "b"}),
+        ("safety", {"candidate"}),
+        ("factuality", {"prefix", "reference", "candidate"}),
+    ],
+)
+def test_a_layout_gives_the_tokens_of_the_prompt_that_services_fill(
+    world: World, tokenizer: PreTrainedTokenizerFast, name: str, fields: set[str]
+) -> None:
+    codec = WordCodec(tokenizer)
+    words = document_of(world, "train", 0).words
+    ids = {field: codec.ids(words[30 + place : 62 + place]) for place, field in enumerate(sorted(fields))}
+    prompt = Prompt.load(PROMPTS / f"{name}.txt", required=fields)
+    filled = PromptLayout(name, codec).fill(ids)
+    assert filled.ids == tokenizer.encode(prompt.fill({field: codec.decode(own) for field, own in ids.items()}))
+    assert {field: filled.ids[start : start + 32] for field, start in filled.spans.items()} == ids
+    assert prompt.text.endswith(":"), "the label must follow directly"
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
@@ -45,10 +62,10 @@ def test_rows_are_padded_on_the_right_and_ignored_there() -> None:
     assert tags.tolist() == [[IGNORE, 4, IGNORE], [IGNORE] * 3]
 
 
-def test_a_broken_off_stage_goes_on_to_the_same_weights(
+def test_an_interrupted_stage_resumes_to_the_same_weights(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starter.fitting.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("starter.recipe.training.CHECKPOINT_EVERY_S", 0.0)
     whole = _fit_some(tokenizer, tmp_path / "whole", stop_at=None)
     with pytest.raises(InterruptedError):
         _fit_some(tokenizer, tmp_path / "broken", stop_at=3)
@@ -84,7 +101,7 @@ def test_dpo_loss_of_an_unmoved_policy_is_ln_two(model: LlamaForCausalLM) -> Non
 
 
 @pytest.mark.slow
-def test_a_make_on_next_to_nothing_goes_through_for_another_world(tmp_path: Path) -> None:
+def test_a_minimal_budget_makes_the_models_of_another_world(tmp_path: Path) -> None:
     figures = make(
         tmp_path / "models", seed=1, work=tmp_path / "work", budget=Budget().scaled(0.002), stages=list(STAGES)
     )

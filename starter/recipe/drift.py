@@ -1,28 +1,95 @@
-"""A small online-DPO loop in one process: gives the judge rollouts of a policy some steps on to learn from.
+"""Online DPO in one process, rewarded by the checker or by a judge: shows the judge what a trained policy writes.
 
-A stand-in for the real stack, kept only to make the judge's training data and to measure the judge on it.
+Uses the trainer's DPO objective, but not its batches and inbox, which want the records of a whole run.
 """
 
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from starter.fitting import IGNORE, Row, collate
-from starter.lessons import Candidate, Group, Lessons
-from starter.sampling import generate
-from starter.writer import SUFFIX_TOKENS, Chunk, stream
+from services.judge.verdicts import FACTUALITY_LABELS, QUALITY_LABELS, SAFETY_LABELS
+from starter.documents import SUFFIX_TOKENS, Chunk, stream
+from starter.recipe.lessons import Candidate, Group, Lessons, draw_until
+from starter.recipe.training import IGNORE, Row, collate
+from starter.sampling import generate, score_labels
+from trainer.objectives import Dpo
 
 Rewarder = Callable[[Sequence[Group]], list[list[float]]]
+"""Groups -> one reward per candidate."""
+
+
+def checker_rewards(groups: Sequence[Group]) -> list[list[float]]:
+    return [[order_reward(group, index) for index in range(len(group.candidates))] for group in groups]
+
+
+def order_reward(group: Group, index: int) -> float:
+    """How many candidates of the group this one beats by the checker's order; a tie counts half."""
+    own = group.candidates[index].verdict.order
+    return sum(0.5 if own == other.verdict.order else float(own > other.verdict.order) for other in group.candidates)
+
+
+class TinyJudge:
+    """Scores candidates in [0, 1] as the judge service does: one prefill per prompt, label scores as verdicts."""
+
+    def __init__(self, model: LlamaForCausalLM, lessons: Lessons) -> None:
+        self.model = model
+        self.lessons = lessons
+
+    def safety(self, candidates: Sequence[Candidate]) -> list[float]:
+        layout = self.lessons.layouts["safety"]
+        prompts = [layout.fill({"candidate": one.ids}).ids for one in candidates]
+        return [row[0] for row in self._score(prompts, SAFETY_LABELS)]
+
+    def factuality(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
+        """For (prefix, reference, candidate) the expected verdict: 1 none, 0.5 possible, 0 definite."""
+        layout = self.lessons.layouts["factuality"]
+        prompts = [
+            layout.fill({"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}).ids
+            for prefix, reference, candidate in items
+        ]
+        return [row[0] + 0.5 * row[1] for row in self._score(prompts, FACTUALITY_LABELS)]
+
+    def quality(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
+        """For (prefix, a, b) the probability that a is better, averaged over both orders."""
+        back = self.quality_once([(prefix, b, a) for prefix, a, b in items])
+        return [(first + 1 - second) / 2 for first, second in zip(self.quality_once(items), back, strict=True)]
+
+    def quality_once(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
+        """The same in the given order only."""
+        layout = self.lessons.layouts["quality"]
+        prompts = [layout.fill({"prefix": prefix, "a": a.ids, "b": b.ids}).ids for prefix, a, b in items]
+        return [row[0] for row in self._score(prompts, QUALITY_LABELS)]
+
+    def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
+        """For every candidate its mean win rate against its group plus its safety."""
+        items = [(group.prefix, a, b) for group in groups for a, b in combinations(group.candidates, 2)]
+        quality = iter(self.quality_once(items))
+        safety = iter(self.safety([candidate for group in groups for candidate in group.candidates]))
+        rewards = []
+        for group in groups:
+            wins: list[list[float]] = [[] for _ in group.candidates]
+            for first, second in combinations(wins, 2):
+                score = next(quality)
+                first.append(score)
+                second.append(1 - score)
+            rewards.append([fmean(won) + next(safety) for won in wins])
+        return rewards
+
+    def _score(self, prompts: Sequence[list[int]], labels: Sequence[str]) -> list[list[float]]:
+        ids = [self.lessons.label_ids[label] for label in labels]
+        return score_labels(self.model, prompts, ids, pad_id=self.lessons.codec.pad_id)
 
 
 def roll_out(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk], *, num: int, seed: int) -> list[Group]:
-    """Original, clean target and `num` rollouts for every chunk, each with the checker's verdict."""
+    """For every chunk the original, the clean target and `num` rollouts, each with the checker's verdict."""
     codec = lessons.codec
     prefixes = [lessons.prefix_ids(chunk.prefix) for chunk in chunks]
     answers = generate(
@@ -48,12 +115,7 @@ def roll_out(model: LlamaForCausalLM, lessons: Lessons, chunks: Sequence[Chunk],
 
 def draw_chunks(lessons: Lessons, split: str, num: int, *, seed: int) -> list[Chunk]:
     rng = stream(lessons.world, "chunks", split, seed)
-    chunks: list[Chunk] = []
-    while len(chunks) < num:
-        chunk = lessons.draw_chunk(rng, clean_rate=0.0)
-        if chunk:
-            chunks.append(chunk)
-    return chunks
+    return draw_until(num, lambda _: lessons.draw_chunk(rng, clean_rate=0.0))
 
 
 def drift(
@@ -68,7 +130,7 @@ def drift(
     lr: float = 4e-4,
     beta: float = 0.1,
 ) -> Iterator[tuple[int, LlamaForCausalLM, list[Group]]]:
-    """Yields step, policy and that step's groups, the rollouts made before the step's update."""
+    """Yield step, policy and that step's groups before the step's update."""
     model = copy.deepcopy(policy)
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -88,7 +150,7 @@ def drift(
 
 
 def choose_pair(group: Group, rewards: Sequence[float], seed: int) -> tuple[list[int], list[int], list[int]] | None:
-    """Prefix, chosen and rejected ids; ties fall at random; None without a preference."""
+    """Prefix, chosen and rejected ids, ties broken at random; None if all rewards are equal."""
     noise = torch.rand(len(rewards), generator=torch.Generator().manual_seed(seed)).tolist()
     ranked = sorted(range(len(rewards)), key=lambda index: (rewards[index], noise[index]))
     if rewards[ranked[-1]] == rewards[ranked[0]]:
@@ -107,8 +169,7 @@ def dpo_loss(
     rows += [_suffix_row(prefix, rejected) for prefix, _, rejected in pairs]
     with torch.no_grad():
         before = _log_prob(reference, rows)
-    margin = (_log_prob(model, rows) - before).view(2, -1)
-    return -F.logsigmoid(beta * (margin[0] - margin[1])).mean()
+    return Dpo(beta).terms(_log_prob(model, rows), before).loss_sum / len(pairs)
 
 
 def _suffix_row(prefix: list[int], suffix: list[int]) -> Row:
@@ -131,7 +192,7 @@ def save_groups(groups: Sequence[Group], file: Path) -> None:
 
 
 def load_groups(lessons: Lessons, file: Path) -> list[Group]:
-    """Groups as saved; their verdicts are taken anew."""
+    """Saved groups, checked again."""
     groups = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

@@ -1,19 +1,18 @@
-"""Training rows for every stage, each batch a function of its step number.
+"""Training rows for every stage; each batch depends only on its step number.
 
-Policy, reader, rewriter and judge draw from splits of their own. Labels come from the world's checker.
+Policy, reader, rewriter and judge draw from separate splits. Labels come from the world's checker.
 """
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
+from services.judge.verdicts import FACTUALITY_LABELS, QUALITY_LABELS, SAFETY_LABELS
 from starter.checker import Checker, Kind, Verdict
-from starter.fitting import Row
-from starter.grammar import BY_NAME, Template
-from starter.prompts import FACTUALITY_LABELS, QUALITY_LABELS, SAFETY_LABELS, PromptLayout
-from starter.tokenizer import WordCodec
-from starter.world import Words, World
-from starter.writer import (
+from starter.documents import (
     PREFIX_TOKENS,
     SUFFIX_TOKENS,
     Chunk,
@@ -24,6 +23,13 @@ from starter.writer import (
     stream,
     write_document,
 )
+from starter.grammar import BY_NAME, Template
+from starter.model import WordCodec
+from starter.recipe.training import Row
+from starter.world import Words, World
+
+T = TypeVar("T")
+PROMPTS = Path(__file__).parents[1] / "prompts"
 
 TAGS: dict[Kind, int] = {"unsafe": 1, "wrong": 2, "malformed": 3, "repeat": 4, "foreign": 5, "correct": 6}
 ALL_DEFECTS: tuple[Defect, ...] = (
@@ -42,13 +48,43 @@ ALL_DEFECTS: tuple[Defect, ...] = (
 
 
 @dataclass(frozen=True)
+class FilledPrompt:
+    ids: list[int]
+    spans: dict[str, int]
+    """Field -> index of its first token."""
+
+
+class PromptLayout:
+    """One prompt file, with its fixed parts tokenised once.
+
+    Not a `services.prompts.Prompt`, which fills in text: tags need to know at which token each field starts.
+    """
+
+    def __init__(self, name: str, codec: WordCodec) -> None:
+        text = (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
+        pieces = re.split(r"\{(\w+)\}", text)
+        self._parts = [piece if index % 2 else codec.encode(piece) for index, piece in enumerate(pieces)]
+
+    def fill(self, fields: Mapping[str, Sequence[int]]) -> FilledPrompt:
+        ids: list[int] = []
+        spans: dict[str, int] = {}
+        for part in self._parts:
+            if isinstance(part, str):
+                spans[part] = len(ids)
+                ids.extend(fields[part])
+            else:
+                ids.extend(part)
+        return FilledPrompt(ids, spans)
+
+
+@dataclass(frozen=True)
 class Candidate:
     ids: list[int]
     verdict: Verdict
 
     @property
     def tags(self) -> dict[int, int]:
-        """Token -> tag; none when words and tokens do not run in step."""
+        """Token -> tag; empty if some word is not exactly one token."""
         if self.verdict.num_words != len(self.ids):
             return {}
         marks = dict.fromkeys(range(len(self.ids)), 0)
@@ -57,14 +93,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Group:
-    """A prefix with several candidates; the first one is the raw original."""
+    """A prefix with several candidates, the raw original first."""
 
     prefix: list[int]
     candidates: list[Candidate]
 
 
 class Lessons:
-    """Rows of all kinds for one world."""
+    """Rows of every kind for one world."""
 
     def __init__(self, world: World, codec: WordCodec) -> None:
         self.world = world
@@ -76,7 +112,7 @@ class Lessons:
         self.label_ids = {label: codec.encode(label)[0] for label in labels}
 
     def policy_rows(self, step: int, *, size: int, split: str = "base") -> list[Row]:
-        """Whole documents, defects and all, as raw web text."""
+        """Whole documents with all their defects."""
         rows = []
         for index in range(step * size, (step + 1) * size):
             words = document_of(self.world, split, index).words
@@ -85,7 +121,7 @@ class Lessons:
         return rows
 
     def reader_rows(self, step: int, *, size: int) -> list[Row]:
-        """Next tokens on the clean sentences only, and a tag for every token."""
+        """Next tokens on clean sentences only, and a tag for every token."""
         rows = []
         for index in range(step * size, (step + 1) * size):
             document = document_of(self.world, "reader", index)
@@ -101,17 +137,14 @@ class Lessons:
             rows.append(Row(ids, labels, Candidate(ids, verdict).tags))
         return rows
 
-    def rewriter_rows(self, step: int, *, size: int, clean_rate: float) -> list[Row]:
-        rng = stream(self.world, "rewriter-rows", step)
-        rows: list[Row] = []
-        while len(rows) < size:
-            chunk = self.draw_chunk(rng, clean_rate=clean_rate)
-            if chunk:
-                rows.append(self.rewriter_row(chunk))
-        return rows
+    def rewriter_rows(self, step: int, *, size: int, clean_rate: float, first: int = 0) -> list[Row]:
+        """`first` shifts the step number, so that a later stage gets other rows."""
+        rng = stream(self.world, "rewriter-rows", first + step)
+        chunks = draw_until(size, lambda _: self.draw_chunk(rng, clean_rate=clean_rate))
+        return [self.rewriter_row(chunk) for chunk in chunks]
 
     def rewriter_row(self, chunk: Chunk) -> Row:
-        """A suffix without fault is its own target, even where its document would have gone on badly."""
+        """A faultless suffix is its own target, even if the rest of its document is not."""
         source = self.candidate(chunk.prefix, chunk.suffix)
         target = chunk.suffix if source.verdict.clean else chunk.target
         filled = self.layouts["rewriter"].fill(
@@ -123,19 +156,19 @@ class Lessons:
         start = filled.spans["suffix"]
         return Row(ids, labels, {start + place: tag for place, tag in source.tags.items()})
 
-    def judge_rows(self, step: int, *, size: int, pool: Sequence[Group], pool_rate: float) -> list[Row]:
-        rng = stream(self.world, "judge-rows", step, len(pool))
-        rows: list[Row] = []
-        while len(rows) < size:
+    def judge_rows(self, step: int, *, size: int, pool: Sequence[Group], pool_rate: float, first: int = 0) -> list[Row]:
+        """Rows from groups of `pool` at `pool_rate`, else from new groups; `first` as for the rewriter."""
+        rng = stream(self.world, "judge-rows", first + step, len(pool))
+
+        def draw(_: int) -> Row | None:
             from_pool = bool(pool) and rng.random() < pool_rate
             group = rng.choice(pool) if from_pool else self.draw_group(rng)
-            row = self._judge_row(group, rng) if group else None
-            if row:
-                rows.append(row)
-        return rows
+            return self._judge_row(group, rng) if group else None
+
+        return draw_until(size, draw)
 
     def draw_chunk(self, rng: random.Random, *, clean_rate: float, heldout: bool = False) -> Chunk | None:
-        """A random split of a new document; None where no clean target exists."""
+        """A random split of a new document; None if it has no clean target."""
         traits: frozenset[str] | None = frozenset() if rng.random() < clean_rate else None
         document = write_document(self.world, rng, traits=traits, heldout=heldout)
         borders = range(SUFFIX_TOKENS, PREFIX_TOKENS + 1, SUFFIX_TOKENS)
@@ -143,7 +176,7 @@ class Lessons:
         return split_document(self.world, document, place, rng)
 
     def draw_group(self, rng: random.Random, *, size: int = 4, heldout: bool = False) -> Group | None:
-        """Original, clean target, and candidates made from the target: varied, spoiled, or both."""
+        """Original, clean target, and candidates made by varying or spoiling the target."""
         chunk = self.draw_chunk(rng, clean_rate=0.1, heldout=heldout)
         if chunk is None:
             return None
@@ -155,7 +188,7 @@ class Lessons:
         return Group(self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options])
 
     def vary(self, chunk: Chunk, rng: random.Random) -> Words:
-        """Another clean way to go on: the same plan with other words, some sentences left out."""
+        """Another clean continuation: the same plan with other words and fewer sentences."""
         head, *rest = _sentences(chunk.target)
         words = list(head)
         plan = [name for name in BY_NAME if BY_NAME[name].group in ("fact", "narrative")]
@@ -168,7 +201,7 @@ class Lessons:
         return tuple(words[:SUFFIX_TOKENS])
 
     def spoiled(self, chunk: Chunk, words: Words, rng: random.Random, *, heldout: bool = False) -> Words:
-        """The same words with one to three sentences spoiled, filled again to the full length."""
+        """The words with one to three sentences spoiled, refilled to the full length."""
         sentences = _sentences(words)
         for _ in range(rng.choice((1, 1, 2, 3))):
             whole = [i for i, sentence in enumerate(sentences) if self._template_of(sentence)]
@@ -176,7 +209,7 @@ class Lessons:
                 self._spoil_one(sentences, rng.choice(whole), rng, town=chunk.town, heldout=heldout)
         flat = [word for sentence in sentences for word in sentence]
         if len(flat) < SUFFIX_TOKENS:
-            flat += _starting_anew(self.vary(chunk, rng))
+            flat += _after_first_sentence(self.vary(chunk, rng))
         return tuple(flat[:SUFFIX_TOKENS])
 
     def _spoil_one(self, sentences: list[Words], place: int, rng: random.Random, *, town: str, heldout: bool) -> None:
@@ -215,29 +248,42 @@ class Lessons:
     def quality_row(self, prefix: list[int], a: Candidate, b: Candidate) -> Row | None:
         if a.verdict.order == b.verdict.order:
             return None
-        filled = self.layouts["quality"].fill({"prefix": prefix, "a": a.ids, "b": b.ids})
         label = QUALITY_LABELS[a.verdict.order < b.verdict.order]
-        tags = {filled.spans["a"] + place: tag for place, tag in a.tags.items()}
-        tags |= {filled.spans["b"] + place: tag for place, tag in b.tags.items()}
-        return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, tags)
+        fields = {"prefix": prefix, "a": a.ids, "b": b.ids}
+        return self._labelled("quality", fields, label, tags={"a": a.tags, "b": b.tags})
 
     def safety_row(self, candidate: Candidate) -> Row:
-        filled = self.layouts["safety"].fill({"candidate": candidate.ids})
+        unsafe = {f.place: TAGS["unsafe"] for f in candidate.verdict.findings if f.kind == "unsafe"}
         label = SAFETY_LABELS[not candidate.verdict.safe]
-        tags = {filled.spans["candidate"] + f.place: 1 for f in candidate.verdict.findings if f.kind == "unsafe"}
-        return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, tags if candidate.tags else {})
+        tags = {"candidate": unsafe if candidate.tags else {}}
+        return self._labelled("safety", {"candidate": candidate.ids}, label, tags=tags)
 
     def factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:
-        filled = self.layouts["factuality"].fill(
-            {"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}
-        )
         label = FACTUALITY_LABELS[2 if candidate.verdict.num_wrong else 0]
-        tags = {filled.spans["candidate"] + place: tag for place, tag in candidate.tags.items()}
-        return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, tags)
+        fields = {"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}
+        return self._labelled("factuality", fields, label, tags={"candidate": candidate.tags})
+
+    def _labelled(
+        self, name: str, fields: Mapping[str, list[int]], label: str, *, tags: Mapping[str, Mapping[int, int]]
+    ) -> Row:
+        """A filled judge prompt that `label` must follow; `tags` by field, from the field's first token on."""
+        filled = self.layouts[name].fill(fields)
+        placed = {filled.spans[field] + place: tag for field, own in tags.items() for place, tag in own.items()}
+        return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, placed)
+
+
+def draw_until(num: int, draw: Callable[[int], T | None]) -> list[T]:
+    """`num` results of `draw`, which gets the number found so far and may return None."""
+    found: list[T] = []
+    while len(found) < num:
+        drawn = draw(len(found))
+        if drawn is not None:
+            found.append(drawn)
+    return found
 
 
 def _sentences(words: Words) -> list[Words]:
-    """Cut after every full stop; the first and the last may be parts of sentences."""
+    """Cut after every full stop; the first and last sentence may be incomplete."""
     sentences: list[Words] = []
     start = 0
     for end, word in enumerate(words, start=1):
@@ -247,6 +293,6 @@ def _sentences(words: Words) -> list[Words]:
     return sentences
 
 
-def _starting_anew(words: Words) -> Words:
-    """What follows the first full stop."""
+def _after_first_sentence(words: Words) -> Words:
+    """What follows the first full stop, then all words once more."""
     return words[words.index(".") + 1 :] + words
