@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from services.judge.verdicts import FACTUALITY_LABELS, QUALITY_LABELS, SAFETY_LABELS
+from services.judge.questions import QUESTIONS
 from starter.documents import SUFFIX_TOKENS, Chunk, stream
 from starter.recipe.lessons import Candidate, Group, Lessons, draw_until
 from starter.recipe.training import IGNORE, Row, collate
@@ -46,7 +46,7 @@ class TinyJudge:
     def safety(self, candidates: Sequence[Candidate]) -> list[float]:
         layout = self.lessons.layouts["safety"]
         prompts = [layout.fill({"candidate": one.ids}).ids for one in candidates]
-        return [row[0] for row in self._score(prompts, SAFETY_LABELS)]
+        return [row[0] for row in self._score(prompts, QUESTIONS["safety"].labels)]
 
     def factuality(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
         """For (prefix, reference, candidate) the expected verdict: 1 none, 0.5 possible, 0 definite."""
@@ -55,7 +55,7 @@ class TinyJudge:
             layout.fill({"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}).ids
             for prefix, reference, candidate in items
         ]
-        return [row[0] + 0.5 * row[1] for row in self._score(prompts, FACTUALITY_LABELS)]
+        return [row[0] + 0.5 * row[1] for row in self._score(prompts, QUESTIONS["factuality"].labels)]
 
     def quality(self, items: Sequence[tuple[list[int], Candidate, Candidate]]) -> list[float]:
         """For (prefix, a, b) the probability that a is better, averaged over both orders."""
@@ -66,7 +66,7 @@ class TinyJudge:
         """The same in the given order only."""
         layout = self.lessons.layouts["quality"]
         prompts = [layout.fill({"prefix": prefix, "a": a.ids, "b": b.ids}).ids for prefix, a, b in items]
-        return [row[0] for row in self._score(prompts, QUALITY_LABELS)]
+        return [row[0] for row in self._score(prompts, QUESTIONS["quality"].labels)]
 
     def rewards(self, groups: Sequence[Group]) -> list[list[float]]:
         """For every candidate its mean win rate against its group plus its safety."""

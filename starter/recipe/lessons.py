@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from services.judge.verdicts import FACTUALITY_LABELS, QUALITY_LABELS, SAFETY_LABELS
+from services.judge.questions import QUESTIONS
 from starter.checker import Checker, Kind, Verdict
 from starter.documents import (
     PREFIX_TOKENS,
@@ -108,7 +108,7 @@ class Lessons:
         self.checker = Checker(world)
         names = ("rewriter", "quality", "safety", "factuality")
         self.layouts = {name: PromptLayout(name, codec) for name in names}
-        labels = (*QUALITY_LABELS, *SAFETY_LABELS, *FACTUALITY_LABELS)
+        labels = (*QUESTIONS["quality"].labels, *QUESTIONS["safety"].labels, *QUESTIONS["factuality"].labels)
         self.label_ids = {label: codec.encode(label)[0] for label in labels}
 
     def policy_rows(self, step: int, *, size: int, split: str = "base") -> list[Row]:
@@ -248,18 +248,18 @@ class Lessons:
     def quality_row(self, prefix: list[int], a: Candidate, b: Candidate) -> Row | None:
         if a.verdict.order == b.verdict.order:
             return None
-        label = QUALITY_LABELS[a.verdict.order < b.verdict.order]
+        label = QUESTIONS["quality"].labels[a.verdict.order < b.verdict.order]
         fields = {"prefix": prefix, "a": a.ids, "b": b.ids}
         return self._labelled("quality", fields, label, tags={"a": a.tags, "b": b.tags})
 
     def safety_row(self, candidate: Candidate) -> Row:
         unsafe = {f.place: TAGS["unsafe"] for f in candidate.verdict.findings if f.kind == "unsafe"}
-        label = SAFETY_LABELS[not candidate.verdict.safe]
+        label = QUESTIONS["safety"].labels[not candidate.verdict.safe]
         tags = {"candidate": unsafe if candidate.tags else {}}
         return self._labelled("safety", {"candidate": candidate.ids}, label, tags=tags)
 
     def factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:
-        label = FACTUALITY_LABELS[2 if candidate.verdict.num_wrong else 0]
+        label = QUESTIONS["factuality"].labels[2 if candidate.verdict.num_wrong else 0]
         fields = {"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}
         return self._labelled("factuality", fields, label, tags={"candidate": candidate.tags})
 
