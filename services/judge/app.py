@@ -8,10 +8,10 @@ from fastapi import Body, FastAPI, Request
 
 from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
+from services.engine.life import EngineLife
 from services.judge.build import Parts, build_judge, check_engine, judge_engine, load_parts, needs_engine
 from services.judge.judge import Judge
 from services.judge.likelihood import token_reading
-from services.lifespan import EngineLife
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
 from shared.errors import TokenIdsNeededError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from services.engine.base import Engine
-from services.engine.build import build_engine
+from services.engine.life import build_engine
 from services.judge.criteria import Criterion, FramedPrompt
 from services.judge.judge import Judge, WeightedCriterion
 from services.judge.likelihood import Likelihood, TokenReading

@@ -8,8 +8,7 @@ from fastapi import Body, FastAPI, Request
 
 from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
-from services.engine.build import build_engine
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife, build_engine
 from services.prompts import Prompt
 from services.rewriter.rewriter import PolicyTokens, Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer

@@ -11,8 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 
 from services.app import create_app, unless_disconnected
 from services.engine.base import Engine, Generation, Sampling
-from services.engine.build import build_engine
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife, build_engine
 from services.rollout import completions
 from services.rollout.heartbeat import Heartbeat
 from services.rollout.watcher import RunEvents, WeightWatcher

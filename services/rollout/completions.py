@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from services.app import unless_disconnected
 from services.engine.base import Engine, Generation, Sampling, TokenScore, TokenScorer
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife
 from services.rollout.openai_models import (
     MODEL_ID,
     Choice,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.judge.build import build_judge, load_parts
 from services.judge.likelihood import TokenReading, token_reading
 from shared.api import JudgedText, JudgementRequest

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from services.engine.base import Generation, Prompt, Sampling
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
@@ -226,13 +226,17 @@ class RecordedEvents:
 
 
 class LoadingEngine(FakeEngine):
-    """Remembers the file that it was given last, and as which version."""
+    """Remembers the file that it was given last, and as which version. It must still be there at the next update."""
 
     loaded: tuple[bytes, int] | None = None
+    file: Path | None = None
 
     async def load_weights(self, folder: Path, version: int) -> None:
+        if self.loaded is not None and self.file is not None:
+            assert self.file.read_bytes() == self.loaded[0]
         await super().load_weights(folder, version)
-        self.loaded = (folder / "model.safetensors").read_bytes(), version
+        self.file = folder / "model.safetensors"
+        self.loaded = self.file.read_bytes(), version
 
 
 class Watched:

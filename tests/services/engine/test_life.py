@@ -1,4 +1,4 @@
-"""What a service has while its engine starts, runs and fails for good."""
+"""Which engine settings name, and what an engine that fails for good does to its service."""
 
 import asyncio
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 from fastapi import FastAPI
 
-from services.lifespan import EngineLife
-from shared.errors import EngineError
+from services.engine.life import EngineLife, build_engine
+from shared.errors import EngineError, SettingsError
+from shared.settings import EngineSettings
 from tests.services.fakes import FakeEngine
 
 
@@ -55,3 +56,16 @@ async def _until(condition: object) -> None:
     assert callable(condition)
     while not condition():  # noqa: ASYNC110 (what is waited for tells nobody)
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "setup-vllm-cpu")],
+)
+def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        build_engine(settings)
+
+
+def test_the_default_model_stands_in() -> None:
+    assert build_engine(EngineSettings(), default_model="a/b").name == "transformers:a/b"
