@@ -20,6 +20,7 @@ from shared.coordination import Coordination
 from shared.errors import StreamError, TrainingError
 from shared.ledger import Ledger
 from shared.records import ScoredWindow, WindowKey
+from shared.runs import Run
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry, WindowStream
 from trainer.figures import Tally
@@ -55,7 +56,7 @@ class Inbox:
         settings: Settings,
         stream: WindowStream,
         coordination: Coordination,
-        ledger: Ledger,
+        run: Run,
         *,
         partial: Mapping[str, PartialWindow],
         tally: Tally,
@@ -66,7 +67,8 @@ class Inbox:
         self._settings = settings
         self._stream = stream
         self._coordination = coordination
-        self._ledger = ledger
+        self._run = run
+        self._ledger = run.ledger
         self._tally = tally
         self._patience = patience
         self._stop = stop
@@ -199,7 +201,7 @@ class Inbox:
         return 0 if oldest is None else weight_version - oldest
 
     def _is_finished(self, window_id: str) -> bool:
-        return bool(self._patience(lambda: self._ledger.trained_among([window_id])))
+        return bool(self._patience(lambda: self._ledger.finished_among([window_id])))
 
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
         self._tally.count("duplicate_windows")
@@ -240,7 +242,7 @@ class Inbox:
     def _source_has_ended(self) -> bool:
         """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
         source = self._settings.documents
-        extent = self._ledger.extent(max_epochs=source.max_epochs)
+        extent = self._run.extent(max_epochs=source.max_epochs)
         ended = self._coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and self._stream.backlog().unread == 0
 
