@@ -264,7 +264,7 @@ class Ledger:
             .group_by(WindowRow.state, WindowRow.reason)
         )
         with transaction(self.database) as session:
-            rows = [tuple(row) for row in session.execute(counted)]
+            rows = session.execute(counted).all()
         by_state: Counter[str] = Counter()
         for state, _, number in rows:
             by_state[state] += number

@@ -117,7 +117,7 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
             num_parts=settings.documents.num_parts,
             extent=extent,
             steps=settings.trainer.steps,
-            weight_version=await storage.database(storage.run.newest_weight_version) or 0,
+            weight_version=await storage.database(lambda: storage.run.newest_weight_version() or 0),
         )
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)

@@ -20,7 +20,7 @@ MakeStack = Callable[..., Stack]
 def replicas_of(stack: Stack, *, max_wait_s: float, stop: Event | None = None) -> Replicas:
     stop = stop or Event()
     return Replicas(
-        stack.coordination, stack.ledger, max_lag=2, max_wait_s=max_wait_s, patience=Patience(stop), stop=stop
+        stack.coordination, stack.records, max_lag=2, max_wait_s=max_wait_s, patience=Patience(stop), stop=stop
     )
 
 

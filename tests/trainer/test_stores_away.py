@@ -122,9 +122,9 @@ def test_a_process_that_is_stopped_while_redis_is_away_loses_no_step(
 def break_at(trainer: Trainer, place: str, happen: Callable[[], None]) -> None:
     """`happen` in the moment before `place` is called, once step 4 is applied."""
     component, name = place.split(".")
-    owner = {"stream": trainer.inbox._stream, "ledger": trainer.inbox._ledger, "sinks": trainer.sinks[0]}.get(
-        component
-    ) or getattr(trainer, component)
+    inbox = trainer.inbox
+    owners = {"stream": inbox._stream, "ledger": inbox._ledger, "sinks": trainer.sinks[0]}
+    owner = owners.get(component) or getattr(trainer, component)
     original = getattr(owner, name)
 
     def breaking(*arguments: Any, **options: Any) -> Any:
