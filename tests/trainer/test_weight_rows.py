@@ -7,7 +7,6 @@ from threading import Event
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
 from shared.database import WeightVersionRow, transaction
 from shared.errors import DatabaseRefusalError
@@ -36,7 +35,7 @@ class HugeStore(WeightStore):
         return manifest.model_copy(update={"files": (file.model_copy(update={"num_bytes": self._num_bytes}),)})
 
 
-def publisher_of(stack: Stack, database: Engine, root: Path, *, num_bytes: int) -> WeightPublisher:
+def publisher_of(stack: Stack, database: sa.Engine, root: Path, *, num_bytes: int) -> WeightPublisher:
     made = WeightPublisher(
         store=HugeStore(str(root), num_bytes),
         coordination=stack.coordination,
@@ -50,7 +49,7 @@ def publisher_of(stack: Stack, database: Engine, root: Path, *, num_bytes: int) 
     return made
 
 
-def sizes(database: Engine) -> list[int]:
+def sizes(database: sa.Engine) -> list[int]:
     with transaction(database) as session:
         return list(session.scalars(sa.select(WeightVersionRow.num_bytes).order_by(WeightVersionRow.version)))
 
@@ -62,7 +61,7 @@ REFUSALS = {
 
 
 def test_a_version_that_is_refused_stops_at_once_and_leaves_nothing(
-    make_stack: MakeStack, database: Engine, tmp_path: Path
+    make_stack: MakeStack, database: sa.Engine, tmp_path: Path
 ) -> None:
     """A restart does the same again, and must not leave a full version each time."""
     stack = make_stack()
@@ -79,7 +78,7 @@ def test_a_version_that_is_refused_stops_at_once_and_leaves_nothing(
 
 
 def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(
-    make_stack: MakeStack, database: Engine, tmp_path: Path
+    make_stack: MakeStack, database: sa.Engine, tmp_path: Path
 ) -> None:
     stack, model = make_stack(), tiny_llama()
     first = publisher_of(stack, database, tmp_path / "store", num_bytes=5)
