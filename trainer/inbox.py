@@ -185,7 +185,8 @@ class Inbox:
         self._partial.pop(window.window_id, None)
         held = _Held(entry.entry_id, deque(selection.pairs), 0)
         if begun:
-            held = _Held(entry.entry_id, deque(selection.pairs[begun.used :]), begun.used, begun.step, _applied(begun))
+            unused, pairs_by_step = deque(selection.pairs[begun.used :]), Counter(begun.pairs_by_step)
+            held = _Held(entry.entry_id, unused, begun.used, begun.step, pairs_by_step)
         self._held[window.window_id] = held
         self.num_pairs += len(held.unused)
         return None
@@ -267,11 +268,6 @@ def commit_finished(
         patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
     entries = {window.entry_id: window_id for window_id, window in finished.items()}
     patience(lambda: stream.acknowledge(entries))
-
-
-def _applied(begun: PartialWindow) -> Counter[int]:
-    """A checkpoint from before this was counted knows only the last of the updates."""
-    return Counter(begun.pairs_by_step or ({} if begun.step is None else {begun.step: begun.used}))
 
 
 def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:

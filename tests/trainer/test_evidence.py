@@ -70,24 +70,3 @@ def test_a_document_in_the_middle_that_comes_back_with_fewer_pairs_is_trained_no
     train(stack.with_trainer(steps=2).settings, Event())
     assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
     assert stack.contradictions() == []
-
-
-def test_a_run_from_before_goes_on_and_leaves_evidence_from_there(make_stack: MakeStack) -> None:
-    """Its checkpoint knows neither numbers nor pairs by step."""
-    stack = make_stack(steps=1, pairs_per_step=4)
-    stack.write(plain_window(number, run=stack.run) for number in range(3))
-    train(stack.settings, Event())
-    folder = stack.settings.run.folder / "checkpoints"
-    (folder / "finished.jsonl").unlink()
-    state = json.loads((folder / "step-00000001/state.json").read_text())
-    for name in ("number", "after", "row"):
-        del state[name]
-    for finished in state["finished"].values():
-        del finished["pairs_by_step"], finished["num_skipped"]
-    del state["partial"]["0.0.1.0"]["pairs_by_step"]
-    (folder / "step-00000001/state.json").write_text(json.dumps(state))
-    train(stack.with_trainer(steps=2).settings, Event())
-    (only,) = lines_of(stack)
-    assert (only["number"], only["after"], only["step"]) == (1, 1, 2)
-    assert only["finished"]["0.0.1.0"]["pairs_by_step"] == {"1": 1, "2": 2}
-    assert stack.contradictions() == []
