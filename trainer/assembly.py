@@ -1,160 +1,115 @@
-"""Puts a trainer together from settings: opens Redis and the database, finds the checkpoint, loads the policy.
+"""Puts a trainer together from settings. Called by `python -m trainer` once the settings are parsed.
 
-Called by `python -m trainer`, after the settings are parsed. The order matters: what an interrupted checkpoint still
-owes (ledger, acknowledgement) is paid before anything is read from the stream.
+    train(settings, stop)                                 # a whole run
+    trainer = prepare(settings, Retries(stop=stop))       # the same up to its first step: trainer.run()
+
+What an interrupted checkpoint still owes (row, ledger, acknowledgement) is written before the stream is read.
 """
 
 import logging
-from dataclasses import dataclass
 from threading import Event
 
 import torch
 
-from shared.configuration import without_passwords
-from shared.coordination import Coordination, TrainerReport
-from shared.database import migrate, open_database
+from shared.checkpoint_state import CheckpointState
+from shared.coordination import TrainerReport
 from shared.errors import DatabaseError, StreamError
-from shared.ledger import Ledger
-from shared.redis import connect
+from shared.retries import Retries
 from shared.settings import Settings
-from shared.stream import WindowStream
 from shared.weights.store import WeightStore
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.figures import Tally, delete_steps_beyond, open_sinks, write_step
+from trainer.connections import Connections
+from trainer.figures import delete_steps_beyond, open_telemetry, write_step
 from trainer.inbox import Inbox, commit_finished
 from trainer.loop import Trainer
-from trainer.objectives import build_objective
-from trainer.patience import Patience
+from trainer.losses import build_loss
 from trainer.policy import Policy, PolicyOptimizer, load_policy
 from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
 
+_GIVE_UP_S = 900.0
+_NO_CHECKPOINT = CheckpointState(step=0, weight_version=-1)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Connections:
-    stream: WindowStream
-    coordination: Coordination
-    ledger: Ledger
-    patience: Patience
-
-
 def train(settings: Settings, stop: Event) -> None:
-    """A whole run of the trainer: fresh, resumed, or finished already. Returns when it ended in good order, as it also
-    does when asked to stop while Redis or the database is away."""
+    """A whole run: fresh, resumed, or finished already. Returns when it finished or was asked to stop, even if Redis or
+    the database was away then."""
     try:
         _train(settings, stop)
     except (StreamError, DatabaseError) as exc:
         if not (stop.is_set() and exc.retryable):
             raise
-        _log.warning("stopped while waiting; the next start pays what the checkpoint owes: %s", exc)
+        _log.warning("stopped during an outage; the next start writes what the checkpoint owes: %s", exc)
 
 
 def _train(settings: Settings, stop: Event) -> None:
-    trainer = prepare(settings, stop)
+    trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
     if trainer is None:
         return
     try:
         trainer.run()
     finally:
-        for sink in trainer.sinks:
-            sink.close()
+        trainer.telemetry.close()
 
 
-def prepare(settings: Settings, stop: Event) -> Trainer | None:
-    """The trainer as it stands before its first step of this process; None if its steps are done already."""
-    connections = _connect(settings, stop)
+def prepare(settings: Settings, retries: Retries) -> Trainer | None:
+    """The trainer before its first step of this process; None if all its steps are done."""
+    connections = Connections.open(settings, retries)
     checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
         _settle(checkpoint, checkpoints, connections)
         if checkpoint.state.step >= settings.trainer.steps:
-            _say_finished_already(checkpoint, connections)
+            _say_finished_already(checkpoint.state, connections)
             return None
-    return _build(settings, stop, connections, checkpoints, checkpoint)
+    return _build(settings, connections, checkpoints, checkpoint)
 
 
-def _build(
-    settings: Settings,
-    stop: Event,
-    connections: _Connections,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint | None,
-) -> Trainer:
-    _set_up_torch(settings)
-    policy, optimizer = _load(settings, checkpoint)
-    step = checkpoint.state.step if checkpoint else 0
-    stream, coordination = connections.stream, connections.coordination
-    ledger, patience = connections.ledger, connections.patience
-    patience(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=step))
-    patience(lambda: ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {step}"))
-    tally = Tally()
-    partial = checkpoint.state.partial if checkpoint else {}
-    return Trainer(
-        settings=settings.trainer,
-        push_every=settings.weights.push_every,
-        policy=policy,
-        optimizer=optimizer,
-        objective=build_objective(settings.trainer),
-        inbox=Inbox(settings, stream, coordination, ledger, partial=partial, tally=tally, patience=patience, stop=stop),
-        publisher=_publisher(settings, connections, checkpoint),
-        replicas=Replicas(
-            coordination,
-            ledger,
-            max_lag=settings.trainer.max_policy_lag,
-            max_wait_s=settings.trainer.replica_wait_s,
-            patience=patience,
-            stop=stop,
-        ),
-        checkpoints=checkpoints,
-        coordination=coordination,
-        ledger=ledger,
-        sinks=open_sinks(settings, ledger.engine, resume_step=step),
-        tally=tally,
-        patience=patience,
-        stop=stop,
-        step=step,
-        checkpointed_step=step,
-        num_checkpoints=checkpoint.state.number if checkpoint else 0,
-    )
-
-
-def _connect(settings: Settings, stop: Event) -> _Connections:
-    patience = Patience(stop)
-    engine = open_database(settings.database_url)
-    patience(lambda: migrate(engine))
-    ledger = Ledger(engine, settings.run.name)
-    patience(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
-    client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-    stream = WindowStream(client, settings.run.name)
-    patience(stream.create)
-    return _Connections(stream, Coordination(client, settings.run.name), ledger, patience)
-
-
-def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: _Connections) -> None:
-    """A crash, or an end while Redis or the database was away, may have come between the checkpoint and its evidence,
-    its step's row or its acknowledgement."""
+def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: Connections) -> None:
+    """Write what is missing if the trainer ended, or Redis or the database was away, right after this checkpoint."""
     _log.info("resuming from %s", checkpoint.folder)
     state, ledger = checkpoint.state, connections.ledger
     checkpoints.keep_evidence(state)
     if (row := state.row) is not None:
-        connections.patience(lambda: write_step(ledger.engine, ledger.run_id, step=state.step, row=row))
-    commit_finished(state.finished, ledger, connections.stream, connections.patience)
+        connections.retries(lambda: write_step(ledger.engine, ledger.run_id, step=state.step, row=row))
+    commit_finished(state.finished, connections)
 
 
-def _say_finished_already(checkpoint: Checkpoint, connections: _Connections) -> None:
-    state = checkpoint.state
-    _log.info("finished already at step %d; a larger trainer.steps goes on from there", state.step)
-    report = TrainerReport(state.step, state.weight_version, "finished")
-    connections.patience(lambda: connections.coordination.report_trainer(report))
+def _say_finished_already(state: CheckpointState, connections: Connections) -> None:
+    _log.info("finished already at step %d; raise trainer.steps to train further", state.step)
+    connections.coordination.report_trainer(TrainerReport(state.step, state.weight_version, "finished"))
+
+
+def _build(
+    settings: Settings, connections: Connections, checkpoints: Checkpoints, checkpoint: Checkpoint | None
+) -> Trainer:
+    _set_up_torch(settings)
+    last, ledger = checkpoint.state if checkpoint else _NO_CHECKPOINT, connections.ledger
+    policy, optimizer = _load(settings, checkpoint)
+    connections.retries(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=last.step))
+    ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {last.step}")
+    telemetry = open_telemetry(settings, connections, resume_step=last.step)
+    return Trainer(
+        settings=settings.trainer,
+        policy=policy,
+        optimizer=optimizer,
+        loss=build_loss(settings.trainer),
+        inbox=Inbox(settings, connections, partial=last.partial, tally=telemetry.tally),
+        publisher=_publisher(settings, connections, last),
+        replicas=_replicas(settings, connections),
+        checkpoints=checkpoints,
+        connections=connections,
+        telemetry=telemetry,
+        last=last,
+    )
 
 
 def _load(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Policy, PolicyOptimizer]:
     policy = load_policy(
         settings.policy,
         settings.trainer.device,
-        with_reference=build_objective(settings.trainer).needs_reference,
+        with_reference=build_loss(settings.trainer).needs_reference,
         activation_checkpointing=settings.trainer.activation_checkpointing,
         checkpoint=checkpoint.folder if checkpoint else None,
         reference_step=checkpoint.state.reference_step if checkpoint else 0,
@@ -165,19 +120,28 @@ def _load(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Policy, Po
     return policy, optimizer
 
 
-def _publisher(settings: Settings, connections: _Connections, checkpoint: Checkpoint | None) -> WeightPublisher:
+def _publisher(settings: Settings, connections: Connections, last: CheckpointState) -> WeightPublisher:
     publisher = WeightPublisher(
         store=WeightStore(settings.weight_store_url),
         coordination=connections.coordination,
         engine=connections.ledger.engine,
         run_id=settings.run.name,
+        settings=settings.weights,
         dtype=settings.weights_dtype,
-        full_every=settings.weights.full_every,
-        keep_versions=settings.weights.keep_versions,
-        patience=connections.patience,
+        retries=connections.retries,
     )
-    publisher.continue_after(checkpoint.state.weight_version if checkpoint else -1)
+    publisher.continue_after(last.weight_version)
     return publisher
+
+
+def _replicas(settings: Settings, connections: Connections) -> Replicas:
+    return Replicas(
+        connections.coordination,
+        connections.ledger,
+        max_lag=settings.trainer.max_policy_lag,
+        max_wait_s=settings.trainer.replica_wait_s,
+        stop=connections.stop,
+    )
 
 
 def _set_up_torch(settings: Settings) -> None:

@@ -28,9 +28,10 @@ from shared.api import (
     Rollout,
     RolloutRequest,
 )
+from shared.objectives import OBJECTIVES
 from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, ScoredWindow, TokenIds
 from shared.seeds import seed_of
-from shared.settings import JUDGED_OBJECTIVES, Objective, ScheduleStage, Settings
+from shared.settings import ScheduleStage, Settings
 
 MIN_JUDGED = 2
 """Different candidates: one can't be preferred to itself."""
@@ -78,7 +79,7 @@ def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, 
 
 
 def sort_chunks(
-    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: Objective
+    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: str
 ) -> tuple[list[ScoredChunk], list[DroppedChunk]]:
     """Chunks to train on, and those dropped with their reasons. `verdicts` by index of the chunk."""
     scored, dropped = [], [*window.dropped]
@@ -121,11 +122,11 @@ def _one(equal: Sequence[Candidate]) -> Candidate:
     return equal[0].model_copy(update={"kinds": kinds, "weight_version": min(versions, default=None)})
 
 
-def _is_enough(pool: Pool, objective: Objective) -> bool:
+def _is_enough(pool: Pool, objective: str) -> bool:
     """One alone is the best of its pool, which is all that `rf_nll` asks for: most rollouts of a policy from scratch
     can't be shown. But a rollout that nobody judged must not teach the policy that made it."""
-    if len(pool) == 1 and objective in JUDGED_OBJECTIVES:
-        return objective == "rf_nll" and set(pool[0].kinds) != {"rollout"}
+    if len(pool) == 1 and OBJECTIVES[objective].judged:
+        return OBJECTIVES[objective].takes_lone_candidate and set(pool[0].kinds) != {"rollout"}
     return len(pool) > 0
 
 
@@ -265,7 +266,7 @@ class _Asking:
             top_p=self.settings.rollout.top_p,
             seed=self._seed("rollout"),
         )
-        with self._timed("generate"):
+        with self._timed("rollout"):
             answer = await self.services.roll_out(request)
         _expect("rollout", "chunks", len(answer.rollouts), len(self.window.chunks))
         for group in answer.rollouts:

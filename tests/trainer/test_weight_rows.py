@@ -4,7 +4,6 @@ follows where a version can't be recorded."""
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Event
 
 import pytest
 import sqlalchemy as sa
@@ -15,10 +14,11 @@ from sqlalchemy import Engine
 from shared import database as schema
 from shared.database import CandidateRow, ChunkRow, WeightVersionRow, migrate, open_database, transaction
 from shared.errors import DatabaseRefusalError
+from shared.retries import Retries
+from shared.settings import WeightsSettings
 from shared.weights.store import Manifest, WeightStore
 from tests.shared.conftest import database, database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
-from trainer.patience import Patience
 from trainer.publisher import WeightPublisher
 
 __all__ = ["database", "database_url", "postgres_url"]  # fixtures
@@ -46,10 +46,9 @@ def publisher_of(stack: Stack, engine: Engine, root: Path, *, num_bytes: int) ->
         coordination=stack.coordination,
         engine=engine,
         run_id=stack.run,
+        settings=WeightsSettings(),
         dtype="float32",
-        full_every=10,
-        keep_versions=3,
-        patience=Patience(Event()),
+        retries=Retries(),
     )
     made.continue_after(-1)
     return made

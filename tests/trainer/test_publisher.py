@@ -127,7 +127,7 @@ def test_float32_is_sent_whole_and_keeps_no_copy(make_stack: Callable[..., Stack
     for step in range(2):
         publisher.publish(model, step)
     assert forms(store_of(stack)) == ["full", "full"]
-    assert publisher._last is None
+    assert publisher.last is None
 
 
 def test_what_a_kept_version_rests_on_is_kept(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
@@ -266,9 +266,9 @@ def test_without_what_was_announced_an_epoch_begins(make_stack: Callable[..., St
     """Redis was lost: a replica may serve any number. Announced without an epoch, by an earlier release: the same."""
     stack = make_stack()
     _, epoch = next_start(stack, -1)
-    stack.coordination._client.delete(weights_key(stack.run))
+    stack.client.delete(weights_key(stack.run))
     version, other = next_start(stack, 0)
-    stack.coordination._client.set(weights_key(stack.run), version)
+    stack.client.set(weights_key(stack.run), version)
     assert stack.coordination.announced_weights() == AnnouncedWeights(1, "")
     _, third = next_start(stack, 0)
     assert len({epoch, other, third}) == 3
