@@ -28,7 +28,7 @@ from trainer.loop import Trainer
 from trainer.publisher import WeightPublisher
 
 MakeStack = Callable[..., Stack]
-OPTIONS = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
+OPTIONS: dict[str, Any] = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
 """Eight windows of three pairs."""
 OWNERS = (Checkpoints, Coordination, DatabaseSink, Inbox, Ledger, WeightPublisher, WeightStore, WindowStream)
 
