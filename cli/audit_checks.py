@@ -88,9 +88,9 @@ def _disagreeing_states(testimony: Testimony, account: Account) -> Iterator[str]
         line = by_step.get(step)
         if line is None:
             if step != newest or account.in_state(TRAINED).keys() & state.finished.keys():
-                yield f"checkpoint {state.folder.name} has no line: the evidence of step {step} is missing"
+                yield f"checkpoint step-{step:08d} has no line: the evidence of step {step} is missing"
         elif (line.number, line.finished, line.partial) != (state.number, state.finished, state.partial):
-            yield f"checkpoint {state.folder.name} and the evidence of step {step} say different things"
+            yield f"checkpoint step-{step:08d} and the evidence of step {step} say different things"
 
 
 def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
@@ -164,7 +164,7 @@ def begun(account: Account, testimony: Testimony) -> Iterator[str]:
 def steps(account: Account, testimony: Testimony) -> Iterator[str]:
     """Rows that are missing between the first step and the newest, or up to the newest checkpoint."""
     newest = testimony.newest_step
-    owed = testimony.states[newest].owes_row if newest in testimony.states else False
+    owed = newest in testimony.states and testimony.states[newest].row is not None
     for step in range(1, max([*account.steps, newest], default=0) + 1):
         if step not in account.steps and not (owed and step == newest):
             yield f"step {step} has no row"

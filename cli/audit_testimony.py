@@ -6,7 +6,14 @@ from functools import cached_property
 from pathlib import Path
 
 from cli.audit_account import Account
-from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow, StateFile, read_states
+from shared.checkpoint_state import (
+    EVIDENCE_FILE,
+    CheckpointState,
+    Evidence,
+    EvidenceFile,
+    FinishedWindow,
+    read_states,
+)
 from shared.ledger import TRAINED
 
 
@@ -15,7 +22,7 @@ class Testimony:
     lines: tuple[Evidence, ...]
     damaged: tuple[str, ...]
     """What is wrong with the lines that can't be read."""
-    states: Mapping[int, StateFile]
+    states: Mapping[int, CheckpointState]
     """Of the checkpoints on disk, by step."""
     num_bytes: int
     """Of the lines' file, before they were read."""
@@ -54,7 +61,7 @@ class Testimony:
         return {document: finished for line in self.witnesses for document, finished in line.finished.items()}
 
     @property
-    def _old_states(self) -> dict[int, StateFile]:
+    def _old_states(self) -> dict[int, CheckpointState]:
         return {step: state for step, state in self.states.items() if not state.number}
 
     def is_settled(self, line: Evidence, account: Account) -> bool:

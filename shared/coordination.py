@@ -196,7 +196,7 @@ class Coordination:
         return {part for part, owner in enumerate(owners) if owner is not None}
 
     def mark_exhausted(self, lease: Lease, *, extent: str) -> None:
-        """The lease's part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or
+        """The lease's part has no more documents within `extent` (Run.extent), and all it had are on the stream or
         dropped. Raises FencedError if another collector has taken it since."""
         keys = (fences_key(self._run), exhausted_key(self._run))
         with translated():

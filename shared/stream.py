@@ -26,7 +26,7 @@ from shared.records import Lease, ScoredWindow
 from shared.redis import fences_key, translated, window_ids_key, windows_key
 
 GROUP = "trainer"
-SCHEMA = 1
+SCHEMA = 2
 """Of the record in an entry. Raise it when a `ScoredWindow` changes so that another version can't read it."""
 
 # KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), window id, schema, body

@@ -19,7 +19,7 @@ from shared.settings import Settings
 from shared.weights.store import WeightStore
 from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.connections import Connections
-from trainer.figures import delete_steps_beyond, open_telemetry, write_step
+from trainer.figures import open_telemetry
 from trainer.inbox import Inbox, commit_finished
 from trainer.loop import Trainer
 from trainer.losses import build_loss
@@ -69,10 +69,10 @@ def prepare(settings: Settings, retries: Retries) -> Trainer | None:
 def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: Connections) -> None:
     """Write what is missing if the trainer ended, or Redis or the database was away, right after this checkpoint."""
     _log.info("resuming from %s", checkpoint.folder)
-    state, ledger = checkpoint.state, connections.ledger
+    state = checkpoint.state
     checkpoints.keep_evidence(state)
-    if (row := state.row) is not None:
-        connections.retries(lambda: write_step(ledger.engine, ledger.run_id, step=state.step, row=row))
+    if state.row is not None:
+        connections.run.record_step(state.step, state.row)
     commit_finished(state.finished, connections)
 
 
@@ -85,11 +85,11 @@ def _build(
     settings: Settings, connections: Connections, checkpoints: Checkpoints, checkpoint: Checkpoint | None
 ) -> Trainer:
     _set_up_torch(settings)
-    last, ledger = checkpoint.state if checkpoint else _NO_CHECKPOINT, connections.ledger
+    last, run = checkpoint.state if checkpoint else _NO_CHECKPOINT, connections.run
     policy, optimizer = _load(settings, checkpoint)
-    connections.retries(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=last.step))
-    ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {last.step}")
-    telemetry = open_telemetry(settings, connections, resume_step=last.step)
+    run.delete_steps_beyond(last.step)
+    run.record_event("trainer", "resumed" if checkpoint else "started", f"at step {last.step}")
+    telemetry = open_telemetry(settings, run, resume_step=last.step)
     return Trainer(
         settings=settings.trainer,
         policy=policy,
@@ -124,11 +124,9 @@ def _publisher(settings: Settings, connections: Connections, last: CheckpointSta
     publisher = WeightPublisher(
         store=WeightStore(settings.weight_store_url),
         coordination=connections.coordination,
-        engine=connections.ledger.engine,
-        run_id=settings.run.name,
+        run=connections.run,
         settings=settings.weights,
         dtype=settings.weights_dtype,
-        retries=connections.retries,
     )
     publisher.continue_after(last.weight_version)
     return publisher
@@ -137,7 +135,7 @@ def _publisher(settings: Settings, connections: Connections, last: CheckpointSta
 def _replicas(settings: Settings, connections: Connections) -> Replicas:
     return Replicas(
         connections.coordination,
-        connections.ledger,
+        connections.run,
         max_lag=settings.trainer.max_policy_lag,
         max_wait_s=settings.trainer.replica_wait_s,
         stop=connections.stop,

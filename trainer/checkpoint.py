@@ -11,25 +11,28 @@ its windows (inbox.py), and deleting older checkpoints. The records are in share
 """
 
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shared.checkpoint_state import EVIDENCE_FILE, CheckpointState, EvidenceFile
+from shared.checkpoint_state import (
+    EVIDENCE_FILE,
+    STATE_FILE,
+    CheckpointState,
+    EvidenceFile,
+    checkpoint_folder,
+    checkpoint_steps,
+    read_state,
+)
 from shared.errors import TrainingError
 from trainer.policy import Policy, PolicyOptimizer
 
-_STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
-_REMEDY = "restore the checkpoint, or delete its folder to resume from the one before it"
-_FOLDER = re.compile(r"^step-(\d{8})$")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Checkpoint:
             _restore_random(tensors)
             optimizer.load_state(tensors)
         except (OSError, SafetensorError, KeyError) as exc:
-            raise TrainingError(f"{path} can't be used: {exc!r}; {_REMEDY}") from exc
+            raise TrainingError(
+                f"{path} can't be used: {exc!r}; restore the checkpoint, or delete its folder to go back to the one "
+                "before it"
+            ) from exc
 
 
 class Checkpoints:
@@ -58,19 +64,15 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step; None before the first. Raises TrainingError if it is damaged:
         an older one lacks the windows that were acknowledged with it."""
-        steps = self._steps()
+        steps = checkpoint_steps(self._root)
         if not steps:
             return None
-        folder = self._folder(steps[-1])
-        try:
-            state = CheckpointState.model_validate_json((folder / _STATE).read_bytes())
-        except (OSError, ValidationError) as exc:
-            raise TrainingError(f"{folder / _STATE} can't be read: {exc}; {_REMEDY}") from exc
-        return Checkpoint(folder, state)
+        folder = checkpoint_folder(self._root, steps[-1])
+        return Checkpoint(folder, read_state(folder))
 
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
         """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""
-        folder = self._folder(state.step)
+        folder = checkpoint_folder(self._root, state.step)
         temporary = folder.with_suffix(".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,18 +95,11 @@ class Checkpoints:
     def prune(self) -> None:
         """Delete all but the newest `keep`, and what a crash left half written. They are renamed first, so a crash
         never leaves half a checkpoint under a complete one's name."""
-        for step in self._steps()[: -self._keep]:
-            self._folder(step).rename(self._folder(step).with_suffix(".tmp"))
+        for step in checkpoint_steps(self._root)[: -self._keep]:
+            folder = checkpoint_folder(self._root, step)
+            folder.rename(folder.with_suffix(".tmp"))
         for leftover in self._root.glob("step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def _steps(self) -> list[int]:
-        if not self._root.is_dir():
-            return []
-        return sorted(int(match[1]) for entry in self._root.iterdir() if (match := _FOLDER.match(entry.name)))
-
-    def _folder(self, step: int) -> Path:
-        return self._root / f"step-{step:08d}"
 
 
 def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> None:
@@ -113,7 +108,7 @@ def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer:
     if policy.reference is not None and state.reference_step:
         policy.reference.save_pretrained(folder / "reference")
     save_file(optimizer.state() | _random_state(), folder / _OPTIMIZER)
-    (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+    (folder / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _random_state() -> dict[str, Tensor]:

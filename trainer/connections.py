@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any, TypeVar, cast
 
-from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
 from shared.errors import StreamError
 from shared.ledger import Ledger
 from shared.redis import connect
 from shared.retries import Retries
+from shared.runs import Run
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry, WindowStream
 
@@ -58,7 +57,10 @@ class Connections:
     stream: WindowStream
     """To acknowledge and to count; entries are read from `deliveries`."""
     coordination: Coordination
+    run: Run
+    """The run's rows but for its windows."""
     ledger: Ledger
+    """The run's windows."""
     retries: Retries
 
     @property
@@ -69,18 +71,18 @@ class Connections:
     @classmethod
     def open(cls, settings: Settings, retries: Retries) -> "Connections":
         """The database is migrated, and the run's row and stream exist afterwards."""
-        engine = open_database(settings.database_url)
-        retries(lambda: migrate(engine))
+        run = Run.of(settings)
         client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
         stream = WindowStream(client, settings.run.name)
         connections = cls(
             deliveries=retrying(Deliveries(stream), retries),
             stream=retrying(stream, retries),
             coordination=retrying(Coordination(client, settings.run.name), retries),
-            ledger=retrying(Ledger(engine, settings.run.name), retries),
+            run=retrying(run, retries),
+            ledger=retrying(run.ledger, retries),
             retries=retries,
         )
-        connections.ledger.open_run(without_passwords(settings).model_dump(mode="json"))
+        connections.run.open(settings)
         connections.stream.create()
         return connections
 

@@ -157,7 +157,7 @@ class Inbox:
         )
 
     def _is_finished(self, window_id: str) -> bool:
-        return bool(self._connections.ledger.trained_among([window_id]))
+        return bool(self._connections.ledger.finished_among([window_id]))
 
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
         self._tally.count("duplicate_windows")
@@ -196,7 +196,7 @@ class Inbox:
     def _source_has_ended(self) -> bool:
         """Whether it is exhausted is asked first: nothing is written after that, so an empty stream stays empty."""
         source, connections = self._settings.documents, self._connections
-        extent = connections.ledger.extent(max_epochs=source.max_epochs)
+        extent = connections.run.extent(max_epochs=source.max_epochs)
         ended = connections.coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and connections.stream.backlog().unread == 0
 

@@ -149,7 +149,7 @@ class Trainer:
         metrics.skipped_steps_total.inc()
         what = f"step {step} skipped: loss {figures['loss']}, gradient norm {figures['grad_norm']}"
         _log.error("%s (%d in a row)", what, self.bad_steps)
-        self.connections.ledger.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs)
+        self.connections.run.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs)
         if self.bad_steps >= self.settings.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_steps} steps in a row without a finite loss (trainer.max_bad_steps), the last: {what}; "
@@ -223,6 +223,6 @@ class Trainer:
     def _finish(self, message: str, *, source_ended: bool) -> TrainerState:
         _log.info(message)
         about = {"step": self.step, "source_ended": source_ended}
-        self.connections.ledger.record_event("trainer", "finished", message, **about)
+        self.connections.run.record_event("trainer", "finished", message, **about)
         self._report("finished")
         return "finished"

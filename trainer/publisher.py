@@ -1,7 +1,7 @@
 """Publishes the policy's weights to the rollout service: store, row, announcement. Called by the loop.
 
     state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes since the version before
-               -> WeightStore.publish (manifest last) -> WeightVersionRow -> announcement
+               -> WeightStore.publish (manifest last) -> row in the database -> announcement
 
     publisher.continue_after(checkpoint_version)     # once, at the start
     version = publisher.publish(model, step)
@@ -22,17 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import sqlalchemy as sa
 import torch
-from sqlalchemy import Engine
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
-from shared.database import WeightVersionRow, transaction
 from shared.errors import DatabaseError, WeightStoreError
-from shared.retries import Retries
+from shared.runs import Run
 from shared.settings import WeightsSettings
 from shared.weights.patches import encode_patches, find_patches, foresee
 from shared.weights.state import State, StateSums, lay_out, parse_state
@@ -80,11 +77,9 @@ class _Update:
 class WeightPublisher:
     store: WeightStore
     coordination: Coordination
-    engine: Engine
-    run_id: str
+    run: Run
     settings: WeightsSettings
     dtype: Literal["float32", "bfloat16"]
-    retries: Retries
     version: int = -1
     """The newest published version; -1 before the first."""
     epoch: str = ""
@@ -175,7 +170,7 @@ class WeightPublisher:
         """Deletes a version that can't be recorded. It was not announced, and the next start publishes the same weights
         again; without this every start would leave one more full version."""
         try:
-            self.retries(lambda: self._write_row(manifest, seconds))
+            self._write_row(manifest, seconds)
         except DatabaseError:
             self._delete_quietly(manifest.version)
             raise
@@ -183,29 +178,20 @@ class WeightPublisher:
     def _record_forgotten(self, present: Sequence[int]) -> None:
         """Rows of versions that lack one because a kill came between manifest and row. A replica may serve such a
         version, so its number is taken, and `headwater audit` looks for its row."""
-        recorded = self.retries(self._newest_recorded)
+        recorded = self.run.newest_weight_version()
         for version in present:
             if recorded is not None and version > recorded:
-                manifest = self.store.manifest(version)
-                self.retries(lambda manifest=manifest: self._write_row(manifest, seconds=0.0))  # type: ignore[misc]
-
-    def _newest_recorded(self) -> int | None:
-        query = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
-        with transaction(self.engine) as session:
-            return session.scalar(query)
+                self._write_row(self.store.manifest(version), seconds=0.0)
 
     def _write_row(self, manifest: Manifest, seconds: float) -> None:
-        row = WeightVersionRow(
-            run_id=self.run_id,
-            version=manifest.version,
+        self.run.record_version(
+            manifest.version,
             step=manifest.step,
             form=manifest.form,
             num_bytes=manifest.num_bytes,
             seconds=seconds,
             created_at=manifest.created_at,
         )
-        with transaction(self.engine) as session:
-            session.merge(row)
 
     def _delete_quietly(self, version: int) -> None:
         try:

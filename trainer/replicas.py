@@ -13,7 +13,7 @@ from threading import Event
 
 from shared import metrics
 from shared.coordination import Coordination
-from shared.ledger import Ledger
+from shared.runs import Run
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -22,7 +22,7 @@ _POLL_S = 0.05
 @dataclass
 class Replicas:
     coordination: Coordination
-    ledger: Ledger
+    run: Run
     max_lag: int
     """Versions."""
     max_wait_s: float
@@ -78,4 +78,4 @@ class Replicas:
             "their /status says what is wrong"
         )
         _log.warning(message)
-        self.ledger.record_event("trainer", "late_replicas", message, replicas=dict(late))
+        self.run.record_event("trainer", "late_replicas", message, replicas=dict(late))

@@ -104,8 +104,8 @@ class LeaseKeeper:
     async def _note_loss(self, part: int, why: str) -> None:
         message = f"part {part} is given up, its unfinished windows are another collector's: {why}"
         _log.warning(message)
-        ledger = self._storage.ledger
-        await self._storage.database(lambda: ledger.record_event("collector", "lease_lost", message, part=part))
+        run = self._storage.run
+        await self._storage.database(lambda: run.record_event("collector", "lease_lost", message, part=part))
 
     async def _release(self, parts: Sequence[int]) -> None:
         def release() -> None:

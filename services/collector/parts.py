@@ -41,7 +41,7 @@ class PartWorker:
     gate: Gate
     watch: RunWatch
     extent: str
-    """What the end of a part is true for (Ledger.extent)."""
+    """What the end of a part is true for (Run.extent)."""
     # Threads of its own, not the event loop's: that one waits for its threads in the end, and a source may hang.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))

@@ -33,14 +33,12 @@ from services.collector.storage import Recorder, Storage
 from services.collector.windows import PolicyTokenizer, Preparer
 from services.concurrency import first_error
 from shared.api import Readiness
-from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
 from shared.errors import SettingsError
 from shared.http import refuse_open_binding
-from shared.ledger import Ledger
+from shared.identity import Manifest
 from shared.redis import connect
-from shared.runs import Manifest
+from shared.runs import Run
 from shared.settings import Secrets, Settings
 from shared.stream import WindowStream
 
@@ -119,7 +117,7 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
             num_parts=settings.documents.num_parts,
             extent=extent,
             steps=settings.trainer.steps,
-            weight_version=await storage.database(storage.ledger.newest_weight_version),
+            weight_version=await storage.database(lambda: storage.run.newest_weight_version() or 0),
         )
         preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)
@@ -159,28 +157,25 @@ def _open_source(settings: Settings, vocabulary_size: int) -> Source:
 
 def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-    ledger = Ledger(open_database(settings.database_url), settings.run.name)
+    run = Run.of(settings)
     return Storage(
         stream=WindowStream(client, settings.run.name),
         coordination=Coordination(client, settings.run.name),
-        ledger=ledger,
-        recorder=Recorder(ledger, tokenizer, settings.collector.record_share),
+        run=run,
+        recorder=Recorder(run, tokenizer, settings.collector.record_share),
         max_backoff_s=settings.collector.max_backoff_s,
     )
 
 
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    ledger = storage.ledger
-    await storage.database(lambda: migrate(ledger.engine))
-    await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
+    await storage.database(lambda: storage.run.open(settings))
     await storage.redis(storage.stream.create)
 
 
 async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
-    """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
-    ledger = storage.ledger
-    await storage.database(lambda: ledger.adopt_source(manifest))
-    return await storage.database(lambda: ledger.extent(max_epochs=settings.documents.max_epochs))
+    """The extent of this start (Run.extent). SourceError if the run began with other documents."""
+    await storage.database(lambda: storage.run.adopt_source(manifest))
+    return await storage.database(lambda: storage.run.extent(max_epochs=settings.documents.max_epochs))
 
 
 _MAX_REQUEST_BYTES = 65_536

@@ -9,16 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import sqlalchemy as sa
-
 from services.collector.backoff import Backoff
 from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
 from shared.coordination import Coordination
-from shared.database import CandidateRow, ChunkRow, transaction
 from shared.errors import DatabaseError, FencedError, StreamError
-from shared.ledger import Ledger, Position, WindowStart, storable
-from shared.records import Lease, ScoredChunk, ScoredWindow, WindowKey
+from shared.ledger import Ledger, Position, WindowStart
+from shared.records import Lease, ScoredWindow, WindowKey
+from shared.runs import Run
 from shared.seeds import share_of
 from shared.stream import WindowStream, encode
 
@@ -29,73 +27,21 @@ _PREFIX_TOKENS = 500
 
 @dataclass(frozen=True)
 class Recorder:
-    """Writes the rows of drawn windows; the draw depends on the window id only. Blocking."""
+    """Records a share of all windows for people to read, drawn by window id. Blocking."""
 
-    ledger: Ledger
+    run: Run
     tokenizer: PolicyTokenizer
     share: float
 
     def record(self, window: ScoredWindow, lease: Lease) -> None:
-        """Replaces the rows of an earlier, unfinished try. Raises FencedError as the ledger does."""
+        """Raises FencedError as the ledger does."""
         if share_of(window.key, "record") >= self.share:
             return
         prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
-        with transaction(self.ledger.engine) as session:
-            self.ledger.refuse_if_fenced(session, lease)
-            old = sa.select(ChunkRow.id).where(ChunkRow.run_id == window.run_id, ChunkRow.window_id == window.window_id)
-            session.execute(sa.delete(CandidateRow).where(CandidateRow.chunk_id.in_(old)))
-            session.execute(sa.delete(ChunkRow).where(ChunkRow.id.in_(old)))
-            for chunk, prefix in zip(window.chunks, prefixes, strict=True):
-                row = _chunk_row(window, chunk, prefix)
-                session.add(row)
-                session.flush()
-                session.add_all(_candidate_rows(chunk, row.id))
-            session.add_all(_dropped_row(window, lost.start, lost.reason) for lost in window.dropped_chunks)
+        self.run.record_chunks(window, prefixes, lease)
 
     def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
         return self.tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
-
-
-def _chunk_row(window: ScoredWindow, chunk: ScoredChunk, prefix: str) -> ChunkRow:
-    judgement = chunk.judgement
-    return ChunkRow(
-        run_id=window.run_id,
-        window_id=window.window_id,
-        start=chunk.start,
-        prefix=storable(prefix),
-        fingerprint=judgement.fingerprint if judgement else "",
-        reasoning=storable(judgement.reasoning) if judgement else "",
-        num_calls=judgement.num_calls if judgement else 0,
-        num_failures=judgement.num_failures if judgement else 0,
-        scored_at=window.scored_at,
-    )
-
-
-def _dropped_row(window: ScoredWindow, start: int, reason: str) -> ChunkRow:
-    return ChunkRow(
-        run_id=window.run_id,
-        window_id=window.window_id,
-        start=start,
-        prefix="",
-        dropped_reason=storable(reason),
-        scored_at=window.scored_at,
-    )
-
-
-def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
-    judgement = chunk.judgement
-    return [
-        CandidateRow(
-            chunk_id=chunk_id,
-            kinds=",".join(candidate.kinds),
-            text=storable(candidate.text),
-            num_tokens=len(candidate.token_ids),
-            weight_version=candidate.weight_version,
-            reward=judgement.rewards[index] if judgement else None,
-            scores={name: scores[index] for name, scores in judgement.scores.items()} if judgement else {},
-        )
-        for index, candidate in enumerate(chunk.candidates)
-    ]
 
 
 _log = logging.getLogger(__name__)
@@ -109,7 +55,7 @@ class Storage:
 
     stream: WindowStream
     coordination: Coordination
-    ledger: Ledger
+    run: Run
     recorder: Recorder
     max_backoff_s: float
     trouble: dict[str, str] = field(default_factory=dict)
@@ -120,6 +66,10 @@ class Storage:
     _redis: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "redis"))
     # A lease ends while its renewal waits behind other calls.
     _leases: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "leases"))
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.run.ledger
 
     async def redis(self, call: Callable[[], T]) -> T:
         """The answer of a blocking Redis call, however long Redis is away."""

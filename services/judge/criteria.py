@@ -9,11 +9,12 @@ from typing import Protocol
 
 from services.concurrency import all_of
 from services.engine.base import Engine
-from services.judge.verdicts import Answer, Tally, VerdictSource, derived_seed
+from services.judge.verdicts import Answer, Tally, VerdictSource
 from services.prompts import Prompt, opened
 from shared.api import JudgedText, JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
 from shared.records import TokenIds
+from shared.seeds import question_seed
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Pointwise:
     async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
         texts = _distinct_texts(chunk)
         answers = await all_of(
-            self._ask(chunk, text, seed=derived_seed(seed, place), tally=tally) for place, text in enumerate(texts)
+            self._ask(chunk, text, seed=question_seed(seed, place), tally=tally) for place, text in enumerate(texts)
         )
         value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
         return Scores([value_of[candidate.text] for candidate in chunk.candidates], _first_reasoning(answers))
@@ -166,7 +167,7 @@ class Pairwise:
         texts = _distinct_texts(chunk)
         pairs = all_pairs(len(texts))
         answers = await all_of(
-            self._compare(chunk, texts[first], texts[second], seed=derived_seed(seed, first, second), tally=tally)
+            self._compare(chunk, texts[first], texts[second], seed=question_seed(seed, first, second), tally=tally)
             for first, second in pairs
         )
         wins = {pair: answer.value for pair, answer in zip(pairs, answers, strict=True)}
@@ -185,7 +186,7 @@ class Pairwise:
         back = self._prompt.fill(chunk, a=second, b=first)
         asked = [(there, num_there, "there"), (back, num_back, "back")]
         answers = await all_of(
-            self._source.ask(prompt, num_samples=number, seed=derived_seed(seed, order), tally=tally)
+            self._source.ask(prompt, num_samples=number, seed=question_seed(seed, order), tally=tally)
             for prompt, number, order in asked
             if number
         )

@@ -4,7 +4,6 @@ An answer without a readable verdict gives None here and is asked for again by t
 """
 
 import asyncio
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Protocol
 from services.engine.base import Engine, Generation, Sampling
 from shared import metrics
 from shared.errors import VerdictError
+from shared.seeds import question_seed
 from shared.settings import CriterionSettings
 
 CHARACTERS_PER_TOKEN = 4
@@ -104,7 +104,7 @@ class AnswerVerdict:
         reasoning = ""
         for attempt in range(self._max_retries + 1):
             asked = num_samples - len(values)
-            texts = await self._sample(prompt, asked, derived_seed(seed, attempt), tally)
+            texts = await self._sample(prompt, asked, question_seed(seed, attempt), tally)
             read = [(text, read_verdict(text, self._verdicts)) for text in texts]
             values += [value for _, value in read if value is not None]
             reasoning = reasoning or next((text for text, value in read if value is not None), "")
@@ -154,12 +154,6 @@ class LabelVerdict:
             tally.count_failures(1)
             raise VerdictError(f"{tally.criterion}: the model gives no label of {list(self._labels)} any probability")
         return Answer(value)
-
-
-def derived_seed(seed: int, *place: int | str) -> int:
-    """31 bits that depend on the request's seed and the place of a question in it, on nothing else."""
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 QUALITY_VERDICTS: Mapping[str, float] = {"A": 1.0, "B": 0.0, "tie": 0.5}

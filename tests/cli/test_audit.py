@@ -88,7 +88,7 @@ def test_the_newest_checkpoint_may_be_a_moment_ahead(made: MadeRun) -> None:
     made.step(3, pairs=1)
     made.checkpoint(3, {"0.0.2.0": 3})
     assert _fails(_audit(made)) == {}
-    made.ledger.record_event("trainer", "finished", "finished at step 3", step=3, source_ended=False)
+    made.run.record_event("trainer", "finished", "finished at step 3", step=3, source_ended=False)
     assert "window 0.0.2.0 is scored, the checkpoint of step 3 says trained" in str(_fails(_audit(made)))
 
 
@@ -148,11 +148,11 @@ def test_a_checkpoint_that_was_deleted_to_go_on_without_it_is_named(made: MadeRu
 
 def test_nothing_may_be_in_flight_when_the_source_has_ended(made: MadeRun) -> None:
     _honest(made)
-    made.ledger.record_event("trainer", "finished", "finished at step 2", step=2, source_ended=False)
+    made.run.record_event("trainer", "finished", "finished at step 2", step=2, source_ended=False)
     assert _fails(_audit(made)) == {}
-    made.ledger.record_event("trainer", "finished", "the source ended", step=2, source_ended=True)
+    made.run.record_event("trainer", "finished", "the source ended", step=2, source_ended=True)
     assert "window 0.0.2.0 is reading, though the source had ended" in str(_fails(_audit(made)))
-    made.ledger.record_event("trainer", "resumed", "with more epochs")
+    made.run.record_event("trainer", "resumed", "with more epochs")
     assert _fails(_audit(made)) == {}
 
 

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from cli.audit import audit_run
 from cli.run_folder import RunFolder
 from shared.coordination import Coordination
-from shared.database import StepRow, migrate, open_database, transaction
+from shared.database import StepRow, transaction
 from shared.ledger import Ledger, WindowStart
 from shared.records import Lease, ScoredWindow
 from shared.retries import Retries
+from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.stream import WindowStream
 from tests.services.collector.processes import RedisProcess
@@ -84,11 +85,15 @@ class Stack:
     """Of Redis."""
     stream: WindowStream
     coordination: Coordination
-    ledger: Ledger
+    records: Run
 
     @property
     def run(self) -> str:
         return self.settings.run.name
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.records.ledger
 
     def write(self, windows: Iterable[ScoredWindow]) -> None:
         for window in windows:
@@ -106,11 +111,11 @@ class Stack:
         lease = Lease(0, "collector", 1)
         self.coordination.acquire_leases([0], lease.owner, room=1, lease_s=60)
         assert self.coordination.raise_fence(lease)
-        self.coordination.mark_exhausted(lease, extent=self.ledger.extent(max_epochs=max_epochs))
+        self.coordination.mark_exhausted(lease, extent=self.records.extent(max_epochs=max_epochs))
 
     def contradictions(self) -> list[str]:
         """What `headwater audit` finds."""
-        result = audit_run(self.ledger.engine, self.settings, RunFolder(self.settings.run.folder))
+        result = audit_run(self.records.database, self.settings, RunFolder(self.settings.run.folder))
         return [problem for check in result.checks for problem in check.problems]
 
     def with_trainer(self, **trainer: Any) -> "Stack":
@@ -141,7 +146,7 @@ class Stack:
         return dict(AutoModelForCausalLM.from_pretrained(self.checkpoints / f"step-{step:08d}/policy").state_dict())
 
     def rows(self) -> list[StepRow]:
-        with transaction(self.ledger.engine) as session:
+        with transaction(self.records.database) as session:
             rows = list(session.scalars(sa.select(StepRow).order_by(StepRow.step)))
             session.expunge_all()
         return rows
@@ -178,11 +183,8 @@ def build_stack(
             "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
         }
     )
-    engine = open_database(settings.database_url)
-    migrate(engine)
     client = redis.Redis.from_url(redis_url)
-    stack = Stack(settings, client, WindowStream(client, run), Coordination(client, run), Ledger(engine, run))
-    stack.ledger.open_run(settings.model_dump(mode="json"))
+    stack = Stack(settings, client, WindowStream(client, run), Coordination(client, run), open_run(settings))
     stack.stream.create()
     return stack
 

@@ -104,7 +104,7 @@ def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkp
     assert {name: one.pairs_by_step for name, one in first.finished.items()} == {"0.0.0.0": {1: 3}}
     assert {name: one.pairs_by_step for name, one in second.finished.items()} == {"0.0.1.0": {1: 1, 2: 2}}
     assert {name: (one.used, one.pairs_by_step) for name, one in second.partial.items()} == {"0.0.2.0": (2, {2: 2})}
-    with transaction(stack.ledger.engine) as session:
+    with transaction(stack.records.database) as session:
         rows = session.execute(sa.select(WindowRow.num_pairs).order_by(WindowRow.position)).scalars().all()
     assert rows == [3, 3, None]
 

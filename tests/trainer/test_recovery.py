@@ -16,21 +16,20 @@ from shared.coordination import Coordination
 from shared.errors import DatabaseError, DatabaseRefusalError, HeadwaterError, StreamError, WeightStoreError
 from shared.ledger import Ledger
 from shared.retries import Retries
+from shared.runs import Run
 from shared.stream import WindowStream
 from shared.weights.store import WeightStore
 from tests.services.collector.processes import RedisProcess
 from tests.trainer.conftest import Stack, assert_equal_weights, build_stack
 from tests.trainer.test_trainer_process import Process
 from trainer.checkpoint import Checkpoints
-from trainer.figures import DatabaseSink
 from trainer.inbox import Inbox
 from trainer.loop import Trainer
-from trainer.publisher import WeightPublisher
 
 MakeStack = Callable[..., Stack]
 OPTIONS: dict[str, Any] = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
 """Eight windows of three pairs."""
-OWNERS = (Checkpoints, Coordination, DatabaseSink, Inbox, Ledger, WeightPublisher, WeightStore, WindowStream)
+OWNERS = (Checkpoints, Coordination, Inbox, Ledger, Run, WeightStore, WindowStream)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def be_killed() -> None:
     [
         "WeightStore.publish",
         "WeightStore.publish+",
-        "DatabaseSink.write",
+        "Run.record_step",
         "Coordination.report_trainer",
         "Checkpoints.write",
         "Checkpoints.keep_evidence",
@@ -202,9 +201,9 @@ def test_a_stop_while_redis_is_away_leaves_a_checkpoint_wherever_the_trainer_is(
     ("place", "error"),
     [
         ("WindowStream.read", StreamError),
-        ("Ledger.trained_among", DatabaseError),
-        ("DatabaseSink.write", DatabaseError),
-        ("WeightPublisher._write_row", DatabaseRefusalError),
+        ("Ledger.finished_among", DatabaseError),
+        ("Run.record_step", DatabaseError),
+        ("Run.record_version", DatabaseRefusalError),
         ("WeightStore.publish", WeightStoreError),
     ],
 )

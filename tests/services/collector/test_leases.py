@@ -30,8 +30,8 @@ def seen(make_settings: MakeSettings) -> Seen:
 
 @pytest.fixture
 def storage(seen: Seen, tokenizer: PolicyTokenizer) -> Storage:
-    recorder = Recorder(seen.ledger, tokenizer, 0.0)
-    return Storage(seen.stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
+    recorder = Recorder(seen.run, tokenizer, 0.0)
+    return Storage(seen.stream, seen.coordination, seen.run, recorder, max_backoff_s=0.01)
 
 
 async def work_for_ever(lease: Lease) -> None:
