@@ -79,7 +79,7 @@ class Balance:
         return self.reading + self.scored
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ledger:
     """One run's windows. Blocking: use it from a thread in async code.
 

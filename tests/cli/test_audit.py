@@ -116,7 +116,7 @@ def test_the_row_that_a_checkpoint_carries_is_not_missed(made: MadeRun) -> None:
     made.checkpoint(3, {})
     assert "step 3 has no row" in str(_fails(_audit(made)))
     path = made.folder.checkpoints / "step-00000003/state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"row": {"at": 1.0}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"row": {"at": 1.0, "weight_version": 3, "figures": {}}}))
     assert _fails(_audit(made)) == {}
 
 

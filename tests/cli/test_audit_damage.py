@@ -19,6 +19,7 @@ from cli.run_folder import RunFolder
 from shared.database import open_database
 from shared.ledger import WindowStart
 from shared.records import ScoredWindow, WindowKey
+from shared.redis import windows_key
 from shared.settings import Settings
 from tests.services.collector.processes import RedisProcess
 from tests.trainer.conftest import Stack, make_stack, policy_folder, redis_server
@@ -280,7 +281,7 @@ def test_a_torn_last_line_is_none(run: CopiedRun) -> None:
 
 
 def test_an_entry_that_the_stream_lost_is_found(run: CopiedRun) -> None:
-    stream = f"headwater:{run.settings.run.name}:documents"
+    stream = windows_key(run.settings.run.name)
     entry, fields = next(one for one in run.client.xrange(stream) if one[1][b"id"] == b"0.1.2.1")
     run.client.xdel(stream, entry)
     try:

@@ -11,7 +11,6 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine
 
 from shared import migrations
 from shared.database import (
@@ -31,12 +30,12 @@ from shared.database import (
 from shared.errors import DatabaseError
 
 
-def test_migrations_make_exactly_the_models(database: Engine) -> None:
+def test_migrations_make_exactly_the_models(database: sa.Engine) -> None:
     with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
-def test_migrating_again_changes_nothing(database: Engine) -> None:
+def test_migrating_again_changes_nothing(database: sa.Engine) -> None:
     with transaction(database) as session:
         session.add(RunRow(id="a", created_at=1.0, settings={"deep": [1, None]}))
     migrate(database)
@@ -54,7 +53,7 @@ FIRST_ROWS = (
 )
 
 
-def rows_of_models(database: Engine) -> dict[str, tuple[object, ...]]:
+def rows_of_models(database: sa.Engine) -> dict[str, tuple[object, ...]]:
     """Of each table its one row, in the columns that migrations have changed or added."""
     columns = (
         (RunRow.id, RunRow.form),
@@ -94,7 +93,7 @@ def test_rows_survive_every_migration_and_the_way_back(database_url: str) -> Non
     database.dispose()
 
 
-def downgrade(database: Engine, revision: str) -> None:
+def downgrade(database: sa.Engine, revision: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     with database.begin() as connection:
@@ -102,7 +101,7 @@ def downgrade(database: Engine, revision: str) -> None:
         command.downgrade(config, revision)
 
 
-def test_a_failing_transaction_leaves_nothing(database: Engine) -> None:
+def test_a_failing_transaction_leaves_nothing(database: sa.Engine) -> None:
     def fail() -> None:
         with transaction(database) as session:
             session.add(RunRow(id="a", created_at=1.0, settings={}))
@@ -127,11 +126,11 @@ def test_postgresql_ends_the_transaction_of_a_frozen_process(
         waiting.execute(lock)
         with pytest.raises(DatabaseError, match="idle-in-transaction timeout"), translated():
             holding.execute(sa.text("SELECT 1"))
-    for engine in (frozen, other):
-        engine.dispose()
+    for database in (frozen, other):
+        database.dispose()
 
 
-def test_candidates_go_with_their_chunk(database: Engine) -> None:
+def test_candidates_go_with_their_chunk(database: sa.Engine) -> None:
     with transaction(database) as session:
         chunk = ChunkRow(run_id="r", window_id="0.0.0.0", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
@@ -145,7 +144,7 @@ def test_candidates_go_with_their_chunk(database: Engine) -> None:
         assert session.scalars(sa.select(CandidateRow)).all() == []
 
 
-def test_several_threads_write_at_once(database: Engine) -> None:
+def test_several_threads_write_at_once(database: sa.Engine) -> None:
     def write(name: int) -> None:
         for number in range(5):
             with transaction(database) as session:
@@ -174,9 +173,9 @@ def test_a_database_without_tables_is_a_database_error(database_url: str) -> Non
 
 
 def test_an_unreachable_server_is_a_database_error() -> None:
-    engine = open_database("postgresql://nobody@127.0.0.1:1/none")
+    database = open_database("postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(DatabaseError, match="database: "):
-        migrate(engine)
+        migrate(database)
 
 
 def test_a_url_that_is_none_is_named() -> None:
@@ -185,14 +184,14 @@ def test_a_url_that_is_none_is_named() -> None:
 
 
 def test_sqlite_keeps_a_write_ahead_log_and_syncs(tmp_path: Path) -> None:
-    engine = open_database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'h.db'}")
-    with engine.connect() as connection:
+    database = open_database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'h.db'}")
+    with database.connect() as connection:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 2
-    engine.dispose()
+    database.dispose()
 
 
-def test_what_the_database_refuses_is_no_outage(database: Engine) -> None:
+def test_what_the_database_refuses_is_no_outage(database: sa.Engine) -> None:
     """A constraint, and a wrong statement (SQLite calls that an operational error)."""
     with transaction(database) as session:
         session.add(RunRow(id="a", created_at=1.0, settings={}))

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
 from shared.database import EventRow, WindowRow, transaction
 from shared.errors import FencedError
@@ -18,7 +17,7 @@ def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> Win
 
 
 @pytest.fixture
-def ledger(database: Engine) -> Ledger:
+def ledger(database: sa.Engine) -> Ledger:
     return Ledger(database, "run")
 
 
@@ -35,14 +34,14 @@ def take(ledger: Ledger, part: int) -> int:
     return ledger.take_part(part, after=ledger.lease_epoch(part))
 
 
-def rows(database: Engine) -> Sequence[WindowRow]:
+def rows(database: sa.Engine) -> Sequence[WindowRow]:
     with transaction(database) as session:
         found = session.scalars(sa.select(WindowRow).order_by(WindowRow.position, WindowRow.window)).all()
         session.expunge_all()
     return found
 
 
-def test_a_window_goes_from_reading_over_scored_to_trained(database: Engine, ledger: Ledger) -> None:
+def test_a_window_goes_from_reading_over_scored_to_trained(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0))
     assert rows(database)[0].state == "reading"
     score(ledger, key(0))
@@ -65,14 +64,14 @@ def test_balance_counts_every_state(ledger: Ledger) -> None:
     assert balance.in_flight == 3
 
 
-def test_begin_repeated_keeps_the_rows_as_they_are(database: Engine, ledger: Ledger) -> None:
+def test_begin_repeated_keeps_the_rows_as_they_are(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(0, window=1))
     score(ledger, key(0))
     begin(ledger, key(0), key(0, window=1), key(1))
     assert [row.state for row in rows(database)] == ["scored", "reading", "reading"]
 
 
-def test_finished_windows_stay_finished(database: Engine, ledger: Ledger) -> None:
+def test_finished_windows_stay_finished(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1))
     ledger.mark_trained({"0.0.0.0": 3})
     ledger.drop(key(1), reason="stale")
@@ -81,7 +80,7 @@ def test_finished_windows_stay_finished(database: Engine, ledger: Ledger) -> Non
     assert [(row.state, row.trained_step) for row in rows(database)] == [("trained", 3), ("dropped", None)]
 
 
-def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(database: Engine, ledger: Ledger) -> None:
+def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0))
     ledger.mark_trained({"0.0.0.0": 3})
     lease = Lease(0, "me", take(ledger, 0))
@@ -103,7 +102,7 @@ def test_a_dropped_window_keeps_its_first_reason(ledger: Ledger) -> None:
     assert ledger.balance().dropped == {"stale": 1}
 
 
-def test_a_lease_that_was_followed_writes_nothing(database: Engine, ledger: Ledger) -> None:
+def test_a_lease_that_was_followed_writes_nothing(database: sa.Engine, ledger: Ledger) -> None:
     first = Lease(0, "a", take(ledger, 0))
     ledger.begin([WindowStart(key(0), "d0", 32)], first)
     ledger.begin([WindowStart(key(1), "d1", 32)], first)
@@ -128,7 +127,7 @@ def test_a_lease_that_was_followed_writes_nothing(database: Engine, ledger: Ledg
     assert [(row.state, row.lease_epoch) for row in rows(database)] == [("scored", 2), ("dropped", 2)]
 
 
-def test_numbers_of_parts_and_runs_are_their_own(database: Engine, ledger: Ledger) -> None:
+def test_numbers_of_parts_and_runs_are_their_own(database: sa.Engine, ledger: Ledger) -> None:
     assert [take(ledger, part) for part in (0, 0, 1, 0)] == [1, 2, 1, 3]
     assert take(Ledger(database, "other"), 0) == 1
 
@@ -141,7 +140,7 @@ def test_a_part_that_was_taken_since_it_was_looked_at_is_not_taken(ledger: Ledge
     assert ledger.lease_epoch(0) == 1
 
 
-def test_a_part_is_not_taken_between_the_check_and_the_write(database: Engine, ledger: Ledger) -> None:
+def test_a_part_is_not_taken_between_the_check_and_the_write(database: sa.Engine, ledger: Ledger) -> None:
     """The write is under way when another takes the part: it is complete before the number rises."""
     lease = Lease(0, "a", take(ledger, 0))
     with ThreadPoolExecutor(1) as another:
@@ -173,7 +172,7 @@ def test_next_position_follows_the_newest_of_the_part(ledger: Ledger) -> None:
     assert ledger.next_position(1) == Position(0, 10)
 
 
-def test_the_cursor_stays_where_rows_are_lost(database: Engine, ledger: Ledger) -> None:
+def test_the_cursor_stays_where_rows_are_lost(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1))
     begin(ledger, key(2), key(2, window=1))
     with transaction(database) as session:
@@ -182,7 +181,7 @@ def test_the_cursor_stays_where_rows_are_lost(database: Engine, ledger: Ledger) 
     assert [row.num_windows for row in rows(database)] == [1, 1]
 
 
-def test_each_window_knows_how_many_its_document_has(database: Engine, ledger: Ledger) -> None:
+def test_each_window_knows_how_many_its_document_has(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), *(key(1, window=window) for window in range(3)))
     ledger.drop(key(2), reason="not_json", source_id="f:3")
     assert [row.num_windows for row in rows(database)] == [1, 3, 3, 3, 1]
@@ -196,33 +195,33 @@ def test_unfinished_are_those_neither_finished_nor_on_the_stream(ledger: Ledger)
     assert found == {Position(0, 0): {0}, Position(0, 2): {1}, Position(0, 3): {0}}
 
 
-def test_windows_found_on_the_stream_become_scored(database: Engine, ledger: Ledger) -> None:
+def test_windows_found_on_the_stream_become_scored(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1), key(2), key(0, part=1))
     ledger.drop(key(2), reason="stale")
     assert ledger.mark_found(0, on_stream={"0.0.0.0", "0.0.2.0", "1.0.0.0"}) == 1
     assert [row.state for row in rows(database) if row.part == 0] == ["scored", "reading", "dropped"]
 
 
-def test_runs_do_not_see_each_other(database: Engine, ledger: Ledger) -> None:
+def test_runs_do_not_see_each_other(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0))
     other = Ledger(database, "other")
     assert other.next_position(0) == Position(0, 0)
     assert other.balance().read == 0
 
 
-def test_texts_with_nul_and_very_long_details_are_kept(database: Engine, ledger: Ledger) -> None:
+def test_texts_with_nul_and_very_long_details_are_kept(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="not_json", detail="\x00" + "x" * 5000, source_id="a\x00b")
     (row,) = rows(database)
     assert row.source_id == "a\ufffdb"
     assert row.detail == "\ufffd" + "x" * 1999
 
 
-def test_names_that_are_not_utf8_are_kept(database: Engine, ledger: Ledger) -> None:
+def test_names_that_are_not_utf8_are_kept(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="not_json", detail="caf\udce9", source_id="caf\udce9")
     assert [(row.source_id, row.detail) for row in rows(database)] == [("caf\\udce9", "caf\\udce9")]
 
 
-def test_no_secret_of_a_url_becomes_a_row(database: Engine, ledger: Ledger) -> None:
+def test_no_secret_of_a_url_becomes_a_row(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
     with transaction(database) as session:
         assert session.scalars(sa.select(WindowRow)).one().detail == "judge at http://judge/v1: no"
