@@ -1,7 +1,9 @@
-"""The training objectives. To add one, add a row to OBJECTIVES and, if no function fits, one to trainer/preferences.py.
+"""The training objectives, one row each.
 
-OBJECTIVES["dpo"].judged        # True: the collector asks the judge
-OBJECTIVES["sft_rewrite"].kinds # frozenset({"rewrite"}): every chunk needs one
+    OBJECTIVES["dpo"].judged            # True: the collector asks the judge
+    OBJECTIVES["sft_rewrite"].kinds     # frozenset({"rewrite"}): every chunk needs one
+
+To add an objective, add a row and, if no function fits, one to trainer/preferences.py.
 """
 
 from dataclasses import dataclass

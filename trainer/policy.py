@@ -1,7 +1,6 @@
 """The policy under training, its frozen reference and its optimizer. Built by the assembly, used by the loop.
 
-policy = load_policy(settings.policy, "auto", with_reference=True, activation_checkpointing=False, checkpoint=None)
-optimizer = PolicyOptimizer(policy.model, settings.trainer)
+Both models run in evaluation mode: without dropout, an equal policy and reference have equal log-probs.
 """
 
 import math
@@ -72,7 +71,6 @@ def pick_device(device: str) -> torch.device:
 
 
 def _load_model(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """In evaluation mode: dropout would make the policy differ from its equal reference."""
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError) as exc:
