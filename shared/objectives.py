@@ -17,7 +17,8 @@ from shared.records import CandidateKind
 @dataclass(frozen=True)
 class Objective:
     choice: str
-    """The function of trainer/preferences.py that chooses a chunk's chosen and rejected suffix."""
+    """How a chunk's chosen and rejected suffix are picked: a function of trainer/preferences.py, or the kind of the one
+    candidate to take."""
     loss: Literal["dpo", "nll"]
     """In trainer/losses.py."""
     judged: bool = False
