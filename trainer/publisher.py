@@ -1,15 +1,18 @@
-"""Sends the policy's weights to the rollout service: store, announcement, row. Called by the loop.
+"""Publishes the policy's weights to the rollout service: store, row, announcement. Called by the loop.
 
-    state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes against the version before
-               -> WeightStore.publish (manifest last) -> row in the database -> announce
+    state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes since the version before
+               -> WeightStore.publish (manifest last) -> row in the database -> announcement
 
-Versions only ascend: after a resume from an older checkpoint the loaded weights get a new number, above everything
-that the store, Redis, a living replica or the checkpoint has seen. Where the trainer can't know what was seen, because
-the store or Redis was wiped or restored, it begins a new *epoch*: replicas take its versions whatever their numbers.
+    publisher.continue_after(checkpoint_version)     # once, at the start
+    version = publisher.publish(model, step)
 
-The first version of a process is full, then every `full_every`th, and any that would not be smaller as changes. What
-was published last stays in memory to be compared with: 2 bytes a parameter in bfloat16, nothing in float32, where every
-element changes at every step and no version is sparse.
+Version numbers only ascend: after a resume the loaded weights get a number above everything that the store, Redis, a
+live replica or the checkpoint has seen. If the store or Redis was wiped or restored, the trainer cannot know that and
+begins a new *epoch*: replicas take its versions whatever their numbers.
+
+A version is full if it is the first of the process, the `full_every`th, or no smaller as changes. The last published
+bits stay in memory for comparison: 2 bytes a parameter in bfloat16, nothing in float32, where every element changes at
+every step and all versions are full.
 """
 
 import logging
@@ -27,12 +30,12 @@ from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
 from shared.errors import DatabaseError, WeightStoreError
 from shared.runs import Run
+from shared.settings import WeightsSettings
 from shared.weights.patches import encode_patches, find_patches, foresee
 from shared.weights.state import State, StateSums, lay_out, parse_state
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
-from trainer.patience import Patience
+from trainer.policy import DTYPES
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -43,13 +46,13 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Of what a state may hold once its floating tensors are rounded, as safetensors names it."""
+"""What safetensors calls the dtypes of a state whose floating tensors are rounded."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Published:
-    """The newest version, as replicas have it."""
+    """The newest version, bit for bit as replicas have it."""
 
     version: int
     state: State
@@ -60,7 +63,7 @@ class _Published:
 
 @dataclass(frozen=True)
 class _Update:
-    """What is to be written: one file."""
+    """The one file of a version."""
 
     name: str
     content: bytes | bytearray
@@ -75,30 +78,32 @@ class WeightPublisher:
     store: WeightStore
     coordination: Coordination
     run: Run
+    settings: WeightsSettings
     dtype: Literal["float32", "bfloat16"]
-    full_every: int
-    keep_versions: int
-    patience: Patience
     version: int = -1
     """The newest published version; -1 before the first."""
     epoch: str = ""
-    """What its number belongs to; `continue_after` decides it."""
-    _last: _Published | None = field(default=None, init=False)
+    """The lineage of version numbers; set by `continue_after`."""
+    last: _Published | None = field(default=None, init=False)
+    """To compare the next version with; None if that will be full."""
 
     def continue_after(self, checkpoint_version: int) -> None:
-        """The next version is above all that anybody has seen; 0 where nobody has seen any."""
-        announced = self.patience(self.coordination.announced_weights)
+        """The next version is above all that were ever seen; 0 if none were."""
+        announced = self.coordination.announced_weights()
         stored = self.store.versions()
-        served = [version for version in self.patience(self.coordination.live_replicas).values() if version]
+        served = [version for version in self.coordination.live_replicas().values() if version]
         seen = [checkpoint_version, *stored, *served, *([announced.version] if announced else [])]
         self.version = max(seen)
-        self.epoch = self._epoch_that_goes_on(announced, stored) or uuid.uuid4().hex
-        _log.info("weight versions go on after %d in epoch %s", self.version, self.epoch)
+        self.epoch = self._continued_epoch(announced, stored) or uuid.uuid4().hex
+        _log.info("weight versions continue after %d in epoch %s", self.version, self.epoch)
         self._record_forgotten(stored)
 
-    def _epoch_that_goes_on(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
-        """That of the announcement, if the store still has the announced version or a newer one of its epoch; else
-        empty. (Without an announcement a replica may have seen any number.)"""
+    def is_due(self, step: int) -> bool:
+        return step % self.settings.push_every == 0
+
+    def _continued_epoch(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
+        """The announced epoch if the store still has the announced version or a newer one of that epoch, else empty.
+        Without an announcement a replica may have seen any number."""
         if announced is None or not stored or stored[-1] < announced.version:
             return ""
         try:
@@ -112,11 +117,11 @@ class WeightPublisher:
         """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
         began = time.perf_counter()
         version = self.version + 1
-        update = self._prepare(weight_bytes(model, _DTYPES[self.dtype]))
+        update = self._prepare(weight_bytes(model, DTYPES[self.dtype]))
         manifest = self._write(update, version, step)
         seconds = time.perf_counter() - began
         self._record(manifest, seconds)
-        self.patience(lambda: self.coordination.announce_weights(version, epoch=self.epoch))
+        self.coordination.announce_weights(version, epoch=self.epoch)
         self.version = version
         self._remember(update)
         self._prune()
@@ -125,10 +130,10 @@ class WeightPublisher:
         return version
 
     def _prepare(self, content: bytearray) -> _Update:
-        """The changes since the last version, if there is one, if a full one isn't due, and if they are smaller."""
+        """The changes since the last version where there is one, no full one is due, and they are smaller."""
         state = parse_state(content, where="the policy")
-        last = self._last
-        if last is None or last.num_sparse + 1 >= self.full_every:
+        last = self.last
+        if last is None or last.num_sparse + 1 >= self.settings.full_every:
             return _Update(FULL_FILE, content, state, StateSums.of(state))
         patches = find_patches(last.state, state)
         sums, changed_checksum = foresee(last.sums, patches, last.state)
@@ -149,35 +154,34 @@ class WeightPublisher:
                 changed_checksum=update.changed_checksum,
             )
         except OSError as exc:
-            # without a manifest the version does not exist; the next start writes over its folder
+            # without a manifest the version does not exist; the next start overwrites its folder
             raise WeightStoreError(
                 f"weight version {version} ({len(update.content)} bytes) can't be written to {self.store.root}: {exc}; "
                 "free space or mend weights.store, then start again"
             ) from exc
 
     def _remember(self, update: _Update) -> None:
-        """Only where a next version may be compared with it."""
-        if self.dtype == "bfloat16" and self.full_every > 1:
-            num_sparse = 0 if update.base is None or self._last is None else self._last.num_sparse + 1
-            self._last = _Published(self.version, update.state, update.sums, num_sparse)
+        """Only if the next version may be sparse."""
+        if self.dtype == "bfloat16" and self.settings.full_every > 1:
+            num_sparse = 0 if update.base is None or self.last is None else self.last.num_sparse + 1
+            self.last = _Published(self.version, update.state, update.sums, num_sparse)
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
-        """A version that can't be recorded is taken back: nobody was told of it, and the next start publishes the same
-        weights again. Without this each start would leave one more full version."""
+        """Deletes a version that can't be recorded. It was not announced, and the next start publishes the same weights
+        again; without this every start would leave one more full version."""
         try:
-            self.patience(lambda: self._write_row(manifest, seconds))
+            self._write_row(manifest, seconds)
         except DatabaseError:
             self._delete_quietly(manifest.version)
             raise
 
     def _record_forgotten(self, present: Sequence[int]) -> None:
-        """A kill came between a version's manifest and its row. A replica may serve it all the same, so its number is
-        used up, and `headwater audit` looks for its row."""
-        recorded = self.patience(self.run.newest_weight_version)
+        """Rows of versions that lack one because a kill came between manifest and row. A replica may serve such a
+        version, so its number is taken, and `headwater audit` looks for its row."""
+        recorded = self.run.newest_weight_version()
         for version in present:
             if recorded is not None and version > recorded:
-                manifest = self.store.manifest(version)
-                self.patience(lambda manifest=manifest: self._write_row(manifest, seconds=0.0))  # type: ignore[misc]
+                self._write_row(self.store.manifest(version), seconds=0.0)
 
     def _write_row(self, manifest: Manifest, seconds: float) -> None:
         self.run.record_version(
@@ -193,21 +197,19 @@ class WeightPublisher:
         try:
             self.store.delete(version)
         except OSError as exc:
-            _log.warning(
-                "weight version %d, which could not be recorded, stays in %s: %s", version, self.store.root, exc
-            )
+            _log.warning("weight version %d could not be recorded, and stays in %s: %s", version, self.store.root, exc)
 
     def _prune(self) -> None:
-        """A version that can't be deleted costs space, not the run."""
+        """A version that can't be deleted costs space, but must not end the run."""
         try:
-            self.store.prune(keep=self.keep_versions)
+            self.store.prune(keep=self.settings.keep_versions)
         except (OSError, WeightStoreError) as exc:
             _log.warning("old weight versions in %s can't be deleted: %s", self.store.root, exc)
 
 
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytearray:
-    """The state as one safetensors file, floating tensors as `dtype`; of tied weights only the first name is kept, as
-    `save_pretrained` does. Each tensor is rounded and copied, off its device too, in one pass."""
+    """The state as one safetensors file, floating tensors as `dtype`, tied weights once. Each tensor is rounded and
+    copied off its device in one pass."""
     state = untied_state(model)
     dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
     layout = lay_out(
@@ -223,7 +225,7 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytearray:
 
 
 def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Name -> tensor without names that share storage with an earlier one."""
+    """Name -> tensor. Of tied weights only the first name is kept, as `save_pretrained` does."""
     seen: set[tuple[int, torch.Size]] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -1,8 +1,8 @@
-"""The trainer's view of the rollout replicas, and its wait for those that are too far behind. Called by the loop.
+"""The trainer's view of the rollout replicas, and its wait for those that lag. Called by the loop.
 
-A replica lives while its heartbeat in Redis has not expired; a dead one is in nobody's way. By default the trainer
-waits for none: a late replica costs its own rollouts, which are dropped as stale, and waiting would make the run as
-slow as its slowest replica. Waiting pays where rollouts are dearer than steps.
+A replica is alive until its heartbeat in Redis expires. By default the trainer waits for none: a late replica costs
+only its own rollouts, which are dropped as stale, whereas waiting makes the run as slow as its slowest replica. Waiting
+pays where rollouts cost more than steps.
 """
 
 import logging
@@ -14,7 +14,6 @@ from threading import Event
 from shared import metrics
 from shared.coordination import Coordination
 from shared.runs import Run
-from trainer.patience import Patience
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -28,29 +27,28 @@ class Replicas:
     """Versions."""
     max_wait_s: float
     """0: look, never wait."""
-    patience: Patience
     stop: Event
     _known: Mapping[str, int] = field(default_factory=dict, init=False)
     _given_up: dict[str, int] = field(default_factory=dict, init=False)
-    """Replicas that did not catch up in time, with the version they had: waited for again once they move."""
+    """Replicas that did not catch up in time, with the version they had. They are waited for again once it changes."""
 
     def keep_up(self, version: int) -> None:
-        """Look who lives; if any is more than `max_lag` behind `version`, or ahead of it (on weights of another epoch),
-        wait until none is, `max_wait_s` at most."""
+        """While a live replica is more than `max_lag` behind `version`, or ahead of it (on weights of another epoch),
+        wait, at most `max_wait_s`."""
         live = self._look()
         if not self.max_wait_s:
             return
         waited_for = late = self._late(live, version)
         if not late:
             return
-        _log.info("waiting for replicas %s to come near version %d", sorted(late), version)
+        _log.info("waiting for replicas %s to catch up with version %d", sorted(late), version)
         began = time.monotonic()
         while late and time.monotonic() - began < self.max_wait_s and not self.stop.wait(_POLL_S):
             late = self._late(self._look(), version)
         self._conclude(waited_for, late, version, time.monotonic() - began)
 
     def _look(self) -> Mapping[str, int]:
-        live = self.patience(self.coordination.live_replicas)
+        live = self.coordination.live_replicas()
         for replica in self._known.keys() - live.keys():
             _log.warning("replica %s is gone, it served version %d", replica, self._known[replica])
             metrics.replica_version.remove(replica)
@@ -70,14 +68,14 @@ class Replicas:
     def _conclude(self, waited_for: Mapping[str, int], late: Mapping[str, int], version: int, seconds: float) -> None:
         if not late or self.stop.is_set():
             metrics.replica_waits_total.labels("caught_up" if not late else "stopped").inc()
-            _log.info("replicas %s came near or went after %.1f s", sorted(waited_for), seconds)
+            _log.info("replicas %s caught up or died after %.1f s", sorted(waited_for), seconds)
             return
         metrics.replica_waits_total.labels("given_up").inc()
         self._given_up.update(late)
         message = (
             f"replicas {dict(sorted(late.items()))} are not within {self.max_lag} versions of {version} after "
-            f"{seconds:.1f} s (trainer.replica_wait_s): training goes on, their rollouts will be dropped; "
+            f"{seconds:.1f} s (trainer.replica_wait_s): training continues, their rollouts will be dropped; "
             "their /status says what is wrong"
         )
         _log.warning(message)
-        self.patience(lambda: self.run.record_event("trainer", "late_replicas", message, replicas=dict(late)))
+        self.run.record_event("trainer", "late_replicas", message, replicas=dict(late))

@@ -27,9 +27,10 @@ from shared.api import (
     Rollout,
     RolloutRequest,
 )
+from shared.objectives import OBJECTIVES
 from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, ScoredWindow, TokenIds
 from shared.seeds import seed_of
-from shared.settings import JUDGED_OBJECTIVES, Objective, ScheduleStage, Settings
+from shared.settings import ScheduleStage, Settings
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class _Requests:
             top_p=self.settings.rollout.top_p,
             seed=self._seed("rollout"),
         )
-        with self._timed("generate"):
+        with self._timed("rollout"):
             answer = await self.services.roll_out(request)
         _expect("rollout", "chunks", len(answer.rollouts), len(self.window.chunks))
         for group in answer.rollouts:
@@ -278,7 +279,7 @@ def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, 
 
 
 def sort_chunks(
-    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: Objective
+    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: str
 ) -> tuple[list[ScoredChunk], list[DroppedChunk]]:
     """Chunks to train on, and those dropped with their reasons. `verdicts` by index of the chunk."""
     scored, dropped = [], [*window.dropped]
@@ -293,11 +294,11 @@ def sort_chunks(
     return scored, dropped
 
 
-def _is_enough(pool: Pool, objective: Objective) -> bool:
+def _is_enough(pool: Pool, objective: str) -> bool:
     """A lone candidate is the best of its pool, which is enough for `rf_nll`: most rollouts of a policy from scratch
     can't be shown. But a policy must not train on its own rollout unjudged."""
-    if len(pool) == 1 and objective in JUDGED_OBJECTIVES:
-        return objective == "rf_nll" and set(pool[0].kinds) != {"rollout"}
+    if len(pool) == 1 and OBJECTIVES[objective].judged:
+        return OBJECTIVES[objective].takes_lone_candidate and set(pool[0].kinds) != {"rollout"}
     return len(pool) > 0
 
 

@@ -20,7 +20,7 @@ from starter.documents import SUFFIX_TOKENS, Chunk, stream
 from starter.recipe.lessons import Candidate, Group, Lessons, draw_until
 from starter.recipe.training import IGNORE, Row, collate
 from starter.sampling import generate, score_labels
-from trainer.objectives import Dpo
+from trainer.losses import Dpo
 
 Rewarder = Callable[[Sequence[Group]], list[list[float]]]
 """Groups -> one reward per candidate."""

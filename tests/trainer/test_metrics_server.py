@@ -12,7 +12,7 @@ import pytest
 from shared import metrics
 from shared.errors import SettingsError
 from shared.settings import Secrets
-from tests.trainer.conftest import free_port
+from tests.services.collector.processes import free_port
 from trainer.metrics_server import serving_metrics
 
 SECRETS = Secrets(token="t0ken")

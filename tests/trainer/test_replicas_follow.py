@@ -14,7 +14,6 @@ from shared import metrics
 from shared.settings import EngineSettings, Secrets, Settings
 from tests.services.serving import running, wait_until
 from tests.trainer.conftest import Stack, tiny_llama
-from tests.trainer.windows import plain_window
 from trainer.loop import Trainer
 
 STEPS, LATE_FROM = 7, 3
@@ -71,14 +70,15 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
     stack = stack.with_weights(dtype="bfloat16", full_every=4)
     rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
     settings = stack.settings.model_copy(update={"rollout": rollout})
-    stack.write(plain_window(number, run=stack.run) for number in range(STEPS))
+    stack.write_plain(range(STEPS))
     failed_patches = counted_failed_patches()
     with ExitStack() as apps:
         followers = Followers(settings, policy_folder, apps)
         followers.start("early")
         trainer = stack.prepare()
         trainer.replicas.max_lag = 0  # of windows, the tests' rollouts are all of version 0
-        followers.trainer, trainer.sinks = trainer, [*trainer.sinks, followers]
+        followers.trainer = trainer
+        trainer.telemetry.sinks.append(followers)
         assert trainer.run() == "finished"
         assert followers.compared == [(step, 1 if step <= LATE_FROM else 2) for step in range(1, STEPS + 1)]
         assert {name: httpx.get(f"{url}/readyz").json()["detail"] for name, url in followers.urls.items()} == {

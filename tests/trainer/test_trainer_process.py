@@ -6,30 +6,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from shared.configuration import write_settings
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import Stack, assert_equal_weights
 from tests.trainer.windows import plain_window
-from trainer.assembly import train
 
 MakeStack = Callable[..., Stack]
 OPTIONS = {"steps": 12, "pairs_per_step": 4, "checkpoint_every": 3, "stream_timeout_s": 60.0}
 
 
 class Process:
-    """A trainer of its own; killed at the end whatever happens."""
+    """`python -m trainer`, or the same under another launcher; killed at the end whatever happens."""
 
-    def __init__(self, stack: Stack, config: Path) -> None:
+    def __init__(self, stack: Stack, config: Path, launcher: Sequence[str] = (sys.executable,)) -> None:
         write_settings(stack.settings, config)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
-        command = [sys.executable, "-m", "trainer", "--config", str(config)]
+        command = [*launcher, "-m", "trainer", "--config", str(config)]
         self.stack = stack
         self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
 
@@ -52,11 +48,6 @@ class Process:
         finally:
             self.popen.kill()
         return self.popen.returncode, errors.decode()
-
-
-def weights_at(stack: Stack, step: int) -> dict[str, torch.Tensor]:
-    folder = stack.settings.run.folder / f"checkpoints/step-{step:08d}/policy"
-    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
 @pytest.mark.slow
@@ -82,9 +73,8 @@ def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: Make
     assert (status, "finished" in errors) == (0, True), errors
 
     whole.write(window.model_copy(update={"run_id": whole.run}) for window in windows)
-    train(whole.settings, Event())
-    expected, found = weights_at(whole, 12), weights_at(broken, 12)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    whole.train()
+    assert_equal_weights(whole.weights_at(12), broken.weights_at(12))
     balance = broken.ledger.balance()
     assert (balance.read, balance.trained, balance.in_flight, broken.contradictions()) == (16, 16, 0, [])
     assert broken.stream.window_ids() == set()

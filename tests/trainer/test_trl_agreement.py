@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.trainer.conftest import tiny_llama
 from tests.trainer.test_batches import CPU, some_pairs
 from trainer.batches import micro_batches, suffix_log_probs
-from trainer.objectives import Dpo
+from trainer.losses import Dpo
 
 BETA = 0.3
 

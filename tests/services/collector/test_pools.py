@@ -10,7 +10,7 @@ from services.collector.windows import Chunk, TextSpan, Window, WindowText
 from shared import metrics
 from shared.api import Rewrite, Rollout
 from shared.records import Judgement, ScoredWindow, WindowKey
-from shared.settings import Objective, ScheduleStage
+from shared.settings import ScheduleStage
 from trainer.preferences import select_pairs
 
 PREFIX, ORIGINAL = (1, 2), (3, 4)
@@ -101,7 +101,7 @@ def test_one_alone_is_scored_without_a_judge_where_one_is_enough() -> None:
 
 def test_a_rollout_alone_is_trained_only_where_no_judge_was_to_be_asked() -> None:
     _, alone = pool_of(ORIGINAL, rollout(GOOD, 1))
-    objectives: tuple[Objective, ...] = ("dpo", "rf_nll", "sft_rollout")
+    objectives = ("dpo", "rf_nll", "sft_rollout")
     kept = {name: len(sort_chunks(window(), [(alone,)], {}, objective=name)[0]) for name in objectives}
     assert kept == {"dpo": 0, "rf_nll": 0, "sft_rollout": 1}
 

@@ -1,13 +1,16 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from shared.objectives import OBJECTIVES
 from shared.settings import TrainerSettings
 from tests.trainer.windows import candidate
-from trainer.objectives import Dpo, Nll, build_objective
-from trainer.preferences import Preference
+from trainer.losses import LOSSES, Dpo, Nll, build_loss
+from trainer.preferences import CHOICES, Preference
 
 # Two pairs: chosen -1.0, -2.0; rejected -3.0, -2.5; reference chosen -1.5, -1.0; reference rejected -2.0, -2.5
 REFERENCE = [-1.5, -1.0, -2.0, -2.5]
@@ -69,8 +72,17 @@ def test_dpo_counts_pairs_and_nll_counts_chosen_tokens() -> None:
     assert (Dpo(0.1).normaliser(pairs), Nll().normaliser(pairs)) == (2, 4)
 
 
-def test_only_dpo_objectives_need_a_reference() -> None:
-    assert build_objective(TrainerSettings(objective="dpo", beta=0.3)) == Dpo(0.3)
-    assert build_objective(TrainerSettings(objective="dpo_rewrite_over_rollout")).needs_reference
-    for objective in ("rf_nll", "sft_rewrite", "sft_rollout", "next_token"):
-        assert not build_objective(TrainerSettings.model_validate({"objective": objective})).needs_reference
+def test_every_objective_has_its_functions_and_every_function_is_used() -> None:
+    assert {row.choice for row in OBJECTIVES.values()} == CHOICES.keys()
+    assert {row.loss for row in OBJECTIVES.values()} == LOSSES.keys()
+    assert build_loss(TrainerSettings(objective="dpo_rewrite_over_rollout", beta=0.3)) == Dpo(0.3)
+    assert build_loss(TrainerSettings(objective="rf_nll")) == Nll()
+
+
+def test_the_documentation_has_the_table_of_objectives() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+)` \|.*\| (DPO|NLL) \| (.*) \|$", page, flags=re.MULTILINE)
+    needs = {name: {"judge"} if row.judged else row.kinds for name, row in OBJECTIVES.items()}
+    assert {name: (loss.lower(), set(needed.split(", "))) for name, loss, needed in table} == {
+        name: (row.loss, needs[name]) for name, row in OBJECTIVES.items()
+    }

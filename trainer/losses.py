@@ -1,20 +1,20 @@
-"""The objectives: from suffix log-probs to a sum of losses. Called by the loop for each micro-batch.
+"""The losses: from suffix log-probs to a sum over one micro-batch. Called by the loop.
 
-Each returns sums, not means: the loop divides by the *global* count of the whole step (`normaliser`), so that
-the cut into micro-batches or ranks changes nothing.
+They return sums, not means: the loop divides by the count over the *whole* step (`normaliser`), so the split into
+micro-batches does not change the update.
 
 DPO (arXiv 2305.18290, equation 7), per pair with prefix x, chosen y_w, rejected y_l:
 
     -log sigmoid(beta * [(log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))])
 
-divided by the number of pairs in the step. log pi(y|x) is the sum over the suffix tokens, in fp32. No label
-smoothing, no length normalisation; the paper (2601.21343) does not state beta.
+divided by the number of pairs in the step. log pi(y|x) is summed over the suffix tokens in fp32. No label smoothing, no
+length normalisation. The paper (2601.21343) does not state beta.
 
-NLL (RF-NLL, SFT, next token), per chosen suffix: -log pi(y|x), divided by the number of suffix tokens in the step:
-every token weighs the same, a longer suffix more.
+NLL (RF-NLL, SFT, next token), per chosen suffix: -log pi(y|x), divided by the number of suffix tokens in the step, so
+every token weighs the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.objectives import OBJECTIVES
 from shared.settings import TrainerSettings
 from trainer.preferences import Preference
 
@@ -36,12 +37,12 @@ class LossTerms:
     """Figure name -> scalar sum over the pairs, detached; the loop divides by the number of pairs."""
 
 
-class ObjectiveFunction(Protocol):
+class Loss(Protocol):
     @property
     def needs_reference(self) -> bool: ...
 
     def normaliser(self, pairs: Sequence[Preference]) -> int:
-        """What this rank's part of the step's loss sums is counted in: pairs or tokens."""
+        """The step's count: of pairs (DPO) or of suffix tokens (NLL)."""
         ...
 
     def terms(self, log_probs: Tensor, reference: Tensor | None) -> LossTerms:
@@ -84,11 +85,14 @@ class Nll:
         return LossTerms(-log_probs.sum(), _summed({"chosen_log_prob": log_probs}))
 
 
-def build_objective(settings: TrainerSettings) -> ObjectiveFunction:
-    """DPO for the two objectives that have a rejected suffix, NLL for the others."""
-    if settings.objective in ("dpo", "dpo_rewrite_over_rollout"):
-        return Dpo(settings.beta)
-    return Nll()
+LOSSES: dict[str, Callable[[TrainerSettings], Loss]] = {
+    "dpo": lambda settings: Dpo(settings.beta),
+    "nll": lambda _: Nll(),
+}
+
+
+def build_loss(settings: TrainerSettings) -> Loss:
+    return LOSSES[OBJECTIVES[settings.objective].loss](settings)
 
 
 def _summed(figures: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from shared.coordination import AnnouncedWeights
 from shared.database import WeightVersionRow, transaction
-from shared.errors import WeightStoreError
+from shared.errors import DatabaseRefusalError, WeightStoreError
 from shared.redis import weights_key
 from shared.weights.patches import apply_patches, decode_patches
 from shared.weights.state import BitTensor, parse_state, state_checksum
@@ -24,6 +24,8 @@ from tests.trainer.conftest import Stack, tiny_llama
 from trainer.publisher import WeightPublisher, untied_state
 
 __all__ = ["database_url", "postgres_url"]  # fixtures
+
+MakeStack = Callable[..., Stack]
 
 
 def store_of(stack: Stack) -> WeightStore:
@@ -37,7 +39,7 @@ def version_rows(stack: Stack) -> list[WeightVersionRow]:
     return rows
 
 
-def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: MakeStack, tmp_path: Path) -> None:
     stack = make_stack()
     trainer = stack.prepare()
     version = trainer.publisher.publish(trainer.policy.model, 7)
@@ -51,6 +53,35 @@ def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: Callable[...,
         for a, b in zip(fresh.state_dict().values(), trainer.policy.model.state_dict().values(), strict=True)
     )
     assert (version, manifest.step, stack.coordination.announced_version()) == (0, 7, 0)
+
+
+REFUSALS = {
+    "sqlite": "CREATE TRIGGER no BEFORE INSERT ON weight_versions BEGIN SELECT RAISE(ABORT, 'weight_versions'); END",
+    "postgresql": "ALTER TABLE weight_versions ADD CHECK (num_bytes < 5)",
+}
+
+
+def test_a_version_whose_row_is_refused_stops_at_once_and_leaves_nothing(
+    make_stack: MakeStack, database_url: str
+) -> None:
+    """Nor does the restart, which does the same again, leave a full version."""
+    stack = make_stack(database_url=database_url)
+    with stack.records.database.begin() as connection:
+        connection.execute(sa.text(REFUSALS[connection.dialect.name]))
+    for _ in range(2):
+        with pytest.raises(DatabaseRefusalError, match="weight_versions"):
+            stack.prepare().publisher.publish(tiny_llama(), 0)
+        assert store_of(stack).versions() == []
+    assert stack.coordination.announced_version() is None
+
+
+def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(make_stack: MakeStack) -> None:
+    stack = make_stack()
+    publisher = stack.prepare().publisher
+    publisher.publish(tiny_llama(), 0)
+    publisher.store.publish({FULL_FILE: b"x"}, version=1, step=1, epoch=publisher.epoch, state_checksum="")
+    assert stack.prepare().publisher.publish(tiny_llama(), 0) == 2
+    assert [(row.version, row.step) for row in version_rows(stack)] == [(0, 0), (1, 1), (2, 0)]
 
 
 def bfloat16_publisher(stack: Stack, *, full_every: int = 10, keep_versions: int = 3) -> WeightPublisher:
@@ -82,9 +113,7 @@ def nudge(model: LlamaForCausalLM, size: float) -> None:
             parameter.add_(torch.randn_like(parameter).sign(), alpha=size)
 
 
-def test_sparse_versions_are_equal_to_the_full_form_to_the_last_bit(
-    make_stack: Callable[..., Stack], tmp_path: Path
-) -> None:
+def test_sparse_versions_are_equal_to_the_full_form_to_the_last_bit(make_stack: MakeStack, tmp_path: Path) -> None:
     """Tied weights among them: the head goes with the embedding."""
     stack, model = make_stack(), tiny_llama(tie=True)
     publisher, store = bfloat16_publisher(stack), store_of(stack)
@@ -103,7 +132,7 @@ def test_sparse_versions_are_equal_to_the_full_form_to_the_last_bit(
     assert max(size for form, size in rows if form == "sparse") < 0.2 * rows[0][1]
 
 
-def test_every_nth_version_is_full_and_so_is_the_first_of_a_process(make_stack: Callable[..., Stack]) -> None:
+def test_every_nth_version_is_full_and_so_is_the_first_of_a_process(make_stack: MakeStack) -> None:
     stack, model = make_stack(), tiny_llama()
     publisher = bfloat16_publisher(stack, full_every=3, keep_versions=20)
     for step in range(5):
@@ -112,7 +141,7 @@ def test_every_nth_version_is_full_and_so_is_the_first_of_a_process(make_stack: 
     assert forms(store_of(stack)) == ["full", "sparse", "sparse", "full", "sparse", "full"]
 
 
-def test_a_version_is_full_where_the_changes_would_not_be_smaller(make_stack: Callable[..., Stack]) -> None:
+def test_a_version_is_full_where_the_changes_would_not_be_smaller(make_stack: MakeStack) -> None:
     """Bits at random have no order that changes could be told in more briefly."""
     stack, publisher = make_stack(), bfloat16_publisher(make_stack())
     for step in range(2):
@@ -121,16 +150,16 @@ def test_a_version_is_full_where_the_changes_would_not_be_smaller(make_stack: Ca
     assert forms(store_of(stack)) == ["full", "full"]
 
 
-def test_float32_is_sent_whole_and_keeps_no_copy(make_stack: Callable[..., Stack]) -> None:
+def test_float32_is_sent_whole_and_keeps_no_copy(make_stack: MakeStack) -> None:
     stack, model = make_stack(), tiny_llama()
     publisher = stack.prepare().publisher
     for step in range(2):
         publisher.publish(model, step)
     assert forms(store_of(stack)) == ["full", "full"]
-    assert publisher._last is None
+    assert publisher.last is None
 
 
-def test_what_a_kept_version_rests_on_is_kept(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+def test_what_a_kept_version_rests_on_is_kept(make_stack: MakeStack, tmp_path: Path) -> None:
     stack, model = make_stack(), tiny_llama()
     publisher, store = bfloat16_publisher(stack, full_every=4, keep_versions=2), store_of(stack)
     kept = []
@@ -149,7 +178,7 @@ def test_names_are_those_that_save_pretrained_writes(tmp_path: Path) -> None:
         assert untied_state(model).keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
-def test_versions_ascend_above_store_announcement_and_checkpoint(make_stack: Callable[..., Stack]) -> None:
+def test_versions_ascend_above_store_announcement_and_checkpoint(make_stack: MakeStack) -> None:
     stack = make_stack()
     publisher = stack.prepare().publisher
     stack.coordination.announce_weights(41)
@@ -159,9 +188,7 @@ def test_versions_ascend_above_store_announcement_and_checkpoint(make_stack: Cal
     assert publisher.publish(tiny_llama(), 0) == 51
 
 
-def test_old_versions_are_pruned_and_every_version_has_its_row(
-    make_stack: Callable[..., Stack], database_url: str
-) -> None:
+def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: MakeStack, database_url: str) -> None:
     stack = make_stack(database_url=database_url)
     trainer = stack.prepare()
     for step in range(5):
@@ -174,7 +201,7 @@ def test_old_versions_are_pruned_and_every_version_has_its_row(
 
 
 def test_a_version_that_is_published_again_after_a_crash_replaces_its_row(
-    make_stack: Callable[..., Stack], database_url: str
+    make_stack: MakeStack, database_url: str
 ) -> None:
     """Its first publisher ended between the row and the announcement, and the store was emptied."""
     stack = make_stack(database_url=database_url)
@@ -187,7 +214,7 @@ def test_a_version_that_is_published_again_after_a_crash_replaces_its_row(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_store_that_refuses_is_a_clear_error_and_announces_nothing(make_stack: Callable[..., Stack]) -> None:
+def test_a_store_that_refuses_is_a_clear_error_and_announces_nothing(make_stack: MakeStack) -> None:
     stack = make_stack()
     trainer = stack.prepare()
     folder = Path(stack.settings.weight_store_url)
@@ -209,7 +236,7 @@ def room_for(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: Callable[..., Stack], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: MakeStack, tmp_path: Path) -> None:
     """Once there is room the same number is written again, whole."""
     stack = make_stack()
     trainer, store = stack.prepare(), store_of(stack)
@@ -234,7 +261,7 @@ def next_start(stack: Stack, checkpoint_version: int) -> tuple[int, str]:
     return version, publisher.epoch
 
 
-def test_an_ordinary_resume_goes_on_in_its_epoch(make_stack: Callable[..., Stack]) -> None:
+def test_an_ordinary_resume_goes_on_in_its_epoch(make_stack: MakeStack) -> None:
     """Also after a crash between the store and the announcement, and from an older checkpoint."""
     stack = make_stack()
     first, epoch = next_start(stack, -1)
@@ -244,7 +271,7 @@ def test_an_ordinary_resume_goes_on_in_its_epoch(make_stack: Callable[..., Stack
     assert next_start(stack, -1) == (2, epoch)
 
 
-def test_a_wiped_store_begins_an_epoch(make_stack: Callable[..., Stack]) -> None:
+def test_a_wiped_store_begins_an_epoch(make_stack: MakeStack) -> None:
     stack = make_stack()
     _, epoch = next_start(stack, 6)
     shutil.rmtree(store_of(stack).root)
@@ -253,7 +280,7 @@ def test_a_wiped_store_begins_an_epoch(make_stack: Callable[..., Stack]) -> None
     assert other != epoch
 
 
-def test_a_store_put_back_to_before_what_was_announced_begins_an_epoch(make_stack: Callable[..., Stack]) -> None:
+def test_a_store_put_back_to_before_what_was_announced_begins_an_epoch(make_stack: MakeStack) -> None:
     stack = make_stack()
     _, epoch = next_start(stack, -1)
     stack.coordination.announce_weights(5, epoch=epoch)
@@ -262,19 +289,19 @@ def test_a_store_put_back_to_before_what_was_announced_begins_an_epoch(make_stac
     assert other != epoch
 
 
-def test_without_what_was_announced_an_epoch_begins(make_stack: Callable[..., Stack]) -> None:
+def test_without_what_was_announced_an_epoch_begins(make_stack: MakeStack) -> None:
     """Redis was lost: a replica may serve any number. Announced without an epoch, by an earlier release: the same."""
     stack = make_stack()
     _, epoch = next_start(stack, -1)
-    stack.coordination._client.delete(weights_key(stack.run))
+    stack.client.delete(weights_key(stack.run))
     version, other = next_start(stack, 0)
-    stack.coordination._client.set(weights_key(stack.run), version)
+    stack.client.set(weights_key(stack.run), version)
     assert stack.coordination.announced_weights() == AnnouncedWeights(1, "")
     _, third = next_start(stack, 0)
     assert len({epoch, other, third}) == 3
 
 
-def test_versions_ascend_above_what_a_living_replica_serves(make_stack: Callable[..., Stack]) -> None:
+def test_versions_ascend_above_what_a_living_replica_serves(make_stack: MakeStack) -> None:
     """Everything was put back to an earlier state, but for the replica. One that serves 0 has loaded nothing."""
     stack = make_stack()
     stack.coordination.report_replica("fresh", 0, lifetime_s=30)

@@ -1,0 +1,128 @@
+"""Which windows are trained, dropped or acknowledged, in whole runs."""
+
+from collections.abc import Callable
+
+import pytest
+
+from shared.checkpoint_state import PartialWindow
+from shared.errors import StreamSchemaError
+from shared.ledger import WindowStart
+from shared.records import ScoredWindow
+from shared.redis import window_ids_key, windows_key
+from shared.stream import SCHEMA, encode
+from tests.trainer.conftest import Stack
+from tests.trainer.windows import candidate, chunk, plain_window, window
+
+MakeStack = Callable[..., Stack]
+
+
+def tie(position: int, run: str) -> ScoredWindow:
+    return window(position, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=run)
+
+
+def test_a_stale_window_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3, max_policy_lag=0)
+    stack.write_plain(range(2))  # step 1 publishes version 1, which makes the second stale
+    stack.write([plain_window(2, version=1, run=stack.run)])
+    stack.train()
+    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({"stale": 1}, 2)
+    assert stack.figures()[1]["stale_windows"] == 1
+    assert stack.stream.window_ids() == set()
+
+
+def test_a_window_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
+    """One rollout of a version that this trainer never published is enough: it is another policy's."""
+    stack = make_stack(steps=1, pairs_per_step=3)
+    own, ahead = plain_window(0, run=stack.run), plain_window(1, version=1, run=stack.run)
+    mixed = ahead.model_copy(
+        update={"key": own.key.model_copy(update={"position": 2}), "chunks": own.chunks[:1] + ahead.chunks[1:]}
+    )
+    stack.write([ahead, mixed, own])
+    stack.train()
+    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({"newer_than_policy": 2}, 1)
+    assert stack.figures()[0]["policy_lag_max"] == 0
+    assert stack.stream.window_ids() == set()
+
+
+def test_a_window_that_comes_twice_is_trained_once(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3)
+    stack.write_plain([0])
+    stack.client.delete(window_ids_key(stack.run))  # or it would not be written again
+    stack.stream.write(plain_window(0, run=stack.run))
+    stack.write_plain([1])
+    stack.train()
+    assert stack.figures()[1]["duplicate_windows"] == 1
+    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (2, set())
+
+
+def test_a_window_trained_before_the_checkpoint_is_acknowledged_not_trained(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=1, pairs_per_step=3)
+    stack.write_plain([0])
+    stack.train()
+    stack.stream.write(plain_window(0, run=stack.run))
+    stack.write_plain([1])
+    stack.with_trainer(steps=2).train()
+    assert stack.figures()[1]["duplicate_windows"] == 1
+    assert stack.ledger.balance().trained == 2
+
+
+def test_a_window_without_preference_is_dropped(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=1, pairs_per_step=3)
+    stack.write([tie(0, stack.run), plain_window(1, run=stack.run)])
+    stack.train()
+    (figures,) = stack.figures()
+    assert (figures["no_preference_windows"], figures["no_preference_chunks"]) == (1, 1)
+    assert stack.ledger.balance().dropped == {"no_preference": 1}
+
+
+def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=1, pairs_per_step=3)
+    stack.write_plain([0])
+    ((entry, fields),) = stack.client.xrange(windows_key(stack.run))
+    stack.client.xdel(windows_key(stack.run), entry)
+    stack.client.xadd(windows_key(stack.run), fields | {b"body": b"\x00garbage"})
+    stack.write_plain([1])
+    stack.train()
+    assert (stack.ledger.balance().dropped, stack.contradictions()) == ({"broken_entry": 1}, [])
+
+
+def test_an_entry_of_another_schema_ends_the_trainer_and_stays_on_the_stream(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3)
+    foreign = plain_window(1, run=stack.run)
+    stack.write_plain([0])
+    stack.ledger.begin([WindowStart(foreign.key, foreign.source_id, 8)])
+    fields = {b"id": foreign.window_id, b"schema": SCHEMA + 1, b"body": encode(foreign)}
+    stack.client.xadd(windows_key(stack.run), fields)
+    with pytest.raises(StreamSchemaError, match=f"entries of schema {SCHEMA + 1} and this version reads"):
+        stack.train()
+    assert stack.ledger.balance().dropped == {}
+    assert stack.stream.backlog().pending == 2
+
+
+def test_a_half_used_window_stays_pending_and_resumes_where_it_was(make_stack: MakeStack) -> None:
+    cut, whole = make_stack("cut", steps=1, pairs_per_step=4), make_stack("whole", steps=3, pairs_per_step=4)
+    for stack in (cut, whole):
+        stack.write_plain(range(4))
+    trainer = cut.prepare()
+    trainer.run()
+    assert trainer.last.partial == {"0.0.1.0": PartialWindow(used=1, step=1, pairs_by_step={1: 1})}
+    assert cut.ledger.balance().trained == 1
+    cut.with_trainer(steps=3).train()
+    whole.train()
+    assert cut.ledger.balance().trained == 4
+    # the cosine of a 1-step run differs, so only what was trained can be compared, not the weights
+    assert [one["target_tokens"] for one in cut.figures()] == [one["target_tokens"] for one in whole.figures()]
+
+
+def test_a_half_used_window_that_comes_back_with_fewer_pairs_is_trained_not_dropped(make_stack: MakeStack) -> None:
+    """A Redis that lost it: the collector scored it again, and now all its candidates tie."""
+    stack = make_stack(steps=1, pairs_per_step=2)
+    stack.write_plain([0])
+    stack.train()
+    (entry,) = stack.stream.read_pending()
+    stack.stream.acknowledge({entry.entry_id: entry.window_id})
+    stack.stream.write(tie(0, stack.run))
+    stack.write_plain([1])
+    stack.with_trainer(steps=2).train()
+    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
+    assert stack.contradictions() == []

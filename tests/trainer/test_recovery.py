@@ -1,0 +1,245 @@
+"""The trainer is killed, or a store goes away under it. Wherever that happens, no pair is lost or trained twice: the
+run ends with the bits of one that was never interrupted, and `headwater audit` finds no contradiction."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Timer
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from shared.coordination import Coordination
+from shared.errors import DatabaseError, DatabaseRefusalError, HeadwaterError, StreamError, WeightStoreError
+from shared.ledger import Ledger
+from shared.retries import Retries
+from shared.runs import Run
+from shared.stream import WindowStream
+from shared.weights.store import WeightStore
+from tests.services.collector.processes import RedisProcess
+from tests.trainer.conftest import Stack, assert_equal_weights, build_stack
+from tests.trainer.test_trainer_process import Process
+from trainer.checkpoint import Checkpoints
+from trainer.inbox import Inbox
+from trainer.loop import Trainer
+
+MakeStack = Callable[..., Stack]
+OPTIONS: dict[str, Any] = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
+"""Eight windows of three pairs."""
+OWNERS = (Checkpoints, Coordination, Inbox, Ledger, Run, WeightStore, WindowStream)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    redis_server: RedisProcess, policy_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """The weights after step 6."""
+    stack = build_stack(tmp_path_factory.mktemp("whole"), policy_folder, redis_server.url, run="whole", **OPTIONS)
+    stack.write_plain(range(8))
+    stack.train()
+    return stack.weights_at(6)
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisProcess(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_stack(own_redis: RedisProcess, policy_folder: Path, tmp_path: Path) -> Stack:
+    return build_stack(tmp_path, policy_folder, own_redis.url, **OPTIONS)
+
+
+@contextmanager
+def breaking(trainer: Trainer, place: str, happen: Callable[[], None]) -> Iterator[None]:
+    """`happen` each time that `place` is called after step 4; before it, or where `place` ends in "+" after it."""
+    owner, name = place.rstrip("+").split(".")
+    (found,) = [one for one in OWNERS if one.__name__ == owner]
+    original = getattr(found, name)
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        if trainer.step == 4 and not place.endswith("+"):
+            happen()
+        answer = original(*arguments, **options)
+        if trainer.step == 4 and place.endswith("+"):
+            happen()
+        return answer
+
+    with patch.object(found, name, broken):
+        yield
+
+
+def assert_it_ended_as_if_uninterrupted(stack: Stack, uninterrupted: dict[str, torch.Tensor]) -> None:
+    assert_equal_weights(stack.weights_at(6), uninterrupted)
+    assert [(row.step, row.figures["pairs"]) for row in stack.rows()] == [(step, 4) for step in range(1, 7)]
+    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (8, set())
+    assert stack.contradictions() == []
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the trainer may catch it."""
+
+
+def be_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "WeightStore.publish",
+        "WeightStore.publish+",
+        "Run.record_step",
+        "Coordination.report_trainer",
+        "Checkpoints.write",
+        "Checkpoints.keep_evidence",
+        "Ledger.mark_trained",
+        "WindowStream.acknowledge",
+        "Checkpoints.prune",
+    ],
+)
+def test_wherever_it_is_killed_it_ends_with_the_same_bits(
+    make_stack: MakeStack, uninterrupted: dict[str, torch.Tensor], place: str
+) -> None:
+    stack = make_stack(**OPTIONS | {"checkpoint_every": 2})
+    stack.write_plain(range(8))
+    trainer = stack.prepare()
+    with breaking(trainer, place, be_killed), pytest.raises(Killed):
+        trainer.run()
+    assert stack.contradictions() == []
+    stack.train()
+    assert_it_ended_as_if_uninterrupted(stack, uninterrupted)
+
+
+def test_a_resumed_run_with_a_moving_reference_ends_with_the_same_bits(make_stack: MakeStack) -> None:
+    options = OPTIONS | {"checkpoint_every": 2, "refresh_reference_every": 2}
+    whole, cut = make_stack("whole", **options), make_stack("cut", **options)
+    for stack in (whole, cut):
+        stack.write_plain(range(8))
+    whole.train()
+    trainer = cut.prepare()
+    with breaking(trainer, "Coordination.report_trainer", be_killed), pytest.raises(Killed):
+        trainer.run()
+    cut.train()
+    assert_it_ended_as_if_uninterrupted(cut, whole.weights_at(6))
+
+
+def test_a_redis_that_is_killed_and_comes_back_loses_nothing(
+    own_stack: Stack, own_redis: RedisProcess, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    """Killed after step 4: the trainer then waits with two pairs in hand, and Redis comes back after two failures."""
+    own_stack.write_plain(range(6))
+    failures: list[BaseException] = []
+
+    def come_back(_: int, error: BaseException) -> None:
+        failures.append(error)
+        if len(failures) == 2:
+            own_redis.start()
+            own_stack.write_plain(range(6, 8))
+
+    trainer = own_stack.prepare(Retries(on_failure=come_back))
+    with breaking(trainer, "Coordination.report_trainer+", own_redis.stop):
+        trainer.run()
+    assert len(failures) >= 2
+    assert_it_ended_as_if_uninterrupted(own_stack, uninterrupted)
+
+
+def test_a_process_that_is_stopped_while_redis_is_away_loses_no_step(
+    own_stack: Stack, own_redis: RedisProcess, uninterrupted: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    own_stack.write_plain(range(6))  # 18 pairs: 4 steps, then it waits with 2 pairs in hand
+    process = Process(own_stack, tmp_path / "config.toml")
+    process.wait_for_step(4)
+    own_redis.stop()
+    status, errors = process.end(signal.SIGTERM)
+    assert (status, "Traceback" in errors) == (0, False), errors
+    assert (own_stack.checkpoints / "step-00000004/state.json").is_file()
+    own_redis.start()
+    own_stack.write_plain(range(6, 8))
+    own_stack.train()
+    assert_it_ended_as_if_uninterrupted(own_stack, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "WeightStore.publish",
+        "Coordination.announce_weights",
+        "Coordination.live_replicas",
+        "Coordination.report_trainer",
+        "Inbox.fill",
+        "WindowStream.read",
+    ],
+)
+def test_a_stop_while_redis_is_away_leaves_a_checkpoint_wherever_the_trainer_is(
+    own_stack: Stack, own_redis: RedisProcess, uninterrupted: dict[str, torch.Tensor], place: str
+) -> None:
+    own_stack.write_plain(range(8))
+    stop = Event()
+    trainer = own_stack.prepare(Retries(stop=stop, stopping_s=0.2))
+
+    def go_away() -> None:
+        own_redis.stop()
+        Timer(0.3, stop.set).start()
+
+    with breaking(trainer, place, go_away), pytest.raises(StreamError):
+        trainer.run()
+    assert (trainer.step, trainer.last.step) == (4, 4)
+    own_redis.start()
+    assert_it_resumes_after_step_4(own_stack, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("WindowStream.read", StreamError),
+        ("Ledger.finished_among", DatabaseError),
+        ("Run.record_step", DatabaseError),
+        ("Run.record_version", DatabaseRefusalError),
+        ("WeightStore.publish", WeightStoreError),
+    ],
+)
+def test_an_outage_without_end_leaves_a_checkpoint_and_stays_an_error(
+    make_stack: MakeStack, uninterrupted: dict[str, torch.Tensor], place: str, error: type[HeadwaterError]
+) -> None:
+    def be_away() -> None:
+        raise error("away")
+
+    stack = make_stack(**OPTIONS)
+    stack.write_plain(range(8))
+    trainer = stack.prepare(Retries(give_up_s=0.0))
+    with breaking(trainer, place, be_away), pytest.raises(error, match="away"):
+        trainer.run()
+    assert (trainer.step, trainer.last.step) == (4, 4)
+    assert_it_resumes_after_step_4(stack, uninterrupted)
+
+
+def assert_it_resumes_after_step_4(stack: Stack, uninterrupted: dict[str, torch.Tensor]) -> None:
+    """No step is redone."""
+    trainer = stack.prepare()
+    assert trainer.step == 4
+    trainer.run()
+    assert_it_ended_as_if_uninterrupted(stack, uninterrupted)
+
+
+def test_the_error_that_is_raised_is_the_one_that_ended_it(make_stack: MakeStack) -> None:
+    """The disk is full as well."""
+    stack = make_stack(**OPTIONS)
+    stack.write_plain(range(8))
+    trainer = stack.prepare(Retries(give_up_s=0.0))
+
+    def be_away() -> None:
+        if not stack.checkpoints.exists():
+            stack.checkpoints.write_text("in the way")
+        raise StreamError("away")
+
+    with breaking(trainer, "WindowStream.read", be_away), pytest.raises(StreamError, match="away"):
+        trainer.run()

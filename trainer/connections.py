@@ -1,0 +1,105 @@
+"""What the trainer shares with other processes: the stream, the facts in Redis, and the database.
+
+    connections = Connections.open(settings, Retries(give_up_s=900, stop=stop))
+    connections.ledger.mark_trained(...)      # blocks while the database is away
+
+Every method waits out an outage (shared/retries.py), so callers just call. It must therefore be safe to repeat.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Event
+from typing import Any, TypeVar, cast
+
+from shared.coordination import Coordination
+from shared.errors import StreamError
+from shared.ledger import Ledger
+from shared.redis import connect
+from shared.retries import Retries
+from shared.runs import Run
+from shared.settings import Settings
+from shared.stream import BrokenEntry, StreamEntry, WindowStream
+
+_BLOCK_S = 1.0
+_T = TypeVar("_T")
+
+
+class Deliveries:
+    """The stream's entries: first those that were delivered before and never acknowledged, then new ones."""
+
+    def __init__(self, stream: WindowStream) -> None:
+        self._stream = stream
+        self._pending: Iterator[StreamEntry | BrokenEntry] | None = self._deliver_again()
+
+    def next(self) -> StreamEntry | BrokenEntry | None:
+        """None if no entry came within a second. After an error everything pending is read again: Redis may have
+        delivered an entry in the answer that was lost, and would never deliver it as a new one."""
+        try:
+            if self._pending is not None:
+                if (entry := next(self._pending, None)) is not None:
+                    return entry
+                self._pending = None
+            return next(iter(self._stream.read(count=1, block_s=_BLOCK_S)), None)
+        except StreamError:
+            self._pending = self._deliver_again()
+            raise
+
+    def _deliver_again(self) -> Iterator[StreamEntry | BrokenEntry]:
+        self._stream.create()
+        yield from self._stream.read_pending()
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Methods raise StreamError or DatabaseError only after `retries` gave up."""
+
+    deliveries: Deliveries
+    stream: WindowStream
+    """To acknowledge and to count; entries are read from `deliveries`."""
+    coordination: Coordination
+    run: Run
+    """The run's rows but for its windows."""
+    ledger: Ledger
+    """The run's windows."""
+    retries: Retries
+
+    @property
+    def stop(self) -> Event:
+        """Set when the trainer is asked to stop."""
+        return self.retries.stop
+
+    @classmethod
+    def open(cls, settings: Settings, retries: Retries) -> "Connections":
+        """The database is migrated, and the run's row and stream exist afterwards."""
+        run = Run.of(settings)
+        client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
+        stream = WindowStream(client, settings.run.name)
+        connections = cls(
+            deliveries=retrying(Deliveries(stream), retries),
+            stream=retrying(stream, retries),
+            coordination=retrying(Coordination(client, settings.run.name), retries),
+            run=retrying(run, retries),
+            ledger=retrying(run.ledger, retries),
+            retries=retries,
+        )
+        connections.run.open(settings)
+        connections.stream.create()
+        return connections
+
+
+def retrying(store: _T, retries: Retries) -> _T:
+    """`store`, each of whose methods is retried."""
+    return cast(_T, _Retrying(store, retries))
+
+
+class _Retrying:
+    def __init__(self, store: object, retries: Retries) -> None:
+        self._store = store
+        self._retries = retries
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        return self._retried(found) if callable(found) else found
+
+    def _retried(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: self._retries(lambda: method(*arguments, **options))
