@@ -1,4 +1,4 @@
-"""The judge as an HTTP service: POST /v1/judgements. Started by `python -m services.judge`."""
+"""The judge as an HTTP service: POST /v1/judgements. Started by `python -m services judge`."""
 
 import asyncio
 import logging

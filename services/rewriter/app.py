@@ -1,4 +1,4 @@
-"""The rewriter as an HTTP service: POST /v1/rewrites. Started by `python -m services.rewriter`."""
+"""The rewriter as an HTTP service: POST /v1/rewrites. Started by `python -m services rewriter`."""
 
 import asyncio
 import logging
