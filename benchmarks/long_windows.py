@@ -28,7 +28,7 @@ from benchmarks.report import Report, parser
 from services.collector.clients import build_services, http_client
 from services.collector.collect import collect
 from services.collector.sources.base import Document
-from services.collector.windows import PolicyTokenizer, Preparer, Window
+from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from shared.errors import StreamError
 from shared.records import ScoredWindow
 from shared.redis import connect
@@ -103,7 +103,7 @@ def _window(settings: Settings, tokenizer: PolicyTokenizer) -> Window:
     """The first one of the document, which is longer than it."""
     line = Path(settings.documents.path).read_text(encoding="utf-8").splitlines()[0]
     document = Document(position=0, source_id="d0", content=json.loads(line)["text"])
-    return Preparer(tokenizer, settings.chunks, settings.run.seed).windows(document, part=0, epoch=0)[0]
+    return WindowMaker(tokenizer, settings.chunks, settings.run.seed).windows(document, part=0, epoch=0)[0]
 
 
 def _stream(settings: Settings) -> WindowStream:

@@ -1,11 +1,11 @@
 """Back-pressure: a window starts only while there is room for it.
 
-    who blocks      `enter`, while max_windows_in_flight windows are at work, or in flight + unread on the stream
-                    has reached max_backlog
-    who unblocks    `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
+    RunWatch.look   reads the stream's backlog, the weight version and the trainer's state from Redis, 5 times a second
+    Gate blocks     `enter`, while max_windows_in_flight windows are in work, or in flight + unread >= max_backlog
+    Gate unblocks   `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
 
-A written window counts as unread at once (`note_written`, before its `leave`), so that between two looks at the
-stream the sum never falls by itself.
+A written window counts as unread at once (`note_written`, before its `leave`), so the sum does not drop between two
+looks at the stream.
 """
 
 import asyncio
@@ -15,7 +15,8 @@ from services.collector.storage import Storage
 from shared import metrics
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
-from shared.stream import Backlog
+
+_INTERVAL_S = 0.2
 
 
 class Gate:
@@ -36,7 +37,7 @@ class Gate:
         metrics.windows_in_flight.set(self.in_flight)
 
     async def wait_open(self) -> None:
-        """Until there is a place, without taking it: nothing is read far ahead of the work."""
+        """Until there is a place, without taking it, so that reading does not run ahead."""
         while not self.is_open:
             self._changed.clear()
             await self._changed.wait()
@@ -60,17 +61,14 @@ class Gate:
         return self._num_written
 
     def note_backlog(self, unread: int, *, written_before: int) -> None:
-        """What the stream said. Windows written since that look began may be missing in it, so they are added: the
-        sum may be a little high until the next look, never too low."""
+        """The stream's count. Windows written since that look began may be missing in it and are added, so the sum may
+        be a little high until the next look, never too low."""
         self.unread = unread + self._num_written - written_before
         self._changed.set()
 
 
-_INTERVAL_S = 0.2
-
-
 class RunWatch:
-    """Runs beside the work. While Redis is away, what was seen last stays."""
+    """Runs beside the work. While Redis is down, the last values stay."""
 
     def __init__(
         self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, weight_version: int
@@ -81,8 +79,8 @@ class RunWatch:
         self._extent = extent
         self._steps = steps
         self.weight_version = weight_version
-        """The trainer's newest: the newest in the database at first, and never below what was seen last. A Redis that
-        lost its data tells of none, and the schedule must not begin again."""
+        """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none,
+        and the schedule must not start over."""
         self.finished = asyncio.Event()
         """The trainer needs nothing more."""
 
@@ -95,22 +93,18 @@ class RunWatch:
     async def look(self) -> None:
         """Raises StreamError."""
         written_before = self._gate.num_written
-        backlog, report, announced = await self._storage.redis_once(self._read)
-        self._gate.note_backlog(backlog.unread, written_before=written_before)
-        metrics.stream_unread.set(backlog.unread)
-        metrics.stream_pending.set(backlog.pending)
-        self.weight_version = max(self.weight_version, report.weight_version if report else 0, announced or 0)
-        if report and await self._is_finished(report):
+        seen = await self._storage.look()
+        self._gate.note_backlog(seen.backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(seen.backlog.unread)
+        metrics.stream_pending.set(seen.backlog.pending)
+        self.weight_version = max(self.weight_version, seen.weight_version)
+        if seen.trainer and await self._is_finished(seen.trainer):
             self.finished.set()
-
-    def _read(self) -> tuple[Backlog, TrainerReport | None, int | None]:
-        coordination = self._storage.coordination
-        return self._storage.stream.backlog(), coordination.trainer_report(), coordination.announced_version()
 
     async def _is_finished(self, report: TrainerReport) -> bool:
         """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""
         if report.state != "finished":
             return False
-        return report.step >= self._steps or await self._storage.redis_once(
-            lambda: self._storage.coordination.source_exhausted(num_parts=self._num_parts, extent=self._extent)
+        return report.step >= self._steps or await self._storage.source_exhausted(
+            num_parts=self._num_parts, extent=self._extent
         )

@@ -1,10 +1,10 @@
-"""Assembles the collector from settings and runs it until the trainer has finished or a signal comes.
+"""The collector process: built from settings, runs until the trainer has finished or a signal comes.
 
-    main task: wait for the first of   signal | trainer finished | a failure
-    beside it: health server, run watch (watch.py), leases (leases.py) -> parts (parts.py) -> windows (collect.py)
+    main task   waits for the first of: signal, trainer finished, failure
+    beside it   health server, RunWatch (gate.py), leases (leases.py) -> parts (parts.py) -> windows (collect.py)
 
-Every task belongs to a group that is cancelled in the end. Unfinished windows stay `reading` in the ledger, which is
-"in flight": the next collector does them again.
+All tasks belong to one group that is cancelled at the end. Unfinished windows stay `reading` in the
+ledger, and the next collector works on them again.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from services.collector.parts import PartWorker
 from services.collector.sources.base import Source
 from services.collector.sources.source import open_source
 from services.collector.storage import Recorder, Storage
-from services.collector.windows import PolicyTokenizer, Preparer
+from services.collector.windows import PolicyTokenizer, WindowMaker
 from services.concurrency import first_error
 from services.middleware import MetricsMiddleware
 from shared.api import Readiness
 from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
+from shared.database import open_database
 from shared.errors import SettingsError
 from shared.http import build_server, listen, operations_app, refuse_open_binding
 from shared.ledger import Ledger
@@ -64,6 +64,21 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
         _log.info("stopped by a signal; unfinished windows are done again by the next collector")
 
 
+async def run_collector(settings: Settings, secrets: Secrets) -> None:
+    """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
+    state = _State()
+    server = build_server(_operations(secrets, state.trouble))
+    sockets = listen(settings.collector.host, settings.collector.port, setting="collector.port")
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve(sockets))
+            await _collect_windows(settings, secrets, state)
+            server.should_exit = True
+            await serving
+    except BaseExceptionGroup as failures:
+        raise first_error(failures) from failures
+
+
 @dataclass
 class _State:
     """What /readyz and /status tell."""
@@ -80,21 +95,6 @@ class _State:
         for other in self.others:
             away |= other.trouble
         return found | {f"{name} is away": reason for name, reason in away.items()}
-
-
-async def run_collector(settings: Settings, secrets: Secrets) -> None:
-    """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
-    state = _State()
-    server = build_server(_operations(secrets, state.trouble))
-    sockets = listen(settings.collector.host, settings.collector.port, setting="collector.port")
-    try:
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(server.serve(sockets))
-            await _collect_windows(settings, secrets, state)
-            server.should_exit = True
-            await serving
-    except BaseExceptionGroup as failures:
-        raise first_error(failures) from failures
 
 
 async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) -> None:
@@ -118,10 +118,10 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
             num_parts=settings.documents.num_parts,
             extent=extent,
             steps=settings.trainer.steps,
-            weight_version=await storage.database(storage.ledger.newest_weight_version),
+            weight_version=await storage.newest_weight_version(),
         )
-        preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
-        worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)
+        maker = WindowMaker(tokenizer, settings.chunks, settings.run.seed)
+        worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
         stack.callback(worker.close)
         state.others += [services, source]
         state.starting = False
@@ -169,17 +169,12 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
 
 
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    ledger = storage.ledger
-    await storage.database(lambda: migrate(ledger.engine))
-    await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
-    await storage.redis(storage.stream.create)
+    await storage.open_run(without_passwords(settings).model_dump(mode="json"))
 
 
 async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
     """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
-    ledger = storage.ledger
-    await storage.database(lambda: ledger.adopt_source(manifest))
-    return await storage.database(lambda: ledger.extent(max_epochs=settings.documents.max_epochs))
+    return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
 
 
 def _operations(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> ASGIApp:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
 from services.collector.sources.base import Document
-from services.collector.windows import PolicyTokenizer, Preparer, Window
+from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
 from services.engine.local import LocalEngine
 from services.rewriter.app import create_rewriter_app
@@ -158,7 +158,7 @@ class Seen:
 def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]) -> list[Seen]:
     judge = StubServices()
     tokenizer = PolicyTokenizer(settings.policy.tokenizer_source)
-    preparer = Preparer(tokenizer, settings.chunks, seed=0)
+    maker = WindowMaker(tokenizer, settings.chunks, seed=0)
     stage = ScheduleStage(kinds=("original", "rewrite", "rollout"), num_rollouts=NUM_ROLLOUTS)
 
     async def work() -> list[Seen]:
@@ -169,7 +169,7 @@ def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]
         ):
             services = build_services(settings, http)
             for document in documents:
-                for window in preparer.windows(document, part=0, epoch=0):
+                for window in maker.windows(document, part=0, epoch=0):
                     text = tokenizer.show(window.token_ids, window.chunks)
                     scored = await collect(window, text, stage=stage, services=services, settings=settings)
                     assert not isinstance(scored, DroppedWindow), scored

@@ -1,6 +1,8 @@
-"""The records and seams of document sources: what a source yields, and what a format's reader must give.
+"""What a source is made of: a reader per format, and the step from a record's fields to a document.
 
-Reader (one per format) --RawRecord--> DealtSource (dealing.py) --Document | Refusal--> parts.py
+    Reader (jsonl.py, parquet.py, ...) --RawRecord--> DealtSource (source.py) --Document | Refusal--> parts.py
+
+To add a format: a file here with a `Reader`, a case in source.py's `_open_reader`, a value of `documents.format`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,14 +69,6 @@ class Source(Protocol):
         ...
 
 
-class RefusedError(Exception):
-    """Raised while a record is loaded, caught where it becomes a `Refusal`. Never leaves this package."""
-
-    def __init__(self, reason: RefusalReason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class RawRecord:
     """A record as found, not looked at yet: what a shuffle block holds."""
@@ -100,6 +94,14 @@ class Reader(Protocol):
     def manifest(self) -> Manifest:
         """What the documents are. Raises SourceError."""
         ...
+
+
+class RefusedError(Exception):
+    """Raised while a record is loaded, caught where it becomes a `Refusal`. Never leaves this package."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 def refuse(reason: RefusalReason, detail: str) -> Callable[[], Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""Finds files and reads their lines in bounded memory, whatever a line's length. Called by the readers."""
+"""Files: found by path, folder or glob, and read line by line in bounded memory. Also the reader of text files."""
 
 import glob
 import gzip
@@ -20,6 +20,7 @@ from shared.runs import Manifest
 
 CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """What a damaged compressed file raises: its rest is refused. Another OSError is tried again (retrying.py)."""
+
 
 _MAX_ZSTD_WINDOW = 2**31
 """Corpora are often packed with `zstd --long=31`."""
@@ -57,8 +58,9 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
     return [_source_file(file, root) for file in sorted(found, key=lambda file: file.as_posix())]
 
 
-def manifest_of(files: Sequence[SourceFile]) -> Manifest:
-    return Manifest({file.name: file.size for file in files})
+def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
+    hidden = any(piece.startswith(".") for piece in file.parts)
+    return not hidden and (not suffixes or file.name.endswith(suffixes))
 
 
 def _source_file(file: Path, root: Path) -> SourceFile:
@@ -73,9 +75,8 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
-    hidden = any(piece.startswith(".") for piece in file.parts)
-    return not hidden and (not suffixes or file.name.endswith(suffixes))
+def manifest_of(files: Sequence[SourceFile]) -> Manifest:
+    return Manifest({file.name: file.size for file in files})
 
 
 def open_lines(file: SourceFile) -> BinaryIO:

@@ -1,4 +1,15 @@
-"""Opens the source that the settings name. Called by the collector's assembly."""
+"""The source of a run: records of one format, dealt into parts, shuffled, and resumable at any position.
+
+Record i of the source belongs to part i % num_parts. Block b of a part is its records b * shuffle_buffer to
+(b + 1) * shuffle_buffer - 1. A block is cut into pieces: a piece ends with the record that fills the part's share of
+`shuffle_bytes`, or with the block; most blocks are one piece. Each piece is shuffled with a seed made from the run's
+seed, part, epoch, block and piece number.
+
+So position p of an epoch is always the same record. To resume at p, its block is read again and the beginning skipped.
+
+A read that fails for the moment (a broken connection, a disk error) is retried from the record that failed: none is
+skipped or repeated. A source that fails before its first record is a wrong setting, and fails at once.
+"""
 
 import hashlib
 import logging
@@ -17,6 +28,26 @@ from shared import metrics
 from shared.errors import SettingsError, SourceError, SourceReadError
 from shared.runs import Manifest
 from shared.settings import DocumentsSettings
+
+_log = logging.getLogger(__name__)
+
+
+_T = TypeVar("_T")
+
+
+_GIVE_UP_S = 900.0
+"""As long as the trainer waits for Redis or the database."""
+
+
+_MAX_BACKOFF_S = 10.0
+
+
+_SERVICE = "documents"
+"""Their name among what a collector waits for, in its metrics."""
+
+
+_RECORD_BYTES = 500
+"""What a held record takes beside its content: its objects and its place."""
 
 
 def open_source(documents: DocumentsSettings, *, seed: int, vocabulary_size: int) -> Source:
@@ -66,15 +97,6 @@ def _open_reader(documents: DocumentsSettings) -> Reader:
 
 def _columns(documents: DocumentsSettings) -> tuple[str, ...]:
     return (documents.token_ids_field or documents.text_field, documents.id_field)
-
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_GIVE_UP_S = 900.0
-"""As long as the trainer waits for Redis or the database."""
-_MAX_BACKOFF_S = 10.0
-_SERVICE = "documents"
-"""Their name among what a collector waits for, in its metrics."""
 
 
 class Retries:
@@ -159,10 +181,6 @@ class _Failures:
         if lasted_s > self._give_up_s:
             raise SourceError(f"the documents could not be read for {lasted_s:.0f} s, the last time: {exc}") from exc
         return self._backoff.next_s()
-
-
-_RECORD_BYTES = 500
-"""What a held record takes beside its content: its objects and its place."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_going_away_and_coming_back_are_one_line_each(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, logger="services.collector.clients"):
         ask([*(httpx.ConnectError("refused") for _ in range(5)), good()])
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "rollout is away, trying again" in caplog.messages[0]
+    assert "rollout is down, retrying" in caplog.messages[0]
     assert caplog.messages[1] == "rollout is back"
 
 
