@@ -56,7 +56,11 @@ class Retries:
 
     async def wait_for(self, call: Callable[[], Awaitable[_T]]) -> _T:
         retrying = AsyncRetrying(sleep=asyncio.sleep, **self._policy())
-        answer: _T = await retrying(call)
+
+        async def attempt() -> _T:  # tenacity awaits no lambda that returns a coroutine
+            return await call()
+
+        answer: _T = await retrying(attempt)
         self._note_return(retrying.statistics["attempt_number"])
         return answer
 

@@ -32,7 +32,7 @@ def awaited(retries: Retries, call: Callable[[], int]) -> int:
     async def attempt() -> int:
         return call()
 
-    return asyncio.run(retries.wait_for(attempt))
+    return asyncio.run(retries.wait_for(lambda: attempt()))
 
 
 both = pytest.mark.parametrize("run", [blocking, awaited])
