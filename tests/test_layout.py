@@ -59,6 +59,10 @@ def test_the_launcher_loads_no_torch() -> None:
     assert not _loaded_after("import cli.run, cli.audit, cli.summary") & {"torch", "transformers", "fastapi"}
 
 
+def test_the_collector_loads_no_fastapi() -> None:
+    assert "fastapi" not in _loaded_after("import services.__main__, services.collector.service")
+
+
 def test_help_is_quick() -> None:
     began = time.monotonic()
     answer = subprocess.run(
