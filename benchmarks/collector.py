@@ -96,7 +96,9 @@ def measure(shape: Shape, seconds: float) -> Measured:
         with (
             process([redis_server, "--port", str(redis_port), "--dir", name, "--appendonly", "yes", "--save", ""]),
             process([sys.executable, "-m", "benchmarks.instant_services", str(services_port)]),
-            process([sys.executable, "-m", "services.collector", "--config", str(config)], folder / "log") as collector,
+            process(
+                [sys.executable, "-m", "services", "collector", "--config", str(config)], folder / "log"
+            ) as collector,
         ):
             _wait_for_windows(port, collector, folder / "log", at_least=5)
             return _look_twice(port, collector.pid, seconds)

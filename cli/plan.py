@@ -62,8 +62,8 @@ class Plan:
 
     def command(self, role: str) -> list[str]:
         """How the role is started; its settings are in the run folder."""
-        module = "trainer" if role == "trainer" else f"services.{role}"
-        return [sys.executable, "-m", module, "--config", str(self.settings.run.folder / "processes.toml")]
+        words = ["trainer"] if role == "trainer" else ["services", role]
+        return [sys.executable, "-m", *words, "--config", str(self.settings.run.folder / "processes.toml")]
 
     def environ(self) -> dict[str, str]:
         """The children's environment. What is secret in a setting travels here, since their file has none of it."""

@@ -20,6 +20,7 @@ from cli.redis_server import answers, find_redis_server, server_configuration
 from cli.run_folder import RunFolder
 from shared.errors import HeadwaterError
 from shared.http import authorization_header
+from shared.retries import doubled_s
 
 START_TIMEOUT_S = 600.0
 """For a large model that is read from a slow disk; a process that dies meanwhile is noticed at once."""
@@ -168,7 +169,7 @@ class Stack:
         number = sum((death < 0) == (status < 0) for _, death in watched.deaths)
         if number > allowed:
             raise ProcessFailed(watched.child, f"{how}, {number} times within {RESTART_WINDOW_S:g} s")
-        wait_s = min(10.0, 0.5 * 2 ** (number - 1))
+        wait_s = doubled_s(number, first_s=0.5, max_s=10.0)
         watched.restart_at = now + wait_s
         self._tell(
             watched.role,

@@ -16,22 +16,23 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
-from services.middleware import (
+from services.middleware import MetricsMiddleware, SizeMiddleware
+from shared.api import Readiness
+from shared.errors import HeadwaterError, RequestError
+from shared.http import (
     METRICS_PATH,
     OPEN_PATHS,
     AuthMiddleware,
-    MetricsMiddleware,
-    SizeMiddleware,
+    MetricsRoute,
     error_response,
+    on_http_error,
+    readiness_response,
     render_error,
 )
-from shared import metrics
-from shared.api import Readiness
-from shared.errors import HeadwaterError, RequestError
-from shared.secret_urls import without_secrets
+from shared.metrics import ServiceRole
 from shared.settings import Secrets
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def create_app(
     *,
-    service: str,
+    service: ServiceRole,
     title: str,
     description: str,
     secrets: Secrets,
@@ -56,9 +57,8 @@ def create_app(
     Both must answer at once, without I/O.
     """
     app = FastAPI(title=title, description=description, lifespan=lifespan, redoc_url=None)
-    app.state.service = service
-    app.state.secrets = secrets
     _add_operations_routes(app, readiness, summary)
+    app.routes.append(Route(METRICS_PATH, MetricsRoute(service, readiness), methods=["GET"]))
     _add_error_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost: metrics see refusals too, and no body is read before the token.
@@ -71,11 +71,6 @@ def create_app(
 def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], summary: Callable[[], str]) -> None:
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness, "description": "Not ready: see `detail`"}}
 
-    def answered(found: Readiness) -> Response:
-        metrics.ready.set(found.ready)
-        content = without_secrets(found.model_dump_json())  # a model may be named by a URL, too
-        return Response(content, status_code=200 if found.ready else 503, media_type="application/json")
-
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
         """The process runs. Open."""
@@ -84,18 +79,12 @@ def _add_operations_routes(app: FastAPI, readiness: Callable[[], Readiness], sum
     @app.get("/readyz", tags=["operations"], response_model=Readiness, responses=not_ready)
     async def readyz() -> Response:
         """Whether requests can be answered now, and by what; `detail` names the kind of trouble. Open."""
-        return answered(readiness().model_copy(update={"detail": summary()}))
+        return readiness_response(readiness().model_copy(update={"detail": summary()}))
 
     @app.get("/status", tags=["operations"], response_model=Readiness, responses=not_ready)
     async def status() -> Response:
         """The same with `detail` in full: addresses, and what stores, engines and services said."""
-        return answered(readiness())
-
-    @app.get(METRICS_PATH, tags=["operations"], response_class=Response)
-    async def metrics_text() -> Response:
-        """Prometheus metrics as text."""
-        metrics.ready.set(readiness().ready)
-        return Response(generate_latest(metrics.registry_of(app.state.service)), media_type=CONTENT_TYPE_LATEST)
+        return readiness_response(readiness())
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -109,17 +98,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_invalid_request(_request: Request, exc: RequestValidationError) -> Response:
         return error_response("InvalidRequest", _explain(exc), status=422)
 
-    @app.exception_handler(HTTPException)
-    async def on_http_error(_request: Request, exc: HTTPException) -> Response:
-        return error_response(_NAMES.get(exc.status_code, "HttpError"), str(exc.detail), status=exc.status_code)
+    app.add_exception_handler(HTTPException, on_http_error)
 
     @app.exception_handler(Exception)
     async def on_bug(_request: Request, exc: Exception) -> Response:
         # Starlette raises it again after this answer, so the server logs its traceback.
         return error_response("InternalError", f"{type(exc).__name__}: see the service's log", status=500)
-
-
-_NAMES = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLargeError"}
 
 
 def _explain(exc: RequestValidationError, *, max_errors: int = 5) -> str:

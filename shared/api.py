@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from shared.metrics import ServiceRole
 from shared.records import FinishReason, Judgement, Record, TokenIds
 
 MAX_WINDOW_TOKENS = 1_000_000
@@ -238,7 +239,7 @@ class Readiness(Record):
     """Answer of /readyz and /status (status 200 when ready, else 503)."""
 
     ready: bool
-    service: Literal["rollout", "rewriter", "judge", "collector"]
+    service: ServiceRole
     engine: str = ""
     model: str = ""
     weight_version: int | None = None

@@ -1,20 +1,25 @@
-"""Every Prometheus metric of every process, in one list. /metrics of a process serves those of its role: a judge that
+"""The roles of processes, and every Prometheus metric. /metrics of a process serves those of its role: a judge that
 showed `headwater_weight_version 0` would be the smallest version of all replicas."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.registry import Collector
 
 T = TypeVar("T", bound=Collector)
 
+EngineRole = Literal["rollout", "rewriter", "judge"]
+ServiceRole = Literal[EngineRole, "collector"]
+Role = Literal[ServiceRole, "trainer"]
+ENGINES: tuple[EngineRole, ...] = get_args(EngineRole)
+SERVICES: tuple[ServiceRole, ...] = get_args(ServiceRole)
+ROLES: tuple[Role, ...] = get_args(Role)
+
 REGISTRY = CollectorRegistry()
 """All of them."""
-ROLES = ("rollout", "rewriter", "judge", "collector", "trainer")
-SERVICES, ENGINES = ROLES[:4], ROLES[:3]
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_of_role = {role: CollectorRegistry() for role in ROLES}
+_of_role: dict[str, CollectorRegistry] = {role: CollectorRegistry() for role in ROLES}
 
 
 def registry_of(role: str) -> CollectorRegistry:
@@ -102,7 +107,6 @@ stream_pending = _gauge(["collector"], "stream_pending", "Documents delivered an
 step = _gauge(["trainer"], "step", "Optimizer steps taken")
 training_figure = _gauge(["trainer"], "training_figure", "Figures of the last step", "name")
 trained_tokens_total = _counter(["trainer"], "trained_tokens_total", "Target tokens in losses")
-stale_windows_total = _counter(["trainer"], "stale_windows_total", "Windows dropped for their policy lag")
 skipped_steps_total = _counter(["trainer"], "skipped_steps_total", "Steps skipped for a non-finite loss")
 live_replicas = _gauge(["trainer"], "live_replicas", "Rollout replicas whose heartbeat has not expired")
 replica_version = _gauge(["trainer"], "replica_version", "Weight version that a live replica serves", "replica")

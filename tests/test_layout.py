@@ -86,6 +86,10 @@ build_app(Settings.model_validate({{"{role}": {{"engine": engine}}}}), Secrets()
     assert not loaded & {"torch", "transformers"}
 
 
+def test_the_collector_loads_no_fastapi() -> None:
+    assert "fastapi" not in _loaded_after("import services.__main__, services.collector.service")
+
+
 def test_help_is_quick() -> None:
     began = time.monotonic()
     answer = subprocess.run(

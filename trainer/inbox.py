@@ -167,7 +167,6 @@ class Inbox:
 
     def _drop_stale(self, entry: StreamEntry, weight_version: int) -> None:
         self._tally.count("stale_windows")
-        metrics.stale_windows_total.inc()
         oldest = entry.window.oldest_weight_version
         self._drop(entry, "stale", f"sampled under version {oldest}, read at version {weight_version}")
 

@@ -8,17 +8,15 @@ connection error, timeout, 408 429 502 503 504   retried with back-off, without 
 other 4xx, unreadable answers                    RefusedRequestError: this window is dropped and counted
 """
 
-import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import httpx
 from pydantic import ValidationError
 
-from services.collector.backoff import Backoff
 from shared import metrics
 from shared.api import (
     JudgementRequest,
@@ -30,12 +28,13 @@ from shared.api import (
 )
 from shared.errors import ServiceError, SettingsError, TokenIdsNeededError
 from shared.http import authorization_header
+from shared.metrics import EngineRole
 from shared.records import Record
+from shared.retries import Retries
 from shared.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-Role = Literal["rollout", "rewriter", "judge"]
 Answer = TypeVar("Answer", bound=Record)
 
 _PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
@@ -44,7 +43,7 @@ _MAX_BUG_ANSWERS = 3
 _MAX_RETRY_AFTER_S = 300.0
 _CONNECT_TIMEOUT_S = 10.0
 _SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts"
-_REASONS: dict[Role, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge": "judge"}
+_REASONS: dict[EngineRole, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge": "judge"}
 
 
 class RefusedRequestError(ServiceError):
@@ -71,7 +70,13 @@ class ServiceClient:
     """One service, with one replica or several. Safe for concurrent requests."""
 
     def __init__(
-        self, role: Role, base_urls: Sequence[str], http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
+        self,
+        role: EngineRole,
+        base_urls: Sequence[str],
+        http: httpx.AsyncClient,
+        *,
+        max_backoff_s: float,
+        max_attempts: int,
     ) -> None:
         for base_url in base_urls:
             if not base_url.startswith(("http://", "https://")):
@@ -80,8 +85,7 @@ class ServiceClient:
         self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
         """Replicas: every attempt goes to the next one, so a retry reaches another replica."""
         self._http = http
-        self._max_backoff_s = max_backoff_s
-        self._max_attempts = max_attempts
+        self._retries = Retries(max_wait_s=max_backoff_s, max_attempts=max_attempts, on_failure=self._count_retry)
         self.trouble = ""
         """Why the last attempt failed; empty when it succeeded."""
 
@@ -90,25 +94,25 @@ class ServiceClient:
         TokenIdsNeededError."""
         # Unset fields have their default: leaving them out keeps requests with many candidates short.
         body = request.model_dump_json(exclude_unset=True).encode()
-        backoff, attempt, bugs = Backoff(self._max_backoff_s), 0, 0
-        while True:
-            attempt += 1
+        bugs = itertools.count(1)
+
+        async def attempt() -> Answer:
             url = f"{next(self._in_turn)}{path}"
             try:
                 content = await self._post_once(url, body)
-                self._note_up()
-                return self._read(content, answer, url)
             except _UnavailableError as exc:
                 self._note_down(str(exc))
-                bugs += isinstance(exc, _BugError)
-                if bugs >= _MAX_BUG_ANSWERS:
+                if isinstance(exc, _BugError) and next(bugs) == _MAX_BUG_ANSWERS:
                     raise RefusedRequestError(str(exc), reason=f"{_REASONS[self.role]}_refused") from exc
-                if attempt == self._max_attempts:
-                    detail = f"{exc} (after {attempt} attempts, collector.max_attempts)"
-                    raise RefusedRequestError(detail, reason=f"{_REASONS[self.role]}_unavailable") from exc
-                wait_s = backoff.next_s(at_least_s=exc.retry_after_s)
-            metrics.service_retries_total.labels(self.role).inc()
-            await asyncio.sleep(wait_s)
+                raise
+            self._note_up()
+            return self._read(content, answer, url)
+
+        try:
+            return await self._retries.wait_for(attempt)
+        except _UnavailableError as exc:
+            detail = f"{exc} (after {self._retries.max_attempts} attempts, collector.max_attempts)"
+            raise RefusedRequestError(detail, reason=f"{_REASONS[self.role]}_unavailable") from exc
 
     async def _post_once(self, url: str, body: bytes) -> bytes:
         try:
@@ -150,6 +154,9 @@ class ServiceClient:
                 f"{self.role} at {url} answered something that is not a {answer.__name__}: {place}: {first['msg']}",
                 reason=f"{_REASONS[self.role]}_refused",
             ) from exc
+
+    def _count_retry(self, _attempt: int, _error: BaseException) -> None:
+        metrics.service_retries_total.labels(self.role).inc()
 
     def _note_up(self) -> None:
         if self.trouble:
@@ -252,7 +259,7 @@ def http_client(
 def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
     """Clients for the addresses in the settings."""
 
-    def client(role: Role, base_urls: Sequence[str]) -> ServiceClient:
+    def client(role: EngineRole, base_urls: Sequence[str]) -> ServiceClient:
         collector = settings.collector
         return ServiceClient(
             role, base_urls, http, max_backoff_s=collector.max_backoff_s, max_attempts=collector.max_attempts

@@ -8,21 +8,18 @@ ledger, and the next collector works on them again.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets as random_names
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from services.app import create_app
 from services.collector.clients import Services, build_services, http_client
 from services.collector.gate import Gate, RunWatch
 from services.collector.leases import LeaseKeeper
@@ -32,10 +29,11 @@ from services.collector.sources.source import open_source
 from services.collector.storage import Recorder, Storage
 from services.collector.windows import PolicyTokenizer, WindowMaker
 from services.concurrency import first_error
+from services.middleware import MetricsMiddleware
 from shared.api import Readiness
 from shared.coordination import Coordination
 from shared.errors import SettingsError
-from shared.http import refuse_open_binding
+from shared.http import build_server, listen, operations_app, refuse_open_binding
 from shared.identity import Manifest
 from shared.redis import connect
 from shared.runs import Run
@@ -67,10 +65,11 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
 async def run_collector(settings: Settings, secrets: Secrets) -> None:
     """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
     state = _State()
-    server = health_server(build(secrets, state.trouble), host=settings.collector.host, port=settings.collector.port)
+    server = build_server(_operations(secrets, state.trouble))
+    sockets = listen(settings.collector.host, settings.collector.port, setting="collector.port")
     try:
         async with asyncio.TaskGroup() as group:
-            serving = group.create_task(server.serve())
+            serving = group.create_task(server.serve(sockets))
             await _collect_windows(settings, secrets, state)
             server.should_exit = True
             await serving
@@ -176,40 +175,13 @@ async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest
     return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
 
 
-_MAX_REQUEST_BYTES = 65_536
-
-
-_DESCRIPTION = "Reads documents, has their chunks continued, rewritten and judged, and writes them on the stream."
-
-
-def build(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> FastAPI:
+def _operations(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> ASGIApp:
     """`trouble()` says at once what keeps the collector from its work: in a few words, each with the whole sentence."""
 
     def readiness() -> Readiness:
         found = trouble()
         return Readiness(ready=not found, service="collector", detail="; ".join(found.values()))
 
-    return create_app(
-        service="collector",
-        title="Headwater collector",
-        description=_DESCRIPTION,
-        secrets=secrets,
-        readiness=readiness,
-        summary=lambda: "; ".join(trouble()),
-        max_request_bytes=_MAX_REQUEST_BYTES,
+    return MetricsMiddleware(
+        operations_app("collector", secrets=secrets, readiness=readiness, summary=lambda: "; ".join(trouble()))
     )
-
-
-class HealthServer(uvicorn.Server):
-    """Serves beside the work and leaves signals to it."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def health_server(app: FastAPI, *, host: str, port: int) -> HealthServer:
-    config = uvicorn.Config(
-        app, host=host, port=port, lifespan="off", log_config=None, access_log=False, server_header=False
-    )
-    return HealthServer(config)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from services.collector.backoff import Backoff
 from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
 from shared.coordination import Coordination, TrainerReport
@@ -18,6 +17,7 @@ from shared.errors import DatabaseError, FencedError, StreamError
 from shared.identity import Manifest
 from shared.ledger import Balance, Position, WindowStart
 from shared.records import Lease, ScoredWindow, WindowKey
+from shared.retries import Retries
 from shared.runs import Run
 from shared.seeds import share_of
 from shared.settings import Settings
@@ -79,7 +79,7 @@ class Storage:
         self._run = run
         self._ledger = run.ledger
         self._recorder = recorder
-        self._max_backoff_s = max_backoff_s
+        self._retries = Retries(max_wait_s=max_backoff_s, on_failure=lambda *_: None)
         self.trouble: dict[str, str] = {}
         """Per store why its last call failed; absent when it succeeded."""
         self._logged_reasons: set[str] = set()
@@ -110,24 +110,27 @@ class Storage:
             reported = report.weight_version if report else 0
             return Sight(self._stream.backlog(), report, max(reported, announced or 0))
 
-        return await self._attempt(self._redis_threads, read)
+        return await self._attempt("redis", self._redis_threads, read)
 
     async def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
         """One attempt. Raises StreamError."""
         return await self._attempt(
-            self._redis_threads, lambda: self._coordination.source_exhausted(num_parts=num_parts, extent=extent)
+            "redis",
+            self._redis_threads,
+            lambda: self._coordination.source_exhausted(num_parts=num_parts, extent=extent),
         )
 
     async def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
         """See Coordination; one attempt, as of the two that follow. Raises StreamError."""
         return await self._attempt(
+            "redis",
             self._lease_thread,
             lambda: self._coordination.acquire_leases(parts, owner, room=room, lease_s=lease_s),
         )
 
     async def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
         return await self._attempt(
-            self._lease_thread, lambda: self._coordination.renew_leases(epochs, owner, lease_s=lease_s)
+            "redis", self._lease_thread, lambda: self._coordination.renew_leases(epochs, owner, lease_s=lease_s)
         )
 
     async def release_leases(self, parts: Sequence[int], owner: str) -> None:
@@ -135,7 +138,7 @@ class Storage:
             for part in parts:
                 self._coordination.release_lease(part, owner)
 
-        await self._attempt(self._lease_thread, release)
+        await self._attempt("redis", self._lease_thread, release)
 
     async def take_part(self, part: int, owner: str) -> Lease:
         """Fence off everyone who had the part before. `owner` has its key in Redis; FencedError if that has ended.
@@ -237,35 +240,20 @@ class Storage:
 
     async def _redis(self, call: Callable[[], T]) -> T:
         """The answer of a blocking Redis call, however long Redis is down."""
-        backoff = Backoff(self._max_backoff_s)
-        while True:
-            try:
-                return await self._attempt(self._redis_threads, call)
-            except StreamError:
-                await asyncio.sleep(backoff.next_s())
+        return await self._retries.wait_for(lambda: self._attempt("redis", self._redis_threads, call))
 
     async def _database(self, call: Callable[[], T]) -> T:
         """The answer of a blocking database call, however long the database is down. Raises DatabaseRefusalError."""
-        backoff = Backoff(self._max_backoff_s)
-        while True:
-            try:
-                answer = await asyncio.get_running_loop().run_in_executor(self._database_thread, call)
-            except DatabaseError as exc:
-                if not exc.retryable:
-                    raise
-                self._note_down("database", str(exc))
-                await asyncio.sleep(backoff.next_s())
-            else:
-                self._note_up("database")
-                return answer
+        return await self._retries.wait_for(lambda: self._attempt("database", self._database_thread, call))
 
-    async def _attempt(self, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+    async def _attempt(self, store: str, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         try:
             answer = await asyncio.get_running_loop().run_in_executor(executor, call)
-        except StreamError as exc:
-            self._note_down("redis", str(exc))
+        except (StreamError, DatabaseError) as exc:
+            if exc.retryable:
+                self._note_down(store, str(exc))
             raise
-        self._note_up("redis")
+        self._note_up(store)
         return answer
 
     def _note_up(self, store: str) -> None:

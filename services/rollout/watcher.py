@@ -24,6 +24,7 @@ from services.rollout.weight_copy import CopyState, Staged, WeightCopy
 from shared import metrics
 from shared.coordination import AnnouncedWeights
 from shared.errors import DatabaseError, EngineError, HeadwaterError, SettingsError, StreamError, WeightStoreError
+from shared.retries import doubled_s
 from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.weights.store import Manifest, WeightStore
@@ -269,7 +270,7 @@ class WeightWatcher:
     def _refuse(self, wanted: AnnouncedWeights, exc: Exception) -> None:
         before = self._refusal
         num_tries = before.num_tries + 1 if before and before.wanted == wanted else 1
-        wait_s = min(_MAX_RETRY_S, _FIRST_RETRY_S * 2 ** (num_tries - 1))
+        wait_s = doubled_s(num_tries, first_s=_FIRST_RETRY_S, max_s=_MAX_RETRY_S)
         self._refusal = _Refusal(wanted, str(exc), num_tries, self._clock() + wait_s)
         _log.warning(
             "weight version %d refused, version %s stays in service: %s",

@@ -183,7 +183,7 @@ def test_two_replicas_one_late_hold_the_trainers_weights_bit_for_bit(tmp_path: P
         "--trainer.max_policy_lag", "3", "--trainer.replica_wait_s", "60", "--weights.full_every", "7",
     ]  # fmt: skip
     start_late = [
-        sys.executable, "-m", "services.rollout", "--config", str(tmp_path / "runs/vllm/processes.toml"),
+        sys.executable, "-m", "services", "rollout", "--config", str(tmp_path / "runs/vllm/processes.toml"),
         "--redis.url", redis_server.url, "--rollout.port", str(late.port), "--rollout.replica", "late",
     ]  # fmt: skip
     try:

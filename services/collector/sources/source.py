@@ -21,11 +21,11 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from services.collector.backoff import Backoff
 from services.collector.sources.base import Document, Fields, RawRecord, Reader, Refusal, Source
 from shared import metrics
 from shared.errors import SettingsError, SourceError, SourceReadError
 from shared.identity import Manifest
+from shared.retries import Retries
 from shared.seeds import shuffle_seed
 from shared.settings import DocumentsSettings
 
@@ -37,9 +37,6 @@ _T = TypeVar("_T")
 
 _GIVE_UP_S = 900.0
 """As long as the trainer waits for Redis or the database."""
-
-
-_MAX_BACKOFF_S = 10.0
 
 
 _SERVICE = "documents"
@@ -99,13 +96,13 @@ def _columns(documents: DocumentsSettings) -> tuple[str, ...]:
     return (documents.token_ids_field or documents.text_field, documents.id_field)
 
 
-class Retries:
-    """Shared by all parts of one source: what one of them could read was no matter of settings."""
+class PatientReads:
+    """Reads that wait out failures. Shared by all parts of one source: what one of them could read is there, so a later
+    failure is not a matter of settings."""
 
-    def __init__(self, *, give_up_s: float = _GIVE_UP_S, max_backoff_s: float = _MAX_BACKOFF_S) -> None:
+    def __init__(self, *, give_up_s: float = _GIVE_UP_S, max_wait_s: float = 10.0) -> None:
         """After `give_up_s` of failures in a row SourceError is raised."""
-        self._give_up_s = give_up_s
-        self._max_backoff_s = max_backoff_s
+        self._retries = Retries(give_up_s=give_up_s, max_wait_s=max_wait_s, on_failure=self._note_down)
         self._has_read = False
         self._has_loaded = False
         self.trouble = ""
@@ -114,73 +111,52 @@ class Retries:
     def records(self, reader: Reader, *, start: int, step: int) -> Iterator[RawRecord]:
         """What `reader.read` gives."""
         is_resumed = start >= step
-        failures = _Failures(self._give_up_s, self._max_backoff_s)
-        while True:
+        records: Iterator[RawRecord] | None = None
+
+        def read_next() -> RawRecord | None:
+            nonlocal records
             try:
-                for record in reader.read(start=start, step=step):
-                    self._has_read = True
-                    self._note_read(failures)
-                    yield record
-                    start += step
-                return
-            except SourceReadError as exc:
-                if not (self._has_read or is_resumed):
-                    raise
-                self._wait(failures, exc)
+                records = records or reader.read(start=start, step=step)
+                return next(records, None)
+            except SourceReadError:
+                records = None
+                raise
+
+        while (record := self._read(read_next, waits=self._has_read or is_resumed)) is not None:
+            self._has_read = True
+            yield record
+            start += step
 
     def loaded(self, load: Callable[[], _T]) -> _T:
         """What `load` gives, which reads one record."""
-        failures = _Failures(self._give_up_s, self._max_backoff_s)
-        while True:
-            try:
-                found = load()
-            except SourceReadError as exc:
-                if not self._has_loaded:
-                    raise
-                self._wait(failures, exc)
-            else:
-                self._has_loaded = True
-                self._note_read(failures)
-                return found
+        found = self._read(load, waits=self._has_loaded)
+        self._has_loaded = True
+        return found
 
-    def _note_read(self, failures: "_Failures") -> None:
-        if failures.number:
-            _log.info("the documents are read again after %d failed attempts", failures.number)
-            failures.end()
-            self.trouble = ""
-            metrics.service_up.labels(_SERVICE).set(1)
-
-    def _wait(self, failures: "_Failures", exc: SourceReadError) -> None:
-        self.trouble = str(exc)
-        metrics.service_up.labels(_SERVICE).set(0)
-        pause_s = failures.next_pause_s(exc)
-        metrics.service_retries_total.labels(_SERVICE).inc()
-        _log.warning("reading the documents failed, trying again in %.1f s: %s", pause_s, exc)
-        time.sleep(pause_s)
-
-
-class _Failures:
-    """Failures in a row of one reader."""
-
-    def __init__(self, give_up_s: float, max_backoff_s: float) -> None:
-        self._give_up_s = give_up_s
-        self._max_backoff_s = max_backoff_s
-        self.end()
-
-    def end(self) -> None:
-        """A read succeeded."""
-        self.number = 0
-        self._backoff = Backoff(self._max_backoff_s)
-
-    def next_pause_s(self, exc: SourceReadError) -> float:
-        """How long to wait after one more. Raises SourceError when there have been failures for too long."""
-        if not self.number:
-            self._began = time.monotonic()
-        self.number += 1
-        lasted_s = time.monotonic() - self._began
-        if lasted_s > self._give_up_s:
+    def _read(self, read: Callable[[], _T], *, waits: bool) -> _T:
+        if not waits:
+            return read()
+        began = time.monotonic()
+        try:
+            found = self._retries(read)
+        except SourceReadError as exc:
+            lasted_s = time.monotonic() - began
             raise SourceError(f"the documents could not be read for {lasted_s:.0f} s, the last time: {exc}") from exc
-        return self._backoff.next_s()
+        if self.trouble:
+            self._note_up()
+        return found
+
+    def _note_up(self) -> None:
+        _log.info("the documents are read again")
+        self.trouble = ""
+        metrics.service_up.labels(_SERVICE).set(1)
+
+    def _note_down(self, _attempt: int, error: BaseException) -> None:
+        if not self.trouble:
+            _log.warning("reading the documents failed, retrying: %s", error)
+        self.trouble = str(error)
+        metrics.service_up.labels(_SERVICE).set(0)
+        metrics.service_retries_total.labels(_SERVICE).inc()
 
 
 @dataclass(frozen=True)
@@ -194,11 +170,11 @@ class DealtSource:
     shuffle_bytes: int
     """Of the pieces of all parts together; 0: no bound."""
     seed: int
-    retries: Retries = field(default_factory=Retries)
+    reads: PatientReads = field(default_factory=PatientReads)
 
     @property
     def trouble(self) -> dict[str, str]:
-        return {"source": self.retries.trouble} if self.retries.trouble else {}
+        return {"source": self.reads.trouble} if self.reads.trouble else {}
 
     def manifest(self) -> Manifest:
         return self.reader.manifest()
@@ -207,13 +183,13 @@ class DealtSource:
         if not 0 <= part < self.num_parts:
             raise ValueError(f"part must lie in 0..{self.num_parts - 1}, got {part}")
         for position, record in self._shuffled(part, epoch=epoch, start=start):
-            yield self.retries.loaded(partial(self.fields.document, record, position))
+            yield self.reads.loaded(partial(self.fields.document, record, position))
 
     def _shuffled(self, part: int, *, epoch: int, start: int) -> Iterator[tuple[int, RawRecord]]:
         """The part's records with their positions, from position `start` on."""
         block, piece = start // self.shuffle_buffer, 0
         position = block * self.shuffle_buffer
-        records = self.retries.records(self.reader, start=part + position * self.num_parts, step=self.num_parts)
+        records = self.reads.records(self.reader, start=part + position * self.num_parts, step=self.num_parts)
         while held := self._next_piece(records, room=(block + 1) * self.shuffle_buffer - position):
             end = position + len(held)
             self._shuffle(held, shuffle_seed(self.seed, part, epoch, block, *([piece] if piece else [])))

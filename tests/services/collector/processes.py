@@ -78,14 +78,14 @@ def served(app: Any, *, port: int = 0) -> Iterator[str]:
 
 
 class CollectorProcess:
-    """`python -m services.collector` with a TOML file, its log in a file."""
+    """`python -m services collector` with a TOML file, its log in a file."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         config = folder / "config.toml"
         config.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
         self.log = folder / "collector.log"
         with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "services.collector", "--config", str(config)]
+            command = [sys.executable, "-m", "services", "collector", "--config", str(config)]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stderr=log, env=environment)
 

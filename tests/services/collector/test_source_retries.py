@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.collector.sources.base import Document, Fields, RawRecord
-from services.collector.sources.source import DealtSource, Retries, open_source
+from services.collector.sources.source import DealtSource, PatientReads, open_source
 from shared import metrics
 from shared.errors import SourceError, SourceReadError
 from shared.settings import DocumentsSettings
@@ -39,8 +39,8 @@ class Flaky:
 
 
 def dealt(reader: Flaky, *, give_up_s: float = 30.0) -> DealtSource:
-    fields, retries = Fields("text", "", "id", 1000, 10), Retries(give_up_s=give_up_s, max_backoff_s=0.001)
-    return DealtSource(reader, fields, 2, 4, 0, 0, retries)  # type: ignore[arg-type]
+    fields, reads = Fields("text", "", "id", 1000, 10), PatientReads(give_up_s=give_up_s, max_wait_s=0.001)
+    return DealtSource(reader, fields, 2, 4, 0, 0, reads)  # type: ignore[arg-type]
 
 
 def contents(source: DealtSource, *, part: int = 0, start: int = 0) -> list[Any]:

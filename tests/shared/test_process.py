@@ -1,12 +1,14 @@
-"""One JSON object a line."""
+"""How a process begins, logs and ends."""
 
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +88,46 @@ configure_logs("judge")
     assert (entry["role"], entry["message"]) == ("judge", "ValueError: no port in 'redis://'")
     assert "in fail" in entry["traceback"]
     assert "hUsh" not in ended.stderr
+
+
+PROGRAM = """
+import os, signal, sys
+from shared.errors import SettingsError
+from shared.process import on_stop_signal, run_process
+def work(settings, secrets):
+    match settings.run.name:
+        case "bad": raise SettingsError("redis://:hUsh@redis/0 is no place")
+        case "stopped": os.kill(os.getpid(), signal.SIGTERM)
+        case "reacting":
+            on_stop_signal(lambda *_: print("noted"))
+            os.kill(os.getpid(), signal.SIGINT)
+    print(settings.run.name, secrets.token)
+sys.exit(run_process("judge", work, command="python -m toy"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "output"),
+    [("good", 0, "good t0ken\n"), ("stopped", 0, ""), ("reacting", 0, "noted\nreacting t0ken\n"), ("bad", 1, "")],
+)
+def test_a_process_ends_with_0_or_with_1_and_one_line(tmp_path: Path, name: str, status: int, output: str) -> None:
+    (tmp_path / "run.toml").write_text("[run]\nname = 'other'")
+    words = ["--config", str(tmp_path / "run.toml"), "--run.name", name]
+    environ = os.environ | {"HEADWATER_TOKEN": "t0ken"}
+    command = [sys.executable, "-c", PROGRAM, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
+    assert (ended.returncode, ended.stdout) == (status, output)
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    found = [(line["level"], line["role"], line["message"], line["error_type"]) for line in lines]
+    assert found == ([("error", "judge", "redis://redis/0 is no place", "SettingsError")] if status else [])
+
+
+def test_wrong_arguments_and_settings_end_it_too() -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PROGRAM, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run("--help").stdout.startswith("usage: python -m toy [-h] [--config FILE]")
+    assert run("--config").returncode == 2
+    ended = run("--run.colour", "red")
+    assert (ended.returncode, json.loads(ended.stderr)["error_type"]) == (1, "SettingsError")
