@@ -58,7 +58,7 @@ def test_announced_versions_are_loaded_and_outlive_redis(
             wait_until(lambda: httpx.get(f"{url}/readyz").json()["weight_version"] == 4, what="version 4")
             client.close()
             process.kill()
-            summary = "new weights can't be heard of"
+            summary = "can't look for new weights"
             wait_until(lambda: httpx.get(f"{url}/readyz").json()["detail"] == summary, what="the detail")
             full = httpx.get(f"{url}/status", headers=HEADERS).json()["detail"]
             assert full.startswith(f"{summary}: Redis: ")

@@ -51,5 +51,5 @@ def test_full_and_sparse_versions_come_from_a_bucket_and_a_broken_one_does_not(
         WeightStore(STORE)._fs.pipe_file(f"weights/run/v00000004/{SPARSE_FILE}", b"half")
         assert readiness(url)["weight_version"] == 3  # no manifest: it is not there
         s3.stop()
-        wait_until(lambda: "can't be heard of" in readiness(url)["detail"], what="the detail")
+        wait_until(lambda: "can't look for new weights" in readiness(url)["detail"], what="the detail")
         assert readiness(url)["ready"]
