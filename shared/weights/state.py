@@ -3,9 +3,9 @@
 A *state* is the tensors of a safetensors file by name, each a flat view of unsigned integers as wide as its elements.
 With bits, equal means identical: -0.0 is not 0.0, and a NaN equals itself.
 
-The checksum of a state can be updated from its changes alone (`StateSums`). A tensor is cut into rows of 64 KiB. The sum
-of a row is that of its 32-bit words, each multiplied by an odd number that depends on its place, modulo 2^64. A changed
-element adds the difference of its word times that number. The checksum hashes all sums, names and layouts.
+The checksum of a state can be updated from its changes alone (`StateSums`). A tensor is cut into rows of 64 KiB. The
+sum of a row is that of its 32-bit words, each multiplied by an odd number that depends on its place, modulo 2^64. A
+changed element adds the difference of its word times that number. The checksum hashes all sums, names and layouts.
 """
 
 import json

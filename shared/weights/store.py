@@ -240,8 +240,8 @@ class WeightStore:
             )
 
     def _write_at_once(self, path: str, content: bytes) -> None:
-        """Readers see all of it or nothing. Nothing is synced to disk: checksums notice what a machine's crash lost, and
-        every trainer starts with a full version."""
+        """Readers see all of it or nothing. Nothing is synced to disk: checksums notice what a crash lost, and every
+        trainer starts with a full version."""
         if self._puts_are_atomic:
             self._fs.pipe_file(path, content)
             return
