@@ -168,7 +168,8 @@ def render(
             total_tokens=num_prompt_tokens + num_sampled,
         ),
         weight_version=min(
-            [sample.answer.weight_version for sample in samples] + [version for scores, version in scored if scores]
+            [sample.answer.weight_version for sample in samples]
+            + [version for scores, version in scored if any(scores)]
         ),
     )
     # Choice by choice: while pydantic serializes a record no other thread runs, not even the event loop's.

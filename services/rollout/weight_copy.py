@@ -257,7 +257,7 @@ class WeightCopy:
         return self._read_disk() if self._held is None else self._held.copy()
 
     def _read_disk(self) -> HeldWeights:
-        assert self._disk is not None, "a chain that begins sparse begins at the own copy"
+        assert self._disk is not None, "a chain that begins with a sparse version begins at this copy"
         state, folder = self._disk
         held = HeldWeights.read(folder / FULL_FILE)
         if held.checksum != state.state_checksum:
