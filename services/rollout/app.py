@@ -1,4 +1,4 @@
-"""Assembles the rollout service: engine, weight watcher, routes. Called by __main__.py and by tests."""
+"""The rollout service: assembled from settings, then its route `/v1/rollouts` (completions.py has the others)."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ evaluation harnesses and people."""
 
 
 def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
-    """`engine` replaces the one that the settings ask for (tests)."""
+    """`engine` replaces the one in the settings (tests)."""
     chosen = engine or build_engine(
         settings.rollout.engine, default_model=settings.policy.model, tokenizer=settings.policy.tokenizer
     )
@@ -74,7 +74,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
 
 
 def _connect(settings: Settings) -> Coordination | None:
-    """None without Redis: then the newest version in the store counts as announced, and nobody counts replicas."""
+    """None without Redis: the newest version in the store then counts as announced, and replicas are not counted."""
     if not settings.redis.url:
         return None
     return Coordination(connect(settings.redis.url, timeout_s=settings.redis.timeout_s), settings.run.name)
@@ -108,7 +108,7 @@ def _build_heartbeat(
 
 
 def replica_name(rollout: RolloutSettings) -> str:
-    """What tells this replica from the others of its run, the same after a restart."""
+    """Unique among the replicas of a run, and the same after a restart."""
     return rollout.replica or f"{socket.gethostname()}-{rollout.port}"
 
 
@@ -117,7 +117,7 @@ def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
 
     @router.post("/v1/rollouts")
     async def rollouts(body: RolloutRequest, request: Request) -> RolloutResponse:
-        """Per start, in the order of the request, `num_rollouts` continuations of `token_ids[:start]`."""
+        """For each start, in order, `num_rollouts` continuations of `token_ids[:start]`."""
         life.check_ready()
         return await unless_disconnected(request, sample_rollouts(engine, body))
 
@@ -125,7 +125,7 @@ def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
 
 
 async def sample_rollouts(engine: Engine, request: RolloutRequest) -> RolloutResponse:
-    """All chunks go to the engine in one call, so that it prefills their common document once."""
+    """All chunks go to the engine in one call, so that it prefills their window once."""
     sampling = Sampling.bounded(
         request.bounds,
         num_samples=request.num_rollouts,

@@ -1,4 +1,9 @@
-"""OpenAI's /v1/completions and /v1/models on the policy, for evaluation harnesses and the official client."""
+"""OpenAI's /v1/completions and /v1/models on the policy, for evaluation harnesses and the official client.
+
+    prompts -> token ids -> engine.generate -> engine.score_tokens, if log-probs are wanted -> JSON
+
+What grows with the number of tokens runs in a thread: the event loop also serves the collector and the probes.
+"""
 
 import asyncio
 import itertools
@@ -26,7 +31,7 @@ from services.rollout.openai_models import (
 from shared.errors import RequestError
 
 Scored = tuple[list[TokenScore | None], int]
-"""Scores of the tokens that a choice shows, and the weight version that they were computed under."""
+"""Scores of the tokens in a choice's text, and the weight version that computed them."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,7 @@ class Sample:
 
 
 class TokenTexts:
-    """The text of each token by itself. The tokenizer never changes while weights do, so each is decoded once.
-
-    Safe from several threads: at worst two decode the same token.
-    """
+    """The text of single tokens, each decoded once. Safe from several threads: at worst two decode the same token."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -54,6 +56,98 @@ class TokenTexts:
         return [self._table[token_id] for token_id in token_ids]
 
 
+def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
+    router = APIRouter(tags=["openai"])
+    started_at = int(time.time())
+    texts = TokenTexts(engine)
+
+    def card() -> ModelCard:
+        return ModelCard(created=started_at, metadata={"weight_version": engine.weight_version, "engine": engine.name})
+
+    @router.post("/v1/completions", response_model=CompletionResponse)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue prompts, or score them with `echo` and `logprobs`."""
+        life.check_ready()
+        _check_model(body.model)
+        return await unless_disconnected(request, complete(engine, texts, body))
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        """The only model."""
+        return ModelList(data=[card()])
+
+    @router.get("/v1/models/{model}")
+    async def model(model: str) -> ModelCard:
+        _check_model(model)
+        return card()
+
+    return router
+
+
+def _check_model(name: str) -> None:
+    if name != MODEL_ID:
+        raise HTTPException(404, f"there is no model {name!r}: the policy is called {MODEL_ID!r}")
+
+
+async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest) -> Response:
+    prompts = await asyncio.to_thread(lambda: [_read_prompt(engine, prompt) for prompt in request.prompts])
+    answers = await _generate(engine, request, [token_ids for token_ids, _ in prompts])
+    samples = [
+        Sample(token_ids, text, answer)
+        for (token_ids, text), of_prompt in zip(prompts, answers, strict=True)
+        for answer in of_prompt
+    ]
+    scored = await _score(engine, request, samples)
+    num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
+    content = await asyncio.to_thread(
+        render, request, samples, scored, texts=texts, num_prompt_tokens=num_prompt_tokens
+    )
+    return Response(content, media_type="application/json")
+
+
+def _read_prompt(engine: Engine, prompt: str | Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """Token ids and text; one of them was given."""
+    if isinstance(prompt, str):
+        return tuple(engine.encode(prompt)), prompt
+    return tuple(prompt), engine.decode(prompt)
+
+
+async def _generate(
+    engine: Engine, request: CompletionRequest, prompts: Sequence[tuple[int, ...]]
+) -> list[list[Generation]]:
+    if request.max_tokens == 0:
+        return [[Generation((), "", "length", engine.weight_version)] * request.n for _ in prompts]
+    sampling = Sampling(
+        max_tokens=16 if request.max_tokens is None else request.max_tokens,
+        num_samples=request.n,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=secrets.randbits(48) if request.seed is None else request.seed,
+    )
+    return await engine.generate(prompts, sampling)
+
+
+async def _score(engine: Engine, request: CompletionRequest, samples: Sequence[Sample]) -> list[Scored]:
+    """For each choice the scores of the tokens in its text; empty if no log-probs are wanted."""
+    if request.logprobs is None:
+        return [([], 0) for _ in samples]
+    if not isinstance(engine, TokenScorer):
+        raise RequestError(f"the engine {engine.name} has no log-probs of tokens: leave out logprobs")
+    scorer: TokenScorer = engine
+    return await asyncio.gather(
+        *(_score_shown(scorer, one.prompt, one.answer.token_ids, echo=bool(request.echo)) for one in samples)
+    )
+
+
+async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tuple[int, ...], *, echo: bool) -> Scored:
+    context, shown = (prompt[:1], prompt[1:] + answer) if echo else (prompt, answer)
+    first: list[TokenScore | None] = [None] if echo else []
+    if not shown:
+        return first, 0
+    (scores,), version = await scorer.score_tokens(context, [shown])
+    return [*first, *scores], version
+
+
 def render(
     request: CompletionRequest,
     samples: Sequence[Sample],
@@ -62,7 +156,7 @@ def render(
     texts: TokenTexts,
     num_prompt_tokens: int,
 ) -> str:
-    """The whole answer as JSON."""
+    """The answer as JSON."""
     num_sampled = sum(len(sample.answer.token_ids) for sample in samples)
     answer = CompletionResponse(
         id=f"cmpl-{secrets.token_hex(12)}",
@@ -74,10 +168,11 @@ def render(
             total_tokens=num_prompt_tokens + num_sampled,
         ),
         weight_version=min(
-            [sample.answer.weight_version for sample in samples] + [version for scores, version in scored if scores]
+            [sample.answer.weight_version for sample in samples]
+            + [version for scores, version in scored if any(scores)]
         ),
     )
-    # Choice by choice: pydantic lets no other thread run while it writes a record, the event loop's included.
+    # Choice by choice: while pydantic serializes a record no other thread runs, not even the event loop's.
     choices = [
         _choice(request, index, sample, scores, texts).model_dump_json()
         for index, (sample, (scores, _)) in enumerate(zip(samples, scored, strict=True))
@@ -108,7 +203,7 @@ def _choice(
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first stop string, and whether there was one."""
+    """`text` up to the first stop string, and whether it had one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
@@ -121,7 +216,7 @@ def _logprobs(
     max_characters: int | None,
     top: int,
 ) -> ChoiceLogprobs:
-    """Tokens that begin at or behind `max_characters` (a stop string) are left out."""
+    """Without the tokens that begin at or after `max_characters`, where a stop string cut the text."""
     tokens = texts.of(token_ids)
     offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)]
     kept = len([offset for offset in offsets if max_characters is None or offset < max_characters])
@@ -136,105 +231,9 @@ def _logprobs(
 def _tops(
     tokens: Sequence[str], scores: Sequence[TokenScore | None], texts: TokenTexts
 ) -> list[dict[str, float] | None]:
-    """The most probable token, and the given one beside it where that is another."""
+    """For each place the given token and the most probable one, which may be the same."""
     likeliest = iter(texts.of([score.best_token_id for score in scores if score]))
     return [
         {token: score.log_prob} | {next(likeliest): score.best_log_prob} if score else None
         for token, score in zip(tokens, scores, strict=True)
     ]
-
-
-def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
-    router = APIRouter(tags=["openai"])
-    started_at = int(time.time())
-    texts = TokenTexts(engine)
-
-    def card() -> ModelCard:
-        return ModelCard(created=started_at, metadata={"weight_version": engine.weight_version, "engine": engine.name})
-
-    @router.post("/v1/completions", response_model=CompletionResponse)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue one or several prompts; with `echo` and `logprobs` score them."""
-        life.check_ready()
-        _check_model(body.model)
-        return await unless_disconnected(request, complete(engine, texts, body))
-
-    @router.get("/v1/models")
-    async def models() -> ModelList:
-        """The one model there is."""
-        return ModelList(data=[card()])
-
-    @router.get("/v1/models/{model}")
-    async def model(model: str) -> ModelCard:
-        _check_model(model)
-        return card()
-
-    return router
-
-
-def _check_model(name: str) -> None:
-    if name != MODEL_ID:
-        raise HTTPException(404, f"no model {name!r} here: the policy is called {MODEL_ID!r}")
-
-
-async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest) -> Response:
-    """Sample, score if log-probs are wanted, and put it in OpenAI's form.
-
-    What grows with the tokens is done in a thread: the loop also serves the collector and the probes.
-    """
-    prompts = await asyncio.to_thread(lambda: [_read_prompt(engine, prompt) for prompt in request.prompts])
-    answers = await _generate(engine, request, [token_ids for token_ids, _ in prompts])
-    samples = [
-        Sample(token_ids, text, answer)
-        for (token_ids, text), of_prompt in zip(prompts, answers, strict=True)
-        for answer in of_prompt
-    ]
-    scored = await _score(engine, request, samples)
-    num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
-    content = await asyncio.to_thread(
-        render, request, samples, scored, texts=texts, num_prompt_tokens=num_prompt_tokens
-    )
-    return Response(content, media_type="application/json")
-
-
-def _read_prompt(engine: Engine, prompt: str | Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """Token ids and text, whichever of them was given."""
-    if isinstance(prompt, str):
-        return tuple(engine.encode(prompt)), prompt
-    return tuple(prompt), engine.decode(prompt)
-
-
-async def _generate(
-    engine: Engine, request: CompletionRequest, prompts: Sequence[tuple[int, ...]]
-) -> list[list[Generation]]:
-    if request.max_tokens == 0:
-        return [[Generation((), "", "length", engine.weight_version)] * request.n for _ in prompts]
-    sampling = Sampling(
-        max_tokens=16 if request.max_tokens is None else request.max_tokens,
-        num_samples=request.n,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=secrets.randbits(48) if request.seed is None else request.seed,
-    )
-    return await engine.generate(prompts, sampling)
-
-
-async def _score(engine: Engine, request: CompletionRequest, samples: Sequence[Sample]) -> list[Scored]:
-    """Per choice the scores of the tokens that its text shows; empty lists when no log-probs are wanted."""
-    if request.logprobs is None:
-        return [([], 0) for _ in samples]
-    if not isinstance(engine, TokenScorer):
-        raise RequestError(f"{engine.name} gives no log-probs of tokens: leave logprobs out")
-    scorer: TokenScorer = engine
-    return await asyncio.gather(
-        *(_score_shown(scorer, one.prompt, one.answer.token_ids, echo=bool(request.echo)) for one in samples)
-    )
-
-
-async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tuple[int, ...], *, echo: bool) -> Scored:
-    context, shown = (prompt[:1], prompt[1:] + answer) if echo else (prompt, answer)
-    first: list[TokenScore | None] = [None] if echo else []
-    if not shown:
-        return first, 0
-    (scores,), version = await scorer.score_tokens(context, [shown])
-    return [*first, *scores], version

@@ -1,5 +1,5 @@
-"""Says in Redis that this replica lives and which weight version it serves. One thread of its own, so that a replica
-that is busy loading weights is not taken for dead."""
+"""Reports in Redis that this replica is alive and which weight version it serves. Runs in its own thread, so that a
+replica that is busy loading weights does not look dead."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ _STOP_S = 5.0
 
 
 class Heartbeat:
-    """`served_version` is None while the replica can't answer: it is then not counted among the living."""
+    """`served_version` is None while the replica can't answer; then nothing is reported."""
 
     def __init__(
         self,
@@ -28,15 +28,15 @@ class Heartbeat:
         lifetime_s: float,
         poll_interval_s: float,
     ) -> None:
-        """A heartbeat lives for `lifetime_s`; a third of it, or a new version, brings the next."""
+        """A heartbeat expires after `lifetime_s`; one is sent every third of that, and at each new version."""
         self._coordination = coordination
         self._replica = replica
         self._served_version = served_version
         self._lifetime_s = lifetime_s
         self._poll_interval_s = min(poll_interval_s, lifetime_s / 3)
         self._stop = threading.Event()
-        self._told: tuple[int, float] | None = None
-        self._is_heard = True
+        self._sent: tuple[int, float] | None = None
+        self._is_connected = True
 
     @contextlib.asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
@@ -50,24 +50,24 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(self._poll_interval_s):
-            self._say(self._beat)
-        if self._told is not None:
-            self._say(lambda: self._coordination.forget_replica(self._replica))
+            self._try(self._beat)
+        if self._sent is not None:
+            self._try(lambda: self._coordination.forget_replica(self._replica))
 
     def _beat(self) -> None:
         version, now = self._served_version(), time.monotonic()
         if version is None:
             return
-        if self._told is None or self._told[0] != version or now - self._told[1] >= self._lifetime_s / 3:
+        if self._sent is None or self._sent[0] != version or now - self._sent[1] >= self._lifetime_s / 3:
             self._coordination.report_replica(self._replica, version, lifetime_s=self._lifetime_s)
-            self._told = (version, now)
+            self._sent = (version, now)
 
-    def _say(self, words: Callable[[], None]) -> None:
+    def _try(self, send: Callable[[], None]) -> None:
         try:
-            words()
+            send()
         except StreamError as exc:
-            if self._is_heard:
-                _log.warning("replica %s can't be heard: %s", self._replica, exc)
-            self._is_heard = False
+            if self._is_connected:
+                _log.warning("replica %s can't report to Redis: %s", self._replica, exc)
+            self._is_connected = False
         else:
-            self._is_heard = True
+            self._is_connected = True

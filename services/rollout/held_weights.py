@@ -1,7 +1,7 @@
-"""A whole weight version in a replica's memory: what changes are found to fit, and applied to. Used by weight_copy.py.
+"""A full weight version in a replica's memory, to which changes are applied. Used by weight_copy.py.
 
-An update takes work in proportion to its changes: their old bits are read, the checksum of the whole state is brought
-up to date from them (shared/weights/state.py), and only if it is the manifest's do bits change.
+The work is in proportion to the changes: the checksum of the new state is computed from the changed elements alone
+(shared/weights/state.py), and bits change only if it matches the manifest.
 """
 
 import json
@@ -18,21 +18,21 @@ from shared.weights.store import Manifest
 
 
 class MismatchError(WeightStoreError):
-    """Changes and the weights they were to be applied to do not belong together: one of both is wrong."""
+    """The changes do not fit the weights: one of them is wrong."""
 
 
 class HeldWeights:
-    """`checksum` is that of what is held; it changes with `apply` and `undo`."""
+    """`checksum` follows `apply` and `undo`."""
 
     def __init__(self, content: NDArray[np.uint8], *, where: str) -> None:
-        """`content` is a safetensors file, writable; it belongs to this object from now on."""
+        """`content` is a safetensors file, writable; this object owns it from now on."""
         self._content = content
         self._state = parse_state(content.data, where=where)
         self._sums = StateSums.of(self._state)
 
     @classmethod
     def read(cls, file: Path) -> "HeldWeights":
-        """MismatchError if there is no readable file: the copy is not what it should be."""
+        """MismatchError if the file is missing or unreadable."""
         try:
             return cls(np.fromfile(file, np.uint8), where=str(file))
         except (WeightStoreError, FileNotFoundError) as exc:
@@ -50,13 +50,14 @@ class HeldWeights:
         return StateSums.of(self._state).checksum == self._sums.checksum
 
     def apply(self, file: Path, wanted: Manifest) -> list[TensorPatch]:
-        """Become `wanted` by the changes in `file`; returns them. MismatchError, and nothing has changed, unless the
-        result has the manifest's checksums."""
+        """Become version `wanted` by the changes in `file`, which are returned.
+
+        Raises MismatchError, and changes nothing, if the result would not have the manifest's checksums."""
         version, checksum = wanted.version, wanted.state_checksum
         if not checksum.startswith(CHECKSUM_FORM):
             raise MismatchError(
                 f"weight version {version} was written by another version of this program, its checksum is {checksum}: "
-                "start the trainer, which begins with a full version"
+                "restart the trainer, which begins with a full version"
             )
         try:
             patches = decode_patches(file.read_bytes(), self._state, where=file.name)
@@ -75,7 +76,7 @@ class HeldWeights:
         return patches
 
     def undo(self, patches: Sequence[TensorPatch]) -> None:
-        """Become again what was held before `patches` (of several versions: one after the other) were applied."""
+        """Take back `patches`, the last ones applied (of one or several versions, in order)."""
         for patch in reversed(patches):
             inverse = TensorPatch(patch.name, patch.indices, np.negative(patch.changes))
             self._sums, _ = foresee(self._sums, [inverse], self._state)
@@ -86,8 +87,7 @@ class HeldWeights:
         self._content.tofile(file)
 
     def write_changes(self, file: Path, patches: Sequence[TensorPatch]) -> None:
-        """The elements that `patches` changed, as they are now, in the form that `PatchableEngine.patch_weights`
-        reads."""
+        """The changed elements with their present values, as `PatchableEngine.patch_weights` reads them."""
         indices: dict[str, list[NDArray[np.int64]]] = {}
         for patch in patches:
             indices.setdefault(patch.name, []).append(patch.indices)

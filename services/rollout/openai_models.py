@@ -1,4 +1,4 @@
-"""OpenAI's completions protocol: what is asked and answered. Used by completions.py."""
+"""Requests and answers of OpenAI's completions protocol. Used by completions.py."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ _FORMS = "a text, texts, a list of token ids, or several lists of token ids"
 
 
 def _in_one_sentence(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
-    """Pydantic would tell of each form that the value does not have."""
+    """Pydantic would list an error for every form."""
     try:
         return read(value)
     except ValidationError:
@@ -28,7 +28,7 @@ Prompts = Annotated[str | list[str] | TokenIds | list[TokenIds], WrapValidator(_
 
 
 class CompletionRequest(Record):
-    """The fields that OpenAI's clients send; those that can't be honoured are accepted at their neutral value only."""
+    """The fields that OpenAI's clients send. Unsupported ones are accepted at their neutral value only."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -37,9 +37,8 @@ class CompletionRequest(Record):
     )
     model: str = MODEL_ID
     prompt: Prompts
-    """One text, several, one list of token ids, or several."""
     max_tokens: int | None = Field(default=16, ge=0, le=8192)
-    """0 samples nothing: with `echo` and `logprobs` it only scores the prompt."""
+    """0 samples nothing; `echo` and `logprobs` then score the prompt."""
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     best_of: int | None = None
     temperature: float | None = Field(default=1.0, ge=0.0, le=10.0)
@@ -48,7 +47,7 @@ class CompletionRequest(Record):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=1)
-    """0: of the tokens themselves; 1: the most probable token beside each."""
+    """0: of the tokens alone; 1: also the most probable token at each place."""
     stream: bool | None = False
     stream_options: Any = None
     suffix: str | None = None
@@ -58,7 +57,7 @@ class CompletionRequest(Record):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _asks_for_what_can_be_done(self) -> "CompletionRequest":
+    def _is_supported(self) -> "CompletionRequest":
         refused = {
             "stream": self.stream,
             "suffix": self.suffix,
@@ -69,13 +68,13 @@ class CompletionRequest(Record):
         }
         asked = [name for name, value in refused.items() if value]
         if asked:
-            raise ValueError(f"{', '.join(asked)} can't be honoured here: leave it out")
+            raise ValueError(f"not supported here, leave out: {', '.join(asked)}")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens = 0 without echo asks for nothing")
         return self
 
     @model_validator(mode="after")
-    def _asks_for_some_but_not_too_much(self) -> "CompletionRequest":
+    def _is_within_limits(self) -> "CompletionRequest":
         prompts = self.prompts
         if not prompts:
             raise ValueError(f"prompt is empty: give {_FORMS}")
@@ -93,7 +92,7 @@ class CompletionRequest(Record):
 
     @property
     def prompts(self) -> list[str | TokenIds]:
-        """The four forms as one: a list of texts or token ids."""
+        """A list, whichever form the prompt has."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt, tuple):
@@ -115,7 +114,7 @@ def _check_size(prompt: str | TokenIds, *, name: str) -> None:
 
 
 class ChoiceLogprobs(Record):
-    """Of the tokens of `text`, in order; the first token of an echoed prompt has none."""
+    """One entry for each token of `text`; the first token of an echoed prompt has no log-prob."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -145,7 +144,7 @@ class CompletionResponse(Record):
     choices: list[Choice]
     usage: Usage
     weight_version: int
-    """The oldest weight version that any choice was made under."""
+    """The oldest one among the choices."""
 
 
 class ModelCard(Record):

@@ -1,13 +1,13 @@
-"""The weight watcher: brings announced weight versions from the store into the engine. One thread of its own.
+"""The weight watcher: a thread that loads announced weight versions into the engine.
 
-    announced (Redis) --poll--> fetch, compare checksums, change the own copy (weight_copy.py), the engine generates on
-                      --------> engine.patch_weights, where it can, or engine.load_weights --> version served
+    announced (Redis) --poll--> fetch, verify, update the replica's copy (weight_copy.py); the engine keeps generating
+                      --------> engine.patch_weights, or engine.load_weights --> served
 
-Whatever fails before the engine has switched leaves the last good version in service: it is counted, logged, written
-as an event and shown in /status, and tried again with backoff or when a newer version is announced.
+If anything fails before the engine has switched, the last good version stays in service. The failure is counted,
+logged, recorded as an event and shown in /status; it is retried with backoff, or when a newer version is announced.
 
-A version is newer if its number is higher within its epoch. One of another epoch is taken whatever its number: the
-trainer has begun anew (trainer/publisher.py), and what is loaded belongs to a policy that is no longer trained.
+Within an epoch, a version is new if its number is higher. A version of another epoch is always new: the trainer started
+over (trainer/publisher.py), and the loaded one belongs to a policy that is no longer trained.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class Events(Protocol):
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A version that could not be loaded, and when to try it again."""
+    """A version that could not be loaded, and when to retry it."""
 
     wanted: AnnouncedWeights
     reason: str
@@ -51,7 +51,7 @@ class _Refusal:
 
 
 class WeightWatcher:
-    """`announced` says which version to serve; without it the newest one in the store is taken."""
+    """Serves what `announced` returns, or without it the newest version in the store."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class WeightWatcher:
 
     @property
     def detail(self) -> str:
-        """The trouble there is, empty when none."""
+        """What is wrong; empty if nothing is."""
         refused = (
             f"weight version {self._refusal.wanted.version} was refused: {self._refusal.reason}"
             if self._refusal
@@ -90,18 +90,18 @@ class WeightWatcher:
 
     @property
     def summary(self) -> str:
-        """The same without addresses and errors, for everybody."""
+        """The same without addresses and error texts, for `/readyz`."""
         refused = f"weight version {self._refusal.wanted.version} was refused" if self._refusal else ""
-        return "; ".join(part for part in ("new weights can't be heard of" if self._trouble else "", refused) if part)
+        return "; ".join(part for part in ("can't look for new weights" if self._trouble else "", refused) if part)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The loop that the engine lives on."""
+        """Set the event loop that the engine runs on."""
         self._loop = loop
 
     def catch_up(self) -> None:
-        """Load the newest good version in the store, if it holds any. Blocking; before the service is ready.
+        """Load the newest good version in the store, if there is one. Blocks; runs before the service is ready.
 
-        SettingsError if the folder of the own copy can't be used.
+        Raises SettingsError if the folder of the replica's copy can't be used.
         """
         self._copy.open()
         try:
@@ -109,12 +109,12 @@ class WeightWatcher:
                 if self._try_manifest(version):
                     break
         except OSError as exc:
-            self._hear_nothing(exc)
+            self._report_trouble(exc)
         self._caught_up.set()
 
     @contextlib.asynccontextmanager
     async def watching(self, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:
-        """Poll in a thread meanwhile. `on_failure` gets what no retry can mend."""
+        """Poll in a thread. `on_failure` gets an error that no retry can fix."""
         thread = threading.Thread(target=self._run, args=(on_failure,), name="weights", daemon=True)
         thread.start()
         try:
@@ -125,7 +125,7 @@ class WeightWatcher:
             self._copy.close()
 
     def check(self) -> None:
-        """One look: load what is announced if it is new and not refused a moment ago."""
+        """Load the announced version if it is new and due."""
         wanted = self._read_announced()
         if wanted is None:
             return
@@ -143,7 +143,7 @@ class WeightWatcher:
                 if self._caught_up.is_set():
                     self.check()
             except Exception as exc:
-                on_failure(EngineError(f"the weight watcher broke down: {type(exc).__name__}: {exc}"))
+                on_failure(EngineError(f"the weight watcher failed: {type(exc).__name__}: {exc}"))
                 raise
 
     def _read_announced(self) -> AnnouncedWeights | None:
@@ -152,7 +152,7 @@ class WeightWatcher:
             if wanted is not None and self._is_new(wanted):
                 wanted = self._still_there(wanted)
         except (StreamError, OSError) as exc:
-            self._hear_nothing(exc)
+            self._report_trouble(exc)
             return None
         self._trouble = ""
         return wanted
@@ -162,7 +162,7 @@ class WeightWatcher:
         return loaded is None or wanted.epoch != loaded.epoch or wanted.version > loaded.version
 
     def _still_there(self, wanted: AnnouncedWeights) -> AnnouncedWeights:
-        """An announced version may be deleted before a slow replica fetched it: the newest of its epoch is as good."""
+        """If the announced version was deleted before this replica fetched it, the newest of its epoch."""
         versions = self._store.versions()
         if wanted.version in versions or max(versions, default=-1) < wanted.version:
             return wanted
@@ -176,17 +176,17 @@ class WeightWatcher:
         except WeightStoreError:
             return None if version is None else AnnouncedWeights(version)  # refused as soon as it is tried
 
-    def _hear_nothing(self, exc: Exception) -> None:
+    def _report_trouble(self, exc: Exception) -> None:
         if not self._trouble:
-            _log.warning("new weights can't be heard of, version %s stays in service: %s", self._serving, exc)
-        self._trouble = f"new weights can't be heard of: {exc}"
+            _log.warning("can't look for new weights, version %s stays in service: %s", self._serving, exc)
+        self._trouble = f"can't look for new weights: {exc}"
 
     @property
     def _serving(self) -> int | None:
         return self._loaded.version if self._loaded else None
 
     def _try_manifest(self, version: int) -> bool:
-        """Whatever its epoch."""
+        """Load a version of any epoch."""
         try:
             wanted = _announcement(self._store.manifest(version))
         except WeightStoreError as exc:
@@ -195,7 +195,7 @@ class WeightWatcher:
         return self._try_version(wanted)
 
     def _try_version(self, wanted: AnnouncedWeights) -> bool:
-        """True once the engine serves it, or a newer one than before that lies on the way to it."""
+        """True if the engine now serves it, or at least a newer version than before."""
         try:
             staged = self._load(wanted)
         except (HeadwaterError, OSError) as exc:
@@ -217,7 +217,7 @@ class WeightWatcher:
         began = time.perf_counter()
         try:
             if not self._is_new(AnnouncedWeights(staged.version, staged.state.epoch)):
-                raise WeightStoreError(staged.trouble or f"only version {staged.version} could be had")
+                raise WeightStoreError(staged.trouble or f"only version {staged.version} could be fetched")
             if not self._patch_engine(staged):
                 staged = self._copy.write(staged)
                 assert staged.folder is not None
@@ -235,18 +235,18 @@ class WeightWatcher:
             raise WeightStoreError(
                 f"weight version {wanted.version} in {self._store.root} is of epoch {manifest.epoch or 'none'}, the "
                 f"announced one is of epoch {wanted.epoch or 'none'}: the store was wiped or restored, or is not the "
-                "trainer's; set weights.store, or start the trainer again"
+                "trainer's; set weights.store, or restart the trainer"
             )
         return manifest
 
     def _takes_changes(self) -> bool:
-        """Whether the engine can go from the own copy's version, which it must serve, to the next in place."""
+        """Whether the engine serves the version of the replica's copy and can patch it in place."""
         engine, loaded = self._engine, self._loaded
         serves_copy = loaded is not None and loaded == self._copy.current and engine.weight_version == loaded.version
         return serves_copy and isinstance(engine, PatchableEngine) and engine.can_patch
 
     def _patch_engine(self, staged: Staged) -> bool:
-        """False where the whole version must be loaded: that also heals what a failed patch has left."""
+        """False if the full version must be loaded instead, which also repairs what a failed patch left."""
         engine = self._engine
         changes = staged.changes
         if changes is None or not isinstance(engine, PatchableEngine):
@@ -258,7 +258,7 @@ class WeightWatcher:
                 )
             )
         except (EngineError, OSError) as exc:
-            _log.warning("weight version %d can't be patched in, all of it is loaded: %s", staged.version, exc)
+            _log.warning("weight version %d can't be patched in, loading it in full: %s", staged.version, exc)
             metrics.failed_patches_total.inc()
             return False
         return True
@@ -289,7 +289,7 @@ def _announcement(manifest: Manifest) -> AnnouncedWeights:
 
 
 class RunEvents:
-    """Opens the database at the first event. Blocking."""
+    """Writes events of the replica; connects at the first one. Blocking."""
 
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._settings = settings
@@ -297,8 +297,7 @@ class RunEvents:
         self._run: Run | None = None
 
     def record(self, kind: str, message: str, **data: Any) -> None:
-        """A database that is away, or that has the run with another identity, costs the event, not the service: the
-        log has it too."""
+        """If the database is away, or has the run with another identity, the event is only in the log."""
         try:
             if self._run is None:
                 self._run = open_run(self._settings)

@@ -1,8 +1,8 @@
-"""What a replica keeps of the weights that it serves: a whole copy on its disk, and in memory what changes apply to.
+"""A replica's copy of the weights that it serves: a full version on disk, and one in memory to apply changes to.
 
-    FOLDER/v00000012/model.safetensors   a whole version; the newest of them is what a restart begins with
-    FOLDER/v00000012/copy.json           which version it is, of which epoch, and the checksum of its state
-    FOLDER/v00000013.tmp/                being fetched, or written; renamed when it is whole
+    FOLDER/v00000012/model.safetensors   a full version; a restart begins with the newest
+    FOLDER/v00000012/copy.json           its version, epoch and state checksum
+    FOLDER/v00000013.tmp/                being fetched or written; renamed when complete
     FOLDER/v00000013.patches             what changed, for an engine that takes changes in place (safetensors)
 
 What restores the version in service, a whole copy and the patches after it, stays until the engine serves the next one:
@@ -13,8 +13,8 @@ copy in memory (held_weights.py), then handed to the engine. The copy on disk st
 replaces it, or until it is `COPY_EVERY` versions behind and there is nothing else to do. Any other engine gets a whole
 new copy on disk at every version.
 
-Nothing here is synced to disk: a copy that is found again after a start is only used if its checksum is right. One
-thread at a time. Called by the watcher (weights.py).
+Nothing is synced to disk: a copy found at the start is used only if its checksum is right. One thread at a time. Called
+by watcher.py.
 """
 
 import fcntl
@@ -38,8 +38,8 @@ from shared.weights.state import map_state, state_checksum
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 
 COPY_EVERY = 20
-"""Sparse versions until the copy on disk is written again: what a restart has to fetch and apply at the most. With
-fewer between full versions (weights.full_every) it never is."""
+"""Sparse versions after which the copy on disk is rewritten: the most that a restart fetches and applies. Never reached
+with a smaller weights.full_every."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _FOLDER = re.compile(r"^v\d{8}(-2)?$")
 
 
 class CopyState(Record):
-    """Which version a copy is; what copy.json holds."""
+    """The content of copy.json."""
 
     version: int
     epoch: str = ""
@@ -75,14 +75,14 @@ class Changes:
 
 @dataclass(frozen=True)
 class Staged:
-    """A version that can be served: whole on this disk, or as changes that the copy in memory has taken. Verified."""
+    """A verified version, ready to be served: full on disk, or as changes already applied to the copy in memory."""
 
     state: CopyState
     folder: Path | None
     """None: `changes` it is."""
     changes: Changes | None = None
     trouble: str = ""
-    """Why it is an older version than the one asked for."""
+    """Why this version is older than the requested one."""
 
     @property
     def version(self) -> int:
@@ -90,13 +90,13 @@ class Staged:
 
 
 class WeightCopy:
-    """One replica's folder. `open` comes first."""
+    """One replica's folder. Call `open` first."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock: IO[bytes] | None = None
         self._current: CopyState | None = None
-        """What changes apply to: the version in memory, or else the one on disk."""
+        """The version that changes apply to, in memory or else on disk."""
         self._disk: tuple[CopyState, Path] | None = None
         self._patches: list[Path] = []
         """What the engine took in place since `_disk`."""
@@ -105,16 +105,16 @@ class WeightCopy:
         self._copied_at = 0
         """The version at which the copy on disk was last written, or should have been."""
         self._held: HeldWeights | None = None
-        """Is `_current`. Read when the first changes come that an engine takes in place, and kept from then on."""
+        """Holds `_current`, from the first changes that the engine takes in place on."""
 
     @property
     def current(self) -> CopyState | None:
         return self._current
 
     def open(self) -> None:
-        """Take the folder, clear what a killed replica left half done, and find its copy if that is intact.
+        """Lock the folder, delete half-made files of a killed replica, and find its copy if that is intact.
 
-        SettingsError if another replica works in it or it can't be written.
+        Raises SettingsError if another replica uses the folder or it can't be written.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class WeightCopy:
                 leftover.unlink()
         except BlockingIOError as exc:
             raise SettingsError(
-                f"another replica keeps its weights in {self._folder}: give each a rollout.replica name of its own"
+                f"another replica keeps its weights in {self._folder}: give each replica another rollout.replica name"
             ) from exc
         except OSError as exc:
             raise SettingsError(f"{self._folder} can't be written: {exc}; set rollout.weights_folder") from exc
@@ -144,12 +144,11 @@ class WeightCopy:
             self._lock.close()
 
     def stage(self, store: WeightStore, wanted: Manifest, *, with_changes: bool) -> Staged:
-        """Make a version ready to be served: as changes to the current one where that is enough (`with_changes`: the
-        engine serves the current version and takes them in place), or whole, by the changes since the current version
-        or from the last full one.
+        """Fetch and verify a version: as changes to the current one, or in full.
 
-        Where a later link of the way is missing or corrupt, the newest version before it, with its `trouble`.
-        Raises WeightStoreError (OSError where the store is away) if nothing newer than the current one can be had.
+        `with_changes`: the engine serves the current version and takes changes in place. If a version on the way is
+        missing or corrupt, the newest one before it is staged, with its `trouble`. Raises WeightStoreError if there is
+        nothing newer than the current version, OSError if the store is away.
         """
         links = store.chain(wanted.version, known=self._known(wanted))
         if not links:
@@ -163,11 +162,11 @@ class WeightCopy:
         except MismatchError as exc:
             if links[0].form == "full":
                 raise
-            _log.warning("the own copy of the weights is not what it should be: %s", exc)
+            _log.warning("this replica's copy of the weights is damaged: %s", exc)
             return self._stage_whole(store, store.chain(wanted.version))
 
     def write(self, staged: Staged) -> Staged:
-        """The same whole on disk, for an engine that did not take the changes."""
+        """The same version in full on disk, for an engine that did not take the changes."""
         if staged.folder is not None:
             return staged
         assert self._held is not None
@@ -189,7 +188,7 @@ class WeightCopy:
         self._replaced.clear()
 
     def discard(self, staged: Staged) -> None:
-        """The engine refused it: the version before it stays the one that changes are applied to."""
+        """The engine refused it: changes still apply to the version before it."""
         if staged.changes is not None:
             assert self._held is not None
             self._held.undo(staged.changes.patches)
@@ -198,12 +197,12 @@ class WeightCopy:
             shutil.rmtree(staged.folder, ignore_errors=True)
 
     def keep_up(self) -> None:
-        """Write the copy on disk again if it is due. A copy that can't be written costs a restart, not the service."""
+        """Rewrite the copy on disk if it is due. If that fails, only a restart has more to do."""
         if self._held is None or self._current is None or self._current.version < self._copied_at + COPY_EVERY:
             return
         self._copied_at = self._current.version
         if not self._held.is_intact():
-            _log.error("the weights in memory are not what they were: check this machine's memory")
+            _log.error("the weights in memory have changed by themselves: check this machine's memory")
             self._give_up_memory()
             return
         try:
@@ -212,17 +211,17 @@ class WeightCopy:
             _log.warning("weight version %d could not be copied to disk: %s", self._current.version, exc)
 
     def _known(self, wanted: Manifest) -> int | None:
-        """Only a version of the same epoch may be a base: numbers of another one say nothing."""
+        """The current version, if `wanted` can be based on it: only within an epoch."""
         return self._current.version if self._current and self._current.epoch == wanted.epoch else None
 
     def _own(self, wanted: Manifest) -> Staged | None:
-        """The copy has the number of the version asked for; None if it is another run's version of that number."""
+        """The copy, which has the wanted version's number; None if it is another run's version of that number."""
         if self._disk is None or self._disk[0] != CopyState.of(wanted):
             return None
         return Staged(*self._disk)
 
     def _stage_changes(self, store: WeightStore, links: Sequence[Manifest]) -> Staged:
-        """Nothing of the size of the model is read or written here, but for the first time."""
+        """Reads and writes nothing of the size of the model, except the first time."""
         assert self._current is not None
         held = self._hold()
         temporary = self._make_room(links[-1].version)
@@ -273,7 +272,7 @@ class WeightCopy:
         return self._read_disk() if self._held is None else self._held.copy()
 
     def _read_disk(self) -> HeldWeights:
-        assert self._disk is not None, "a chain that begins sparse begins at the own copy"
+        assert self._disk is not None, "a chain that begins with a sparse version begins at this copy"
         state, folder = self._disk
         held = HeldWeights.read(folder / FULL_FILE)
         if held.checksum != state.state_checksum:
@@ -281,8 +280,7 @@ class WeightCopy:
         return held
 
     def _hold_again(self, folder: Path) -> None:
-        """Where changes were taken in place before, they will be again: the next ones find the new version in
-        memory."""
+        """Read the new version into memory too, if changes were applied there before."""
         if self._held is None:
             return
         self._held = None
@@ -292,7 +290,7 @@ class WeightCopy:
             _log.warning("%s can't be read into memory: %s", folder, exc)
 
     def _give_up_memory(self) -> None:
-        """From now on changes apply to the copy on disk, until a whole version comes."""
+        """Apply changes to the copy on disk until the next full version."""
         assert self._disk is not None
         self._held, self._current = None, self._disk[0]
 
@@ -318,7 +316,7 @@ class WeightCopy:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _name(self, temporary: Path, state: CopyState) -> Path:
-        """Under its own name it is complete."""
+        """Rename a complete copy to its final name."""
         (temporary / _COPY).write_text(state.model_dump_json(), encoding="utf-8")
         folder = self._folder / _folder_name(state.version)
         if folder in [*self._replaced, *([self._disk[1]] if self._disk else [])]:  # of another epoch
@@ -343,7 +341,7 @@ def _link_name(link: Manifest) -> str:
 
 
 def _fetch_links(store: WeightStore, links: Sequence[Manifest], into: Path) -> tuple[list[Manifest], str]:
-    """Those that arrived intact, up to the first that did not, and what was wrong with it."""
+    """The links before the first that is missing or corrupt, and what is wrong with that one."""
     good: list[Manifest] = []
     began = time.perf_counter()
     try:
@@ -373,7 +371,7 @@ def _fetch_link(store: WeightStore, link: Manifest, into: Path) -> None:
 
 
 def _intact(folder: Path) -> CopyState | None:
-    """The state of a copy that was found, None if it is not what it says."""
+    """The state of the copy in `folder`; None if the copy is damaged."""
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
         right_place = folder.name.removesuffix("-2") == _folder_name(state.version)
@@ -382,5 +380,5 @@ def _intact(folder: Path) -> CopyState | None:
     except (OSError, ValidationError, WeightStoreError) as exc:
         _log.warning("the copy in %s can't be used: %s", folder, exc)
         return None
-    _log.warning("the copy in %s is not what it says it is", folder)
+    _log.warning("the copy in %s does not have its checksum", folder)
     return None

@@ -1,15 +1,15 @@
-"""The sparse form of a weight version: the elements whose bits changed since its base, and nothing else. Lossless.
+"""The sparse form of a weight version: only the elements whose bits changed since its base. Lossless.
 
     PREFIX | zstd( length of the header | header (JSON) | index planes | change planes )
 
-Steps of AdamW at small rates leave most bfloat16 elements as they were, and move the others mostly by one unit in
-the last place. So an index is stored as its distance from the one before, and a value as the difference of its bits,
-taken as an unsigned integer, from the base's, modulo 2^width: exact for every pattern of bits, NaNs and negative
-zeros included, and nearly always +1 or -1. Integers are laid in planes (all lowest bytes, then all next ones, ...),
-which is what lets an entropy coder see how small they are.
+At small learning rates a step of AdamW leaves most bfloat16 elements unchanged and moves the others by one unit in the
+last place. So an index is stored as its distance from the one before. A value is stored as the difference of its bits
+from the base's, as unsigned integers modulo 2^width: exact for every bit pattern, NaNs and negative zeros included, and
+nearly always +1 or -1. The integers are split into byte planes (all lowest bytes, then all next ones, ...), so that
+zstd sees how small they are.
 
-A difference says nothing without its base. The manifest names the base and has checksums of the resulting state and of
-the changed elements; whoever applies patches compares both (services/rollout/held_weights.py).
+A difference needs its base. The manifest names it and has checksums of the new state and of the changed elements;
+services/rollout/held_weights.py compares both before it applies a patch.
 """
 
 import json
@@ -42,12 +42,12 @@ class TensorPatch:
     indices: Indices
     """(N,) into the flattened tensor, ascending, distinct."""
     changes: Bits
-    """(N,) to be added to the base's bits, modulo 2^width."""
+    """(N,) to add to the base's bits, modulo 2^width."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A changed tensor as the header lists it."""
+    """A changed tensor in the header."""
 
     name: str
     dtype: str
@@ -56,9 +56,9 @@ class _Entry:
 
 
 def find_patches(base: State, new: State) -> list[TensorPatch]:
-    """The changed tensors in the order of their names; both states must have the same names, dtypes and shapes."""
+    """The changed tensors, sorted by name. Raises ValueError if names, dtypes or shapes differ."""
     if {name: tensor.layout for name, tensor in base.items()} != {name: tensor.layout for name, tensor in new.items()}:
-        raise ValueError("states of different names, dtypes or shapes have no sparse difference")
+        raise ValueError("states with different names, dtypes or shapes have no sparse difference")
     patches = []
     for name in sorted(new):
         before, after = base[name].bits, new[name].bits
@@ -69,15 +69,17 @@ def find_patches(base: State, new: State) -> list[TensorPatch]:
 
 
 def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
-    """Change the bits of `state`, which must be writable and the state that `patches` were found against."""
+    """Change `state` in place: writable, and the base of `patches`."""
     for patch in patches:
         state[patch.name].bits[patch.indices] += patch.changes
 
 
 def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tuple[StateSums, str]:
-    """What `base`, of which `sums` are, will be once `patches` are applied: its sums, and the checksum of the changed
-    elements alone. The sums tell whether the changes fit the base that the sums are of; the checksum, whether the bits
-    that lie in memory are still those of that base."""
+    """The sums of `base` (now `sums`) after `patches`, and the checksum of the changed elements alone.
+
+    The sums show whether the patches fit the base. They follow differences only, so the second checksum is needed to
+    show whether the bits in memory are still the base's.
+    """
     changes = {}
     digest = xxhash.xxh3_128()
     for patch in patches:
@@ -89,7 +91,6 @@ def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tup
 
 
 def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:
-    """One file."""
     header = [[patch.name, *base[patch.name].layout, len(patch.indices)] for patch in patches]
     gaps = _joined([_gaps(patch.indices) for patch in patches], np.dtype("<u8"))
     index_width = next(width for width in _WIDTHS if int(gaps.max(initial=0)) < 1 << (8 * width))
@@ -102,7 +103,7 @@ def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:
 
 
 def decode_patches(content: bytes, base: State, *, where: str) -> list[TensorPatch]:
-    """Read a file and hold it against its base. WeightStoreError naming the first thing that doesn't fit."""
+    """Read a file and check it against its base. Raises WeightStoreError with the first thing that does not fit."""
     payload = memoryview(_decompress(content, base, where))
     start = _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")
     index_width, entries = _read_header(bytes(payload[_LENGTH_BYTES:start]), where)
@@ -118,13 +119,13 @@ def decode_patches(content: bytes, base: State, *, where: str) -> list[TensorPat
 def _cut(
     entries: Sequence[_Entry], base: State, gaps: Indices, changes: dict[int, Bits], where: str
 ) -> list[TensorPatch]:
-    """Give each tensor its stretch of the joined integers."""
+    """Split the joined integers by tensor."""
     patches, at = [], 0
     used = dict.fromkeys(_WIDTHS, 0)
     for entry in entries:
         of_tensor, size = gaps[at : at + entry.count], base[entry.name].bits.size
         indices = np.cumsum(of_tensor + 1) - 1
-        # Each distance is looked at too: a sum of forged ones could wrap around.
+        # Check each distance too: the sum of forged ones could wrap around.
         if len(indices) and not (of_tensor.min() >= 0 and of_tensor.max() < size and indices[-1] < size):
             raise WeightStoreError(f"{where}: an index of {entry.name} lies beyond its {size} elements")
         width = base[entry.name].bits.itemsize
@@ -135,9 +136,9 @@ def _cut(
 
 
 def _decompress(content: bytes, base: State, where: str) -> bytes:
-    """Never more than a patch of every element could take."""
+    """Refuses what unpacks to more than a patch of every element."""
     if not content.startswith(PREFIX):
-        raise WeightStoreError(f"{where} is not a sparse update of a form that this version knows ({PREFIX!r})")
+        raise WeightStoreError(f"{where} is not a sparse update in a form that this version reads ({PREFIX!r})")
     limit = _MAX_HEADER_BYTES + sum(tensor.bits.size * (8 + tensor.bits.itemsize) for tensor in base.values())
     frame = content[len(PREFIX) :]
     try:
@@ -154,7 +155,7 @@ def _read_header(words: bytes, where: str) -> tuple[int, list[_Entry]]:
         header: dict[str, Any] = json.loads(words)
         entries = [_Entry(name, dtype, tuple(shape), int(count)) for name, dtype, shape, count in header["tensors"]]
         if header["index_width"] not in _WIDTHS or len({entry.name for entry in entries}) != len(entries):
-            raise ValueError("an index width or a name that can't be")
+            raise ValueError("an invalid index width or a name that occurs twice")
     except (ValueError, TypeError, KeyError) as exc:
         raise WeightStoreError(f"{where} has an unreadable header: {exc!r}") from exc
     return header["index_width"], entries
@@ -195,17 +196,17 @@ class _Cursor:
 
     def expect_end(self) -> None:
         if self.at != len(self.payload):
-            raise WeightStoreError(f"{self.where} goes on after its changes")
+            raise WeightStoreError(f"{self.where} continues after its changes")
 
 
 def _gaps(indices: Indices) -> Bits:
-    """[3, 4, 9] -> [3, 0, 4]: elements passed over since the index before."""
+    """[3, 4, 9] -> [3, 0, 4]: elements skipped since the index before."""
     gaps: Bits = np.diff(indices, prepend=-1).astype("<u8") - np.uint64(1)
     return gaps
 
 
 def _zigzag(changes: Bits) -> Bits:
-    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: small in both directions is small."""
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: small negative differences become small integers too."""
     signed = changes.view(f"<i{changes.itemsize}")
     folded: Bits = ((signed << 1) ^ (signed >> (8 * changes.itemsize - 1))).view(f"<u{changes.itemsize}")
     return folded

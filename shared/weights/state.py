@@ -1,12 +1,11 @@
-"""A policy's weights as bits: what trainer and replica compare, patch and take checksums of. No torch, no floats.
+"""A policy's weights as bits, for trainer and replica to compare, patch and checksum. No torch, no floats.
 
-Both hold a safetensors file in memory; a *state* is its tensors by name, each a flat view of unsigned integers as wide
-as its elements. Bits, not numbers, because equal means equal to the last one: -0.0 is not 0.0 here, and a NaN equals
-itself.
+A *state* is the tensors of a safetensors file by name, each a flat view of unsigned integers as wide as its elements.
+With bits, equal means identical: -0.0 is not 0.0, and a NaN equals itself.
 
-The checksum of a state can be brought up to date from its changes alone (`StateSums`). A tensor is cut into rows of
-64 KiB; a row's sum is that of its 32-bit words, each multiplied by an odd number of its place, modulo 2^64. An element
-that changes adds the difference of its word times that number. The checksum is a hash of all sums, names and layouts.
+The checksum of a state can be updated from its changes alone (`StateSums`). A tensor is cut into rows of 64 KiB. The
+sum of a row is that of its 32-bit words, each multiplied by an odd number that depends on its place, modulo 2^64. A
+changed element adds the difference of its word times that number. The checksum hashes all sums, names and layouts.
 """
 
 import json
@@ -61,7 +60,7 @@ State = Mapping[str, BitTensor]
 
 
 def parse_state(content: Content, *, where: str) -> dict[str, BitTensor]:
-    """The tensors of a safetensors file, as views into `content`. WeightStoreError if it is not one."""
+    """The tensors of a safetensors file, as views into `content`. Raises WeightStoreError if it is not one."""
     try:
         start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
         header: dict[str, Any] = json.loads(bytes(content[_LENGTH_BYTES:start]))
@@ -83,20 +82,20 @@ def map_state(file: Path) -> dict[str, BitTensor]:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where the tensors of a safetensors file lie."""
+    """Where the tensors are in a safetensors file."""
 
     header: bytes
-    """Its length included: the file begins with it."""
+    """The first bytes of the file, with the header's length."""
     offsets: dict[str, int]
-    """Of the tensors' first bytes, from the file's beginning, in the order in which they lie."""
+    """By tensor the position of its first byte in the file, in file order."""
     num_bytes: int
 
 
 def lay_out(layouts: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> FileLayout:
-    """Of tensors by name, with dtype and shape. (The library's own writer would copy all bytes twice.)"""
+    """Lay out tensors, given by name as dtype and shape. (The library's own writer would copy all bytes twice.)"""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
-    for name in sorted(layouts, key=lambda name: -_ITEM_BYTES[layouts[name][0]]):  # so that each lies aligned
+    for name in sorted(layouts, key=lambda name: -_ITEM_BYTES[layouts[name][0]]):  # keeps each aligned
         dtype, shape = layouts[name]
         end = at + prod(shape) * _ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
@@ -109,7 +108,6 @@ def lay_out(layouts: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappin
 
 
 def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
-    """A safetensors file of these tensors."""
     layout = lay_out({name: tensor.layout for name, tensor in state.items()}, metadata)
     with file.open("wb") as opened:
         opened.write(layout.header)
@@ -119,23 +117,24 @@ def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class StateSums:
-    """The sums of all rows of a state, which one checksum is made of."""
+    """The sums of all rows of a state."""
 
     layouts: Mapping[str, tuple[str, tuple[int, ...]]]
     rows: Mapping[str, Sums]
-    """By tensor: (number of its rows,)."""
+    """By tensor: (num_rows,)."""
 
     @classmethod
     def of(cls, state: State) -> Self:
-        """From the whole state."""
         return cls(
             {name: tensor.layout for name, tensor in state.items()},
             {name: _row_sums(tensor.bits) for name, tensor in state.items()},
         )
 
     def changed(self, changes: Mapping[str, tuple[NDArray[np.int64], Bits, Bits]]) -> "StateSums":
-        """The sums after some elements of some tensors changed: by name their indices (N,), ascending and distinct,
-        into the flattened tensor, their bits (N,) before and after. The work is in proportion to N."""
+        """The sums after some elements changed. The work is in proportion to N.
+
+        `changes`, by tensor: indices (N,) into the flattened tensor, ascending, distinct; bits (N,) before and after.
+        """
         rows = dict(self.rows)
         for name, (indices, before, after) in changes.items():
             rows[name] = rows[name].copy()
@@ -144,8 +143,7 @@ class StateSums:
 
     @property
     def checksum(self) -> str:
-        """It guards against accidents, not against an author of manifests with bad intentions: who can write to the
-        store can write any weights."""
+        """Protects against accidents, not attacks: anyone who can write to the store can write any weights."""
         digest = xxhash.xxh3_128()
         for name in sorted(self.rows):
             digest.update(json.dumps([name, *self.layouts[name]]).encode())
@@ -154,7 +152,7 @@ class StateSums:
 
 
 def state_checksum(state: State) -> str:
-    """Of the whole state, whatever the order of its tensors."""
+    """The checksum of a whole state, independent of the order of its tensors."""
     return StateSums.of(state).checksum
 
 
@@ -189,7 +187,7 @@ def _add_changes(sums: Sums, indices: NDArray[np.int64], before: Bits, after: Bi
 
 @cache
 def _weights() -> Sums:
-    """(_ROW_WORDS,) odd numbers without order (splitmix64): part of the checksum's form."""
+    """(_ROW_WORDS,) pseudo-random odd numbers (splitmix64): part of the checksum's form."""
     mixed = np.arange(1, _ROW_WORDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,15 +1,15 @@
 """The weight store: numbered versions of the policy in a folder or at an fsspec URL.
 
-    v00000012/model.safetensors   full: everything, in the dtype that replicas serve
-    v00000013/changes.zst         sparse: what changed since the version that its manifest names as base
-    v00000013/manifest.json       written last: its presence means that the version is complete
+    v00000012/model.safetensors   full: every tensor, in the dtype that replicas serve
+    v00000013/changes.zst         sparse: what changed since the base that its manifest names
+    v00000013/manifest.json       written last: if it is there, the version is complete
 
-The trainer is the only writer. Readers fetch into a local folder and compare checksums before they let an engine
-touch a file. Versions only ever ascend, also after a resume from an older checkpoint; `step` says which update
-a version belongs to. A sparse version rests on its base and so, link by link, on a full one: `chain` finds it.
+The trainer is the only writer. Readers fetch into a local folder and compare checksums before an engine sees a file.
+Versions only ascend, also after a resume from an older checkpoint; `step` says which update a version belongs to. A
+sparse version rests on its base and so, link by link, on a full one: `chain` lists them.
 
-Numbers are comparable within one *epoch* only: a trainer that does not go on from what was announced before it, because
-the store or Redis was wiped or restored, begins another one (trainer/publisher.py).
+Numbers are comparable within one *epoch* only. A trainer that can't continue from what was announced, because the store
+or Redis was wiped or restored, begins a new epoch (trainer/publisher.py).
 """
 
 import hashlib
@@ -34,7 +34,7 @@ SPARSE_FILE = "changes.zst"
 
 _VERSION_FOLDER = re.compile(r"^v(\d{8})$")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "r2", "memory"})
-"""Where putting one object is atomic, and renaming it is a copy followed by a deletion."""
+"""Here putting an object is atomic, and renaming one is a copy followed by a deletion."""
 
 
 class WeightFile(Record):
@@ -44,19 +44,19 @@ class WeightFile(Record):
 
 
 class Manifest(Record):
-    """What one version consists of."""
+    """One version."""
 
     version: int = Field(ge=0)
     epoch: str = ""
-    """The id of the lineage that the number belongs to; empty in stores from before there were epochs."""
+    """The lineage that the number belongs to; empty in stores older than epochs."""
     step: int = Field(ge=0)
     form: Literal["full", "sparse"] = "full"
     base: int | None = None
-    """Sparse: the version that the changes are to be applied to."""
+    """Sparse: the version that the changes apply to."""
     state_checksum: str = ""
-    """Of all tensors together (shared/weights/state.py), after the changes. A sparse version has one always."""
+    """Of all tensors (shared/weights/state.py), after the changes. Sparse versions always have one."""
     changed_checksum: str = ""
-    """Sparse: of the changed elements alone, as they are after the changes (shared/weights/patches.py)."""
+    """Sparse: of the changed elements alone, after the changes (shared/weights/patches.py)."""
     files: tuple[WeightFile, ...]
     created_at: float
 
@@ -67,15 +67,15 @@ class Manifest(Record):
     @model_validator(mode="after")
     def _form_is_whole(self) -> Self:
         if self.form == "full" and self.base is not None:
-            raise ValueError("a full version rests on no other")
+            raise ValueError("a full version has no base")
         if self.form == "sparse" and (self.base is None or self.base >= self.version or not self.state_checksum):
-            raise ValueError("a sparse version needs a base below itself and the checksum of its result")
+            raise ValueError("a sparse version needs a base with a lower number and a state_checksum")
         return self
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """OSError for whatever the library of a file system raises: each has a family of its own."""
+    """Turns other errors of a file system's library into OSError."""
     try:
         yield
     except (OSError, HeadwaterError):
@@ -101,7 +101,7 @@ class WeightStore:
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
         self._known: dict[int, Manifest] = {}
-        """Manifests read before: once written they never change."""
+        """Manifests seen before; they never change."""
 
     @_translated()
     def publish(
@@ -117,11 +117,11 @@ class WeightStore:
     ) -> Manifest:
         """Write all files, then the manifest; sparse if there is a `base`.
 
-        Raises WeightStoreError if the version is there already, OSError where the store can't be written.
+        Raises WeightStoreError if the version exists, OSError if the store can't be written.
         """
         folder = self._folder(version)
         if self._fs.exists(f"{folder}/{MANIFEST}"):
-            raise WeightStoreError(f"weight version {version} already lies in {self.root}: versions only ascend")
+            raise WeightStoreError(f"weight version {version} is already in {self.root}: versions only ascend")
         manifest = Manifest(
             version=version,
             epoch=epoch,
@@ -168,8 +168,10 @@ class WeightStore:
         return found
 
     def chain(self, version: int, *, known: int | None = None) -> list[Manifest]:
-        """What leads to `version`, in order: from the last full one, or from behind version `known` (of the same epoch)
-        if that is on the way. WeightStoreError if a link's manifest is missing, unreadable or of another epoch."""
+        """The versions to apply in order to get `version`: from the last full one, or those after `known` (same epoch).
+
+        Raises WeightStoreError if a manifest among them is missing, unreadable or of another epoch.
+        """
         links: list[Manifest] = []
         wanted: int | None = version
         while wanted is not None and wanted != known:
@@ -184,16 +186,20 @@ class WeightStore:
 
     @_translated()
     def fetch(self, manifest: Manifest, into: Path) -> None:
-        """Copy a version's files into the folder `into`, checksums compared; WeightStoreError at the first that is
-        missing or corrupt, which does not stay there."""
+        """Copy a version's files into the folder `into` and compare checksums.
+
+        Raises WeightStoreError at the first missing or corrupt file, and deletes the corrupt one.
+        """
         into.mkdir(parents=True, exist_ok=True)
         for file in manifest.files:
             self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
 
     @_translated()
     def prune(self, *, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what these rest on; returns what is gone. WeightStoreError, and
-        nothing deleted, where a kept version's chain can't be read."""
+        """Delete all but the newest `keep` versions and what they rest on; returns the deleted ones.
+
+        Raises WeightStoreError, and deletes nothing, if a kept version's chain can't be read.
+        """
         present = self.versions()
         needed = self._needed(present[-keep:])
         gone = [version for version in present if version not in needed]
@@ -203,7 +209,7 @@ class WeightStore:
 
     @_translated()
     def delete(self, version: int) -> None:
-        """Take back one version. The manifest goes first, so that no half version looks complete."""
+        """The manifest goes first, so that a half-deleted version never looks complete."""
         self._known.pop(version, None)
         self._fs.rm_file(f"{self._folder(version)}/{MANIFEST}")
         self._fs.rm(self._folder(version), recursive=True)
@@ -234,8 +240,8 @@ class WeightStore:
             )
 
     def _write_at_once(self, path: str, content: bytes) -> None:
-        """Readers see the whole of it or nothing. Nothing is synced to disk: what a crash of the machine takes,
-        checksums miss, and the trainer begins every start with a full version."""
+        """Readers see all of it or nothing. Nothing is synced to disk: checksums notice what a crash lost, and every
+        trainer starts with a full version."""
         if self._puts_are_atomic:
             self._fs.pipe_file(path, content)
             return

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from services.rollout.app import build_app
+from shared import metrics
+from shared.database import EventRow, open_database, transaction
 from shared.settings import Secrets, Settings
 from tests.services.conftest import build_tiny_model
 from tests.services.serving import running
@@ -24,6 +27,17 @@ def make_settings(model: Path, folder: Path, **rollout: object) -> Settings:
             "rollout": {"poll_interval_s": 0.02, "engine": {"device": "cpu"}} | rollout,
         }
     )
+
+
+def events_of(folder: Path) -> list[tuple[str, object]]:
+    """Kind and weight version of every event of the run in `folder`."""
+    database = open_database(make_settings(Path("unused"), folder).database_url)
+    with transaction(database) as session:
+        return [(kind, data["version"]) for kind, data in session.execute(sa.select(EventRow.kind, EventRow.data))]
+
+
+def counted(name: str) -> float:
+    return metrics.REGISTRY.get_sample_value(f"headwater_{name}_total") or 0.0
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,13 @@ def test_each_token_id_is_decoded_once() -> None:
     assert len(engine.threads) == before + 1
 
 
+def test_a_prompt_without_a_score_still_tells_the_weight_version() -> None:
+    """Its first token has none, and nothing follows it."""
+    answer = asyncio.run(ask(app_on(CountingEngine(weight_version=7)), prompt=[5]))
+    assert answer.json()["choices"][0]["logprobs"]["token_logprobs"] == [None]
+    assert answer.json()["weight_version"] == 7
+
+
 def test_the_event_loop_gets_turns_while_an_answer_is_built() -> None:
     engine = WaitingEngine()
 

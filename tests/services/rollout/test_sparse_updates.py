@@ -12,21 +12,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-import sqlalchemy as sa
 from safetensors.torch import load_file, save
 
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.weight_copy import WeightCopy
-from shared import metrics
 from shared.api import RolloutResponse
-from shared.database import EventRow, open_database, transaction
 from shared.errors import SettingsError
-from shared.settings import EngineSettings, Settings
+from shared.settings import EngineSettings
 from shared.weights.state import map_state, parse_state, state_checksum
 from shared.weights.store import FULL_FILE, WeightStore
 from tests.services.rollout.author import BROKEN, Author
-from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
+from tests.services.rollout.conftest import HEADERS, SECRETS, counted, events_of, make_settings
 from tests.services.serving import running, wait_until
 from tests.services.test_service_processes import free_port, start
 
@@ -103,24 +100,9 @@ class Replica:
 
 @contextmanager
 def replica(model: Path, folder: Path, name: str = "a") -> Iterator[Replica]:
-    settings = replica_settings(model, folder, name)
     engine = RecordingEngine(model)
-    with running(build_app(settings, SECRETS, engine=engine)) as url:
+    with running(build_app(make_settings(model, folder, replica=name), SECRETS, engine=engine)) as url:
         yield Replica(url, folder / "test" / "replicas" / name, engine)
-
-
-def replica_settings(model: Path, folder: Path, name: str) -> Settings:
-    return make_settings(model, folder, replica=name)
-
-
-def counted(name: str) -> float:
-    return metrics.REGISTRY.get_sample_value(f"headwater_{name}_total") or 0.0
-
-
-def events_of(model: Path, folder: Path) -> list[tuple[str, object]]:
-    engine = open_database(make_settings(model, folder).database_url)
-    with transaction(engine) as session:
-        return [(kind, data["version"]) for kind, data in session.execute(sa.select(EventRow.kind, EventRow.data))]
 
 
 def test_changes_are_patched_in_and_equal_the_full_form_to_the_last_bit(
@@ -180,7 +162,7 @@ def test_a_broken_update_leaves_the_last_good_version_and_the_next_full_one_heal
         one.wait_for(5)
         assert one.detail == ""
         assert one.served_checksum() == author.checksums[5]
-    assert events_of(tiny_model, tmp_path) == [("refused_weights", 4)]
+    assert events_of(tmp_path) == [("refused_weights", 4)]
 
 
 def test_what_rests_on_a_broken_version_is_refused_until_it_is_mended(
@@ -297,7 +279,7 @@ def test_a_copy_of_another_run_is_not_served(tiny_model: Path, author: Author, t
 def test_two_replicas_of_one_name_are_refused(tmp_path: Path) -> None:
     first, second = WeightCopy(tmp_path), WeightCopy(tmp_path)
     first.open()
-    with pytest.raises(SettingsError, match=r"a rollout\.replica name of its own"):
+    with pytest.raises(SettingsError, match=r"another rollout\.replica name"):
         second.open()
     first.close()
     second.open()

@@ -121,9 +121,10 @@ def watching(author: Author, folder: Path, engine: PatchableFake) -> Iterator[We
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
+    copy = WeightCopy(folder)
     watcher = WeightWatcher(
         store=author.store,
-        copy=WeightCopy(folder),
+        copy=copy,
         engine=engine,
         announced=None,
         events=NoEvents(),
@@ -133,7 +134,7 @@ def watching(author: Author, folder: Path, engine: PatchableFake) -> Iterator[We
     watcher.bind(loop)
     watcher.catch_up()
     yield watcher
-    watcher._copy.close()
+    copy.close()
     loop.call_soon_threadsafe(loop.stop)
     thread.join(5)
     loop.close()
