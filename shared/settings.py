@@ -378,8 +378,10 @@ class TrainerSettings(Section):
     activation_checkpointing: bool = False
     stream_timeout_s: float = Field(default=0.0, ge=0)
     """Give up when no document arrives for this long; 0 waits for as long as the run is alive."""
-    log_tensorboard: bool = True
+    log_tensorboard: bool = False
+    """Needs `headwater[tensorboard]`."""
     log_wandb: bool = False
+    """Needs `headwater[wandb]`."""
 
 
 class Settings(Section):

@@ -168,8 +168,13 @@ class MetricsSink:
 class TensorBoardSink:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Events beyond `resume_step` are hidden: those steps are done again."""
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as exc:
+            raise SettingsError(
+                "trainer.log_tensorboard is on but tensorboard is not installed: "
+                "pip install 'headwater[tensorboard]', or turn it off"
+            ) from exc
         self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:

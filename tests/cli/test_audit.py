@@ -7,10 +7,9 @@ import pytest
 import sqlalchemy as sa
 
 from cli.audit import AuditResult, audit, audit_run, balance_line
-from cli.plan import child_environ
-from cli.ports import Ports
+from cli.plan import REDIS_HOST, Ports, child_environ, redis_url
 from cli.processes import Child
-from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
+from cli.stack import find_redis_server, server_configuration, wait_until_it_answers
 from shared.checkpoint_state import Evidence, FinishedWindow
 from shared.coordination import Coordination
 from shared.database import WindowRow, transaction
@@ -166,7 +165,7 @@ def test_a_run_from_before_evidence_was_kept_is_not_said_to_hold(made: MadeRun) 
     assert _fails(result) == {}
     unknown = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
     assert "4 windows were read before their number was kept" in unknown["every document has all its windows"]
-    assert "from before they left evidence" in unknown["trained windows are in a checkpoint"]
+    assert "older than the evidence" in unknown["trained windows are in a checkpoint"]
     assert {check.name for check in result.checks if check.outcome == "holds"} == {
         "every window is in a known state",
         "where collectors work, windows being read are in their hands",
@@ -194,7 +193,7 @@ def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> 
     result = _audit(made)
     assert _fails(result) == {}
     details = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
-    assert details["pairs of each step came from its windows"].startswith("steps 1 to 2 are from before")
+    assert details["pairs of each step came from its windows"].startswith("steps 1 to 2 are older than the evidence")
     made.ledger.mark_trained({"0.0.2.0": 3})
     with transaction(made.engine) as session:
         session.execute(sa.update(WindowRow).where(WindowRow.position == 2).values(num_pairs=4))
@@ -204,7 +203,7 @@ def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> 
 def _put_on_stream(made: MadeRun, *documents: str, leased: tuple[int, ...] = ()) -> None:
     """Through an embedded Redis that is killed afterwards, as at the end of a run that failed."""
     with Ports() as ports:
-        port = ports.take(HOST, 0)
+        port = ports.take(REDIS_HOST, 0)
         log = made.folder.log("redis")
         server = Child("redis", [find_redis_server(), "-"], log=log, environ=child_environ())
         server.start(standard_input=server_configuration(made.folder.redis, port=port, password="p"))

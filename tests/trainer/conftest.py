@@ -170,7 +170,7 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
 
     def make(name: str = "run", *, database_url: str = "", num_parts: int = 1, **trainer: Any) -> Stack:
         run = f"{tmp_path.name}-{name}"[-60:].lstrip("-_.")
-        defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01, "log_tensorboard": False}
+        defaults = {"steps": 4, "pairs_per_step": 4, "warmup_steps": 0, "learning_rate": 0.01}
         settings = Settings.model_validate(
             {
                 "run": {"name": run, "directory": tmp_path},
