@@ -39,10 +39,10 @@ RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt --mount
     && /opt/headwater/bin/pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
         "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' /tmp/constraints.txt)" \
     && rm -r /opt/headwater/lib/python3*/site-packages/torch/test /opt/headwater/lib/python3*/site-packages/torch/include
-# pyproject.toml without the packages that it names: their requirements and the `headwater` script. The extra: weights may
-# lie in an object store.
+# pyproject.toml without the packages that it names: their requirements and the `headwater` script. The extras: what a run
+# or `headwater report` may need. (The Docker SDK is for the machine outside, wandb for those who have an account.)
 RUN --mount=type=bind,from=requirements,target=/requirements,rw --mount=type=cache,target=/root/.cache/pip \
-    cd /requirements && touch README.md && /opt/headwater/bin/pip install -c constraints.txt '.[s3]'
+    cd /requirements && touch README.md && /opt/headwater/bin/pip install -c constraints.txt '.[huggingface,report,s3,tensorboard]'
 COPY --from=tree /headwater /headwater
 ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false
@@ -67,7 +67,7 @@ ARG PIP_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
 RUN --mount=type=bind,from=requirements,target=/requirements,rw --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip --system-site-packages /opt/headwater \
     && cd /requirements && touch README.md && /opt/headwater/bin/python -m pip list --format=freeze > installed.txt \
-    && /opt/headwater/bin/python -m pip install -c installed.txt '.[s3]'
+    && /opt/headwater/bin/python -m pip install -c installed.txt '.[huggingface,report,s3,tensorboard]'
 COPY --from=tree /headwater /headwater
 ENV PATH=/opt/headwater/bin:$PATH PYTHONPATH=/headwater PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp LOGNAME=headwater MPLCONFIGDIR=/tmp/matplotlib HF_HOME=/headwater/huggingface TOKENIZERS_PARALLELISM=false \

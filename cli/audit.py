@@ -1,67 +1,76 @@
-"""`headwater audit`: proves that no document was lost or trained twice.
+"""`headwater audit`: Prove that no window was lost or trained twice: read = trained + dropped + in flight.
 
-    read = trained + dropped (by reason) + in flight
-
-The left side comes from the cursors and from each document's number of windows, the right side from the windows'
-states; and each state is held against what others know of it: the evidence that every checkpoint left, the rows of
-steps and of weight versions, the leases, the stream. The stream of an embedded Redis is read from a copy of its
-append-only file, so that nothing in the run folder is touched and no run need be up.
+The left side comes from the cursors and each document's number of windows, the right side from the windows' states.
+Each state is then compared with what was written elsewhere at another time: the evidence of every checkpoint, the rows
+of steps and weight versions, the leases, the stream. docs/cli.md lists the checks.
 """
 
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from sqlalchemy import Engine
 
 from cli import audit_checks
-from cli.audit_account import Account, Window, read_account, read_waiting
-from cli.audit_stream import OnStream, StreamUnreachable, read_stream
-from cli.audit_testimony import Testimony, read_on, read_testimony
-from cli.run_folder import RunFolder, find_run
+from cli.audit_sources import (
+    Account,
+    OnStream,
+    StreamUnreachable,
+    Testimony,
+    Window,
+    read_account,
+    read_on,
+    read_stream,
+    read_testimony,
+    read_waiting,
+)
+from cli.run_folder import RunFolder, RunName, find_run
 from shared.ledger import READING, SCORED, Balance
 from shared.runs import reading_run
 from shared.settings import Settings
 
 Outcome = Literal["holds", "fails", "not checked"]
 RECHECK_S = 1.0
-"""Beside the time in which a free part finds a new collector."""
+"""On top of the time in which a collector takes a free part."""
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was held against another."""
+    """One comparison."""
 
     name: str
     outcome: Outcome
     detail: str
     problems: tuple[str, ...] = ()
-    """All contradictions; `detail` names the first of them."""
+    """All contradictions; `detail` names the first."""
 
 
 @dataclass(frozen=True)
 class AuditResult:
     run: str
     read: int
-    """Windows that were read, by cursors and numbers of windows."""
+    """Windows read, by cursors and numbers of windows."""
     balance: Balance
     checks: tuple[Check, ...]
 
     @property
     def holds(self) -> bool:
-        """Nothing contradicts anything; what `unchecked` names is not proved either."""
+        """No contradiction; what `unchecked` names is not proved."""
         return all(check.outcome != "fails" for check in self.checks)
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """Names of the checks that could not be made."""
+        """Checks that could not be made."""
         return tuple(check.name for check in self.checks if check.outcome == "not checked")
 
 
-def audit(run: str, *, as_json: bool) -> int:
+def audit(
+    run: RunName, *, as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False
+) -> int:
     """Print the findings; 1 when something does not balance."""
     folder, settings = find_run(run)
     with reading_run(settings) as opened:
@@ -73,8 +82,8 @@ def audit(run: str, *, as_json: bool) -> int:
 def audit_run(
     engine: Engine, settings: Settings, folder: RunFolder, *, wait: Callable[[float], None] = time.sleep
 ) -> AuditResult:
-    """Look once; where collectors are at work and something does not fit, once more when a free part has had time to be
-    taken: only what does not fit both times is a contradiction."""
+    """Look once. If collectors work and something does not fit, look again when a free part has had time to be taken:
+    only what does not fit both times is a contradiction."""
     first, is_running = _look(engine, settings, folder)
     if first.holds or not is_running:
         return first
@@ -87,11 +96,11 @@ def audit_run(
 
 
 def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditResult, bool]:
-    """The findings, and whether a collector is at work.
+    """The findings, and whether a collector works.
 
-    The trainer writes a step's row, then its checkpoint, then the line of evidence, then marks the ledger, and only
-    then acknowledges. So the steps of a checkpoint or a line are in the database that is read afterwards, and whatever
-    the database calls trained is in the lines that are read after that.
+    The trainer writes a step's row, its checkpoint and its line of evidence, then marks the ledger, then acknowledges.
+    So the database, read after the checkpoints, has all their steps; and the lines, read again after the database, have
+    everything that it calls trained.
     """
     run_id = settings.run.name
     earlier = read_testimony(folder.checkpoints)
@@ -101,7 +110,7 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
         stream, trouble = read_stream(settings, folder), ""
     except StreamUnreachable as exc:
         stream, trouble = None, str(exc)
-    # a window that moved on while the stream was read is no contradiction
+    # a window that changed while the stream was read is no contradiction
     still = read_waiting(engine, run_id)
     waiting = {name: row for name, row in account.in_state(READING, SCORED).items() if still.get(name) == row}
     checks = (
@@ -182,7 +191,7 @@ def as_lines(result: AuditResult) -> list[str]:
 
 
 def balance_line(result: AuditResult) -> str:
-    """The conservation law of one run in a sentence."""
+    """The conservation law of one run as a sentence."""
     return equation_line(result.read, result.balance)
 
 

@@ -1,15 +1,13 @@
-"""The comparisons of `headwater audit`: each returns the contradictions that it found, in words. Pure.
+"""The comparisons of `headwater audit`: pure functions that return contradictions as sentences.
 
-What the database says about a window is never compared with itself, but with what was written at another time by
-another hand: the cursor and the number of windows (collector, at reading), the checkpoints' evidence (trainer, before
-the ledger was told), the rows of steps, and the stream.
+A window's state in the database is compared with what another process wrote at another time: the cursor and the number
+of windows (collector, at reading), the evidence (trainer, before it marks the ledger), the rows of steps, the stream.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from cli.audit_account import Account, Window
-from cli.audit_testimony import Testimony
+from cli.audit_sources import Account, Testimony, Window
 from shared.checkpoint_state import Evidence, FinishedWindow
 from shared.ledger import DROPPED, READING, SCORED, TRAINED
 
@@ -17,7 +15,7 @@ NON_FINITE = "non_finite_loss"
 
 
 def windows_read(account: Account) -> int:
-    """How many there must be by cursors and numbers of windows; a document of which nothing is left counts once."""
+    """The number expected from cursors and numbers of windows; a document without any row counts once."""
     sizes = (max(row.num_windows for row in rows) for rows in account.documents.values())
     end = sum(account.cursors.values())
     below = sum(place[2] < account.cursors.get(place[:2], 0) for place in account.documents)
@@ -25,7 +23,7 @@ def windows_read(account: Account) -> int:
 
 
 def positions(account: Account) -> Iterator[str]:
-    """Documents below the cursor that have no row, rows beyond it, epochs that were jumped over."""
+    """Documents below the cursor without a row, rows beyond it, skipped epochs."""
     read: dict[tuple[int, int], set[int]] = {place: set() for place in account.cursors}
     for part, epoch, position in account.documents:
         read.setdefault((part, epoch), set()).add(position)
@@ -39,11 +37,11 @@ def positions(account: Account) -> Iterator[str]:
     for part in sorted({part for part, _ in read}):
         epochs = sorted(epoch for one, epoch in read if one == part)
         if epochs != list(range(len(epochs))):
-            yield f"part {part} was read in epochs {epochs}: one was jumped over"
+            yield f"part {part} was read in epochs {epochs}: one was skipped"
 
 
 def windows(account: Account) -> Iterator[str]:
-    """Windows that a document must have and has not, or has and must not have."""
+    """Windows that a document lacks, or has too many of."""
     for (part, epoch, position), rows in account.documents.items():
         name = f"{part}.{epoch}.{position}"
         numbers = {row.num_windows for row in rows}
@@ -55,13 +53,13 @@ def windows(account: Account) -> Iterator[str]:
 
 
 def states(account: Account) -> Iterator[str]:
-    """Windows in a state that no rule knows."""
+    """Windows in an unknown state."""
     known = (READING, SCORED, TRAINED, DROPPED)
     yield from (f"window {name} is {row.state!r}" for name, row in account.windows.items() if row.state not in known)
 
 
 def lines(testimony: Testimony, account: Account) -> Iterator[str]:
-    """Lines that are damaged, missing or there twice, and checkpoints on disk that say something else."""
+    """Lines that are damaged, missing or doubled, and checkpoints on disk that disagree with them."""
     yield from testimony.damaged
     number, step = 0, 0
     for line in testimony.lines:
@@ -74,7 +72,7 @@ def lines(testimony: Testimony, account: Account) -> Iterator[str]:
             missing = number + 1 if line.number == number + 2 else f"{number + 1} to {line.number - 1}"
             yield f"the evidence of checkpoint number {missing}, between steps {step} and {line.after}, is missing"
         elif line.after != step:
-            yield f"the evidence of step {line.step} goes on from step {line.after}, the one before it ends at {step}"
+            yield f"the evidence of step {line.step} continues step {line.after}, the line before it ends at {step}"
         number, step = line.number, line.step
     yield from _disagreeing_states(testimony, account)
 
@@ -88,11 +86,11 @@ def _disagreeing_states(testimony: Testimony, account: Account) -> Iterator[str]
             if step != newest or account.in_state(TRAINED).keys() & state.finished.keys():
                 yield f"checkpoint step-{step:08d} has no line: the evidence of step {step} is missing"
         elif (line.number, line.finished, line.partial) != (state.number, state.finished, state.partial):
-            yield f"checkpoint step-{step:08d} and the evidence of step {step} say different things"
+            yield f"checkpoint step-{step:08d} and the evidence of step {step} disagree"
 
 
 def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
-    """Windows that two checkpoints finished, and entries of the stream that two windows came from."""
+    """Windows finished by two checkpoints, and stream entries that two windows came from."""
     documents: dict[str, int] = {}
     entries: dict[str, str] = {}
     for line in testimony.lines:
@@ -107,7 +105,7 @@ def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
 
 
 def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Windows that the database calls finished by the trainer, and no checkpoint says so."""
+    """Windows that the database calls trained and no checkpoint contains."""
     finished_step = account.finished_step
     if finished_step is not None and finished_step > testimony.newest_step:
         yield f"the trainer finished at step {finished_step}, the newest checkpoint is of {testimony.newest_step}"
@@ -123,7 +121,7 @@ def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Windows that a checkpoint finished, and the database says something else."""
+    """Windows that a checkpoint finished and the database does not."""
     for line in testimony.lines:
         is_settled = testimony.is_settled(line, account)
         for document, finished in line.finished.items():
@@ -147,7 +145,7 @@ def _disagreement(row: Window, finished: FinishedWindow, line: Evidence) -> Iter
 
 
 def begun(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Windows of which the newest checkpoint used some pairs only, and the database calls them finished."""
+    """Windows that the newest checkpoint used only in part and the database calls finished."""
     for line in testimony.lines[-1:]:
         for document in line.partial:
             row = account.windows.get(document)
@@ -158,7 +156,7 @@ def begun(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def steps(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Rows that are missing between the first step and the newest, or up to the newest checkpoint."""
+    """Missing rows up to the newest step or checkpoint."""
     newest = testimony.newest_step
     owed = newest in testimony.states and testimony.states[newest].row is not None
     for step in range(1, max([*account.steps, newest], default=0) + 1):
@@ -167,8 +165,7 @@ def steps(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Steps whose row counts other pairs than the windows of the checkpoints gave, and windows that gave more than
-    they have."""
+    """Steps with another number of pairs than their windows gave, and windows that gave more than they have."""
     given: Counter[int] = Counter()
     for document in testimony.finished.values():
         given.update(document.pairs_by_step)
@@ -187,7 +184,7 @@ def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def versions(account: Account) -> Iterator[str]:
-    """Weight versions without a row, and steps and windows that name them."""
+    """Weight versions without a row, and what names them."""
     if not account.versions:
         if account.steps:
             yield f"no weight version has a row, and {len(account.steps)} steps were taken"
@@ -210,7 +207,7 @@ def versions(account: Account) -> Iterator[str]:
 
 
 def left_over(account: Account) -> Iterator[str]:
-    """Windows in flight, though the trainer finished because the source had ended: nobody will finish them."""
+    """Windows in flight although the trainer finished because the source had ended."""
     ended = account.source_ended_at
     if ended is not None:
         for name, row in account.in_state(READING, SCORED).items():
@@ -219,7 +216,7 @@ def left_over(account: Account) -> Iterator[str]:
 
 
 def abandoned(reading: Mapping[str, Window], *, leased: Collection[int]) -> Iterator[str]:
-    """Windows being read in parts that no collector leases while others work. Where none works they are in flight."""
+    """Windows being read in parts that no collector leases, while some collector works. Else they are in flight."""
     if leased:
         for name, row in reading.items():
             if row.part not in leased:

@@ -1,9 +1,9 @@
-"""Executed as a script by cli/processes.py: bind this process's life to its launcher's, then become the command.
+"""Run as a script by cli/processes.py: tie this process to the launcher's life, then exec the command.
 
     python -I -S bound.py LAUNCHER_PID COMMAND...
 
-On Linux the kernel then kills the process when the launcher dies, SIGKILL included. A wrapper that execs, rather
-than Popen's preexec_fn, since that one is not safe once the launcher has threads. Elsewhere it only execs.
+On Linux the kernel kills the process when the launcher dies, even by SIGKILL; elsewhere this only execs. Popen's
+preexec_fn would do the same but is not safe once the launcher has threads.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != int(launcher):
-            sys.exit("the launcher died before its child had begun")
+            sys.exit("the launcher died before its child started")
     os.execv(command[0], command)
 
 

@@ -1,27 +1,53 @@
-"""`headwater check`: validates a configuration, reaches everything that it names, and says what would run.
+"""`headwater check`: Validate a configuration, reach everything it names, and say what would run.
 
-Lists every problem, not just the first. Starts nothing and writes nothing.
+Each probe reaches one thing that the run needs and says what it found, or raises HeadwaterError with the remedy. All
+problems are listed, not just the first. Starts nothing and writes nothing.
 """
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cli.plan import Plan, make_plan, needed_services
-from cli.ports import Ports
-from cli.probes import Probe, probes
-from shared.configuration import load_settings
-from shared.errors import HeadwaterError, SettingsError
+import httpx
+import redis
+import sqlalchemy as sa
+
+from cli.plan import Plan, Ports, make_plan, needed_services
+from cli.run_folder import ConfigFile, Overrides, RunFolder
+from cli.stack import find_redis_server
+from services.collector.sources.base import Refusal, Source
+from shared.configuration import load_settings, without_passwords
+from shared.database import translated
+from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
+from shared.http import authorization_header
+from shared.identity import refuse_changed_identity, refuse_changed_source
+from shared.runs import Run, RunStart
 from shared.secret_urls import without_secrets
+from shared.settings import EngineSettings, Settings
+from shared.weights.store import WeightStore
+
+_TIMEOUT_S = 10.0
+_OLDEST_REDIS = (6, 2)
+_LARGEST_VOCABULARY = 2**31
+"""The collector compares token ids with the policy's vocabulary, this does not."""
+_SHOWN = 60
 
 
-def check(config: Path, overrides: Sequence[str]) -> int:
-    """0 when a run could start; 1 with all problems listed."""
+@dataclass(frozen=True)
+class Probe:
+    """`name` is the setting or part that is reached."""
+
+    name: str
+    run: Callable[[], str]
+
+
+def check(config: ConfigFile, overrides: Overrides) -> int:
+    """0 when a run could start, else 1. SettingsError names every wrong setting."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        settings = load_settings(config, overrides)
-    except SettingsError as exc:
-        return _fail(str(exc).splitlines())
+    settings = load_settings(config, overrides)
     with Ports() as ports:
         plan = make_plan(settings, ports)
         problems = [problem for probe in probes(plan) if (problem := _try(probe))]
@@ -31,7 +57,7 @@ def check(config: Path, overrides: Sequence[str]) -> int:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """What would run: one line a process, with where it listens."""
+    """One line for each process that would run, with its address."""
     settings = plan.settings
     rows = []
     if plan.embedded_redis_port is not None:
@@ -48,7 +74,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _try(probe: Probe) -> str | None:
-    """The problem, or None when the probe is content."""
+    """The problem, or None."""
     try:
         found = probe.run()
     except HeadwaterError as exc:
@@ -63,3 +89,221 @@ def _fail(problems: Sequence[str]) -> int:
     for problem in problems:
         print(f"  - {problem}")
     return 1
+
+
+def probes(plan: Plan) -> Iterator[Probe]:
+    """Everything that the run would use, in that order."""
+    settings = plan.settings
+    yield Probe("run folder", partial(run_folder, settings))
+    yield Probe("policy.model", partial(policy, settings))
+    yield Probe("documents", partial(first_document, settings))
+    yield Probe("redis", partial(redis_server, settings))
+    yield Probe("database", partial(database, settings))
+    yield Probe("weights.store", partial(weight_store, settings))
+    for role in needed_services(settings):
+        service = plan.service(role)
+        if service.url:
+            for url in service.base_urls:
+                yield Probe(role, partial(remote_service, url, plan.secrets.token))
+        elif role != "judge" or judge_needs_engine(settings):
+            default = settings.policy.model if role == "rollout" else ""
+            yield Probe(f"{role}.engine", partial(model_of, service.engine, default, setting=f"{role}.engine.model"))
+    if "rewriter" in plan.roles:
+        yield Probe("rewriter.prompt", partial(rewriter_prompt, settings))
+    if "judge" in plan.roles:
+        yield Probe("judge.criteria", partial(judge_criteria, settings))
+
+
+def run_folder(settings: Settings) -> str:
+    folder = RunFolder(settings.run.folder)
+    if not folder.settings_file.exists():
+        return f"{folder.path} is new"
+    folder.refuse_another_run(settings)
+    return f"{folder.path} exists: this run would be resumed"
+
+
+def policy(settings: Settings) -> str:
+    """It loads, and has room for the context."""
+    from services.tokenizer import load_tokenizer
+
+    found = model_folder(settings.policy.model, setting="policy.model")
+    tokenizer = load_tokenizer(settings.policy.tokenizer_source, setting="policy.tokenizer")
+    room = found.context_tokens
+    if room is not None and room < settings.chunks.context_tokens:
+        raise SettingsError(
+            f"policy.model has room for {room} tokens, chunks.context_tokens is {settings.chunks.context_tokens}: "
+            "lower it, or choose a model with a longer context"
+        )
+    return f"{found.description}; tokenizer with {len(tokenizer)} tokens"
+
+
+def model_of(engine: EngineSettings, default: str, *, setting: str) -> str:
+    """The model of a local service."""
+    from services.engine.life import build_engine
+
+    build_engine(engine, default_model=default)  # refuses what it cannot build; loads nothing yet
+    if engine.kind == "openai":
+        return endpoint(engine)
+    return model_folder(engine.model or default, setting=setting).description
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    description: str
+    context_tokens: int | None
+
+
+def model_folder(source: str, *, setting: str) -> FoundModel:
+    """The configuration loads; in a folder the weights are complete safetensors."""
+    if not source:
+        raise SettingsError(f"{setting} is empty: name a model folder or a Hugging Face name")
+    if _is_path(source) and not Path(source).is_dir():
+        raise SettingsError(f"{setting} = {source!r}: there is no such folder (working directory {Path.cwd()})")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as exc:
+        raise SettingsError(f"{setting} = {source!r} cannot be loaded: {exc}") from exc
+    text = config.get_text_config(decoder=True)
+    weights = _weights(Path(source), setting=setting) if Path(source).is_dir() else "weights come from the hub"
+    return FoundModel(f"{source} ({config.model_type}, {weights})", getattr(text, "max_position_embeddings", None))
+
+
+def _is_path(source: str) -> bool:
+    """Hugging Face names look like `name` or `owner/name`."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+
+
+def _weights(folder: Path, *, setting: str) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SettingsError(f"{setting}: {folder} holds no *.safetensors")
+    num_tensors = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                num_tensors += len(opened.keys())
+        except (OSError, SafetensorError) as exc:
+            raise SettingsError(f"{setting}: {file} is damaged: {exc}") from exc
+    return f"{num_tensors} tensors, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+
+
+def endpoint(engine: EngineSettings) -> str:
+    """The OpenAI-compatible endpoint has the model."""
+    key = os.environ.get(engine.key_variable, "")
+    answer = _get(f"{engine.endpoint.rstrip('/')}/models", key)
+    names = [str(model.get("id")) for model in answer.json().get("data", [])]
+    if engine.model not in names:
+        raise SettingsError(f"{engine.endpoint} has no model {engine.model!r}; it has {', '.join(names) or 'none'}")
+    return f"{engine.model} at {engine.endpoint}"
+
+
+def remote_service(url: str, token: str) -> str:
+    """The service is ready and accepts the token."""
+    data = _get(f"{url.rstrip('/')}/status", token).json()
+    return f"{url} is ready ({data.get('engine', '')} {data.get('model', '')})".replace("  ", " ")
+
+
+def _get(url: str, token: str) -> httpx.Response:
+    try:
+        answer = httpx.get(url, headers=authorization_header(token), timeout=_TIMEOUT_S)
+    except httpx.HTTPError as exc:
+        raise ServiceError(f"{url} cannot be reached: {exc}", retryable=True) from exc
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise ServiceError(f"{url} refuses the token (status {answer.status_code})", retryable=False)
+    if not answer.is_success:
+        raise ServiceError(f"{url} answers {answer.status_code}: {answer.text[:200]}", retryable=True)
+    return answer
+
+
+def redis_server(settings: Settings) -> str:
+    if not settings.redis.url:
+        return f"embedded: {find_redis_server()}"
+    client = redis.Redis.from_url(settings.redis.url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    try:
+        version = str(client.info("server")["redis_version"])
+    except redis.RedisError as exc:
+        raise HeadwaterError(f"redis.url cannot be used: {exc}") from exc
+    finally:
+        client.close()
+    if tuple(int(piece) for piece in version.split(".")[:2]) < _OLDEST_REDIS:
+        raise HeadwaterError(f"redis.url is Redis {version}, 6.2 or newer is needed")
+    return f"Redis {version} at redis.url"
+
+
+def database(settings: Settings) -> str:
+    """Reachable; a run of this name in it has the same identity and documents."""
+    if not settings.database.url and not (settings.run.folder / "headwater.db").exists():
+        return f"SQLite in {settings.run.folder}"
+    run = Run.of(settings)
+    try:
+        with translated(), run.database.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+        start = run.began_with()
+    finally:
+        run.close()
+    if start is not None:
+        refuse_another_run(start, settings)
+    return f"{run.database.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
+
+
+def refuse_another_run(start: RunStart, settings: Settings) -> None:
+    """The checks of settings and documents that the run's first processes make."""
+    now = without_passwords(settings).model_dump(mode="json")
+    refuse_changed_identity(start.settings, now, run=f"{settings.run.name!r} of this database")
+    if start.source is not None:
+        refuse_changed_source(start.source, documents(settings).manifest(), run=settings.run.name)
+
+
+def weight_store(settings: Settings) -> str:
+    try:
+        versions = WeightStore(settings.weight_store_url).versions()
+    except (OSError, ValueError, ImportError) as exc:
+        raise SettingsError(f"weights.store = {settings.weight_store_url!r} cannot be read: {exc}") from exc
+    return f"{settings.weight_store_url} ({len(versions)} versions)"
+
+
+def rewriter_prompt(settings: Settings) -> str:
+    from services.rewriter.rewriter import load_prompt
+
+    load_prompt(settings.rewriter.prompt)
+    return str(settings.rewriter.prompt or "as shipped")
+
+
+def judge_criteria(settings: Settings) -> str:
+    from services.judge.build import load_parts
+
+    load_parts(settings.judge)
+    return ", ".join(f"{name} (weight {one.weight:g})" for name, one in settings.judge.criteria.items())
+
+
+def judge_needs_engine(settings: Settings) -> bool:
+    from services.judge.build import needs_engine
+
+    return needs_engine(settings.judge)
+
+
+def documents(settings: Settings) -> Source:
+    """Opened as the collector does."""
+    from services.collector.sources.source import open_source
+
+    return open_source(settings.documents, seed=settings.run.seed, vocabulary_size=_LARGEST_VOCABULARY)
+
+
+def first_document(settings: Settings) -> str:
+    """The beginning of the first record."""
+    first = next(iter(documents(settings).read(0, epoch=0, start=0)), None)
+    if first is None:
+        raise SourceError(f"documents.path = {settings.documents.path!r} has no record")
+    if isinstance(first, Refusal):
+        raise SourceError(f"the first record is refused ({first.reason}): {first.detail}")
+    return f"{first.source_id}: {_beginning(first.content)}"
+
+
+def _beginning(content: str | tuple[int, ...]) -> str:
+    if isinstance(content, str):
+        return repr(content[:_SHOWN]) + ("..." if len(content) > _SHOWN else "")
+    return f"{len(content)} token ids: {', '.join(map(str, content[:8]))}, ..."

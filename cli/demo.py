@@ -1,9 +1,8 @@
-"""`headwater demo`: the whole stack in the starter world, then the world's checker says what improved.
+"""`headwater demo`: Train the shipped tiny models in the starter world, then let its checker say what improved.
 
-    documents of the world -> an online-DPO run, and beside it a next-token run (the baseline) -> evaluation -> report
+    documents of the world -> an online-DPO run, with a next-token run (the baseline) beside it -> evaluation -> report
 
-Both runs are ordinary run folders under `runs/demo`, made by `headwater run` with starter/demo.toml; what is
-finished there is not made again, so an interrupted demo goes on where it was.
+Both are ordinary runs of starter/demo.toml in folders under `runs/demo`; an interrupted demo resumes there.
 """
 
 import json
@@ -13,14 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
 
 import starter
 from cli.processes import Child, stop_children
+from cli.report import require_matplotlib
 from cli.run import run
 from cli.run_folder import find_run
 from shared.checkpoint_state import newest_policy
@@ -34,15 +35,17 @@ if TYPE_CHECKING:
 
 STARTER = Path(starter.__file__).parent
 MODELS, PROMPTS = STARTER / "models", STARTER / "prompts"
-
-
 BASELINE_TIMEOUT_S = 600.0
 BASELINE_STOP_S = 30.0
+BASELINE = (
+    "--run.name", "next-token", "--trainer.objective", "next_token",
+    "--collector.schedule", json.dumps([{"kinds": ["original"], "num_rollouts": 0}]),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo does."""
+    """How long a demo takes."""
 
     steps: int
     num_prefixes: int
@@ -53,8 +56,20 @@ FULL = Size(steps=60, num_prefixes=400, num_documents=4000)
 QUICK = Size(steps=12, num_prefixes=100, num_documents=1000)
 
 
-def demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -> int:
-    """Exit code of the first part that fails, else 0. `models`: what `starter.recipe` made, of whichever world."""
+def demo(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and prefixes: one minute.")] = False,
+    directory: Annotated[Path | None, typer.Option(help="Folder of the runs [runs/demo or runs/demo-quick].")] = None,
+    seed: int = 0,
+    models: Annotated[Path, typer.Option(help="Models of python -m starter.recipe.", show_default=False)] = MODELS,
+) -> int:
+    """Exit code of the first part that fails, else 0."""
+    folder = directory or Path("runs/demo-quick" if quick else "runs/demo")
+    return run_demo(QUICK if quick else FULL, directory=folder, seed=seed, models=models)
+
+
+def run_demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -> int:
+    require_matplotlib()
     world = world_of(models)
     console = Console()
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,11 +101,11 @@ def _start_baseline(config: Path, options: Sequence[str], *, log: Path) -> Child
 
 
 def _finish(baseline: Child) -> int:
-    """Wait for the baseline's end; its exit code. HeadwaterError where it takes far longer than the run beside it."""
+    """Wait for the baseline; 0. HeadwaterError if it failed, or takes far longer than the run beside it."""
     deadline = time.monotonic() + BASELINE_TIMEOUT_S
     while (code := baseline.exit_code) is None:
         if time.monotonic() > deadline:
-            raise HeadwaterError(f"the next-token run does not end: its log is {baseline.log}")
+            raise HeadwaterError(f"the next-token run does not end; its log is {baseline.log}")
         time.sleep(0.1)
     if code != 0:
         raise HeadwaterError(f"the next-token run failed ({code}): " + " | ".join(baseline.tail(lines=3)))
@@ -98,7 +113,7 @@ def _finish(baseline: Child) -> int:
 
 
 def world_of(models: Path) -> World:
-    """The world that models were made in; HeadwaterError where the folder doesn't say."""
+    """The world that the models were made for. HeadwaterError if the folder does not say."""
     file = models / "measured.json"
     try:
         return World(int(json.loads(file.read_text(encoding="utf-8"))["world_seed"]))
@@ -108,14 +123,8 @@ def world_of(models: Path) -> World:
         ) from exc
 
 
-BASELINE = (
-    "--run.name", "next-token", "--trainer.objective", "next_token",
-    "--collector.schedule", json.dumps([{"kinds": ["original"], "num_rollouts": 0}]),
-)  # fmt: skip
-
-
 def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
-    """Settings that place the starter's models, prompts and documents; the same for every run in the world."""
+    """The starter's models, prompts and documents as overrides, the same for every run in the world."""
     options = {
         "policy.model": models / "policy",
         "rewriter.engine.model": models / "rewriter",
@@ -130,7 +139,7 @@ def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
 
 
 def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:
-    """(step, share of chosen candidates that are rollouts) of a run."""
+    """A run's (step, share of chosen candidates that are rollouts)."""
     _, settings = find_run(str(run_folder))
     engine = open_database(settings.database_url)
     with transaction(engine) as session:
@@ -143,7 +152,7 @@ def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:
 def ask_checker(
     policy_folder: Path, world: World, *, num_prefixes: int, seed: int = 0, base: "PolicyReport | None" = None
 ) -> "PolicyReport":
-    """The checker's report on a policy's continuations of held-out prefixes; `base`: whom its win rate is against."""
+    """The checker's report on a policy's continuations of held-out prefixes; its win rate is against `base`."""
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from starter.evaluate import evaluate_policy
@@ -159,7 +168,7 @@ def ask_checker(
 
 
 def world_documents(world: World, path: Path, num: int) -> None:
-    """The first `num` training documents of the world, if the file isn't there yet."""
+    """Write the world's first `num` training documents, unless the file exists."""
     if not path.exists():
         write_documents(path, documents(world, num))
 

@@ -1,14 +1,16 @@
-"""`headwater init-model`: a from-scratch policy, as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+"""`headwater init-model`: Create a from-scratch policy: a tokenizer trained on documents, and random Llama weights.
 
-The tokenizer is a byte-level BPE: every text has tokens, none is unknown. It adds no BOS; `<|endoftext|>` is EOS and
-padding. So a document starts directly with its first word, and prefix token ids are exactly the raw text's.
+`AutoModelForCausalLM.from_pretrained` loads the folder. The tokenizer is a byte-level BPE, so no text is unknown. It
+adds no BOS: the token ids of a prefix are exactly those of its raw text. `<|endoftext|>` is EOS and padding.
 """
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import typer
 
 from shared.errors import SettingsError
 from shared.settings import DocumentsSettings
@@ -18,28 +20,23 @@ END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257
 """256 bytes and EOS."""
 _MOST_CHARACTERS = 1_000_000_000
-"""More text than this changes a vocabulary of usual size very little, but must all fit in memory."""
+"""More text hardly changes a vocabulary of the usual size, and all of it must fit in memory."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Size of a Llama policy."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    intermediate_size: int = 0
-    """0: 8/3 of the hidden size, to the next multiple of 32."""
-    context_tokens: int = 1024
-
-    @property
-    def feed_forward_size(self) -> int:
-        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    feed_forward_size: int
+    context_tokens: int
 
     def refuse_impossible(self) -> None:
-        """Raise SettingsError with the option to change."""
+        """SettingsError names the option to change."""
         if self.vocab_size < _SMALLEST_VOCABULARY:
             raise SettingsError(f"--vocab-size must be at least {_SMALLEST_VOCABULARY}, got {self.vocab_size}")
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_tokens"):
@@ -57,18 +54,33 @@ class ModelShape:
 
 
 def init_model(
-    documents: str,
-    out: Path,
-    shape: ModelShape,
     *,
-    document_format: DocumentFormat = "jsonl",
+    documents: Annotated[str, typer.Option(help="File, folder or glob that the tokenizer is trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new model; must not contain one yet.")],
+    document_format: Annotated[DocumentFormat, typer.Option("--format")] = "jsonl",
     text_field: str = "text",
+    vocab_size: int = 4096,
+    hidden_size: int = 256,
+    num_layers: int = 6,
+    num_heads: int = 4,
+    num_kv_heads: Annotated[int, typer.Option(help="0: as many as --num-heads.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="0: 8/3 of --hidden-size, as a multiple of 32.")] = 0,
+    context: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 1024,
     seed: int = 0,
 ) -> int:
-    """Write tokenizer and random weights into `out`; 0 when done."""
+    """0 when done."""
+    shape = ModelShape(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        feed_forward_size=intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32,
+        context_tokens=context,
+    )
     shape.refuse_impossible()
     if (out / "config.json").exists():
-        raise SettingsError(f"{out} holds a model already: choose another --out, or delete it yourself")
+        raise SettingsError(f"{out} already contains a model: choose another --out, or delete it")
     texts = list(_texts(documents, document_format=document_format, text_field=text_field))
     if not texts:
         raise SettingsError(f"{documents} has no text to train a tokenizer on (field {text_field!r})")
@@ -81,7 +93,7 @@ def init_model(
 
 
 def write_tokenizer(texts: list[str], out: Path, *, vocab_size: int, context_tokens: int) -> int:
-    """Train and save; returns the vocabulary's real size (few documents give fewer merges)."""
+    """Train and save; returns the real size of the vocabulary: few documents give fewer merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +135,7 @@ def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         max_position_embeddings=shape.context_tokens,
-        tie_word_embeddings=True,  # a small model would spend most of its parameters on a second table
+        tie_word_embeddings=True,  # a second table would be most of a small model
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
@@ -135,8 +147,7 @@ def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -
 
 
 def _texts(documents: str, *, document_format: DocumentFormat, text_field: str) -> Iterator[str]:
-    """Texts of the documents until the bound of memory; records that are refused are skipped, the run will name
-    them."""
+    """Texts of the documents, up to _MOST_CHARACTERS. Refused records are skipped; the run will name them."""
     from services.collector.sources.base import Document
     from services.collector.sources.source import open_source
 

@@ -1,23 +1,92 @@
-"""Decides what a run consists of: which roles, on which ports, with which environment. Used by run and check.
+"""What a run consists of: which roles, on which ports, with which environment. Used by run and check; starts nothing.
 
-Starts nothing. A service with a `url` runs elsewhere; the judge is needed only by objectives that choose by reward;
-rewriter and rollout only if some stage of the schedule makes their kind.
+A service with a `url` runs elsewhere. Only objectives that choose by reward need the judge; rewriter and rollout are
+needed if some stage of the schedule makes their kind of candidate.
 """
 
+import fcntl
 import os
+import socket
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self, TypeVar
+from urllib.parse import quote
 
-from cli.ports import Ports
-from cli.redis_server import HOST, redis_url
 from shared.configuration import load_secrets, secret_variables
+from shared.errors import HeadwaterError
 from shared.http import generate_token
+from shared.metrics import ENGINES
 from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings, TrainerSettings
 
-ServiceRole = Literal["rollout", "rewriter", "judge"]
-SERVICE_ROLES: tuple[ServiceRole, ...] = ("rollout", "rewriter", "judge")
+_Listening = TypeVar("_Listening", ServiceSettings, CollectorSettings, TrainerSettings)
+REDIS_HOST = "127.0.0.1"
+"""Where an embedded Redis listens."""
+
+
+class Ports:
+    """The ports this launcher has taken, each with a file lock until it ends: another launcher that starts at the same
+    moment would otherwise find the port free before our service has bound it."""
+
+    def __init__(self) -> None:
+        self._locks: list[IO[bytes]] = []
+        self._folder = Path(tempfile.gettempdir()) / f"headwater-ports-{os.getuid()}"
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for lock in self._locks:
+            lock.close()
+        self._locks.clear()
+
+    def take(self, host: str, wanted: int) -> int:
+        """`wanted` if it is free; else, and for 0, one that the system picks."""
+        if wanted and self._claim(host, wanted):
+            return wanted
+        for _ in range(100):
+            with socket.socket(_family(host)) as probe:
+                probe.bind((host, 0))
+                port = int(probe.getsockname()[1])
+            if self._claim(host, port):
+                return port
+        raise HeadwaterError(f"found no free port on {host} in 100 tries")
+
+    def _claim(self, host: str, port: int) -> bool:
+        lock = (self._folder / f"{port}.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        if not is_free(host, port):
+            lock.close()
+            return False
+        self._locks.append(lock)
+        return True
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could bind there now."""
+    with socket.socket(_family(host)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def redis_url(port: int, password: str) -> str:
+    return f"redis://:{quote(password, safe='')}@{REDIS_HOST}:{port}/0"
 
 
 @dataclass(frozen=True)
@@ -25,13 +94,13 @@ class Plan:
     """One start of a run."""
 
     settings: Settings
-    """With the ports that were taken; `redis.url` stays empty when Redis is embedded, since its URL has a password."""
+    """With the ports that were taken. `redis.url` stays empty when Redis is embedded: its URL has a password."""
     secrets: Secrets
     roles: tuple[str, ...]
-    """What this launcher starts, beside Redis, in the order of starting."""
+    """What this launcher starts besides Redis, in order."""
     embedded_redis_port: int | None
     notes: tuple[str, ...]
-    """What a person should know: ports that had to move."""
+    """Ports that had to move, as sentences."""
 
     @property
     def redis_url(self) -> str:
@@ -41,11 +110,11 @@ class Plan:
 
     @property
     def num_processes(self) -> int:
-        """The launcher itself not counted."""
+        """Without the launcher."""
         return len(self.roles) + (self.embedded_redis_port is not None)
 
     def ready_url(self, role: str) -> str | None:
-        """Where the role says that it is ready; None for the trainer, which serves no requests."""
+        """The role's /readyz; None for the trainer, which serves no requests."""
         if role == "trainer":
             return None
         if role == "collector":
@@ -61,31 +130,24 @@ class Plan:
         return service_settings(self.settings, role)
 
     def command(self, role: str) -> list[str]:
-        """How the role is started; its settings are in the run folder."""
+        """The role's process reads its settings from the run folder."""
         words = ["trainer"] if role == "trainer" else ["services", role]
         return [sys.executable, "-m", *words, "--config", str(self.settings.run.folder / "processes.toml")]
 
     def environ(self) -> dict[str, str]:
-        """The children's environment. What is secret in a setting travels here, since their file has none of it."""
-        return (
-            child_environ()
-            | secret_variables(self.settings)
-            | {
-                "HEADWATER_TOKEN": self.secrets.token,
-                "HEADWATER_REDIS__URL": self.redis_url,
-            }
-        )
+        """The children's environment. Secrets in settings travel here, since the settings file has none."""
+        own = {"HEADWATER_TOKEN": self.secrets.token, "HEADWATER_REDIS__URL": self.redis_url}
+        return child_environ() | secret_variables(self.settings) | own
 
 
 def child_environ() -> dict[str, str]:
-    """This process's environment without HEADWATER_*: those settings are in the children's file already, and must
-    not override the ports in it."""
+    """This process's environment without HEADWATER_*: the children's file has those settings, with the ports in use."""
     return {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
 
 
 def make_plan(settings: Settings, ports: Ports, *, environ: Mapping[str, str] | None = None) -> Plan:
-    """Take ports and tokens for everything that `settings` needs on this machine."""
-    secrets = _complete(load_secrets(os.environ if environ is None else environ))
+    """Take a token and the ports for everything that `settings` needs on this machine."""
+    given = load_secrets(os.environ if environ is None else environ)
     services = [role for role in needed_services(settings) if not service_settings(settings, role).url]
     notes: list[str] = []
     updates: dict[str, object] = {}
@@ -93,24 +155,24 @@ def make_plan(settings: Settings, ports: Ports, *, environ: Mapping[str, str] | 
         updates[role] = _with_free_port(service_settings(settings, role), role, ports, notes)
     updates["collector"] = _with_free_port(settings.collector, "collector", ports, notes)
     if settings.trainer.metrics_port:
-        updates["trainer"] = _with_free_metrics_port(settings.trainer, ports, notes)
+        updates["trainer"] = _with_free_port(settings.trainer, "trainer", ports, notes, key="metrics_port")
     return Plan(
         settings=settings.model_copy(update=updates),
-        secrets=secrets,
+        secrets=Secrets(token=given.token or generate_token()),
         roles=(*services, "collector", "trainer"),
-        embedded_redis_port=None if settings.redis.url else ports.take(HOST, 0),
+        embedded_redis_port=None if settings.redis.url else ports.take(REDIS_HOST, 0),
         notes=tuple(notes),
     )
 
 
-def needed_services(settings: Settings) -> list[ServiceRole]:
-    """Services that the collector will call, wherever they run."""
+def needed_services(settings: Settings) -> list[str]:
+    """Roles that the collector will call, wherever they run."""
     wanted = {
         "rollout": "rollout" in settings.kinds,
         "rewriter": "rewrite" in settings.kinds,
         "judge": settings.needs_judge,
     }
-    return [role for role in SERVICE_ROLES if wanted[role]]
+    return [role for role in ENGINES if wanted[role]]
 
 
 def service_settings(settings: Settings, role: str) -> ServiceSettings:
@@ -119,28 +181,14 @@ def service_settings(settings: Settings, role: str) -> ServiceSettings:
     return found
 
 
-def _complete(given: Secrets) -> Secrets:
-    return Secrets(token=given.token or generate_token())
-
-
-def _with_free_port(
-    section: ServiceSettings | CollectorSettings, role: str, ports: Ports, notes: list[str]
-) -> ServiceSettings | CollectorSettings:
-    return section.model_copy(update={"port": _take(section.host, section.port, role, ports, notes)})
-
-
-def _with_free_metrics_port(trainer: TrainerSettings, ports: Ports, notes: list[str]) -> TrainerSettings:
-    port = _take(trainer.host, trainer.metrics_port, "trainer", ports, notes)
-    return trainer.model_copy(update={"metrics_port": port})
-
-
-def _take(host: str, wanted: int, role: str, ports: Ports, notes: list[str]) -> int:
-    port = ports.take(host, wanted)
+def _with_free_port(section: _Listening, role: str, ports: Ports, notes: list[str], *, key: str = "port") -> _Listening:
+    wanted = getattr(section, key)
+    port = ports.take(section.host, wanted)
     if wanted and port != wanted:
         notes.append(f"port {wanted} is taken: {role} listens on {port} instead")
-    return port
+    return section.model_copy(update={key: port})
 
 
 def _reachable(host: str) -> str:
-    """Where this machine reaches a server that binds to `host`."""
+    """The address at which this machine reaches a server bound to `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

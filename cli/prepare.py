@@ -1,19 +1,15 @@
-"""`headwater prepare`: makes a run ready for processes that are started one by one, by compose or Kubernetes.
+"""`headwater prepare`: Prepare run folder and database for processes started one by one (compose, Kubernetes).
 
-What `headwater run` does before its first process: the run folder with its settings, the database's schema, the run's
-row. Doing it again changes nothing, and refuses settings that belong to another run.
+The same as `headwater run` does before its first process. Running it again changes nothing.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from cli.run_folder import RunFolder
+from cli.run_folder import ConfigFile, Overrides, RunFolder
 from shared.configuration import load_settings
 from shared.runs import open_run
 
 
-def prepare(config: Path, overrides: Sequence[str]) -> int:
-    """Exit code 0, or an error."""
+def prepare(config: ConfigFile, overrides: Overrides) -> int:
+    """SettingsError when the settings belong to another run of that name."""
     settings = load_settings(config, overrides)
     folder = RunFolder(settings.run.folder)
     with folder.locked():

@@ -1,7 +1,7 @@
-"""One child process of the launcher: started in its own session, logging to a file, stopped by its own pid.
+"""A child process of the launcher: it logs to a file and is stopped by its pid.
 
-A child gets no terminal signals (own session: the order of stopping is the launcher's), and does not outlive a
-launcher that was killed (bound.py).
+It runs in its own session, so a terminal's Ctrl-C does not reach it and the launcher decides the order of stopping. It
+does not outlive a launcher that was killed (bound.py).
 """
 
 import json
@@ -18,7 +18,7 @@ _TAIL_BYTES = 64_000
 
 
 class Child:
-    """A process that can be started again after it died."""
+    """A process that can be restarted."""
 
     def __init__(self, role: str, command: Sequence[str], *, log: Path, environ: Mapping[str, str]) -> None:
         self.role = role
@@ -28,7 +28,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, standard_input: bytes = b"") -> None:
-        """Spawn it. `command[0]` must be an absolute path."""
+        """`command[0]` must be an absolute path."""
         wrapped = [sys.executable, "-I", "-S", str(_BOUND), str(os.getpid()), *self._command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -48,7 +48,7 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that killed it."""
+        """None while it runs; -n when signal n killed it."""
         return self._process.poll() if self._process else None
 
     @property
@@ -56,27 +56,24 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask it to stop calmly (SIGTERM)."""
+        """SIGTERM."""
         if self.is_running:
             os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and whatever it started in its process group, and reap it."""
+        """SIGKILL to its process group, then reap it."""
         if self._process is None or not self.is_running:
             return
         os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
     def tail(self, *, lines: int = 12) -> list[str]:
-        """Its last log lines, JSON ones in readable form."""
+        """Its last log lines, readable."""
         return [readable(line) for line in last_lines(self.log, lines)]
 
 
 def stop_children(children: Sequence[Child], *, timeout_s: float, hurried: Callable[[], bool]) -> list[str]:
-    """SIGTERM to all, SIGKILL to those still there after `timeout_s` or once `hurried` says so.
-
-    Returns the roles that had to be killed.
-    """
+    """SIGTERM to all; SIGKILL to those left after `timeout_s`, or once `hurried()`. Returns the killed roles."""
     for child in children:
         child.terminate()
     deadline = time.monotonic() + timeout_s
@@ -89,7 +86,7 @@ def stop_children(children: Sequence[Child], *, timeout_s: float, hurried: Calla
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The end of a log; an empty list when there is no such file."""
+    """The end of a log; empty when there is no such file."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -104,11 +101,11 @@ def _feed(process: subprocess.Popen[bytes], content: bytes) -> None:
         process.stdin.write(content)
         process.stdin.close()
     except BrokenPipeError:
-        return  # it died at once; the supervisor reads why in its log
+        return  # it died at once; its log says why
 
 
 def readable(line: str) -> str:
-    """A JSON log line as a person reads it; any other line as it is."""
+    """A JSON log line as `time level message`; any other line unchanged."""
     try:
         entry = json.loads(line)
     except ValueError:

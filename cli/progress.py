@@ -1,12 +1,16 @@
-"""Reads how far a run is: step rows and documents from the database, the backlog from Redis, rates from the collector.
+"""How far a run is: read about once a second, and shown as a live panel or as plain lines.
 
-Called by cli/run.py about once a second. A part that does not answer is absent from the snapshot (None), never zero.
+Steps and documents come from the database, the backlog from Redis, rates from the collector. What does not answer is
+None in the snapshot, never zero.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
 import httpx
 import redis
@@ -20,7 +24,11 @@ from shared.http import authorization_header
 from shared.ledger import Balance, Ledger
 from shared.stream import Backlog, WindowStream
 
+if TYPE_CHECKING:
+    from rich.panel import Panel
+
 _RATE_WINDOW_S = 120.0
+_PLAIN_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Snapshot:
 
 
 class Rate:
-    """How fast a number that only ascends has been ascending lately."""
+    """How fast a counter has been rising lately."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, window_s: float = _RATE_WINDOW_S) -> None:
         self._clock = clock
@@ -52,7 +60,7 @@ class Rate:
         self._seen: deque[tuple[float, float]] = deque()
 
     def observe(self, value: float) -> None:
-        """A number below the last one (a process began anew) starts the measurement again."""
+        """A number below the last one restarts the measurement: the process was restarted."""
         now = self._clock()
         if self._seen and value < self._seen[-1][1]:
             self._seen.clear()
@@ -62,7 +70,7 @@ class Rate:
 
     @property
     def per_second(self) -> float | None:
-        """None until two looks saw a difference."""
+        """None until the number has changed."""
         if len(self._seen) < 2 or self._seen[-1][1] == self._seen[0][1]:
             return None
         (began, first), (ended, last) = self._seen[0], self._seen[-1]
@@ -70,7 +78,7 @@ class Rate:
 
 
 class ProgressReader:
-    """Looks at one run's database, Redis and collector."""
+    """Reads one run's database, Redis and collector."""
 
     def __init__(
         self, engine: Engine, run_id: str, *, steps: int, client: redis.Redis, collector_url: str, token: str
@@ -110,7 +118,7 @@ class ProgressReader:
     def _balance(self) -> Balance | None:
         try:
             return self._ledger.balance()
-        except DatabaseError:  # locked for longer than its timeout; the next look tries again
+        except DatabaseError:  # locked for longer than its timeout: try again at the next look
             return None
 
     def _backlog(self) -> Backlog | None:
@@ -120,7 +128,7 @@ class ProgressReader:
             return None
 
     def _candidates(self) -> float | None:
-        """Candidates that the collector has gathered since it started."""
+        """Candidates gathered since the collector started."""
         try:
             answer = httpx.get(self._metrics_url, headers=self._headers, timeout=2.0)
         except httpx.HTTPError:
@@ -132,3 +140,136 @@ def sum_of_metric(text: str, name: str) -> float:
     """Sum over all labels of one metric in Prometheus text."""
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return float(sum(sample.value for sample in samples if sample.name == name))
+
+
+class Display(Protocol):
+    """Where a run shows its progress."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None: ...
+
+    def say(self, text: str) -> None:
+        """An event, such as a process that died, as a line of its own."""
+
+    def show(self, snapshot: Snapshot) -> None: ...
+
+
+class PlainDisplay:
+    """For logs and pipes: a line every ten seconds if the step has moved, and one at the end."""
+
+    def __init__(self) -> None:
+        self._shown_step = -1
+        self._shown_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Nothing to close."""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        now = time.monotonic()
+        is_last = snapshot.step == snapshot.steps
+        if snapshot.step == self._shown_step or (now - self._shown_at < _PLAIN_EVERY_S and not is_last):
+            return
+        self._shown_step, self._shown_at = snapshot.step, now
+        self.say("  ".join([f"step {snapshot.step}/{snapshot.steps}", *(f"{k} {v}" for k, v in rows(snapshot))]))
+
+
+class LiveDisplay:
+    """For terminals."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console()
+        self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._live.update(panel(snapshot))
+
+
+def panel(snapshot: Snapshot) -> "Panel":
+    """A progress bar, and a row for everything known."""
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    figures = Table.grid(padding=(0, 2))
+    for name, value in rows(snapshot):
+        figures.add_row(Text(name, style="dim"), Text(value))
+    content = Table.grid()  # a bar in a Group would swallow the line after it
+    content.add_row(ProgressBar(total=snapshot.steps, completed=snapshot.step, width=60))
+    content.add_row(figures)
+    return Panel(content, title=f"step {snapshot.step} of {snapshot.steps}", title_align="left", expand=False)
+
+
+def choose_display() -> Display:
+    return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()
+
+
+def rows(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Name and value of everything known, the most interesting first."""
+    found: list[tuple[str, str]] = []
+    figures = snapshot.figures
+    if "loss" in figures:
+        found.append(("loss", f"{figures['loss']:.4f}"))
+    rewards = [(kind, figures.get(f"reward_{kind}")) for kind in ("original", "rewrite", "rollout")]
+    known = [f"{kind} {reward:.3f}" for kind, reward in rewards if reward is not None]
+    if known:
+        found.append(("reward", ", ".join(known)))
+    if "chosen_rollout_rate" in figures:
+        found.append(("rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"))
+    if "policy_lag_max" in figures:
+        found.append(("policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"))
+    found += _delivery_rows(snapshot)
+    if snapshot.seconds_left is not None:
+        found.append(("left", duration(snapshot.seconds_left)))
+    return found
+
+
+def _delivery_rows(snapshot: Snapshot) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if snapshot.backlog is not None:
+        found.append(("queue", f"{snapshot.backlog.unread} unread, {snapshot.backlog.pending} pending"))
+    if snapshot.balance is not None:
+        found.append(("documents", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"))
+        dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(snapshot.balance.dropped.items()))
+        found.append(("dropped", dropped or "none"))
+    rates = [
+        f"{value:.1f} {unit}"
+        for value, unit in (
+            (snapshot.steps_per_minute, "steps/min"),
+            (snapshot.candidates_per_second, "candidates/s"),
+        )
+        if value is not None
+    ]
+    if rates:
+        found.append(("rate", ", ".join(rates)))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `3 h 05 min`, `4 min 10 s`, `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole} s"

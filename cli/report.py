@@ -1,17 +1,19 @@
-"""`headwater report`: plots and a Markdown page of one run, into its report/ folder."""
+"""`headwater report`: Write plots (PNG) and a Markdown page into the run's report/ folder."""
 
+import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import gmtime, strftime
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from cli.audit import audit_run, balance_line
-from cli.display import duration
-from cli.run_folder import RunFolder, find_run
+from cli.progress import duration
+from cli.run_folder import RunFolder, RunName, find_run
 from shared.checkpoint_state import newest_checkpoint
 from shared.database import EventRow, StepRow, transaction
 from shared.errors import HeadwaterError
@@ -19,7 +21,16 @@ from shared.runs import reading_run
 from shared.secret_urls import without_secrets
 from shared.settings import Settings
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _NEWEST_EVENTS = 30
+_KIND_COLOURS = {"original": "#4c72b0", "rewrite": "#dd8452", "rollout": "#2f9e6e"}
+_ROLE_COLOURS = {
+    "generate": "#2f9e6e", "rewrite": "#dd8452", "judge": "#8172b3", "wait": "#bbbbbb",
+    "forward_backward": "#4c72b0", "optimizer": "#937860", "push": "#da8bc3", "checkpoint": "#ccb974",
+}  # fmt: skip
+_BLUE, _RED = "#4c72b0", "#c44e52"
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,47 @@ class StepRecord:
     figures: dict[str, float]
 
 
-def report(run: str) -> int:
-    """Write the report and say where it lies."""
+@dataclass(frozen=True)
+class Line:
+    figure: str
+    """Name in trainer/figures.py."""
+    label: str
+    colour: str
+    kind: str = ""
+    """The kind of candidate it is about; empty for all."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: lines over steps."""
+
+    file: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    share: bool = False
+    """The axis runs from 0 to 1."""
+
+
+_OF_KIND = "Which kind is chosen (the rollout line is the paper's main plot)"
+PLOTS = (
+    Plot("loss.png", "Loss", "loss", (Line("loss", "loss", _BLUE),)),
+    Plot("reward.png", "Mean reward by kind of candidate", "reward in [0, 1]",
+         tuple(Line(f"reward_{kind}", kind, colour) for kind, colour in _KIND_COLOURS.items())),
+    Plot("chosen.png", _OF_KIND, "share of chosen suffixes",
+         tuple(Line(f"chosen_{kind}_rate", kind, colour, kind) for kind, colour in _KIND_COLOURS.items()), share=True),
+    Plot("margin.png", "Reward margin", "margin (nats x beta)", (Line("reward_margin", "margin", _BLUE),)),
+    Plot("accuracy.png", "Pairs with a positive margin", "share of pairs",
+         (Line("reward_accuracy", "accuracy", _BLUE),), share=True),
+    Plot("lag.png", "Policy lag of the trained pairs", "weight versions",
+         (Line("policy_lag_mean", "mean", _BLUE), Line("policy_lag_max", "largest", _RED))),
+    Plot("seconds.png", "Seconds a step by role", "seconds a step",
+         tuple(Line(f"seconds_{role}", role.replace("_", " + "), colour) for role, colour in _ROLE_COLOURS.items())),
+)  # fmt: skip
+
+
+def report(run: RunName) -> int:
+    """Print the path of the page."""
     folder, settings = find_run(run)
     with reading_run(settings) as opened:
         path = write_report(opened.database, settings, folder)
@@ -42,12 +92,11 @@ def report(run: str) -> int:
 
 
 def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
-    """The page's path. Raises HeadwaterError when the run has no step yet."""
+    """The path of the page. HeadwaterError when the run has no step yet, or without matplotlib."""
+    require_matplotlib()
     steps = read_steps(engine, settings.run.name)
     if not steps:
         raise HeadwaterError(f"run {settings.run.name} has taken no step yet: nothing to report")
-    from cli.plots import write_plots
-
     folder.report.mkdir(exist_ok=True)
     plots = write_plots(steps, folder.report, kinds=settings.kinds)
     lines = [
@@ -79,7 +128,7 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
 
 
 def read_steps(engine: Engine, run_id: str) -> list[StepRecord]:
-    """Ascending."""
+    """In order."""
     query = sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step)
     with transaction(engine) as session:
         return [StepRecord(row.step, row.at, _finite(row.figures)) for row in session.scalars(query)]
@@ -101,7 +150,7 @@ def _facts(engine: Engine, settings: Settings, folder: RunFolder, steps: Sequenc
 
 
 def _figure_table(steps: Sequence[StepRecord]) -> list[str]:
-    """First tenth against last tenth, so that one noisy step does not speak for the run."""
+    """The first and the last tenth of the steps: single steps are noisy."""
     tenth = max(1, len(steps) // 10)
     first, last = _means(steps[:tenth]), _means(steps[-tenth:])
     lines = [f"| figure | mean of the first {tenth} steps | mean of the last {tenth} |", "|---|---:|---:|"]
@@ -111,7 +160,7 @@ def _figure_table(steps: Sequence[StepRecord]) -> list[str]:
 
 
 def _means(steps: Sequence[StepRecord]) -> dict[str, float]:
-    """Of each figure over the steps that have it."""
+    """Mean of each figure over the steps that have it."""
     names = {name for step in steps for name in step.figures}
     values = {name: [step.figures[name] for step in steps if name in step.figures] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
@@ -141,3 +190,73 @@ def _event_lines(engine: Engine, run_id: str) -> list[str]:
         text = " ".join(message.split()).replace("|", "\\|")[:300]
         lines.append(f"| {strftime('%Y-%m-%d %H:%M:%S', gmtime(at))} | {role} | {kind} | {text} |")
     return lines
+
+
+def require_matplotlib() -> None:
+    """HeadwaterError if plots cannot be drawn; call it before hours of work that end in a plot."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise HeadwaterError("the plots need matplotlib: pip install 'headwater[report]'")
+
+
+def write_plots(steps: Sequence[StepRecord], folder: Path, *, kinds: Collection[str]) -> list[Plot]:
+    """The plots that the run has figures for; files of earlier reports are replaced. `kinds` are those that the run
+    makes: a line about another kind is left out."""
+    drawn = []
+    for plot in PLOTS:
+        lines = tuple(line for line in plot.lines if not line.kind or line.kind in kinds)
+        figure = draw(replace(plot, lines=lines), steps)
+        if figure is not None:
+            figure.savefig(folder / plot.file, dpi=120)
+            drawn.append(plot)
+    return drawn
+
+
+def draw(plot: Plot, steps: Sequence[StepRecord]) -> "Figure | None":
+    """None if no step has any of the plot's figures (an NLL objective has no margins)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    num_lines = sum(_draw_line(axes, line, steps) for line in plot.lines)
+    if not num_lines:
+        return None
+    axes.set_title(plot.title, loc="left", fontsize=12)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(plot.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if plot.share:
+        axes.set_ylim(-0.03, 1.03)
+    if num_lines > 1:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _draw_line(axes: Any, line: Line, steps: Sequence[StepRecord]) -> bool:
+    """Each step pale, the running mean in full colour: figures are noisy, their trend matters."""
+    points = [(step.step, step.figures[line.figure]) for step in steps if line.figure in step.figures]
+    if not points:
+        return False
+    places, values = [place for place, _ in points], [value for _, value in points]
+    if len(points) < len(steps) / 2:  # not at every step, such as checkpoints
+        axes.plot(places, values, color=line.colour, label=line.label, linestyle="", marker="o", markersize=4)
+        return True
+    width = max(1, len(values) // 10)
+    if width == 1:
+        axes.plot(places, values, color=line.colour, label=line.label, linewidth=1.6, marker="o", markersize=3)
+        return True
+    axes.plot(places, values, color=line.colour, alpha=0.25, linewidth=1)
+    axes.plot(places, running_mean(values, width), color=line.colour, label=line.label, linewidth=1.8)
+    return True
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """At each place, the mean of the last `width` values."""
+    return [
+        sum(values[max(0, end - width) : end]) / len(values[max(0, end - width) : end])
+        for end in range(1, len(values) + 1)
+    ]

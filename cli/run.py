@@ -1,38 +1,39 @@
-"""`headwater run`: a whole run on this machine, from its configuration to its last checkpoint.
+"""`headwater run`: Start Redis, services, collector and trainer on this machine and run to trainer.steps, or resume.
 
-    settings -> run folder (locked, identity compared) -> plan (ports, tokens) -> stack (processes) -> progress
+    settings -> run folder (lock, compare identity) -> plan (ports, tokens) -> stack (processes) -> progress
 
-The same command again resumes: every process finds its own place in the database, Redis and the checkpoints.
+The same command resumes a run: every process finds where it was in the database, Redis and the checkpoints.
 """
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
-from cli.display import Display, choose_display
-from cli.plan import Plan, make_plan
-from cli.ports import Ports
-from cli.progress import ProgressReader
-from cli.run_folder import RunFolder
+from sqlalchemy import Engine
+
+from cli.audit import AuditResult, audit_run, balance_line
+from cli.plan import Plan, Ports, make_plan
+from cli.progress import Display, ProgressReader, choose_display
+from cli.run_folder import ConfigFile, Overrides, RunFolder
 from cli.stack import Stack
-from cli.summary import summary_lines
+from shared.checkpoint_state import newest_checkpoint
 from shared.configuration import load_settings, without_passwords, write_settings
 from shared.coordination import Coordination, TrainerReport
 from shared.errors import DatabaseError, HeadwaterError, StreamError
 from shared.redis import connect
 from shared.runs import Run, open_run
+from shared.settings import Settings
 
 LOOK_EVERY_S = 1.0
 COLLECTOR_END_S = 30.0
-"""Documents in flight are given up by the collector once the trainer has finished."""
+"""Once the trainer has finished, the collector gives up what is in flight."""
 
 
 class Interruption:
-    """Which signal asked the launcher to stop; a second one asks to stop at once."""
+    """The signal that asked the launcher to stop. A second one means: at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -66,8 +67,8 @@ def _signals_noted(interruption: Interruption) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(config: Path, overrides: Sequence[str]) -> int:
-    """Exit code: 0 at the end of the run, 1 when a process failed, 128 + n when stopped by signal n."""
+def run(config: ConfigFile, overrides: Overrides) -> int:
+    """0 at the end of the run, 128 + n when stopped by signal n. HeadwaterError when a process failed."""
     settings = load_settings(config, overrides)
     folder = RunFolder(settings.run.folder)
     interruption = Interruption()
@@ -88,7 +89,7 @@ def run(config: Path, overrides: Sequence[str]) -> int:
 
 @dataclass
 class Launcher:
-    """One start of a run, from the first process to the summary."""
+    """One start of a run, from its first process to the summary."""
 
     plan: Plan
     folder: RunFolder
@@ -108,7 +109,7 @@ class Launcher:
         )
 
     def run(self) -> None:
-        """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
+        """Start, watch until the trainer has finished, then stop. Errors stop everything too."""
         with self.display:
             for note in self.plan.notes:
                 self.display.say(note)
@@ -134,13 +135,13 @@ class Launcher:
             self._stack.start_work()
 
     def _reopen(self) -> None:
-        """What an earlier start of this run said about its end must not end this one, which has more steps to go."""
+        """Withdraw the `finished` of an earlier start: this one has more steps to go."""
         report = self._coordination.trainer_report()
         if report and report.state == "finished" and report.step < self.plan.settings.trainer.steps:
             self._coordination.report_trainer(TrainerReport(report.step, report.weight_version, "training"))
 
     def _has_reason_to_end(self, role: str) -> bool:
-        """No, when Redis or the database is away: the process is then started again and finds its work done."""
+        """False while Redis or the database is down: the process is restarted and finds that its work is done."""
         try:
             report = self._coordination.trainer_report()
             if report is not None and report.state == "finished":
@@ -184,7 +185,7 @@ class Launcher:
         )
 
     def _tell(self, role: str, kind: str, message: str) -> None:
-        """To the person, and to the events table where the database allows it."""
+        """Show it, and write it to the events table."""
         self.display.say(message)
         self._record(role, kind, message)
 
@@ -192,19 +193,40 @@ class Launcher:
         try:
             self.records.record_event(role, kind, message)
         except DatabaseError as exc:
-            self.display.say(f"this could not be written to the events table: {exc}")
+            self.display.say(f"the events table does not have this: {exc}")
 
     def _summarise(self) -> None:
         report = self._report()
-        for line in summary_lines(self.records.database, self.plan.settings, self.folder):
+        for line in _summary(self.records.database, self.plan.settings, self.folder):
             self.display.say(line)
         self.display.say(f"report: {report}")
 
     def _report(self) -> str:
-        """A report that can't be made must not look like a failed run."""
+        """A report that cannot be written must not look like a failed run."""
         from cli.report import write_report
 
         try:
             return str(write_report(self.records.database, self.plan.settings, self.folder))
         except (HeadwaterError, OSError) as exc:
             return f"none ({exc})"
+
+
+def _summary(engine: Engine, settings: Settings, folder: RunFolder) -> list[str]:
+    """Steps, documents, the audit's verdict and the newest checkpoint, once the processes have stopped."""
+    result = audit_run(engine, settings, folder)
+    newest = newest_checkpoint(folder.checkpoints)
+    is_complete = newest is not None and newest[0] >= settings.trainer.steps
+    return [
+        f"step {newest[0] if newest else 0} of {settings.trainer.steps}"
+        + ("" if is_complete else "; the same command resumes from here"),
+        f"documents: {balance_line(result)}",
+        f"audit: {_verdict(result)}",
+        *(f"  {check.outcome}: {check.name}: {check.detail}" for check in result.checks if check.outcome != "holds"),
+        f"checkpoint: {newest[1] if newest else 'none yet'}",
+    ]
+
+
+def _verdict(result: AuditResult) -> str:
+    if not result.holds:
+        return "it does NOT balance"
+    return "nothing contradicts, but not everything could be checked" if result.unchecked else "everything balances"

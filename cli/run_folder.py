@@ -1,7 +1,7 @@
-"""The run folder: where it lies, what is in it, who may write to it, and whether a configuration belongs to it.
+"""The run folder, and the arguments by which commands name a run.
 
 settings.toml    the resolved settings of the newest start
-processes.toml   the same with the ports that were really taken: what the processes are given
+processes.toml   the same with the ports in use; the processes read this one
 checkpoints/ weights/ replicas/ headwater.db redis/ logs/ROLE.log report/
 """
 
@@ -11,17 +11,41 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from shared.configuration import load_settings, read_toml, without_passwords, write_settings
 from shared.errors import SettingsError
 from shared.identity import form_of, refuse_changed_identity, refuse_other_form
 from shared.settings import Settings
 
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file of the run.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or the run's name under runs/.")]
+
+
+def _overrides(context: typer.Context) -> list[str]:
+    """main.py has taken them out of the line."""
+    found: list[str] = context.obj
+    return found
+
+
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--section.key",
+        metavar="VALUE",
+        help="Override any setting, e.g. --trainer.steps 200. Can be repeated.",
+        callback=_overrides,
+        default_factory=list,
+        show_default=False,
+    ),
+]
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Places in one run's folder."""
+    """Paths in one run's folder."""
 
     path: Path
 
@@ -54,14 +78,14 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; SettingsError if another launcher has it. The lock ends with the process."""
+        """Lock the folder until the process ends. SettingsError if another launcher holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 raise SettingsError(
-                    f"another `headwater run` is working in {self.path}: stop it, or give this run a name of its own "
+                    f"another `headwater run` is working in {self.path}: stop it, or give this run another name "
                     "(--run.name NAME)"
                 ) from exc
             yield
@@ -73,25 +97,24 @@ class RunFolder:
         return found
 
     def refuse_another_run(self, settings: Settings) -> None:
-        """SettingsError if the folder belongs to a run of another identity."""
+        """SettingsError if the folder belongs to a run with another identity."""
         if self.settings_file.exists():
             old, new = self.read_settings(), without_passwords(settings).model_dump(mode="json")
             refuse_changed_identity(old, new, run=f"in {self.path}")
 
     def adopt(self, settings: Settings) -> None:
-        """Write `settings` as the run's own, unless the folder belongs to a run of another identity. Passwords stay
-        out."""
+        """Write `settings`, without passwords, into the folder. SettingsError if it belongs to another run."""
         self.refuse_another_run(settings)
         write_settings(without_passwords(settings), self.settings_file)
 
 
 _STORES = {"HEADWATER_REDIS__URL": "redis", "HEADWATER_DATABASE__URL": "database"}
-"""Their URLs may hold passwords, which the run folder doesn't have."""
+"""Their URLs may contain passwords, which the run folder does not keep."""
 
 
 def find_run(name: str, environ: Mapping[str, str] | None = None) -> tuple[RunFolder, Settings]:
-    """An existing run by folder, or by name under runs/. The database URL is made to point into the folder found; a
-    run on a Redis or database of its own takes their URLs from the environment, where it has them."""
+    """An existing run, by folder or by name under runs/. An embedded database is looked for in that folder. The URLs
+    of an external Redis or database are taken from the environment if it has them."""
     given = os.environ if environ is None else environ
     candidates = [Path(name), Path("runs") / name]
     for path in candidates:
@@ -104,7 +127,7 @@ def find_run(name: str, environ: Mapping[str, str] | None = None) -> tuple[RunFo
 
 
 def _reaching_stores(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """What a run had embedded stays embedded."""
+    """An embedded store stays embedded."""
     updates: dict[str, object] = {}
     for variable, name in _STORES.items():
         section = getattr(settings, name)
@@ -114,7 +137,7 @@ def _reaching_stores(settings: Settings, environ: Mapping[str, str]) -> Settings
 
 
 def _settled_in(path: Path, settings: Settings) -> Settings:
-    """The folder may have been moved, or be seen from another working directory."""
+    """The folder may have moved, or the working directory may differ."""
     database = settings.database.url or f"sqlite:///{path / 'headwater.db'}"
     store = settings.weights.store or str(path / "weights")
     return settings.model_copy(

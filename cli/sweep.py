@@ -1,4 +1,4 @@
-"""`headwater sweep FILE`: a grid of settings over several seeds in the starter world, one table at the end.
+"""`headwater sweep`: Run a grid of settings over several seeds in the starter world, or resume it; ends with a table.
 
     seeds = [0, 1, 2]
     num_prefixes = 400
@@ -9,10 +9,10 @@
     [[cells]]                               # ... and/or cells by hand
     name = "sft on one rollout"
     settings = { "trainer.objective" = "sft_rollout" }
-    seeds = [0, 1, 2, 3, 4]             # other seeds than the rest
+    seeds = [0, 1, 2, 3, 4]                 # instead of the sweep's
 
-Each cell and seed is an ordinary run folder `OUT/CELL/seed-N`, evaluated by the world's checker into
-`evaluation.json` there. What has that file is not done again, so a sweep that was stopped goes on.
+Each cell and seed is an ordinary run in `OUT/CELL/seed-N`, which the world's checker evaluates into its
+`evaluation.json`. Runs that have this file are done: a sweep that was stopped resumes with the others.
 """
 
 import itertools
@@ -23,11 +23,11 @@ import statistics
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
-from scipy import stats
 
 from cli.demo import (
     MODELS,
@@ -38,6 +38,7 @@ from cli.demo import (
     world_of,
     world_options,
 )
+from cli.report import require_matplotlib
 from cli.run import run
 from shared.checkpoint_state import newest_policy
 from shared.errors import SettingsError
@@ -71,7 +72,7 @@ class Sweep(BaseModel):
     cells: list[Cell] = []
 
     def all_cells(self) -> list[Cell]:
-        """Cells by hand, then the product of the grid, named by their settings."""
+        """The cells by hand, then the product of the grid, named by their settings."""
         made = list(self.cells)
         if self.grid:
             for values in itertools.product(*self.grid.values()):
@@ -87,7 +88,7 @@ class Sweep(BaseModel):
         return cell.seeds or self.seeds
 
     def jobs(self) -> list[tuple[int, Cell]]:
-        """Every (seed, cell), all cells of a seed before the next seed, so that a stopped sweep has whole rows."""
+        """Every (seed, cell), seed by seed, so that a stopped sweep has all cells of some seeds."""
         cells = self.all_cells()
         seeds = dict.fromkeys(seed for cell in cells for seed in self.seeds_of(cell))
         return [(seed, cell) for seed in seeds for cell in cells if seed in self.seeds_of(cell)]
@@ -95,7 +96,7 @@ class Sweep(BaseModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over seeds with its 95 % t-interval; one seed gives no interval."""
+    """Mean over seeds with its 95 % t-interval; none for one seed."""
 
     mean: float
     half_width: float | None
@@ -106,12 +107,45 @@ class Summary:
         if len(values) < 2:
             return cls(mean, None)
         spread = statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread)
+        return cls(mean, t_quantile(0.975, len(values) - 1) * spread)
 
 
-def sweep(file: Path, *, out: Path) -> int:
-    """Runs what is missing, then writes `sweep.md` and `sweep.json` into `out`."""
-    plan = load_sweep(file)
+def t_quantile(probability: float, degrees: int) -> float:
+    """Student's t: the value that is not exceeded with `probability` (above 0.5), by halving an angle.
+
+    For whole degrees of freedom n, P(|T| < t) is a finite sum over the angle atan(t / sqrt(n)), Abramowitz & Stegun
+    26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        is_below = _within(angle, degrees) < 2 * probability - 1
+        low, high = (angle, high) if is_below else (low, angle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """P(|T| < sqrt(n) tan(angle)) for n degrees of freedom."""
+    is_odd = degrees % 2
+    term, total = (math.cos(angle) if is_odd else 1.0), 0.0
+    for k in range(1 + is_odd, degrees, 2):  # n even: 1 + cos^2 / 2 + ...; n odd: cos + cos^3 * 2 / 3 + ...
+        total += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if is_odd else total
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file of the sweep.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder of its runs [runs/NAME, the file's name].")] = None,
+) -> int:
+    """Run what is missing, then write `sweep.md` and `sweep.json`."""
+    return run_sweep(load_sweep(file), out or Path("runs") / file.stem)
+
+
+def run_sweep(plan: Sweep, out: Path) -> int:
+    require_matplotlib()
     console = Console()
     documents_file = out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +165,7 @@ def sweep(file: Path, *, out: Path) -> int:
 
 
 def load_sweep(file: Path) -> Sweep:
-    """SettingsError names the wrong key."""
+    """SettingsError names a wrong key."""
     try:
         return Sweep.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as exc:
@@ -199,7 +233,7 @@ def _write_table(cells: list[Cell], plan: Sweep, out: Path, console: Console) ->
 
 
 def table_lines(results: dict[str, dict[str, list[float]]], *, num_prefixes: int) -> list[str]:
-    """A Markdown table: one row per cell, `mean ± half width of the 95 % t-interval over seeds`."""
+    """A Markdown table with a row for each cell: `mean ± half width of the 95 % t-interval over seeds`."""
     shares = ["safe", "safe_after_unsafe", "no_fact_wrong", "well_formed", "repetition", "all_clean", "win_rate"]
     rates = ["chosen_rollout_rate_first_third", "chosen_rollout_rate_last_third"]
     names = [*shares, "facts_stated", *rates]

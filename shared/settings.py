@@ -378,8 +378,10 @@ class TrainerSettings(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     stream_timeout_s: float = Field(default=0.0, ge=0)
     """Stop with an error when no window arrives for this long; 0: wait for ever."""
-    log_tensorboard: bool = True
+    log_tensorboard: bool = False
+    """Needs `headwater[tensorboard]`."""
     log_wandb: bool = False
+    """Needs `headwater[wandb]`."""
 
 
 class Settings(Section):

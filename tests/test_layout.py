@@ -61,7 +61,7 @@ def test_shared_loads_no_torch_vllm_or_fastapi() -> None:
 
 
 def test_the_launcher_loads_no_torch() -> None:
-    assert not _loaded_after("import cli.run, cli.audit, cli.summary") & {"torch", "transformers", "fastapi"}
+    assert not _loaded_after("import cli.run, cli.audit, cli.check, cli.report") & {"torch", "transformers", "fastapi"}
 
 
 def test_a_collector_loads_a_tokenizer_without_torch() -> None:

@@ -177,8 +177,13 @@ class MetricsSink:
 class TensorBoardSink:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Hides events beyond `resume_step`: those steps are redone."""
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as exc:
+            raise SettingsError(
+                "trainer.log_tensorboard is on but tensorboard is not installed: "
+                "pip install 'headwater[tensorboard]', or turn it off"
+            ) from exc
         self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:

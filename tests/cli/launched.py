@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from cli.audit import AuditResult, audit_run
+from cli.init_model import init_model
 from cli.run_folder import find_run
 from shared.database import CandidateRow, EventRow, StepRow, open_database, transaction
 from shared.errors import DatabaseError
@@ -84,7 +86,7 @@ class Launched:
             "--policy.model", str(recipe.folder / "model"), "--documents.path", str(recipe.folder / "documents.jsonl"),
             "--chunks.context_tokens", "64", "--chunks.suffix_tokens", "8", "--chunks.min_prefix_tokens", "8",
             "--chunks.min_suffix_tokens", "4", "--chunks.chunks_per_window", "2", "--trainer.pairs_per_step", "2",
-            "--trainer.checkpoint_every", "2", "--trainer.log_tensorboard", "false", "--collector.record_share", "1",
+            "--trainer.checkpoint_every", "2", "--collector.record_share", "1",
             "--collector.lease_s", "2", "--collector.max_backlog", "4", *options,
         ]  # fmt: skip
 
@@ -143,6 +145,12 @@ class Launched:
             return max(self.recipe.steps(), default=0)
         except DatabaseError:  # not migrated yet
             return 0
+
+
+def write_model(folder: Path, *, context: int = 64) -> None:
+    """A tiny policy in `model/`, its tokenizer from `documents.jsonl`."""
+    size: dict[str, Any] = {"vocab_size": 280, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    init_model(documents=str(folder / "documents.jsonl"), out=folder / "model", context=context, **size)
 
 
 def is_alive(pid: int) -> bool:

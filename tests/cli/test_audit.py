@@ -6,10 +6,9 @@ import pytest
 import sqlalchemy as sa
 
 from cli.audit import AuditResult, audit, audit_run, balance_line
-from cli.plan import child_environ
-from cli.ports import Ports
+from cli.plan import REDIS_HOST, Ports, child_environ, redis_url
 from cli.processes import Child
-from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
+from cli.stack import find_redis_server, server_configuration, wait_until_it_answers
 from shared.checkpoint_state import Evidence
 from shared.coordination import Coordination
 from shared.database import WindowRow, transaction
@@ -158,7 +157,7 @@ def test_nothing_may_be_in_flight_when_the_source_has_ended(made: MadeRun) -> No
 def _put_on_stream(made: MadeRun, *documents: str, leased: tuple[int, ...] = ()) -> None:
     """Through an embedded Redis that is killed afterwards, as at the end of a run that failed."""
     with Ports() as ports:
-        port = ports.take(HOST, 0)
+        port = ports.take(REDIS_HOST, 0)
         log = made.folder.log("redis")
         server = Child("redis", [find_redis_server(), "-"], log=log, environ=child_environ())
         server.start(standard_input=server_configuration(made.folder.redis, port=port, password="p"))

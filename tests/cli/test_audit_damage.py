@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -216,15 +217,6 @@ SQL = {
 }
 
 
-@pytest.mark.parametrize("what", SQL)
-def test_damage_to_the_database_is_found_and_named(run: CopiedRun, what: str) -> None:
-    statement, expected = SQL[what]
-    run.sql(statement)
-    result = run.audit()
-    assert not result.holds
-    assert expected in problems(result)
-
-
 def without(index: int) -> Callable[[list[str]], list[str]]:
     return lambda lines: [line for number, line in enumerate(lines) if number != index]
 
@@ -255,7 +247,7 @@ LINES: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     ),
     "of the newest": (
         lambda lines: [*lines[:3], lines[3].replace('"used":2', '"used":1')],
-        "checkpoint step-00000007 and the evidence of step 7 say different things",
+        "checkpoint step-00000007 and the evidence of step 7 disagree",
     ),
 }
 
@@ -265,10 +257,18 @@ def _first_of(line: str) -> str:
     return json.dumps({document: finished})[1:-1]
 
 
-@pytest.mark.parametrize("what", LINES)
-def test_damage_to_the_evidence_is_found_and_named(run: CopiedRun, what: str) -> None:
-    change, expected = LINES[what]
-    run.lines(change)
+DAMAGE: list[tuple[str, Callable[[CopiedRun], None], str]] = [
+    *((what, partial(CopiedRun.sql, statement=statement), expected) for what, (statement, expected) in SQL.items()),
+    *(
+        (f"lines: {what}", partial(CopiedRun.lines, change=change), expected)
+        for what, (change, expected) in LINES.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "expected"), [pytest.param(*rest, id=what) for what, *rest in DAMAGE])
+def test_damage_is_found_and_named(run: CopiedRun, damage: Callable[[CopiedRun], None], expected: str) -> None:
+    damage(run)
     result = run.audit()
     assert not result.holds
     assert expected in problems(result)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from cli.audit import AuditResult, audit_run
-from cli.audit_account import read_account
+from cli.audit_sources import read_account
 from cli.run_folder import RunFolder
 from shared.database import open_database
 from shared.ledger import Ledger, WindowStart

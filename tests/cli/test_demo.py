@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.demo import Size, demo, world_of
+from cli.demo import Size, run_demo, world_of
 from shared.errors import HeadwaterError
 
 
@@ -14,7 +14,7 @@ from shared.errors import HeadwaterError
 def test_a_short_demo_makes_the_policy_safer_and_cleaner_and_says_so(tmp_path: Path) -> None:
     size = Size(steps=24, num_prefixes=400, num_documents=1000)
 
-    assert demo(size, directory=tmp_path / "demo", seed=0) == 0
+    assert run_demo(size, directory=tmp_path / "demo", seed=0) == 0
 
     report = tmp_path / "demo" / "report"
     measured = json.loads((report / "measured.json").read_text(encoding="utf-8"))

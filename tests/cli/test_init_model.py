@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from cli.init_model import ModelShape, init_model
+from cli.init_model import init_model
 from shared.errors import SettingsError
 
-SHAPE = ModelShape(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, context_tokens=64)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "context": 64
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 def _make(documents: Path, out: Path, *, seed: int = 0) -> int:
-    return init_model(str(documents), out, SHAPE, text_field="body", seed=seed)
+    return init_model(documents=str(documents), out=out, text_field="body", seed=seed, **SHAPE)
 
 
 def test_the_model_loads_and_any_text_survives_its_tokenizer(
@@ -48,24 +50,24 @@ def test_the_same_seed_gives_the_same_weights(documents: Path, tmp_path: Path) -
 
 def test_a_model_is_never_overwritten(documents: Path, tmp_path: Path) -> None:
     _make(documents, tmp_path / "model")
-    with pytest.raises(SettingsError, match="holds a model already"):
+    with pytest.raises(SettingsError, match="already contains a model"):
         _make(documents, tmp_path / "model")
 
 
 def test_documents_without_the_field_are_an_error(documents: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no text to train a tokenizer on \\(field 'text'\\)"):
-        init_model(str(documents), tmp_path / "model", SHAPE)
+        init_model(documents=str(documents), out=tmp_path / "model", **SHAPE)
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (ModelShape(vocab_size=256), "--vocab-size must be at least 257"),
-        (ModelShape(hidden_size=30, num_heads=4), "must be a multiple of"),
-        (ModelShape(num_heads=4, num_kv_heads=3), "must be a multiple of --num-kv-heads"),
-        (ModelShape(num_layers=0), "num_layers must be at least 1"),
+        ({"vocab_size": 256}, "--vocab-size must be at least 257"),
+        ({"hidden_size": 30, "num_heads": 4}, "must be a multiple of"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "must be a multiple of --num-kv-heads"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
     ],
 )
-def test_an_impossible_shape_is_refused(shape: ModelShape, message: str, tmp_path: Path) -> None:
+def test_an_impossible_shape_is_refused(shape: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):
-        init_model("unread", tmp_path / "model", shape)
+        init_model(documents="unread", out=tmp_path / "model", **shape)

@@ -1,11 +1,12 @@
-"""What a run consists of."""
+"""What a run consists of; launchers on one machine never take the same port."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 
-from cli.plan import Plan, make_plan
-from cli.ports import Ports
+from cli.plan import REDIS_HOST as HOST
+from cli.plan import Plan, Ports, is_free, make_plan
 from shared.configuration import load_settings
 
 ORIGINAL_AND_ROLLOUT = '[{"kinds": ["original", "rollout"], "num_rollouts": 2}]'
@@ -92,3 +93,38 @@ def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: 
     assert "HEADWATER_JUDGE__PORT" not in environ
     assert environ["OPENAI_API_KEY"] == "key"
     assert environ["HEADWATER_TOKEN"] in environ["HEADWATER_REDIS__URL"]
+
+
+def _listening() -> socket.socket:
+    server = socket.socket()
+    server.bind((HOST, 0))
+    server.listen()
+    return server
+
+
+def test_a_free_port_is_taken_as_wanted() -> None:
+    with Ports() as ports:
+        port = ports.take(HOST, 0)
+    with Ports() as ports:
+        assert ports.take(HOST, port) == port
+
+
+def test_a_busy_port_is_replaced() -> None:
+    with _listening() as server, Ports() as ports:
+        busy = server.getsockname()[1]
+        assert not is_free(HOST, busy)
+        assert ports.take(HOST, busy) not in (0, busy)
+
+
+def test_two_launchers_do_not_share_a_port_before_anybody_listens() -> None:
+    with Ports() as one, Ports() as other:
+        port = one.take(HOST, 0)
+        assert other.take(HOST, port) != port
+        assert one.take(HOST, port) != port
+
+
+def test_a_port_is_free_again_when_its_launcher_has_ended() -> None:
+    with Ports() as one:
+        port = one.take(HOST, 0)
+    with Ports() as other:
+        assert other.take(HOST, port) == port

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.processes import Child, last_lines, stop_children
+from tests.cli.launched import is_alive
 
 WAIT_S = 30.0
 
@@ -21,14 +22,6 @@ def _wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
 
 
 @pytest.fixture
@@ -86,7 +79,7 @@ def test_a_stubborn_child_is_killed_with_its_own_children(
     grandchild = int(child.tail()[0])
     assert stop_children([child], timeout_s=timeout_s, hurried=lambda: hurried) == ["probe"]
     assert child.exit_code == -signal.SIGKILL
-    _wait(lambda: not _is_alive(grandchild))
+    _wait(lambda: not is_alive(grandchild))
 
 
 def test_a_child_has_a_session_of_its_own(start: Callable[[str], Child]) -> None:
@@ -110,7 +103,7 @@ def test_children_die_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
     with launcher.stdout:
         pid = int(launcher.stdout.readline())
     time.sleep(0.5)  # the child binds itself before it becomes its command
-    assert _is_alive(pid)
+    assert is_alive(pid)
     launcher.kill()
     launcher.wait(timeout=WAIT_S)
-    _wait(lambda: not _is_alive(pid))
+    _wait(lambda: not is_alive(pid))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.plots import PLOTS, running_mean, write_plots
-from cli.report import StepRecord, report, write_report
+from cli.report import PLOTS, StepRecord, report, running_mean, write_plots, write_report
 from shared.errors import HeadwaterError
 from tests.cli.conftest import MadeRun, key
 

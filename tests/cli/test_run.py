@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from cli.init_model import ModelShape, init_model
 from shared.weights.state import map_state, state_checksum
 from shared.weights.store import WeightStore
-from tests.cli.launched import WAIT_S, Recipe, is_alive
+from tests.cli.launched import WAIT_S, Recipe, is_alive, write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,8 +31,7 @@ def recipe(tmp_path: Path) -> Recipe:
     lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=60))}) for _ in range(300)]
     lines[::10] = ["not json"] * 30
     (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    shape = ModelShape(vocab_size=280, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, context_tokens=64)
-    init_model(str(tmp_path / "documents.jsonl"), tmp_path / "model", shape)
+    write_model(tmp_path)
     return Recipe(tmp_path, ("--judge.criteria", BY_LENGTH))
 
 

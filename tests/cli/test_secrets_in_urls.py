@@ -17,9 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cli.init_model import ModelShape, init_model
 from shared.database import open_database
-from tests.cli.launched import Recipe
+from tests.cli.launched import Recipe, write_model
 from tests.services.collector.processes import RedisProcess, served
 from tests.services.collector.stub_services import StubServices
 from tests.shared.conftest import database_url, postgres_url
@@ -79,8 +78,7 @@ class TalkativeServices:
 def recipe(tmp_path: Path) -> Recipe:
     lines = [json.dumps({"text": " ".join(["the sea a hill of old stone and green light"] * 6)}) for _ in range(60)]
     (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    shape = ModelShape(vocab_size=280, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, context_tokens=64)
-    init_model(str(tmp_path / "documents.jsonl"), tmp_path / "model", shape)
+    write_model(tmp_path)
     return Recipe(tmp_path)
 
 

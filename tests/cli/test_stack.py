@@ -1,20 +1,33 @@
-"""Deaths of processes: restarted, told, and bounded. The processes are small programs in the roles' places."""
+"""Deaths of processes are restarted, told and bounded; the roles are played by small programs. An embedded Redis opens
+only to the run's token, and what it has answered survives a SIGKILL."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import redis
 
 import cli.stack
-from cli.plan import Plan
+from cli.plan import REDIS_HOST, Plan, Ports, child_environ, redis_url
+from cli.processes import Child
 from cli.run_folder import RunFolder
-from cli.stack import ProcessFailed, Stack
+from cli.stack import (
+    ProcessFailed,
+    Stack,
+    answers,
+    find_redis_server,
+    server_configuration,
+    wait_until_it_answers,
+)
+from shared.errors import HeadwaterError
 from shared.settings import Secrets, Settings
 
 SLEEP = "import time; time.sleep(100)"
+PASSWORD = 'a "quoted" \\ pässword/@'
 
 
 @dataclass(frozen=True)
@@ -22,9 +35,14 @@ class _Programs(Plan):
     """A plan whose roles run the given programs."""
 
     programs: dict[str, str] = field(default_factory=dict)
+    is_ready: bool = False
+    """Services count as ready as soon as they run."""
 
     def command(self, role: str) -> list[str]:
         return [sys.executable, "-Sc", self.programs[role]]
+
+    def ready_url(self, role: str) -> str | None:
+        return None if self.is_ready else super().ready_url(role)
 
 
 @pytest.fixture
@@ -36,9 +54,9 @@ def told() -> list[tuple[str, str]]:
 def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[..., Stack]]:
     stacks: list[Stack] = []
 
-    def make(interrupted: bool = False, over: bool = True, **programs: str) -> Stack:
+    def make(interrupted: bool = False, over: bool = True, ready: bool = False, **programs: str) -> Stack:
         roles = tuple(programs)
-        plan = _Programs(Settings(), Secrets(token="t"), roles, None, (), programs)
+        plan = _Programs(Settings(), Secrets(token="t"), roles, None, (), programs, ready)
         folder = RunFolder(tmp_path)
         folder.create()
         tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731
@@ -133,10 +151,46 @@ signal.pause()
 """
     order = tmp_path / "order"
     roles = ("judge", "collector", "trainer")
-    running = stack(**{role: program.format(order=str(order), role=role) for role in roles})
-    for role in roles:
-        running._spawn(role, running._plan.command(role))
-    _watch_until(running, lambda: all(running._folder.log(role).read_text() == "up\n" for role in roles))
+    running = stack(ready=True, **{role: program.format(order=str(order), role=role) for role in roles})
+    running.start_services()
+    running.start_work()
+    _watch_until(running, lambda: all(RunFolder(tmp_path).log(role).read_text() == "up\n" for role in roles))
     running.stop(timeout_s=30.0)
     assert order.read_text().split()[-1] == "judge"
     assert set(order.read_text().split()) == set(roles)
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    with Ports() as ports:
+        port = ports.take(REDIS_HOST, 0)
+        server = Child("redis", [find_redis_server(), "-"], log=folder / "log", environ=child_environ())
+        server.start(standard_input=server_configuration(folder, port=port, password=PASSWORD))
+        try:
+            url = redis_url(port, PASSWORD)
+            wait_until_it_answers(url, timeout_s=30.0, alive=lambda: server.is_running)
+            yield url
+        finally:
+            server.kill()
+
+
+def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "quoted" folder'
+    folder.mkdir()
+    with _server(folder) as url, redis.Redis.from_url(url) as client:
+        client.xadd("stream", {"id": "1"})
+    with _server(folder) as url, redis.Redis.from_url(url) as client:
+        assert client.xlen("stream") == 1
+
+
+def test_nobody_gets_in_without_the_password(tmp_path: Path) -> None:
+    with _server(tmp_path) as url:
+        assert answers(url)
+        without_password = f"redis://{url.rpartition('@')[2]}"
+        with pytest.raises(HeadwaterError, match="password"):
+            answers(without_password)
+
+
+def test_a_server_that_died_is_not_waited_for() -> None:
+    with pytest.raises(HeadwaterError, match="ended before it answered"):
+        wait_until_it_answers("redis://127.0.0.1:1/0", timeout_s=30.0, alive=lambda: False)

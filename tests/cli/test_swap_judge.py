@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.compose_stack import ComposeError, Part
-from cli.swap_judge import VARIABLE, keep_variable, mounted_path, report, swap_in, swap_judge
+from cli.swap_judge import VARIABLE, ComposeError, Part, keep_variable, mounted_path, report, swap_in, swap_judge
 from shared.errors import SettingsError
 
 OLD = Part("old", "running", 0, 0, "/stack/configs/old.toml", {"ready": True, "fingerprint": "aaaa", "model": "small"})
@@ -34,7 +33,7 @@ class PlayedStack:
         assert (service, ready_url) == ("judge", "http://127.0.0.1:8003/readyz")
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
 
-    def make_anew(self, service: str, environ: Mapping[str, str], *, timeout_s: float) -> None:
+    def recreate(self, service: str, environ: Mapping[str, str], *, timeout_s: float) -> None:
         if self._fails:
             raise ComposeError("no space left on device")
         self.made_with = environ
@@ -45,7 +44,7 @@ class PlayedStack:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.swap_judge._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("cli.swap_judge.LOOK_EVERY_S", 0.0)
 
 
 def _ticking() -> Iterator[float]:
@@ -66,7 +65,7 @@ def test_it_waits_for_the_new_judge_and_tells_both_fingerprints(tmp_path: Path) 
     ("judge", "sentence"),
     [
         (_new(status="exited", exit_code=1), "it ended with exit status 1 before it was ready"),
-        (_new(num_restarts=2), "was started again, 2 times by now"),
+        (_new(num_restarts=2), "has been restarted 2 times"),
     ],
 )
 def test_a_judge_that_ends_is_told_at_once_with_its_log_and_the_way_back(
@@ -101,7 +100,7 @@ def test_settings_with_a_mistake_never_reach_the_stack(tmp_path: Path) -> None:
     settings = tmp_path / "judge.toml"
     settings.write_text("[judge]\nmax_retires = 2\n")
     with pytest.raises(SettingsError, match=r"judge\.max_retires: no such setting"):
-        swap_judge(settings, project="absent", timeout_s=1)
+        swap_judge(settings, project="absent", timeout=1)
 
 
 def test_the_other_lines_of_the_env_file_stay(tmp_path: Path) -> None:

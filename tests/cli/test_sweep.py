@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.sweep import Summary, load_sweep, table_lines
+from cli.sweep import Summary, load_sweep, t_quantile, table_lines
 from shared.errors import SettingsError
 
 
@@ -56,6 +56,15 @@ def test_the_interval_is_students_over_seeds() -> None:
 
     assert summary.mean == 2.0
     assert summary.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "tabled"),  # from a printed table of Student's t
+    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 3, 3.182), (0.975, 4, 2.776), (0.975, 9, 2.262),
+     (0.975, 30, 2.042), (0.95, 5, 2.015), (0.995, 10, 3.169), (0.9, 120, 1.289)],
+)  # fmt: skip
+def test_quantiles_are_those_of_the_table(probability: float, degrees: int, tabled: float) -> None:
+    assert t_quantile(probability, degrees) == pytest.approx(tabled, abs=5e-4)
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import docker
 
-from cli.compose_stack import ComposeStack
+from cli.swap_judge import ComposeStack
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "headwater-test"

@@ -72,7 +72,7 @@ def launched(
     command = [
         sys.executable, "-m", "cli.main", "run", str(Path(starter.__file__).parent / "demo.toml"),
         *world_options(documents), "--run.directory", str(folder / "runs"), "--run.name", "vllm",
-        "--trainer.steps", str(steps), "--trainer.checkpoint_every", "10", "--trainer.log_tensorboard", "false",
+        "--trainer.steps", str(steps), "--trainer.checkpoint_every", "10",
         "--trainer.warmup_steps", "0", "--weights.keep_versions", "100",
         "--rollout.port", str(port), *on_vllm, *options,
     ]  # fmt: skip

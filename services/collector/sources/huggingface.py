@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from services.collector.sources.base import RawRecord, row_record
-from shared.errors import SourceReadError
+from shared.errors import SettingsError, SourceReadError
 from shared.identity import Manifest
 from shared.secret_urls import without_secrets
 
@@ -45,8 +45,12 @@ class HuggingFaceReader:
             raise self._error(exc) from exc
 
     def _builder(self) -> Any:
-        import datasets
-
+        try:
+            import datasets
+        except ImportError as exc:
+            raise SettingsError(
+                "documents.format = 'huggingface' needs the package datasets: pip install 'headwater[huggingface]'"
+            ) from exc
         try:
             return datasets.load_dataset_builder(self._name, name=self._subset or None)
         except Exception as exc:

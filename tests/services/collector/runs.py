@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from cli import audit_checks
-from cli.audit_account import read_account
+from cli.audit_sources import read_account
 from services.collector.service import run_collector
 from shared.coordination import Coordination
 from shared.database import migrate

@@ -10,10 +10,10 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load, save
-from services.engine.hf.engine import TransformersEngine
 from torch import Tensor
 
 from services.engine.base import Generation, Prompt, Sampling
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared.api import RolloutResponse
 from shared.settings import EngineSettings

@@ -1,12 +1,11 @@
-"""What a person sees while a run goes on."""
+"""What a running run shows."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from cli.display import PlainDisplay, duration, panel, rows
-from cli.progress import Rate, Snapshot, sum_of_metric
+from cli.progress import PlainDisplay, Rate, Snapshot, duration, panel, rows, sum_of_metric
 from shared.ledger import Balance
 from shared.stream import Backlog
 
