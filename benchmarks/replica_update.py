@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import services
 import starter
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared import metrics

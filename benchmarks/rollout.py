@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import starter
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
-from services.engine.build import build_engine
+from services.engine.life import build_engine
 from shared import metrics
 from shared.settings import EngineSettings
 

@@ -43,7 +43,7 @@ from benchmarks.replica_costs import SIZES as REPLICA_SIZES
 from benchmarks.replica_costs import measure_replica
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
-from services.engine.build import build_engine
+from services.engine.life import build_engine
 from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher
 from shared import metrics

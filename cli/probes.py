@@ -94,7 +94,7 @@ def policy(settings: Settings) -> str:
 
 def model_of(engine: EngineSettings, default: str, *, setting: str) -> str:
     """The model behind a local service's engine."""
-    from services.engine.build import build_engine
+    from services.engine.life import build_engine
 
     build_engine(engine, default_model=default)  # refuses what it can't build; nothing is loaded yet
     if engine.kind == "openai":

@@ -1,5 +1,10 @@
-"""The Engine seam: what a service asks of a language model, and the engines that answer."""
+"""Engines answer for language models: vLLM, transformers in this process, or an OpenAI-compatible endpoint.
 
-from services.engine.base import Engine, Generation, Sampling
+    engine = build_engine(EngineSettings(kind="transformers", model="gpt2"))
+    await engine.start()
+    ((generation,),) = await engine.generate(["The moon"], Sampling(max_tokens=8))
+    print(generation.text)
+    await engine.close()
 
-__all__ = ["Engine", "Generation", "Sampling"]
+`build_engine` is in life.py, `Engine` and `Sampling` are in base.py.
+"""

@@ -1,21 +1,17 @@
-"""What engines with a model on this machine share: text becomes tokens here, and is checked before the model sees it.
-
-Base of vllm.py and transformers.py.
-"""
+"""The base of engines whose model runs on this machine: it turns text into tokens and validates them."""
 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from services.engine.base import Generation, Prompt, TokenScore, TokenSequence
+from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence
 from services.engine.tokenizer import Tokenizer
-from services.engine.trunks import Tokens
 from shared.errors import EngineError, PromptError
 
 
 class LocalEngine(ABC):
-    """The part of `Engine` and `TokenScorer` that is a matter of the tokenizer."""
+    """The part of `Engine` and `TokenScorer` that needs only the tokenizer."""
 
     def __init__(self, *, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
@@ -29,7 +25,7 @@ class LocalEngine(ABC):
     @property
     @abstractmethod
     def _vocab_size(self) -> int:
-        """EngineError before the model is loaded, as of the others."""
+        """EngineError before the model is loaded; the same goes for the two below."""
 
     @property
     @abstractmethod
@@ -78,7 +74,6 @@ class LocalEngine(ABC):
     def _generation(
         self, prompt: Tokens, token_ids: Tokens, finish_reason: Literal["length", "stop"], version: int
     ) -> Generation:
-        """A sample with its text."""
         shown = self._tokens.continuation(prompt, token_ids, ends=self._eos_token_ids)
         return Generation(token_ids, shown.text, finish_reason, version, shown.flaw)
 
@@ -86,7 +81,7 @@ class LocalEngine(ABC):
         return EngineError(f"{self.name} is still starting: try again")
 
     def _encode(self, prompt: Prompt) -> Tokens:
-        """Its tokens, none of them outside the vocabulary (PromptError). May be empty."""
+        """Possibly empty. PromptError if a token is outside the vocabulary."""
         token_ids = tuple(self._tokens.encode(prompt) if isinstance(prompt, str) else prompt)
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             found = f"{min(token_ids)}..{max(token_ids)}"
@@ -94,14 +89,14 @@ class LocalEngine(ABC):
         return token_ids
 
     def _encode_scored(self, continuations: Sequence[Prompt]) -> list[Tokens]:
-        """What is to be scored: at least one token each."""
+        """At least one token each; PromptError otherwise."""
         encoded = [self._encode(continuation) for continuation in continuations]
         if not all(encoded):
             raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
         return encoded
 
     def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
-        """The prompt's tokens, if there are any and `room` more fit into the model; PromptError otherwise."""
+        """The prompt's tokens. PromptError if there are none, or if `room` more do not fit into the model."""
         token_ids = self._encode(prompt)
         if not token_ids:
             raise PromptError("the prompt is empty: the model needs at least one token to continue")
@@ -111,3 +106,12 @@ class LocalEngine(ABC):
                 f"but {self.name} takes {self._max_tokens} in all"
             )
         return token_ids
+
+
+def end_token_ids(*configs: Any) -> frozenset[int]:
+    """The end-of-sequence tokens of the first model or generation configuration that names any."""
+    for config in configs:
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

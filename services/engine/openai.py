@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenSequence
-from services.engine.openai_scores import read_echoed_scores, read_label_scores
+from services.engine.openai import read_echoed_scores, read_label_scores
 from shared.errors import EngineError, HeadwaterError, OverloadedError, RequestError
 from shared.secret_urls import without_secrets
 from shared.settings import EngineSettings

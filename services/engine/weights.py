@@ -1,7 +1,7 @@
-"""Reads a weight version's safetensors files and holds them against a model before anything changes.
+"""Reads a weight version's safetensors files and validates them against a model before anything changes.
 
-`read_weights` and `check_patches` may run on any thread (they only look at the model's names and shapes);
-`apply_weights` and `apply_patches` belong to the thread that owns the model.
+`read_weights` and `check_patches` may run on any thread (they read names, shapes and dtypes only);
+`apply_weights` and `apply_patches` must run on the thread that owns the model.
 """
 
 import json
@@ -19,7 +19,7 @@ from shared.errors import EngineError
 
 
 def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
-    """All tensors of `folder`, mapped from disk. Raises EngineError naming the first thing that doesn't fit."""
+    """All tensors of `folder`, mapped from disk. EngineError names the first one that does not fit."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise EngineError(f"no *.safetensors file in {folder}")
@@ -54,7 +54,7 @@ class Patch:
 
 
 def read_patches(file: Path) -> list[Patch]:
-    """What `PatchableEngine.patch_weights` is given. Raises EngineError if it isn't of that form."""
+    """Read a file in the form of `PatchableEngine.patch_weights`. EngineError if it is in another form."""
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
@@ -71,7 +71,7 @@ def read_patches(file: Path) -> list[Patch]:
 
 
 def check_patches(module: Any, patches: Sequence[Patch]) -> None:
-    """Raise EngineError naming the first patch that doesn't fit the model."""
+    """Raise EngineError, naming the first patch that does not fit the model."""
     own = module.state_dict()
     for patch in patches:
         _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
@@ -99,7 +99,7 @@ def _check_indices(patch: Patch, file: Path) -> None:
 def _check(own: dict[str, Tensor], given: dict[str, Tensor], folder: Path) -> None:
     for name, tensor in given.items():
         _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
-    # Tied names hold one parameter: one of them is enough.
+    # Tied names share one parameter: one of them is enough.
     written = {id(own[name]) for name in given}
     missing = [name for name, tensor in own.items() if id(tensor) not in written]
     if missing:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from services.disconnect import unless_disconnected
 from services.engine.base import Engine, Generation, Sampling, TokenScore, TokenScorer
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife
 from services.rollout.completion_answers import Sample, Scored, TokenTexts, render
 from services.rollout.openai_models import MODEL_ID, CompletionRequest, CompletionResponse, ModelCard, ModelList
 from shared.errors import RequestError

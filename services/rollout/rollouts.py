@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from services.disconnect import unless_disconnected
 from services.engine.base import Engine, Generation, Sampling
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife
 from shared.api import Rollout, RolloutRequest, RolloutResponse
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared import metrics
 from shared.settings import EngineSettings, Secrets, Settings

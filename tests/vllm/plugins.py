@@ -18,7 +18,7 @@ from pathlib import Path
 
 def register():
     from safetensors.torch import save_file
-    from services.engine.vllm_weights import FileTransferEngine
+    from services.engine.vllm.plugin import FileTransferEngine
 
     if hasattr(FileTransferEngine, "received"):
         return

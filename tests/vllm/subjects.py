@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from services.engine.base import Engine, TokenScorer
 from services.engine.openai import OpenAIEngine
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared import metrics
 from shared.settings import EngineSettings
@@ -90,7 +90,7 @@ def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
 
 @contextmanager
 def vllm_subject(model: Path, *, constrains: bool = False, **settings: object) -> Iterator[Subject]:
-    from services.engine.vllm import VllmEngine
+    from services.engine.vllm.engine import VllmEngine
 
     small = {"kind": "vllm", "model": str(model), "kv_cache_gib": 0.25, "max_queued_requests": MAX_QUEUED}
     with started(VllmEngine(EngineSettings.model_validate(small | settings), constrains=constrains), model) as subject:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.engine.base import Sampling
-from services.engine.vllm import VllmEngine
+from services.engine.vllm.engine import VllmEngine
 from shared.errors import EngineError
 from tests.cli.launched import is_alive
 from tests.services.serving import wait_until
@@ -145,7 +145,7 @@ def test_an_engine_that_cannot_go_back_never_answers_again(model: Path, other_mo
 
 _KILLED = """
 import asyncio, multiprocessing, os, sys
-from services.engine.vllm import VllmEngine
+from services.engine.vllm.engine import VllmEngine
 from shared.settings import EngineSettings
 
 async def main():

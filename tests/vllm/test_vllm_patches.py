@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.engine.base import Sampling
-from services.engine.vllm import VllmEngine
+from services.engine.vllm.engine import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
 from tests.vllm.plugins import UNPACKED, install

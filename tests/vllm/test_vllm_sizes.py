@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from services.engine.base import Sampling
-from services.engine.vllm import VllmEngine
+from services.engine.vllm.engine import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
 from tests.vllm.subjects import Subject, vllm_subject

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.engine.base import Generation, PatchableEngine, Sampling
 from services.engine.kept_weights import Kept
-from services.engine.vllm import VllmEngine
+from services.engine.vllm.engine import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference
 from tests.vllm.subjects import Subject, until_running

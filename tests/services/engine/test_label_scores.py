@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from services.engine.openai_scores import read_label_scores
+from services.engine.openai import read_label_scores
 from shared.errors import PromptError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.judge.app import token_reading
 from services.judge.building import build_judge, load_parts
 from services.judge.likelihood import TokenReading

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from services.app import create_app
 from services.engine.base import Prompt, TokenScore, TokenSequence
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife
 from services.rollout.completions import build_router
 from shared.api import Readiness
 from shared.settings import Secrets

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import torch
 
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared.settings import EngineSettings, Settings
 from shared.weight_store import SPARSE_FILE, WeightStore

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from safetensors.torch import load_file, save
 
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.weight_copy import WeightCopy
 from shared import metrics

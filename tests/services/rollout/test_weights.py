@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from services.engine.base import Generation, Prompt, Sampling
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.weight_copy import WeightCopy
 from services.rollout.weights import WeightWatcher

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from services.lifespan import EngineLife
+from services.engine.life import EngineLife
 from tests.services.fakes import FakeEngine
 
 

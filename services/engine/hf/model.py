@@ -1,9 +1,5 @@
-"""A causal language model with its forward passes: prefill, continue, score. Owned by one thread (worker.py).
+"""A causal language model with its forward passes: prefill, step, score. Called in inference mode by one thread."""
 
-Every function runs in inference mode and on the thread that calls it; nothing here knows of requests.
-"""
-
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,23 +8,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from services.engine.base import TokenScore
-from services.engine.rows import PrefilledPrompt, RowCache
-from services.engine.trunks import Branch, Tokens, pack, plan_branches
+from services.engine.base import Tokens, TokenScore
+from services.engine.hf.prefill import Branch, PrefilledPrompt, RowCache, pack, plan_branches
+from services.engine.local import end_token_ids
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
 
-_log = logging.getLogger(__name__)
-
 MAX_LOGITS = 64 * 1024 * 1024
-"""Logits of one forward pass: 256 MB in float32."""
+"""Per forward pass: 256 MB in float32."""
 
 
 @dataclass
 class CausalModel:
-    """The module and what must be known of it."""
-
     module: Any
     """A transformers causal language model in eval mode."""
     device: torch.device
@@ -38,7 +30,7 @@ class CausalModel:
     max_batch_tokens: int
 
     def prefill(self, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
-        """Keys, values and next-token logits of every distinct prompt; what prompts share passes through once."""
+        """Keys, values and next-token logits of every distinct prompt; shared tokens are computed once."""
         found: dict[Tokens, PrefilledPrompt] = {}
         stems: dict[Tokens, PrefilledPrompt] = {}
         for branches in plan_branches(prompts):
@@ -59,7 +51,7 @@ class CausalModel:
         return logits[:, -1].float()
 
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[list[TokenScore]]:
-        """Per (prompt, continuation) one score per token of the continuation."""
+        """For each (prompt, continuation) one score per token of the continuation."""
         prefilled = self.prefill([prompt for prompt, _ in pairs])
         next_token = {prompt: torch.log_softmax(known.logits, dim=-1) for prompt, known in prefilled.items()}
         best = {prompt: log_probs.max(dim=-1) for prompt, log_probs in next_token.items()}
@@ -82,7 +74,7 @@ class CausalModel:
         return scores
 
     def _max_prefill_rows(self, branches: Sequence[Branch]) -> int:
-        """Rows share one list of positions whose logits are wanted, so too many different ones cost memory."""
+        """Every row gets logits at all positions that any row needs, which costs memory."""
         return max(1, MAX_LOGITS // (len(_logit_positions(branches)) * self.vocab_size))
 
     def _run_together(
@@ -91,12 +83,12 @@ class CausalModel:
         found: dict[Tokens, PrefilledPrompt],
         stems: dict[Tokens, PrefilledPrompt],
     ) -> None:
-        """Runs branches of one level; adds their prompts to `found`, and themselves to `stems` for the next level."""
-        branches = sorted(branches, key=lambda branch: branch.stem)  # neighbours share the copy of their stem
+        """Run branches of one level; adds their prompts to `found`, and the branches to `stems` for the next level."""
+        branches = sorted(branches, key=lambda branch: branch.stem)  # equal stems are copied once if neighbours
         new = _pad([branch.token_ids[len(branch.stem) :] for branch in branches], self.device)
         positions = _logit_positions(branches)
         wanted = torch.tensor(positions, device=self.device)
-        # Padding on the right needs no mask: with causal attention nothing real looks at it.
+        # Padding on the right needs no mask: causal attention never looks at it.
         rows = RowCache([stems[branch.stem] for branch in branches], room=new.shape[1]) if branches[0].stem else None
         fresh = DynamicCache()
         logits = self.module(
@@ -119,7 +111,7 @@ class CausalModel:
             found.update((prompt, own[prompt]) for prompt in branch.prompts)
 
     def _score_rest(self, pairs: Sequence[tuple[PrefilledPrompt, Tokens]]) -> list[list[TokenScore]]:
-        """Scores of all tokens but the first of each continuation."""
+        """Scores of all but the first token of each continuation."""
         inputs = _pad([continuation[:-1] for _, continuation in pairs], self.device)
         targets = _pad([continuation[1:] for _, continuation in pairs], self.device)
         rows = RowCache([prompt for prompt, _ in pairs], room=inputs.shape[1])
@@ -141,13 +133,13 @@ class CausalModel:
 
 
 def _logit_positions(branches: Sequence[Branch]) -> list[int]:
-    """Where prompts and branches end, counted in the tokens that are run."""
+    """Ends of prompts and branches, counted from the end of the stem."""
     ends = {len(end) - len(branch.stem) - 1 for branch in branches for end in (*branch.prompts, branch.token_ids)}
     return sorted(ends)
 
 
 def load_model(settings: EngineSettings) -> CausalModel:
-    """Read the model named by `engine.model` onto the device. Raises EngineError with the reason."""
+    """Load `engine.model` onto its device. EngineError gives the reason."""
     device = _device(settings.device)
     try:
         module = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
@@ -162,7 +154,7 @@ def load_model(settings: EngineSettings) -> CausalModel:
         device=device,
         vocab_size=config.vocab_size,
         max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
-        eos_token_ids=_eos_token_ids(module),
+        eos_token_ids=end_token_ids(getattr(module, "generation_config", None), module.config),
         max_batch_tokens=settings.max_batch_tokens,
     )
 
@@ -175,16 +167,8 @@ def _device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def _eos_token_ids(module: Any) -> frozenset[int]:
-    for config in (getattr(module, "generation_config", None), module.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
-
-
 def _pad(rows: Sequence[Tokens], device: torch.device) -> Tensor:
-    """(R, longest) int64, padded on the right with a token that nobody looks at."""
+    """(R, longest) int64, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
 

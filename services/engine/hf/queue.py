@@ -1,7 +1,7 @@
-"""Requests on their way to the thread that owns a model, and the bounded queue between.
+"""The bounded queue between the event loop and the thread that owns a model, and the jobs in it.
 
-The event loop puts jobs and never blocks: a full queue is an OverloadedError. The model's thread blocks in `take`
-until a job, a weight update or the end comes; it takes jobs that fit into one batch together.
+The event loop puts jobs and never blocks: a full queue raises OverloadedError. The model's thread blocks in `take`
+until there is a batch of jobs or a weight update, or the queue is closed.
 """
 
 import threading
@@ -12,11 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.engine.base import Generation, Sampling, TokenScore
+from services.engine.base import Generation, Sampling, Tokens, TokenScore
 from shared import metrics
 from shared.errors import EngineError, OverloadedError
 
-Tokens = tuple[int, ...]
 Scores = tuple[list[list[TokenScore]], int]
 
 
@@ -45,7 +44,7 @@ class ScoreJob:
 
     @property
     def num_rows(self) -> int:
-        """Continuations of one token are read off the prompt's own forward pass."""
+        """Continuations of one token need no row: the prompt's forward pass scores them."""
         return max(1, sum(len(continuation) > 1 for continuation in self.continuations))
 
     @property
@@ -55,13 +54,13 @@ class ScoreJob:
 
 @dataclass(frozen=True, eq=False)
 class LoadJob:
-    """Weights that were checked against the model, to be written into it between two batches."""
+    """Validated weights, to be written into the model between two batches."""
 
     write: Callable[[Any], None]
-    """Given the model's module, on the thread that owns it."""
+    """Called with the model's module, on the thread that owns it."""
     version: int
     base: int | None = None
-    """The version that the module must have, where only what changed since is written."""
+    """The version that must be loaded; None if `write` replaces all weights."""
     future: "Future[None]" = field(default_factory=Future)
 
 
@@ -69,7 +68,7 @@ Batch = list[GenerateJob] | list[ScoreJob] | LoadJob
 
 
 class JobQueue:
-    """First come, first served, but for company: a batch takes later jobs of the same kind while they fit."""
+    """FIFO, except that a batch may pull forward later jobs of the same kind."""
 
     def __init__(self, *, max_queued: int, max_batch_tokens: int, batch_wait_s: float) -> None:
         self._max_queued = max_queued
@@ -97,11 +96,11 @@ class JobQueue:
             self._changed.notify()
 
     def take(self) -> Batch | None:
-        """The next batch, or a weight update before it. None once closed."""
+        """The next batch; weight updates go first. None once closed."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._closed or self._loads or self._waiting)
-                self._wait_for_company()
+                self._wait_for_more()
                 if self._closed:
                     return None
                 if self._loads:
@@ -112,7 +111,7 @@ class JobQueue:
                     return batch
 
     def close(self, reason: str) -> None:
-        """Refuse new jobs and fail those that wait."""
+        """Refuse new jobs and fail the waiting ones."""
         with self._changed:
             self._closed = self._closed or reason
             left: list[GenerateJob | ScoreJob | LoadJob] = [*self._waiting, *self._loads]
@@ -122,7 +121,7 @@ class JobQueue:
         for job in left:
             fail(job, EngineError(reason))
 
-    def _wait_for_company(self) -> None:
+    def _wait_for_more(self) -> None:
         if self._waiting:
             until = self._waiting[0].queued_at + self._batch_wait_s
             self._changed.wait_for(
@@ -133,7 +132,7 @@ class JobQueue:
         return sum(job.num_rows for job in self._waiting) * self._waiting[0].row_tokens >= self._max_batch_tokens
 
     def _take_fitting(self) -> list[GenerateJob] | list[ScoreJob]:
-        """The oldest live job and all of its kind that fit beside it. Cancelled ones are dropped on the way."""
+        """The oldest job and all later ones of its kind that fit; drops cancelled jobs."""
         taken: list[Any] = []
         rest: deque[GenerateJob | ScoreJob] = deque()
         num_rows = row_tokens = 0
@@ -147,7 +146,7 @@ class JobQueue:
                 taken.append(job)
                 num_rows, row_tokens = num_rows + job.num_rows, max(row_tokens, job.row_tokens)
             else:
-                # A big job must not be overtaken forever by small ones of its kind.
+                # Small jobs must not overtake a big one of their kind forever.
                 full = full or same_kind
                 rest.append(job)
         self._waiting = rest
@@ -155,6 +154,6 @@ class JobQueue:
 
 
 def fail(job: GenerateJob | ScoreJob | LoadJob, error: BaseException) -> None:
-    """Give the caller the error, unless it is gone or has its answer."""
+    """Pass the error to the caller, unless it has cancelled or has its answer."""
     if not job.future.done() and job.future.set_running_or_notify_cancel():
         job.future.set_exception(error)

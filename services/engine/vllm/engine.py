@@ -21,9 +21,9 @@ from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenScore
 from services.engine.kept_weights import Kept, KeptWeights
 from services.engine.local import LocalEngine
-from services.engine.outline import ModelOutline, local_folder, read_outline
-from services.engine.trunks import Tokens
-from services.engine.vllm_core import (
+from services.engine.vllm.engine import ModelOutline, local_folder, read_outline
+from services.engine.hf.prefill import Tokens
+from services.engine.vllm.core import (
     MAX_SCORED_TOKENS,
     VllmCore,
     held_to,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.engine.base import PatchableEngine, Sampling
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from shared.errors import EngineError
 from shared.settings import EngineSettings
 

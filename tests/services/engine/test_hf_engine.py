@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.engine.base import Generation, Sampling
-from services.engine.transformers import TransformersEngine
+from services.engine.hf.engine import TransformersEngine
 from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.settings import EngineSettings

@@ -201,7 +201,7 @@ class VllmCore:
             rank = _adapter_rank(Path(self._settings.lora_adapter))
             self._adapter = LoRARequest("adapter", 1, self._settings.lora_adapter)
             return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-        from services.engine.vllm_weights import BACKEND, register
+        from services.engine.vllm.plugin import BACKEND, register
 
         if register.__module__ not in {plugin.module for plugin in entry_points(group=_PLUGINS)}:
             raise EngineError(f"headwater's entry point in {_PLUGINS} is not installed: run `pip install -e .` again")

@@ -1,0 +1,277 @@
+"""The engine for CPUs and single GPUs: a causal language model of transformers, in this process.
+
+    event loop --put--> JobQueue --take--> worker thread --future--> event loop
+
+Requests that arrive together form a batch (queue.py). Samples of a prompt and chunks of a document share a prefill
+(prefill.py), and rows of any length and temperature decode together, each with its own randomness (decode.py).
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import transformers
+
+from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
+from services.engine.hf.decode import Row, generate
+from services.engine.hf.model import CausalModel, load_model
+from services.engine.hf.queue import Batch, GenerateJob, JobQueue, LoadJob, ScoreJob, fail
+from services.engine.local import LocalEngine
+from services.engine.weights import (
+    Patch,
+    apply_patches,
+    apply_weights,
+    check_patches,
+    read_patches,
+    read_weights,
+)
+from shared import metrics
+from shared.errors import EngineError, PromptError
+from shared.settings import EngineSettings
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_S = 5.0
+_BATCH_ERRORS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+_MakeGeneration = Callable[[Tokens, Tokens, Literal["length", "stop"], int], Generation]
+
+
+class TransformersEngine(LocalEngine):
+    """See `Engine`. Also a `TokenScorer` and a `PatchableEngine`."""
+
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
+        """`tokenizer`: folder or name, where it is not the model's."""
+        super().__init__(tokenizer=tokenizer or settings.model)
+        self._settings = settings
+        self._queue = JobQueue(
+            max_queued=settings.max_queued_requests,
+            max_batch_tokens=settings.max_batch_tokens,
+            batch_wait_s=settings.batch_wait_s,
+        )
+        self._worker = _Worker(settings, self._queue, self._generation)
+        self._model: CausalModel | None = None
+
+    @property
+    def name(self) -> str:
+        return f"transformers:{self._settings.model}"
+
+    @property
+    def weight_version(self) -> int:
+        return self._worker.weight_version
+
+    @property
+    def can_constrain(self) -> bool:
+        return False
+
+    async def start(self) -> None:
+        await self._load_tokenizer()
+        self._model = await asyncio.wrap_future(self._worker.start())
+
+    async def close(self) -> None:
+        self._queue.close("the engine is closed")
+        await asyncio.to_thread(self._worker.join, timeout_s=_CLOSE_S)
+
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
+        if not prompts:
+            return []
+        if sampling.pattern:
+            raise PromptError(f"{self.name} can't constrain its answers to a pattern: use engine.kind = 'vllm'")
+        job = GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling)
+        self._queue.put(job)
+        return await self._answer(job.future)
+
+    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+        if not continuations:
+            return [], self.weight_version
+        encoded = self._encode_scored(continuations)
+        # The last token is predicted but never fed to the model.
+        job = ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded)
+        self._queue.put(job)
+        return await self._answer(job.future)
+
+    async def load_weights(self, folder: Path, version: int) -> None:
+        tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
+        await self._swap(LoadJob(lambda module: apply_weights(module, tensors), version))
+
+    @property
+    def can_patch(self) -> bool:
+        return True
+
+    async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
+        found = await asyncio.to_thread(self._read_patches, patches)
+        await self._swap(LoadJob(lambda module: apply_patches(module, found), version, base))
+
+    def _read_patches(self, file: Path) -> list[Patch]:
+        patches = read_patches(file)
+        check_patches(self._started.module, patches)
+        return patches
+
+    async def _swap(self, job: LoadJob) -> None:
+        self._queue.put(job)
+        await self._answer(job.future)
+
+    @property
+    def _started(self) -> CausalModel:
+        if self._model is None:
+            raise self._starting()
+        return self._model
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._started.vocab_size
+
+    @property
+    def _eos_token_ids(self) -> frozenset[int]:
+        return self._started.eos_token_ids
+
+    @property
+    def _max_tokens(self) -> int:
+        return self._started.max_positions
+
+    async def _answer(self, future: "Future[T]") -> T:
+        """Within `timeout_s`; after that the job is cancelled and the worker skips it."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._settings.timeout_s)
+        except TimeoutError as exc:
+            raise EngineError(
+                f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            ) from exc
+
+
+class _Worker:
+    """The thread that owns the model: answers batches from the queue and swaps weights between two of them.
+
+    It blocks on the queue only; callers wait on the event loop, for futures.
+    """
+
+    def __init__(self, settings: EngineSettings, queue: JobQueue, make_generation: _MakeGeneration) -> None:
+        """`make_generation` turns prompt, tokens, finish reason and weight version into a `Generation`."""
+        self._settings = settings
+        self._queue = queue
+        self._make_generation = make_generation
+        self._loaded: Future[CausalModel] = Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.weight_version = 0
+
+    def start(self) -> "Future[CausalModel]":
+        """The model, once loaded; no other thread may call its module."""
+        self._thread.start()
+        return self._loaded
+
+    def join(self, *, timeout_s: float) -> None:
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            model = self._load()
+        except BaseException as exc:
+            self._loaded.set_exception(exc)
+            if not isinstance(exc, EngineError):
+                raise
+            return
+        self._loaded.set_result(model)
+        try:
+            while (batch := self._queue.take()) is not None:
+                self._answer(model, batch)
+        finally:
+            self._queue.close("the engine has stopped: restart the service")
+
+    def _load(self) -> CausalModel:
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if self._settings.num_threads:
+            torch.set_num_threads(self._settings.num_threads)
+        started = time.perf_counter()
+        model = load_model(self._settings)
+        _log.info(
+            "model loaded",
+            extra={
+                "model": self._settings.model,
+                "device": str(model.device),
+                "dtype": self._settings.dtype,
+                "num_parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+                "seconds": round(time.perf_counter() - started, 2),
+            },
+        )
+        return model
+
+    def _answer(self, model: CausalModel, batch: Batch) -> None:
+        jobs = [batch] if isinstance(batch, LoadJob) else batch
+        try:
+            if isinstance(batch, LoadJob):
+                self._swap_weights(model, batch)
+            elif isinstance(batch[0], GenerateJob):
+                self._generate(model, [job for job in batch if isinstance(job, GenerateJob)])
+            else:
+                self._score(model, [job for job in batch if isinstance(job, ScoreJob)])
+        except _BATCH_ERRORS as exc:
+            # Out of memory, or a bug that this batch triggers: the next batch may work.
+            _log.exception("a batch of %d requests failed", len(jobs))
+            error = f"the model failed on a batch of {len(jobs)} requests: {type(exc).__name__}: {exc}"
+            for job in jobs:
+                fail(job, EngineError(error))
+        except BaseException as exc:
+            for job in jobs:
+                fail(job, EngineError(f"the engine broke down: {type(exc).__name__}: {exc}"))
+            raise
+
+    def _generate(self, model: CausalModel, jobs: Sequence[GenerateJob]) -> None:
+        rows = [_rows(job, model.max_positions) for job in jobs]
+        generate(model, [row for of_job in rows for of_prompt in of_job for row in of_prompt])
+        for job, of_job in zip(jobs, rows, strict=True):
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result([[self._generation(row) for row in of_prompt] for of_prompt in of_job])
+
+    @torch.inference_mode()
+    def _score(self, model: CausalModel, jobs: Sequence[ScoreJob]) -> None:
+        pairs = [(job.prompt, continuation) for job in jobs for continuation in job.continuations]
+        metrics.engine_batch_rows.set(len(pairs))
+        scores = iter(model.score(pairs))
+        for job in jobs:
+            of_job = [next(scores) for _ in job.continuations]
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result((of_job, self.weight_version))
+
+    def _swap_weights(self, model: CausalModel, job: LoadJob) -> None:
+        if job.base not in (None, self.weight_version):
+            fail(job, EngineError(f"changes since version {job.base} do not fit version {self.weight_version}"))
+            return
+        began = time.perf_counter()
+        job.write(model.module)
+        self.weight_version = job.version
+        metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(None)
+
+    def _generation(self, row: Row) -> Generation:
+        assert row.finish_reason
+        return self._make_generation(row.prompt, tuple(row.token_ids), row.finish_reason, self.weight_version)
+
+
+def _rows(job: GenerateJob, max_positions: int) -> list[list[Row]]:
+    """The samples of each prompt. The end of the context ends a row like `max_tokens` does."""
+    sampling = job.sampling
+    return [
+        [
+            Row(
+                prompt=prompt,
+                max_tokens=min(sampling.bound(index), max_positions - len(prompt)),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed + index,
+                sample=sample,
+                is_abandoned=job.future.cancelled,
+            )
+            for sample in range(sampling.num_samples)
+        ]
+        for index, prompt in enumerate(job.prompts)
+    ]

@@ -1,0 +1,104 @@
+"""Builds the engine of a service and runs it beside the server, so that /healthz answers while a model loads.
+
+    engine = build_engine(settings.rollout.engine)
+    life = EngineLife(engine)
+    app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
+                     summary=lambda: life.summary, lifespan=life.lifespan)
+
+A failed start, or the failure of an engine that can never answer again, goes to `app.state.failure`, which ends the
+process (services/serve.py) for its supervisor to restart.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from services.engine.base import Engine, FallibleEngine
+from shared.errors import EngineError, HeadwaterError, SettingsError
+from shared.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_WATCH_S = 0.5
+
+
+def build_engine(
+    settings: EngineSettings, *, default_model: str = "", tokenizer: str = "", constrains: bool = False
+) -> Engine:
+    """The engine for `settings.kind`; its model loads later, in `Engine.start`.
+
+    `default_model` replaces an empty `engine.model`. `tokenizer` is a folder or name, if not the model's own.
+    `constrains`: samples will be constrained to patterns, which an engine must know at its start.
+    SettingsError names the key to change.
+    """
+    if not settings.model:
+        settings = settings.model_copy(update={"model": default_model})
+    if not settings.model:
+        raise SettingsError("engine.model is empty: name a Hugging Face folder or name, or the endpoint's model")
+    if settings.kind == "transformers":
+        from services.engine.hf.engine import TransformersEngine
+
+        return TransformersEngine(settings, tokenizer=tokenizer)
+    if settings.kind == "vllm":
+        from services.engine.vllm.engine import VllmEngine
+
+        return VllmEngine(settings, tokenizer=tokenizer, constrains=constrains)
+    from services.engine.openai import OpenAIEngine
+
+    return OpenAIEngine(settings, constrains=constrains)
+
+
+class EngineLife:
+    """`after_start` runs once the engine can answer and before the service is ready."""
+
+    def __init__(self, engine: Engine, *, after_start: Callable[[], Awaitable[None]] | None = None) -> None:
+        self._engine = engine
+        self._after_start = after_start
+        self.ready = False
+        self.detail = self.summary = "the engine is starting"
+        """`summary` is public: it repeats no error."""
+
+    def check_ready(self) -> None:
+        """Raise EngineError (503, retryable) until the engine can answer."""
+        if not self.ready:
+            raise EngineError(f"not ready: {self.detail}")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: "FastAPI") -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._start(app))]
+        if isinstance(self._engine, FallibleEngine):
+            tasks.append(asyncio.create_task(self._watch(app, self._engine)))
+        try:
+            yield
+        finally:
+            self._set_unready("the service is stopping")
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await self._engine.close()
+
+    async def _start(self, app: "FastAPI") -> None:
+        try:
+            await self._engine.start()
+            if self._after_start is not None:
+                await self._after_start()
+        except HeadwaterError as exc:
+            self._set_unready("the engine could not start", str(exc))
+            app.state.failure = exc
+            return
+        except Exception as exc:
+            app.state.failure = EngineError(f"{self._engine.name} could not start: {type(exc).__name__}: {exc}")
+            raise
+        self.ready, self.detail, self.summary = True, "", ""
+
+    async def _watch(self, app: "FastAPI", engine: FallibleEngine) -> None:
+        while not engine.failure:  # noqa: ASYNC110 (the end of another process can only be polled)
+            await asyncio.sleep(_WATCH_S)
+        self._set_unready("the engine has failed", engine.failure)
+        app.state.failure = EngineError(engine.failure)
+
+    def _set_unready(self, summary: str, reason: str = "") -> None:
+        self.ready, self.summary, self.detail = False, summary, f"{summary}: {reason}" if reason else summary
