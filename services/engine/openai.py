@@ -1,36 +1,40 @@
-"""The engine for models that someone else hosts: any OpenAI-compatible endpoint, by the official client.
+"""The engine for any OpenAI-compatible endpoint, through the official client, which also does the retries.
 
-Plain prompts (text or token ids) go to /completions, prompts that came through `render_chat` to /chat/completions.
-Scores come from `echo` with log-probs where the endpoint gives them, otherwise from the top log-probs of the next
-token, which is enough for one-token labels. Built by build.py.
+Plain prompts (text or token ids) go to /completions, prompts from `render_chat` to /chat/completions. Scores come from
+`echo` with log-probs if the endpoint supports that, otherwise from the top log-probs of the next token, which is enough
+for one-token labels. What cannot be read with certainty is an error: a guess would look like a score.
 """
 
 import asyncio
+import math
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import openai
 from openai import AsyncOpenAI
+from openai.types import Completion, CompletionChoice
 
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenSequence
-from services.engine.openai import read_echoed_scores, read_label_scores
-from shared.errors import EngineError, HeadwaterError, OverloadedError, RequestError
+from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
 from shared.secret_urls import without_secrets
 from shared.settings import EngineSettings
 
 MAX_RETRIES = 3
-"""By the client itself, with backoff: connections, 408, 409, 429 and 5xx."""
+"""By the client, with back-off or as Retry-After says: failed connections, 408, 409, 429 and 5xx."""
 TOP_LOGPROBS = 20
-"""The most that chat endpoints give; /completions of OpenAI's own kind gives 5."""
+"""The maximum of chat endpoints; that of OpenAI's /completions is 5."""
+
+_UNTIL_TIMEOUT = 1_000_000
+"""Retries: more than fit into any timeout."""
 
 
 class ChatPrompt(str):
-    """One user message, as `render_chat` returns it: marks the prompt for the chat route."""
+    """One user message, as `render_chat` returns it, for the chat route."""
 
     __slots__ = ()
 
@@ -39,11 +43,11 @@ class OpenAIEngine:
     """See `Engine`. It has no tokenizer and no weights of its own."""
 
     def __init__(self, settings: EngineSettings, *, constrains: bool = False) -> None:
-        """`constrains`: let `start` find out whether samples can be held to patterns."""
+        """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`."""
         self._settings = settings
         self._constrains = constrains
         self._in_flight = 0
-        self._echoes = self._gives_top = self._holds_to_patterns = False
+        self._echoes = self._gives_top = self._follows_patterns = False
         self._client = AsyncOpenAI(
             base_url=settings.endpoint,
             api_key=os.environ.get(settings.key_variable) or "none",
@@ -61,20 +65,20 @@ class OpenAIEngine:
 
     @property
     def can_score(self) -> bool:
-        """Found out by `start`: at least one-token labels can be scored."""
+        """As probed by `start`: one-token labels at least can be scored."""
         return self._echoes or self._gives_top
 
     @property
     def can_constrain(self) -> bool:
-        """Found out by `start` if it matters: endpoints of vLLM's kind can."""
-        return self._holds_to_patterns
+        """As probed by `start`; vLLM's endpoints can."""
+        return self._follows_patterns
 
     async def start(self) -> None:
-        """Wait until the endpoint answers, and find out what it can do."""
+        """Wait until the endpoint answers, then probe what it supports."""
         await self._wait_until_reachable()
         self._echoes = await self._supports(self._probe_echo)
         self._gives_top = await self._supports(self._probe_top)
-        self._holds_to_patterns = self._constrains and await self._supports(self._probe_pattern)
+        self._follows_patterns = self._constrains and await self._supports(self._probe_pattern)
 
     async def close(self) -> None:
         await self._client.close()
@@ -142,7 +146,7 @@ class OpenAIEngine:
         return read_label_scores(await self._next_token(prompt), labels, name=self.name)
 
     async def _next_token(self, prompt: Prompt) -> dict[str, float]:
-        """Log-probs of the likeliest next tokens, by their text."""
+        """Log-probs of the likeliest next tokens, by text."""
         options: dict[str, Any] = {"model": self._settings.model, "max_tokens": 1, "temperature": 0}
         async with self._request():
             if isinstance(prompt, ChatPrompt):
@@ -157,12 +161,17 @@ class OpenAIEngine:
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
-        """One place in the bounded queue; the client's errors become ours."""
+        """One place in the bounded queue, for a bounded time. Translates the client's errors."""
         if self._in_flight >= self._settings.max_queued_requests:
             raise OverloadedError(f"{self._in_flight} requests wait for {self.name}: engine.max_queued_requests")
         self._in_flight += 1
         try:
-            yield
+            async with asyncio.timeout(self._settings.timeout_s):
+                yield
+        except TimeoutError as exc:
+            raise EngineError(
+                f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            ) from exc
         except openai.APIStatusError as exc:
             raise self._translate(exc) from exc
         except openai.OpenAIError as exc:
@@ -180,22 +189,19 @@ class OpenAIEngine:
         return RequestError(f"{self.name} refused the request with status {exc.status_code}: {exc.message}")
 
     async def _wait_until_reachable(self) -> None:
-        """Another container may still be loading its model: an endpoint that is away is waited for, bounded."""
-        deadline = asyncio.get_running_loop().time() + self._settings.timeout_s
-        wait_s = 0.5
-        while True:
-            try:
-                await self._client.models.list()
-                return
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
-                raise self._translate(exc) from exc
-            except (openai.NotFoundError, openai.BadRequestError):
-                return  # it answers, but lists no models
-            except openai.OpenAIError as exc:
-                if asyncio.get_running_loop().time() + wait_s > deadline:
-                    raise EngineError(f"engine.endpoint {self._settings.endpoint} can't be reached: {exc}") from exc
-            await asyncio.sleep(wait_s)
-            wait_s = min(10.0, wait_s * 2)
+        """Another container may still be loading its model: retry for `timeout_s`."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._client.with_options(max_retries=_UNTIL_TIMEOUT).models.list()
+        except (openai.NotFoundError, openai.BadRequestError):
+            return  # it answers, but lists no models
+        except openai.APIStatusError as exc:
+            raise self._translate(exc) from exc
+        except (openai.OpenAIError, TimeoutError) as exc:
+            raise EngineError(
+                f"engine.endpoint {self._settings.endpoint} can't be reached within engine.timeout_s = "
+                f"{self._settings.timeout_s}: check the address and whether it is running"
+            ) from exc
 
     async def _supports(self, probe: Any) -> bool:
         try:
@@ -240,3 +246,54 @@ def _join(prompt: Prompt, continuation: Prompt) -> Any:
 
 def _finish_reason(given: str) -> Literal["length", "stop"]:
     return "length" if given == "length" else "stop"
+
+
+def read_echoed_scores(answer: Completion, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+    """From one choice per continuation: prompt + continuation, echoed with log-probs, and one sampled token."""
+    choices = sorted(answer.choices, key=lambda choice: choice.index)
+    if len(choices) != len(continuations):
+        raise EngineError(f"the endpoint answered {len(choices)} of {len(continuations)} prompts")
+    return [_of_choice(choice, prompt, given) for choice, given in zip(choices, continuations, strict=True)]
+
+
+def read_label_scores(top: Mapping[str, float], labels: Sequence[Prompt], *, name: str) -> list[list[float]]:
+    """From the top log-probs of the next token. A label that is not among them raises PromptError.
+
+    A chat answer begins without a space, so " A" and "A" count as the same label and their probabilities are added.
+    """
+    scores = []
+    for label in labels:
+        if not isinstance(label, str):
+            raise PromptError(f"{name} can score text labels of one token only, got token ids")
+        forms = {label, label.lstrip(" ")} & top.keys()
+        if not forms:
+            raise PromptError(
+                f"{name}: {label!r} is not among the {len(top)} likeliest next tokens, so it has no score"
+            )
+        scores.append([math.log(sum(math.exp(top[form]) for form in forms))])
+    return scores
+
+
+def _of_choice(choice: CompletionChoice, prompt: Prompt, continuation: Prompt) -> list[float]:
+    log_probs = choice.logprobs.token_logprobs if choice.logprobs else None
+    if not log_probs:
+        raise EngineError("the endpoint echoed no log-probs")
+    if not len(continuation):
+        raise PromptError("a continuation is empty: there is no token to score")
+    if isinstance(prompt, str) and isinstance(continuation, str):
+        begin, end = _token_range(choice, len(prompt), len(prompt) + len(continuation))
+    else:
+        begin, end = len(prompt), len(prompt) + len(continuation)
+    found = log_probs[begin:end]
+    if len(found) < end - begin or any(value is None for value in found):
+        raise EngineError(f"the endpoint gave {len(found)} log-probs for {end - begin} tokens of a continuation")
+    return [float(value) for value in found]
+
+
+def _token_range(choice: CompletionChoice, begin: int, end: int) -> tuple[int, int]:
+    """Index range of the tokens that make up characters begin..end of the echoed text."""
+    offsets = (choice.logprobs.text_offset if choice.logprobs else None) or []
+    if begin not in offsets:
+        raise PromptError("the boundary between prompt and continuation falls inside one of the endpoint's tokens")
+    first = offsets.index(begin)
+    return first, next((index for index, offset in enumerate(offsets) if offset >= end), len(offsets))

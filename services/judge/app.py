@@ -9,12 +9,11 @@ from fastapi import Body, FastAPI, Request
 from services.app import create_app
 from services.disconnect import unless_disconnected
 from services.engine.base import Engine
-from services.engine.life import build_engine
+from services.engine.life import EngineLife, build_engine
 from services.judge.building import Parts, asks_structured, build_judge, check_engine, load_parts, needs_engine
 from services.judge.judging import Judge
 from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
-from services.engine.life import EngineLife
 from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness

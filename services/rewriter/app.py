@@ -9,8 +9,7 @@ from fastapi import Body, FastAPI, Request
 from services.app import create_app
 from services.disconnect import unless_disconnected
 from services.engine.base import Engine
-from services.engine.life import build_engine
-from services.engine.life import EngineLife
+from services.engine.life import EngineLife, build_engine
 from services.prompts import Prompt
 from services.rewriter.cutting import PolicyTokens
 from services.rewriter.rewriting import Rewriter, load_prompt

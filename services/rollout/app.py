@@ -10,8 +10,7 @@ from fastapi import FastAPI
 
 from services.app import create_app
 from services.engine.base import Engine
-from services.engine.life import build_engine
-from services.engine.life import EngineLife
+from services.engine.life import EngineLife, build_engine
 from services.rollout import completions, rollouts
 from services.rollout.events import RunEvents
 from services.rollout.heartbeat import Heartbeat

@@ -5,6 +5,9 @@
     FOLDER/v00000013.tmp/                being fetched, or written; renamed when it is whole
     FOLDER/v00000013.patches             what changed, for an engine that takes changes in place (safetensors)
 
+What restores the version in service, a whole copy and the patches after it, stays until the engine serves the next one:
+an engine whose update fails half way loads it again.
+
 A sparse version costs an engine that takes changes in place what the changes cost: they are checked and applied to the
 copy in memory (held_weights.py), then handed to the engine. The copy on disk stays as it is until the next full version
 replaces it, or until it is `COPY_EVERY` versions behind and there is nothing else to do. Any other engine gets a whole
@@ -26,7 +29,6 @@ from typing import IO
 
 from pydantic import ValidationError
 
-from services.engine.kept_weights import KEPT_PREFIX
 from services.rollout.held_weights import HeldWeights, MismatchError
 from shared import metrics
 from shared.errors import SettingsError, WeightStoreError
@@ -42,7 +44,7 @@ fewer between full versions (weights.full_every) it never is."""
 _log = logging.getLogger(__name__)
 
 _COPY = "copy.json"
-_FOLDER = re.compile(r"^v\d{8}$")
+_FOLDER = re.compile(r"^v\d{8}(-2)?$")
 
 
 class CopyState(Record):
@@ -67,6 +69,8 @@ class Changes:
     """What was applied to it, in order."""
     file: Path
     """The changed elements, for `PatchableEngine.patch_weights`."""
+    last_good: Sequence[Path]
+    """What restores `base`: a whole copy, then patches in order."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class WeightCopy:
         self._current: CopyState | None = None
         """What changes apply to: the version in memory, or else the one on disk."""
         self._disk: tuple[CopyState, Path] | None = None
+        self._patches: list[Path] = []
+        """What the engine took in place since `_disk`."""
+        self._replaced: list[Path] = []
+        """What restored the version in service before `_disk` was written again."""
         self._copied_at = 0
         """The version at which the copy on disk was last written, or should have been."""
         self._held: HeldWeights | None = None
@@ -112,7 +120,7 @@ class WeightCopy:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / ".lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in [*self._folder.glob("v*.tmp"), *self._folder.glob(f"{KEPT_PREFIX}*")]:
+            for leftover in self._folder.glob("v*.tmp"):
                 shutil.rmtree(leftover)
             for leftover in self._folder.glob("v*.patches"):
                 leftover.unlink()
@@ -166,14 +174,19 @@ class WeightCopy:
         return replace(staged, folder=self._write(self._held, staged.state))
 
     def adopt(self, staged: Staged) -> None:
-        """It is in service: the version before it is not needed any more."""
+        """It is in service: what restored the version before it is deleted."""
         self._current = staged.state
-        if staged.changes is not None:
-            staged.changes.file.unlink(missing_ok=True)
-        if staged.folder is not None:
+        changes = [] if staged.changes is None else [staged.changes.file]
+        if staged.folder is None:
+            self._patches += changes
+        else:
             self._settle(staged.state, staged.folder)
-            if staged.changes is None:
+            self._replaced += changes
+            if not changes:
                 self._hold_again(staged.folder)
+        for path in self._replaced:
+            _delete(path)
+        self._replaced.clear()
 
     def discard(self, staged: Staged) -> None:
         """The engine refused it: the version before it stays the one that changes are applied to."""
@@ -227,7 +240,9 @@ class WeightCopy:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return Staged(CopyState.of(good[-1]), None, Changes(self._current.version, applied, changed), trouble)
+        assert self._disk is not None
+        changes = Changes(self._current.version, applied, changed, last_good=(self._disk[1], *self._patches))
+        return Staged(CopyState.of(good[-1]), None, changes, trouble)
 
     def _stage_whole(self, store: WeightStore, links: Sequence[Manifest]) -> Staged:
         temporary = self._make_room(links[-1].version)
@@ -282,10 +297,11 @@ class WeightCopy:
         self._held, self._current = None, self._disk[0]
 
     def _settle(self, state: CopyState, folder: Path) -> None:
-        """This is the copy on disk; the one before it goes."""
-        before, self._disk, self._copied_at = self._disk, (state, folder), state.version
-        if before is not None and before[1] != folder:
-            shutil.rmtree(before[1], ignore_errors=True)
+        """This is the copy on disk; the one before it goes with the next version in service."""
+        if self._disk is not None and self._disk[1] != folder:
+            self._replaced.append(self._disk[1])
+        self._replaced += self._patches
+        self._disk, self._patches, self._copied_at = (state, folder), [], state.version
 
     def _make_room(self, version: int) -> Path:
         temporary = self._folder / f"{_folder_name(version)}.tmp"
@@ -305,12 +321,21 @@ class WeightCopy:
         """Under its own name it is complete."""
         (temporary / _COPY).write_text(state.model_dump_json(), encoding="utf-8")
         folder = self._folder / _folder_name(state.version)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder in [*self._replaced, *([self._disk[1]] if self._disk else [])]:  # of another epoch
+            folder = folder.with_name(f"{folder.name}-2")
+        _delete(folder)
         return temporary.rename(folder)
 
 
 def _folder_name(version: int) -> str:
     return f"v{version:08d}"
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _link_name(link: Manifest) -> str:
@@ -351,7 +376,7 @@ def _intact(folder: Path) -> CopyState | None:
     """The state of a copy that was found, None if it is not what it says."""
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
-        right_place = folder.name == _folder_name(state.version)
+        right_place = folder.name.removesuffix("-2") == _folder_name(state.version)
         if right_place and state.state_checksum == state_checksum(map_state(folder / FULL_FILE)):
             return state
     except (OSError, ValidationError, WeightStoreError) as exc:

@@ -249,7 +249,11 @@ class WeightWatcher:
         if changes is None or not isinstance(engine, PatchableEngine):
             return False
         try:
-            self._wait_for(engine.patch_weights(changes.file, base=changes.base, version=staged.version))
+            self._wait_for(
+                engine.patch_weights(
+                    changes.file, base=changes.base, version=staged.version, last_good=changes.last_good
+                )
+            )
         except (EngineError, OSError) as exc:
             _log.warning("weight version %d can't be patched in, all of it is loaded: %s", staged.version, exc)
             metrics.failed_patches_total.inc()

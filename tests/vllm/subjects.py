@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from services.engine.base import Engine, TokenScorer
-from services.engine.openai import OpenAIEngine
 from services.engine.hf.engine import TransformersEngine
+from services.engine.openai import OpenAIEngine
 from services.rollout.app import build_app
 from shared import metrics
 from shared.settings import EngineSettings

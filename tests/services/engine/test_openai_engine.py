@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from services.engine.base import Sampling
+from services.engine.hf.engine import TransformersEngine
 from services.engine.life import build_engine
 from services.engine.openai import OpenAIEngine
-from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError, SettingsError
 from shared.settings import EngineSettings

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from services.engine.base import Sampling
-from services.engine.hf.queue import GenerateJob, JobQueue, LoadJob, ScoreJob
 from services.engine.hf.decode import RowSampling, draw_uniforms
 from services.engine.hf.prefill import Branch, pack, plan_branches
+from services.engine.hf.queue import GenerateJob, JobQueue, LoadJob, ScoreJob
 from shared.errors import EngineError, OverloadedError
 
 

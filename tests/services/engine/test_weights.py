@@ -65,7 +65,7 @@ def test_patched_weights_are_those_of_a_whole_load(tiny_model: Path, tmp_path: P
         for engine in (patched, loaded):
             await engine.start()
         await patched.load_weights(tmp_path / "base", 4)
-        await patched.patch_weights(tmp_path / "patches", base=4, version=5)
+        await patched.patch_weights(tmp_path / "patches", base=4, version=5, last_good=[tmp_path / "base"])
         await loaded.load_weights(tmp_path / "new", 5)
         one, other = weights_of(patched), weights_of(loaded)
         assert all(torch.equal(one[name], other[name]) for name in other)
@@ -146,7 +146,7 @@ def _refused(model: Path, patches: Path, *, base: int, words: str) -> None:
         await engine.start()
         before = weights_of(engine)
         with pytest.raises(EngineError, match=words):
-            await engine.patch_weights(patches, base=base, version=1)
+            await engine.patch_weights(patches, base=base, version=1, last_good=[])
         after = weights_of(engine)
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert engine.weight_version == 0

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,8 +49,8 @@ class RecordingEngine(TransformersEngine):
         await super().load_weights(folder, version)
         self.updates.append(("load", version))
 
-    async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
-        await super().patch_weights(patches, base=base, version=version)
+    async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
+        await super().patch_weights(patches, base=base, version=version, last_good=last_good)
         self.updates.append(("patch", version))
 
 
@@ -94,7 +94,7 @@ class Replica:
     def copies(self) -> list[Path]:
         """The whole copy on its disk, which is what it says it is; nothing half made beside it."""
         wait_until(lambda: len(list(self.folder.glob("v*[0-9]"))) == 1, what="the older copy to go")
-        found = list(self.folder.glob("v*"))
+        found = list(self.folder.glob("v*[0-9]"))
         for copy in found:
             written = json.loads((copy / "copy.json").read_text())["state_checksum"]
             assert written == state_checksum(map_state(copy / FULL_FILE))
@@ -240,8 +240,8 @@ def test_a_patch_that_the_engine_cannot_take_is_loaded_as_a_whole(
     with replica(tiny_model, tmp_path) as one:
         failed, original = counted("failed_patches"), one.engine.patch_weights
 
-        async def of_another_base(patches: Path, *, base: int, version: int) -> None:
-            await original(patches, base=base + 100, version=version)
+        async def of_another_base(patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
+            await original(patches, base=base + 100, version=version, last_good=last_good)
 
         one.engine.patch_weights = of_another_base  # type: ignore[method-assign]
         author.sparse(2)

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,24 +37,41 @@ class PatchableFake(FakeEngine):
         super().__init__()
         self.updates: list[tuple[str, int]] = []
         self.refused: set[tuple[str, int]] = set()
-        """Updates that fail, each once."""
+        """Updates that fail half way, each once."""
+        self._served: list[Path] = []
 
     def _note(self, kind: str, version: int) -> None:
         if (kind, version) in self.refused:
             self.refused.remove((kind, version))
+            self._restore()
             raise EngineError(f"{kind} {version} does not fit")
         self.updates.append((kind, version))
         self.weight_version = version
 
+    def _restore(self) -> None:
+        folder, *patches = self._served
+        self._load(folder)
+        for patch in patches:
+            self._patch(patch)
+
     async def load_weights(self, folder: Path, version: int) -> None:
         self._note("load", version)
+        self._load(folder)
+        self._served = [folder]
+
+    async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
+        assert base == self.weight_version
+        self._served = [*last_good]
+        self._note("patch", version)
+        self._patch(patches)
+        self._served.append(patches)
+
+    def _load(self, folder: Path) -> None:
         content = (folder / FULL_FILE).read_bytes()
         self.bits = np.frombuffer(content[-2 * NUM_ELEMENTS :], np.uint16).copy()
 
-    async def patch_weights(self, patches: Path, *, base: int, version: int) -> None:
-        assert base == self.weight_version
-        self._note("patch", version)
-        (patch,) = read_patches(patches)
+    def _patch(self, file: Path) -> None:
+        (patch,) = read_patches(file)
         self.bits[patch.indices.numpy()] = patch.values.view(torch.int16).numpy().view(np.uint16)
 
 
@@ -146,6 +163,11 @@ def test_a_sparse_update_reads_and_writes_what_changed(tmp_path: Path) -> None:
     )  # 10 bytes a change for the engine, less from the store; 16 MiB are the model
 
 
+def copies(folder: Path) -> list[str]:
+    """Whole versions on the replica's disk."""
+    return [path.name for path in (folder / "copy").glob("v*[0-9]")]
+
+
 def follow(author: Author, watcher: WeightWatcher, engine: PatchableFake, versions: range) -> None:
     for version in versions:
         author.sparse(version)
@@ -175,13 +197,13 @@ def test_the_copy_on_disk_is_written_again_when_it_is_old_and_a_restart_begins_w
     with watching(author, tmp_path / "copy", engine) as watcher:
         follow(author, watcher, engine, range(2, COPY_EVERY + 1))
         watcher.check()  # nothing new
-        assert [path.name for path in (tmp_path / "copy").glob("v*")] == ["v00000001"]
+        assert copies(tmp_path) == ["v00000001"]
         follow(author, watcher, engine, range(COPY_EVERY + 1, COPY_EVERY + 2))
         watcher.check()
-        (copy,) = (tmp_path / "copy").glob("v*")
-        assert copy.name == f"v{COPY_EVERY + 1:08d}"
+        copy = tmp_path / f"copy/v{COPY_EVERY + 1:08d}"
         assert state_checksum(map_state(copy / FULL_FILE)) == state_checksum(author.state())
         follow(author, watcher, engine, range(COPY_EVERY + 2, COPY_EVERY + 4))
+        assert copies(tmp_path) == [copy.name]
     for version in range(1, COPY_EVERY + 2):
         for name in (FULL_FILE, SPARSE_FILE):  # nobody can begin there any more
             (Path(author.store.root) / f"v{version:08d}" / name).unlink(missing_ok=True)
@@ -191,22 +213,40 @@ def test_the_copy_on_disk_is_written_again_when_it_is_old_and_a_restart_begins_w
         assert np.array_equal(restarted.bits, author.bits)
 
 
-def test_what_the_engine_refused_altogether_is_taken_back(tmp_path: Path) -> None:
-    """Changes refused, then the whole version too: the next one still applies to what is served."""
+@pytest.mark.parametrize("served", [2, COPY_EVERY + 1], ids=["patched", "copied"])
+def test_what_the_engine_refused_altogether_is_taken_back(tmp_path: Path, served: int) -> None:
+    """Changes refused, then the whole version too: the engine can restore what it served, also where the copy on disk
+    was just written again, and the next version still applies to it."""
     author, engine = Author(tmp_path), PatchableFake()
     author.full(1)
     with watching(author, tmp_path / "copy", engine) as watcher:
-        follow(author, watcher, engine, range(2, 3))
-        served = engine.bits.copy()
-        engine.refused = {("patch", 3), ("load", 3)}
-        author.sparse(3)
+        follow(author, watcher, engine, range(2, served + 1))
+        watcher.check()  # nothing new
+        bits = engine.bits.copy()
+        engine.refused = {("patch", served + 1), ("load", served + 1)}
+        author.sparse(served + 1)
         watcher.check()
-        assert "version 3 was refused: load 3 does not fit" in watcher.detail
-        assert (engine.weight_version, np.array_equal(engine.bits, served)) == (2, True)
-        assert [path.name for path in (tmp_path / "copy").glob("v*")] == ["v00000001"]
-        follow(author, watcher, engine, range(4, 6))
+        assert f"version {served + 1} was refused: load {served + 1} does not fit" in watcher.detail
+        assert (engine.weight_version, np.array_equal(engine.bits, bits)) == (served, True)
+        follow(author, watcher, engine, range(served + 2, served + 4))
         assert watcher.detail == ""
-    assert engine.updates == [("load", 1), ("patch", 2), ("patch", 4), ("patch", 5)]
+    assert engine.updates[-3:] == [("patch", version) for version in (served, served + 2, served + 3)]
+    assert copies(tmp_path) == ["v00000001" if served == 2 else f"v{served:08d}"]
+
+
+def test_an_engine_that_takes_no_more_changes_can_still_restore_those_it_took(tmp_path: Path) -> None:
+    author, engine = Author(tmp_path), PatchableFake()
+    author.full(1)
+    with watching(author, tmp_path / "copy", engine) as watcher:
+        follow(author, watcher, engine, range(2, COPY_EVERY + 2))
+        watcher.check()  # the copy on disk is written again
+        bits = engine.bits.copy()
+        engine.can_patch, engine.refused = False, {("load", COPY_EVERY + 2)}
+        author.sparse(COPY_EVERY + 2)
+        watcher.check()
+        assert np.array_equal(engine.bits, bits)
+        follow(author, watcher, engine, range(COPY_EVERY + 3, COPY_EVERY + 4))
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {".lock", f"v{COPY_EVERY + 3:08d}"}
 
 
 def test_weights_that_rot_in_memory_are_noticed_when_changes_meet_them(tmp_path: Path) -> None:
@@ -231,7 +271,7 @@ def test_weights_that_rot_in_memory_are_never_written_to_disk(tmp_path: Path) ->
         assert held is not None
         held._state["x"].bits[7] ^= 4
         watcher.check()
-        assert [path.name for path in (tmp_path / "copy").glob("v*")] == ["v00000001"]
+        assert copies(tmp_path) == ["v00000001"]
         follow(author, watcher, engine, range(COPY_EVERY + 2, COPY_EVERY + 4))
     assert engine.updates[-2:] == [("load", COPY_EVERY + 2), ("patch", COPY_EVERY + 3)]
 
@@ -243,6 +283,5 @@ def test_an_engine_that_stops_taking_changes_gets_whole_versions(tmp_path: Path)
         follow(author, watcher, engine, range(2, 4))
         engine.can_patch = False
         follow(author, watcher, engine, range(4, 6))
-        (copy,) = (tmp_path / "copy").glob("v*")
-        assert copy.name == "v00000005"
+        assert copies(tmp_path) == ["v00000005"]
     assert engine.updates == [("load", 1), ("patch", 2), ("patch", 3), ("load", 4), ("load", 5)]

@@ -226,13 +226,17 @@ class RecordedEvents:
 
 
 class LoadingEngine(FakeEngine):
-    """Remembers the file that it was given last, and as which version."""
+    """Remembers the file that it was given last, and as which version. It must still be there at the next update."""
 
     loaded: tuple[bytes, int] | None = None
+    file: Path | None = None
 
     async def load_weights(self, folder: Path, version: int) -> None:
+        if self.loaded is not None and self.file is not None:
+            assert self.file.read_bytes() == self.loaded[0]
         await super().load_weights(folder, version)
-        self.loaded = (folder / "model.safetensors").read_bytes(), version
+        self.file = folder / "model.safetensors"
+        self.loaded = self.file.read_bytes(), version
 
 
 class Watched:
