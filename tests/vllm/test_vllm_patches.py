@@ -79,7 +79,7 @@ def test_a_patch_leaves_the_same_bits_as_the_whole_version(unpacked: Subject, mo
     patch = write_patch(tmp_path / "v.patches", changes, shapes_of(model))
     before = checksums(unpacked)
 
-    unpacked.do(engine.patch_weights(patch, base=0, version=1))
+    unpacked.do(engine.patch_weights(patch, base=0, version=1, last_good=[model]))
     patched = checksums(unpacked)
     ((generation,),) = unpacked.do(engine.generate([PROMPT], GREEDY))
     unpacked.do(engine.load_weights(whole, 2))
@@ -91,21 +91,19 @@ def test_a_patch_leaves_the_same_bits_as_the_whole_version(unpacked: Subject, mo
 
 
 def test_a_patch_that_fails_half_way_is_undone_and_the_last(unpacked: Subject, model: Path, tmp_path: Path) -> None:
-    """After an earlier patch, so that going back means the last whole version and that patch."""
+    """Going back means the last whole version and an earlier patch."""
     engine = unpacked.engine
     assert isinstance(engine, VllmEngine)
     unpacked.do(engine.load_weights(model, 10))
     whole, changes = changed(model, tmp_path / "whole", seed=2)
-    unpacked.do(engine.patch_weights(write_patch(tmp_path / "a", changes, shapes_of(model)), base=10, version=11))
+    patch = write_patch(tmp_path / "a", changes, shapes_of(model))
+    unpacked.do(engine.patch_weights(patch, base=10, version=11, last_good=[model]))
     good = checksums(unpacked)
     norm = {"model.norm.weight": (torch.tensor([0]), torch.tensor([1.0]))}
-    assert engine._kept is not None
-    bad = engine._kept.keep_patch(
-        write_patch(tmp_path / "b", changes | norm, shapes_of(model) | {"model.norm.weight": [7]})
-    )
+    bad = write_patch(tmp_path / "b", changes | norm, shapes_of(model) | {"model.norm.weight": [7]})
 
     with pytest.raises(EngineError, match="version 11 is back in service"):
-        unpacked.do(engine._switch(bad, 12))
+        unpacked.do(engine._switch("patch", bad, version=12))
 
     assert checksums(unpacked) == good
     ((generation,),) = unpacked.do(engine.generate([PROMPT], GREEDY))
@@ -127,6 +125,10 @@ def test_patches_that_do_not_fit_change_nothing(
     shapes = {"model.norm.weight": shape or shapes_of(model)["model.norm.weight"]}
     patch = write_patch(tmp_path / "p", norm, shapes)
     with pytest.raises(EngineError, match=words):
-        unpacked.do(engine.patch_weights(patch, base=served if base is None else base, version=served + 1))
+        unpacked.do(
+            engine.patch_weights(
+                patch, base=served if base is None else base, version=served + 1, last_good=[tmp_path / "unused"]
+            )
+        )
     assert checksums(unpacked) == before
     assert engine.weight_version == served

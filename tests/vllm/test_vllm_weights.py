@@ -1,14 +1,12 @@
 """Weights that arrive while vLLM generates: applied whole, never mixed with keys of old ones, or refused."""
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from services.engine.kept_weights import Kept
 from torch import Tensor
 
 from services.engine.base import Generation, PatchableEngine, Sampling
@@ -149,26 +147,21 @@ def test_files_that_cannot_be_read_change_nothing(vllm_engine: Subject, model: P
     assert answer(vllm_engine) == before
 
 
-def half_applied(engine: VllmEngine, other_model: Path, folder: Path) -> Kept:
-    """Files on which vLLM's loader fails half way; `load_weights` would have refused them."""
-    assert engine._kept is not None
-    return engine._kept.keep(altered(other_model, folder, _reshape_one))
-
-
 def test_an_update_that_fails_half_way_is_undone_before_anything_is_sampled(
     vllm_engine: Subject, model: Path, other_model: Path, tmp_path: Path
 ) -> None:
-    """The files fail in the engine core, in the middle of the load, while requests wait for it to go on."""
+    """The files, which `load_weights` would have refused, fail in the middle of the engine core's load, while requests
+    wait for it to resume."""
     engine = vllm_engine.engine
     assert isinstance(engine, VllmEngine)
     version = load(vllm_engine, model)
-    bad = half_applied(engine, other_model, tmp_path / "bad")
+    bad = altered(other_model, tmp_path / "bad", _reshape_one)
 
     async def work() -> list[Generation]:
         request = asyncio.ensure_future(engine.generate([PROMPT] * 4, GREEDY))
         await asyncio.sleep(0)
         with pytest.raises(EngineError, match=f"version {version} is back in service"):
-            await engine._switch(bad, version + 1)
+            await engine._switch("full", bad, version=version + 1)
         return [generation for (generation,) in await request]
 
     expected = reference.greedy(model, PROMPT, GREEDY.max_tokens)
@@ -181,24 +174,10 @@ def test_an_update_that_fails_half_way_is_undone_before_anything_is_sampled(
     load(vllm_engine, model)
 
 
-def test_going_back_needs_nothing_of_the_folder_that_was_loaded_from(
-    vllm_engine: Subject, model: Path, other_model: Path, tmp_path: Path
-) -> None:
-    engine = vllm_engine.engine
-    assert isinstance(engine, VllmEngine)
-    shutil.copytree(other_model, tmp_path / "staged")
-    version = load(vllm_engine, tmp_path / "staged")
-    shutil.rmtree(tmp_path / "staged")
-    with pytest.raises(EngineError, match=f"version {version} is back in service"):
-        vllm_engine.do(engine._switch(half_applied(engine, model, tmp_path / "bad"), version + 1))
-    assert answer(vllm_engine).token_ids == reference.greedy(other_model, PROMPT, GREEDY.max_tokens)
-    load(vllm_engine, model)
-
-
 def test_a_cpu_takes_whole_versions_only(vllm_engine: Subject, tmp_path: Path) -> None:
     engine = vllm_engine.engine
     assert isinstance(engine, PatchableEngine)
     assert not engine.can_patch
     version = engine.weight_version
     with pytest.raises(EngineError, match="takes no patches"):
-        vllm_engine.do(engine.patch_weights(tmp_path / "patch.safetensors", base=version, version=version + 1))
+        vllm_engine.do(engine.patch_weights(tmp_path / "patches", base=version, version=version + 1, last_good=[]))

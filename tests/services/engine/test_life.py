@@ -1,11 +1,14 @@
-"""What an engine that fails for good does to its service."""
+"""Which engine settings name, and what an engine that fails for good does to its service."""
 
 import asyncio
 from dataclasses import dataclass
 
+import pytest
 from fastapi import FastAPI
 
-from services.engine.life import EngineLife
+from services.engine.life import EngineLife, build_engine
+from shared.errors import SettingsError
+from shared.settings import EngineSettings
 from tests.services.fakes import FakeEngine
 
 
@@ -46,3 +49,16 @@ async def _until(condition: object) -> None:
     assert callable(condition)
     while not condition():  # noqa: ASYNC110 (what is waited for tells nobody)
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "setup-vllm-cpu")],
+)
+def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        build_engine(settings)
+
+
+def test_the_default_model_stands_in() -> None:
+    assert build_engine(EngineSettings(), default_model="a/b").name == "transformers:a/b"

