@@ -64,7 +64,7 @@ def test_scores_follow_the_weights(vllm_engine: Subject, model: Path, other_mode
         assert found == version
 
 
-def test_requests_in_flight_go_on_and_carry_the_oldest_version(
+def test_requests_in_flight_continue_and_carry_the_oldest_version(
     vllm_engine: Subject, model: Path, other_model: Path
 ) -> None:
     engine = vllm_engine.engine

@@ -124,8 +124,8 @@ class VllmCore:
         """Freeze requests in flight and clear the prefix cache."""
         await _bounded("the pause", _STEP_S, self._llm.pause_generation(mode="keep", clear_cache=True))
 
-    async def go_on(self) -> None:
-        await _bounded("going on", _STEP_S, self._llm.resume_generation())
+    async def resume(self) -> None:
+        await _bounded("the resume", _STEP_S, self._llm.resume_generation())
 
     async def transfer(self, form: Literal["full", "patch"], path: Path, *, version: int) -> None:
         """Put files into the paused model. After EngineError its weights are undefined: it must not resume."""

@@ -247,14 +247,14 @@ class VllmEngine(LocalEngine):
                 f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
             ) from exc
         self._served = (path,) if form == "full" else (*self._served, path)
-        await self._go_on(version)
+        await self._resume(version)
         metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
 
     async def _pause(self) -> None:
         try:
             await self._core.pause()
         except EngineError:
-            await self._go_on(self._version)  # nothing has changed, but it may still come to pause
+            await self._resume(self._version)  # nothing has changed, but it may still come to pause
             raise
 
     async def _go_back(self, cause: EngineError) -> None:
@@ -268,15 +268,15 @@ class VllmEngine(LocalEngine):
         except EngineError as exc:
             self._fail(f"{self.name} lost its weights: an update failed ({cause}), and so did going back ({exc})")
             raise EngineError(self._failure) from exc
-        await self._go_on(self._version)
+        await self._resume(self._version)
 
-    async def _go_on(self, version: int) -> None:
+    async def _resume(self, version: int) -> None:
         self._version = version
         self._num_loads += 1
         try:
-            await self._core.go_on()
+            await self._core.resume()
         except EngineError as exc:
-            self._fail(f"{self.name} can't go on after a weight update: {exc}")
+            self._fail(f"{self.name} can't resume after a weight update: {exc}")
             raise EngineError(self._failure) from exc
 
     def _check_replaceable(self) -> None:

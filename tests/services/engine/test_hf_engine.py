@@ -63,16 +63,16 @@ def hf_log_probs(model: Path, prompt: list[int], continuation: list[int]) -> lis
     return [float(torch.log_softmax(logits[len(prompt) - 1 + i], -1)[token]) for i, token in enumerate(continuation)]
 
 
-def test_batch_company_does_not_change_answers(tiny_model: Path) -> None:
+def test_other_requests_in_the_batch_do_not_change_answers(tiny_model: Path) -> None:
     sampling = Sampling(max_tokens=24, num_samples=3, temperature=0.9, top_p=0.8, seed=7)
 
     async def work(engine: TransformersEngine) -> None:
         (alone,) = await engine.generate([PROMPT], sampling)
-        company = [
+        others = [
             engine.generate([other], Sampling(max_tokens=5 + 9 * i, num_samples=1 + i, temperature=i / 2, seed=i))
             for i, other in enumerate(OTHERS)
         ]
-        (together,), *_ = await asyncio.gather(engine.generate([PROMPT], sampling), *company)
+        (together,), *_ = await asyncio.gather(engine.generate([PROMPT], sampling), *others)
         assert tokens(together) == tokens(alone)
         assert len(set(tokens(alone))) == 3
 

@@ -18,7 +18,7 @@ def test_a_short_shared_beginning_hangs_on_one_of_two_branches() -> None:
     assert sorted(prompt for branch in level for prompt in branch.prompts) == [(1,), (1, 2), (1, 3)]
 
 
-def test_a_long_shared_beginning_is_run_once_and_gone_on_from() -> None:
+def test_a_long_shared_beginning_is_run_once_and_continued() -> None:
     document, a, b = (1,) * 64, (2,) * 64, (3,) * 64
     prompts = [(*document, *first, last) for first in (a, b) for last in (4, 5)]
     beginning = document[:10]
