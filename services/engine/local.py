@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from services.engine.base import Generation, Prompt, TokenScore, TokenSequence
-from services.engine.tokenizer import Tokenizer
+from services.engine.tokenizer import ChatTokenizer
 from services.engine.trunks import Tokens
 from shared.errors import EngineError, PromptError
 
@@ -20,7 +20,7 @@ class LocalEngine(ABC):
     def __init__(self, *, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
         self._tokenizer_source = tokenizer
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer: ChatTokenizer | None = None
 
     @property
     @abstractmethod
@@ -67,10 +67,10 @@ class LocalEngine(ABC):
         return self._tokens.render_chat(prompt)
 
     async def _load_tokenizer(self) -> None:
-        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
+        self._tokenizer = await asyncio.to_thread(ChatTokenizer, self._tokenizer_source)
 
     @property
-    def _tokens(self) -> Tokenizer:
+    def _tokens(self) -> ChatTokenizer:
         if self._tokenizer is None:
             raise self._starting()
         return self._tokenizer

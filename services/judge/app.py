@@ -15,7 +15,7 @@ from services.judge.judging import Judge
 from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
 from services.lifespan import EngineLife
-from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import load_tokenizer, same_tokens
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
 from shared.errors import EngineError, TokenIdsNeededError
@@ -110,7 +110,7 @@ def token_reading(settings: Settings) -> TokenReading:
     judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
     source = settings.policy.tokenizer_source
     shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
-    return TokenReading(shares_policy_tokens=shared, beginning=beginning_of_text(judge))
+    return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
 
 
 _EXAMPLE = {
