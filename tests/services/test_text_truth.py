@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 from fastapi import FastAPI
+from transformers import AutoTokenizer
 
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
@@ -184,7 +185,7 @@ class Truth:
     """Decodes whole sequences, and hides nothing but BOS, and an end-of-text at the very end."""
 
     def __init__(self, policy: Path) -> None:
-        self.tokenizer = load_tokenizer(str(policy), setting="policy.model")
+        self.tokenizer = AutoTokenizer.from_pretrained(policy)
         self.bos, self.eos = self.tokenizer.convert_tokens_to_ids([BOS, EOS])
 
     def decode(self, token_ids: Sequence[int]) -> str:
