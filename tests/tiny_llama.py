@@ -20,4 +20,5 @@ def tiny_llama(vocab_size: int, *, seed: int = 0, **shape: Any) -> LlamaForCausa
         "tie_word_embeddings": True,
     }
     config = LlamaConfig(vocab_size=vocab_size, **defaults | shape)
-    return LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    return model

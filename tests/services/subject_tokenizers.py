@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _qwen2(folder: Path) -> None:
     from transformers import Qwen2Tokenizer
 
     _save_class(Qwen2Tokenizer, byte_level(adds_bos=False), folder, unk_token=None, pad_token="<|pad|>")
-    save_config(folder, "qwen2")
+    edit(folder / "config.json", model_type="qwen2")
 
 
 def _llama(folder: Path) -> None:
@@ -135,8 +136,12 @@ def _with_older_files(folder: Path) -> None:
     edit(folder / "special_tokens_map.json", bos_token={"content": BOS, "lstrip": True}, eos_token=EOS)
 
 
+def _save_made(make: Callable[[], Tokenizer], folder: Path) -> None:
+    save_tokenizer(make(), folder)
+
+
 FOLDERS: dict[str, Callable[[Path], Any]] = {
-    **{name: lambda folder, make=make: save_tokenizer(make(), folder) for name, make in TOKENIZERS.items()},
+    **{name: partial(_save_made, make) for name, make in TOKENIZERS.items()},
     "cut and padded": lambda folder: save_tokenizer(_cutting(), folder, pad_token="<|pad|>"),
     "older files": _with_older_files,
     "GPT-2": _gpt2,
@@ -158,7 +163,7 @@ def _gpt2_with_digits(folder: Path) -> None:
 def _qwen2_without_class(folder: Path) -> None:
     """Transformers rebuilds it as a Qwen2Tokenizer because of the model type."""
     save_tokenizer(byte_level(adds_bos=False), folder)
-    save_config(folder, "qwen2")
+    edit(folder / "config.json", model_type="qwen2")
 
 
 def _gpt2_with_defaults(folder: Path) -> None:
@@ -187,10 +192,6 @@ def edit(path: Path, **changes: Any) -> None:
     """Of a JSON object; `...` removes a key."""
     found = (json.loads(path.read_text()) if path.exists() else {}) | changes
     path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
-
-
-def save_config(folder: Path, model_type: str) -> None:
-    edit(folder / "config.json", model_type=model_type)
 
 
 def _saved(folder: Path) -> Tokenizer:

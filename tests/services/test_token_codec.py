@@ -7,7 +7,7 @@ import pytest
 
 from services.tokenizer import Shown, TokenCodec, Tokenizer, load_tokenizer, same_tokens
 from shared.errors import SettingsError
-from tests.services.subject_tokenizers import BOS, EOS, UNKNOWN, byte_level, save_tokenizer, word_level
+from tests.services.subject_tokenizers import BOS, EOS, SPECIALS, UNKNOWN, byte_level, save_tokenizer, word_level
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_only_a_last_end_of_text_is_hidden(codec: TokenCodec) -> None:
 
 
 def test_the_unknown_token_is_text_unless_it_also_ends_texts(tmp_path: Path) -> None:
-    unknown = word_level().token_to_id(UNKNOWN)
+    unknown = SPECIALS.index(UNKNOWN)
     codec = TokenCodec(make_tokenizer(word_level(), tmp_path / "1"))
     assert codec.continuation([40], [unknown, 40]).text.strip().startswith(UNKNOWN)
     codec = TokenCodec(make_tokenizer(word_level(), tmp_path / "2", eos_token=UNKNOWN))
