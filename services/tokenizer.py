@@ -50,11 +50,11 @@ class Tokenizer:
     """The end-of-text id, if there is one."""
     is_byte_level: bool
     """Tokens are spelled in GPT-2's letters for bytes."""
-    encode_with: Callable[[str, bool], list[int]]
-    """See `encode`; the bool is `splits_special`. Not safe from several threads, as `decode_with` isn't."""
-    decode_with: Callable[[list[int], bool], str]
+    encode_unlocked: Callable[[str, bool], list[int]]
+    """See `encode`; the bool is `splits_special`."""
+    decode_unlocked: Callable[[list[int], bool], str]
+    # Whether special tokens are split is state of the library's object: only one thread at a time may change it.
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    # Whether special tokens are split is state of the library's object, which two threads must not change at once.
 
     def __len__(self) -> int:
         return len(self.vocabulary())
@@ -62,11 +62,11 @@ class Tokenizer:
     def encode(self, text: str, *, splits_special: bool = True) -> list[int]:
         """The ids of a text, no special tokens added. `</s>` in it stays text where special tokens are split."""
         with self._lock:
-            return self.encode_with(text, splits_special)
+            return self.encode_unlocked(text, splits_special)
 
     def decode(self, token_ids: Sequence[int], *, skips_special: bool = False) -> str:
         with self._lock:
-            return self.decode_with(list(token_ids), skips_special)
+            return self.decode_unlocked(list(token_ids), skips_special)
 
 
 def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
@@ -102,18 +102,18 @@ def _from_files(files: TokenizerFiles) -> Tokenizer:
 
     special = {token_id for token_id, token in core.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
-        lambda: core.get_vocab(with_added_tokens=True),
-        _control_ids(special, named),
-        _beginning(core.encode("a").ids, named),
-        named.get("eos_token"),
-        _is_byte_level(core),
-        encode,
-        decode,
+        vocabulary=core.get_vocab,
+        control_ids=_control_ids(special, named),
+        beginning=_beginning(core.encode("a").ids, named),
+        end=named.get("eos_token"),
+        is_byte_level=_is_byte_level(core),
+        encode_unlocked=encode,
+        decode_unlocked=decode,
     )
 
 
 def from_transformers(found: Any) -> Tokenizer:
-    """Of a `PreTrainedTokenizerBase`, which must not be used for encoding elsewhere."""
+    """`found`: a `PreTrainedTokenizerBase`. Nothing else may encode with it."""
 
     def encode(text: str, splits_special: bool) -> list[int]:
         ids: list[int] = found(
@@ -133,13 +133,13 @@ def from_transformers(found: Any) -> Tokenizer:
     named = {name: getattr(found, f"{name}_id") for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
     special = {token_id for token_id, token in found.added_tokens_decoder.items() if token.special}
     return Tokenizer(
-        found.get_vocab,
-        _control_ids(special | set(found.all_special_ids), named),
-        _beginning(found.encode("a"), named),
-        named["eos_token"],
-        _is_byte_level(getattr(found, "backend_tokenizer", None)),
-        encode,
-        decode,
+        vocabulary=found.get_vocab,
+        control_ids=_control_ids(special | set(found.all_special_ids), named),
+        beginning=_beginning(found.encode("a"), named),
+        end=named["eos_token"],
+        is_byte_level=_is_byte_level(getattr(found, "backend_tokenizer", None)),
+        encode_unlocked=encode,
+        decode_unlocked=decode,
     )
 
 
@@ -150,7 +150,7 @@ def _control_ids(special: set[int], named: Mapping[str, int | None]) -> frozense
 
 
 def _beginning(token_ids: Sequence[int], named: Mapping[str, int | None]) -> int | None:
-    """The BOS id, if `token_ids`, which are a text with its special tokens, begin with it."""
+    """The BOS id, if `token_ids`, a text encoded with special tokens, begin with it."""
     bos = named.get("bos_token")
     return bos if token_ids and token_ids[0] == bos else None
 

@@ -4,14 +4,14 @@ Engines and the trainer load AutoTokenizer, which imports torch (340 MB, 3 s of 
 AutoTokenizer does not always use tokenizer.json as it is. A folder is read here only if all of this holds:
 
 - It has tokenizer.json, and a tokenizer_config.json that names a `tokenizer_class` and no code of the repository.
-- Transformers takes tokenizer.json as it is for that class (TokenizersBackend, once called PreTrainedTokenizerFast),
-  or it rebuilds the tokenizer from vocabulary and merges (GPT2Tokenizer, Qwen2Tokenizer) with the very normalizer,
-  pre-tokenizer, decoder and BPE options that tokenizer.json has. It may take another class for the model type in
-  config.json: see `_CLASS_BY_MODEL`.
+- For that class, transformers uses tokenizer.json as it is (TokenizersBackend, formerly PreTrainedTokenizerFast), or
+  it builds the tokenizer from vocabulary and merges (GPT2Tokenizer, Qwen2Tokenizer) with the same normalizer,
+  pre-tokenizer, decoder and BPE options that tokenizer.json has. For some model types in config.json transformers
+  takes another class: see `_CLASS_BY_MODEL`.
 - tokenizer_config.json and the older special_tokens_map.json and added_tokens.json add no token to tokenizer.json and
   change none.
 
-Anything else raises NeedsTransformersError.
+Anything else raises NeedsTransformersError. tests/services/test_tokenizer_files.py compares both loaders.
 """
 
 import json
@@ -58,8 +58,7 @@ class TokenizerFiles:
 
     core: Tokenizer
     special_ids: dict[str, int]
-    """The special tokens that tokenizer_config.json names, such as `{"eos_token": 2}`; those without a name of their
-    own by their text."""
+    """The special tokens of tokenizer_config.json by name, such as `{"eos_token": 2}`; those without one by text."""
 
 
 def read_files(source: str) -> TokenizerFiles:

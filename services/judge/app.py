@@ -103,8 +103,8 @@ class Bench:
 
 
 def token_reading(settings: Settings) -> TokenReading:
-    """Compares the judge's tokenizer with the policy's. Texts are scored where they differ, where no policy is named,
-    and by endpoints, which cut texts into their own tokens and put their own beginning before them."""
+    """Whether the judge scores the policy's token ids, or texts. It scores texts if the tokenizers differ, if no policy
+    is named, and at an endpoint, which tokenizes texts itself and adds its own BOS."""
     if settings.judge.engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
     judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
