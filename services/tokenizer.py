@@ -1,60 +1,169 @@
-"""Tokenizers: loading and comparing them, and the one truth between token ids and text. Used by all services.
+"""Tokenizers: loading and comparing them, and what token ids say as text. Used by all services.
 
-`TokenCodec` answers three questions: which ids a text has, what ids that continue other ids say, and whether all that
-they say can be shown as text. Ids that can't be shown:
+    tokenizer = load_tokenizer("starter/models/policy", setting="policy.model")
+    codec = TokenCodec(tokenizer)
+    codec.continuation(codec.encode("The cat"), codec.encode(" sat")).text    # " sat"
 
-- *control tokens*: all special tokens but the unknown token (that one is shown by its own name), and ids that the
-  tokenizer has no token for,
-- *broken bytes*: token bytes that are no UTF-8. A character that is cut at the beginning or at the end is not broken;
-  it is left out of the text.
+Ids that can't be shown as text:
 
-Blocking (loading imports transformers): call it from a thread.
+- *control tokens*: all special tokens but the unknown token (which is shown by its name), and ids without a token,
+- *broken bytes*: token bytes that are not UTF-8. A character cut at the beginning or at the end is not broken; it is
+  left out of the text.
+
+Loading blocks: call it from a thread.
 """
 
 import codecs
 import json
+import logging
 import re
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from services.tokenizer_files import NeedsTransformersError, TokenizerFiles, read_files
 from shared.api import TextFlaw
 from shared.errors import SettingsError
 
+_log = logging.getLogger(__name__)
+
 _PROBE = "The naïve fox:\n\n\t3,141 — “jumps” over 犬, 🦊.  def f(x): return x**2"
 _ANCHORS = (":", "a", "0")
-"""Texts before a continuation that is encoded; the first one that does not merge with it is taken."""
+"""Texts to put before a continuation that is encoded; the first one that does not merge with it is taken."""
 _CONTEXT_TOKENS = 8
-"""Decoders look at the token before at most; more of them do no harm."""
+"""Decoders look at one token before at most; more of them do no harm."""
 _MAX_CONTEXT_TOKENS = 64
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def load_tokenizer(source: str, *, setting: str) -> Any:
-    """The tokenizer of a folder or a Hugging Face name; `setting` is where a wrong `source` was given."""
+@dataclass(frozen=True)
+class Tokenizer:
+    """One tokenizer, whichever library it was loaded with. Safe from several threads."""
+
+    vocabulary: Callable[[], dict[str, int]]
+    """Token ids by token, added tokens included; built on each call."""
+    control_ids: frozenset[int]
+    beginning: int | None
+    """The BOS id, where the tokenizer puts one before every text."""
+    end: int | None
+    """The end-of-text id, if there is one."""
+    is_byte_level: bool
+    """Tokens are spelled in GPT-2's letters for bytes."""
+    encode_unlocked: Callable[[str, bool], list[int]]
+    """See `encode`; the bool is `splits_special`."""
+    decode_unlocked: Callable[[list[int], bool], str]
+    # Whether special tokens are split is state of the library's object: only one thread at a time may change it.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary())
+
+    def encode(self, text: str, *, splits_special: bool = True) -> list[int]:
+        """The ids of a text, no special tokens added. `</s>` in it stays text where special tokens are split."""
+        with self._lock:
+            return self.encode_unlocked(text, splits_special)
+
+    def decode(self, token_ids: Sequence[int], *, skips_special: bool = False) -> str:
+        with self._lock:
+            return self.decode_unlocked(list(token_ids), skips_special)
+
+
+def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
+    """From a folder or a Hugging Face name; `setting` is where it was given. SettingsError if there is none.
+
+    Imports transformers only for a tokenizer that needs it (tokenizer_files.py says which do).
+    """
     if not source:
         raise SettingsError(f"{setting} is empty: name the folder or model whose tokenizer to use")
+    try:
+        return _from_files(read_files(source))
+    except NeedsTransformersError as exc:
+        _log.info("loading the tokenizer %s with transformers, which takes some 300 MB of memory: %s", source, exc)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return from_transformers(AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise SettingsError(f"{setting} = {source!r} has no tokenizer that can be loaded: {exc}") from exc
 
 
-def same_tokens(first: Any, second: Any) -> bool:
-    """Whether a token id means the same to both: equal vocabularies that cut a probe text alike."""
-    return bool(
-        first.get_vocab() == second.get_vocab()
-        and first.encode(_PROBE, add_special_tokens=False) == second.encode(_PROBE, add_special_tokens=False)
+def _from_files(files: TokenizerFiles) -> Tokenizer:
+    core, named = files.core, files.special_ids
+
+    def encode(text: str, splits_special: bool) -> list[int]:
+        core.encode_special_tokens = splits_special
+        ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def decode(token_ids: list[int], skips_special: bool) -> str:
+        text: str = core.decode(token_ids, skip_special_tokens=skips_special)
+        return text
+
+    special = {token_id for token_id, token in core.get_added_tokens_decoder().items() if token.special}
+    return Tokenizer(
+        vocabulary=core.get_vocab,
+        control_ids=_control_ids(special, named),
+        beginning=_beginning(core.encode("a").ids, named),
+        end=named.get("eos_token"),
+        is_byte_level=_is_byte_level(core),
+        encode_unlocked=encode,
+        decode_unlocked=decode,
     )
 
 
-def beginning_of_text(tokenizer: Any) -> int | None:
-    """The BOS token id of a tokenizer that puts one before every text, else None."""
-    ids = tokenizer.encode("a")
-    return int(ids[0]) if ids and ids[0] == tokenizer.bos_token_id else None
+def from_transformers(found: Any) -> Tokenizer:
+    """`found`: a `PreTrainedTokenizerBase`. Nothing else may encode with it."""
+
+    def encode(text: str, splits_special: bool) -> list[int]:
+        ids: list[int] = found(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=splits_special or None,  # None: as its own settings say
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return ids
+
+    def decode(token_ids: list[int], skips_special: bool) -> str:
+        text: str = found.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False)
+        return text
+
+    named = {name: getattr(found, f"{name}_id") for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    special = {token_id for token_id, token in found.added_tokens_decoder.items() if token.special}
+    return Tokenizer(
+        vocabulary=found.get_vocab,
+        control_ids=_control_ids(special | set(found.all_special_ids), named),
+        beginning=_beginning(found.encode("a"), named),
+        end=named["eos_token"],
+        is_byte_level=_is_byte_level(getattr(found, "backend_tokenizer", None)),
+        encode_unlocked=encode,
+        decode_unlocked=decode,
+    )
+
+
+def _control_ids(special: set[int], named: Mapping[str, int | None]) -> frozenset[int]:
+    # One token may be both unknown and end-of-text, as GPT-2's is: then it is a control token.
+    never_text = {named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    return frozenset(special - {named.get("unk_token")} | {found for found in never_text if found is not None})
+
+
+def _beginning(token_ids: Sequence[int], named: Mapping[str, int | None]) -> int | None:
+    """The BOS id, if `token_ids`, a text encoded with special tokens, begin with it."""
+    bos = named.get("bos_token")
+    return bos if token_ids and token_ids[0] == bos else None
+
+
+def _is_byte_level(core: Any) -> bool:
+    """`core`: a `tokenizers.Tokenizer`; None for a tokenizer in Python."""
+    decoder = core.decoder if core is not None else None
+    return decoder is not None and '"ByteLevel"' in json.dumps(json.loads(decoder.__getstate__()))
+
+
+def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
+    """Whether a token id means the same to both: equal vocabularies that cut a probe text alike."""
+    return first.vocabulary() == second.vocabulary() and first.encode(_PROBE) == second.encode(_PROBE)
 
 
 @dataclass(frozen=True)
@@ -63,46 +172,27 @@ class Shown:
 
     text: str
     flaw: TextFlaw
-    """Why `text` is not all that they say; empty where it is."""
+    """Why `text` is not all that they say; empty if it is."""
 
 
 class TokenCodec:
     """Between ids and text of one tokenizer. Safe from several threads."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Fast tokenizers keep truncation state, which two threads must not change at once.
-        self._lock = threading.Lock()
-        self.beginning = beginning_of_text(tokenizer)
-        """The BOS id, where the tokenizer wants one before every text."""
-        self.end: int | None = tokenizer.eos_token_id
-        """The end-of-text id, where the tokenizer has one."""
-        self._is_byte_level = _is_byte_level(tokenizer)
-        self._bytes = _token_bytes(tokenizer, byte_level=self._is_byte_level)
-        for token_id in _control_ids(tokenizer):
-            self._bytes[token_id] = None
+        self.encode = tokenizer.encode
+        self.beginning = tokenizer.beginning
+        self.end = tokenizer.end
+        self._bytes = _token_bytes(tokenizer)
         self._begins_inside = [0x80 <= (found or b"x")[0] < 0xC0 for found in self._bytes]
         self.anchor = self.encode(_ANCHORS[0])
         """Ids of some text, for what continues a text that is not at hand."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a whole text, no special tokens added. `</s>` written in it stays text."""
-        with self._lock:
-            ids: list[int] = self._tokenizer(
-                text,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-        return ids
-
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that continues another one.
 
-        Tokenizers in SentencePiece's manner put a space before every text that they encode, and drop it again when
-        they decode; after a known token neither happens.
+        SentencePiece-like tokenizers put a space before every text that they encode, and drop it when they decode;
+        after a known token neither happens.
         """
         plain = self.encode(text)
         if self.continuation(self.anchor, plain).text == text:
@@ -120,8 +210,8 @@ class TokenCodec:
     def continuation(self, before: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int] = ()) -> Shown:
         """What `token_ids` say after `before`.
 
-        Left out: of a character that `before` began, the bytes that complete it; a character that is not complete at
-        the end; control tokens. At the end, the tokenizer's end-of-text is no flaw, and none of `ends` is.
+        Left out are control tokens, the bytes that complete a character of `before`, and a character that is cut at
+        the end. As last token, the tokenizer's end-of-text or one of `ends` is no flaw.
 
         Example: "é" is the bytes c3 a9; after [.. c3], [a9, " moon", c3] says " moon".
         """
@@ -142,21 +232,23 @@ class TokenCodec:
         text = whole[len(known) + bool(opened) :] if joins else self._whole_text(plain)
         if len(plain) < len(said):
             return Shown(text, "control_token")
-        # A length cuts characters; an end-of-text inside one is nothing that a text can say.
+        # A length limit may cut a character; an end-of-text inside a character can't be shown as text.
         ends_inside = ended and bool(self._opened([*context, *plain]))
         return Shown(text, "" if joins and not ends_inside and self._is_utf8(opened, plain) else "broken_text")
 
     def begins_character(self, token_id: int) -> bool:
-        """Whether a text may be cut before this token: it does not go on with a character of the token before."""
+        """Whether a text may be cut before this token: it does not continue a character of the token before."""
         return not (0 <= token_id < len(self._begins_inside) and self._begins_inside[token_id])
 
     def is_text(self, token_id: int) -> bool:
-        """Whether it says anything: it is no control token."""
+        """False for control tokens."""
         return 0 <= token_id < len(self._bytes) and self._bytes[token_id] is not None
 
     def _context(self, backwards: Iterable[int]) -> list[int]:
-        """Of the tokens before, given from the last one on: those that decide how what follows is decoded, from a
-        whole character on."""
+        """The tokens before that decide how the next ones are decoded, from a whole character on.
+
+        `backwards`: all tokens before, the last one first.
+        """
         found: list[int] = []
         for token_id in backwards:
             if not self.is_text(token_id):
@@ -171,12 +263,12 @@ class TokenCodec:
         return b"".join(self._bytes[token_id] or b"" for token_id in token_ids)
 
     def _opened(self, token_ids: Sequence[int]) -> bytes:
-        """The bytes of a character that is not complete at the end: at most 3, and so in the last 3 tokens."""
+        """The bytes of a character that is cut at the end: at most 3, so they lie in the last 3 tokens."""
         said = self._said_bytes(token_ids[-3:])
         return next((said[-size:] for size in (3, 2, 1) if size <= len(said) and _is_beginning(said[-size:])), b"")
 
     def _is_utf8(self, opened: bytes, token_ids: Sequence[int]) -> bool:
-        """But for a character that is not complete at the end."""
+        """A character may be cut at the end."""
         try:
             codecs.getincrementaldecoder("utf-8")().decode(opened + self._said_bytes(token_ids))
         except UnicodeDecodeError:
@@ -186,18 +278,14 @@ class TokenCodec:
     def _whole_text(self, token_ids: Sequence[int]) -> str:
         """Up to the last whole character."""
         opened = self._opened(token_ids)
-        if not self._is_byte_level:
-            # Each of these bytes is a token, and one that is cut would break the whole ones before it.
+        if not self._tokenizer.is_byte_level:
+            # Each of these bytes is a token, and a cut character would break the whole ones before it.
             return self._decode(token_ids[: len(token_ids) - len(opened)])
         text = self._decode(token_ids)
         return text[:-1] if opened else text
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        with self._lock:
-            text: str = self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        return text
+        return self._tokenizer.decode(token_ids)
 
 
 def _is_beginning(said: bytes) -> bool:
@@ -209,25 +297,19 @@ def _is_beginning(said: bytes) -> bool:
         return False
 
 
-def _control_ids(tokenizer: Any) -> set[int]:
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # One token may be both unknown and end-of-text, as GPT-2's is: then it is a control token.
-    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    return ((special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}) | named
-
-
-def _token_bytes(tokenizer: Any, *, byte_level: bool) -> list[bytes | None]:
-    """By id the bytes that a token stands for, `x` for a piece of whole characters, None where there is no token."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
+def _token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
+    """By id: a token's bytes, or `x` for a piece of whole characters; None for control tokens and unused ids."""
+    vocabulary = tokenizer.vocabulary()
     found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
-    letters = _byte_letters() if byte_level else {}
+    letters = _byte_letters() if tokenizer.is_byte_level else {}
     for token, token_id in vocabulary.items():
-        found[token_id] = _bytes_by_letters(token, letters) if byte_level else _byte_by_name(token)
+        if token_id not in tokenizer.control_ids:
+            found[token_id] = _bytes_by_letters(token, letters) if letters else _byte_by_name(token)
     return found
 
 
 def _bytes_by_letters(token: str, letters: dict[str, int]) -> bytes:
-    """As byte-level decoders do: a token with any other letter, such as an added one, stands for itself."""
+    """As byte-level decoders do it: a token with any other letter, such as an added token, stands for itself."""
     if all(letter in letters for letter in token):
         return bytes(letters[letter] for letter in token)
     return token.encode("utf-8", "surrogatepass")
@@ -239,13 +321,7 @@ def _byte_by_name(token: str) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from 256 on."""
+    """GPT-2's letters for bytes: printable bytes stand for themselves, the others for the letters from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = backend.decoder if backend is not None else None
-    return decoder is not None and '"ByteLevel"' in json.dumps(json.loads(decoder.__getstate__()))

@@ -59,6 +59,28 @@ def test_the_launcher_loads_no_torch() -> None:
     assert not _loaded_after("import cli.run, cli.audit, cli.summary") & {"torch", "transformers", "fastapi"}
 
 
+def test_a_collector_loads_a_tokenizer_without_torch() -> None:
+    loaded = _loaded_after(
+        f"""
+import services.collector.service
+from services.collector.texts import PolicyTokenizer
+PolicyTokenizer({str(ROOT / "starter" / "models" / "policy")!r})"""
+    )
+    assert not loaded & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("role", ["rewriter", "judge"])
+def test_a_service_with_an_endpoint_loads_no_torch(role: str) -> None:
+    loaded = _loaded_after(
+        f"""
+from services.{role}.app import build
+from shared.settings import Secrets, Settings
+engine = {{"kind": "openai", "model": "m", "endpoint": "http://127.0.0.1:9"}}
+build(Settings.model_validate({{"{role}": {{"engine": engine}}}}), Secrets())"""
+    )
+    assert not loaded & {"torch", "transformers"}
+
+
 def test_help_is_quick() -> None:
     began = time.monotonic()
     answer = subprocess.run(

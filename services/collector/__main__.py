@@ -18,8 +18,8 @@ def _work(settings: "Settings", secrets: "Secrets") -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """At once: a thread that still waits for a source or for Redis must not hold the process, and an interpreter with
-    torch in it (transformers imports it) takes seconds to come down. Everything that must be closed is."""
+    """At once: threads that still wait for a source or for Redis would hold the process, and an interpreter with torch
+    in it (some tokenizers need transformers) takes seconds to exit. Everything that must be closed is."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

@@ -1,6 +1,6 @@
-"""The policy's tokenizer as the collector needs it: documents to ids, and ids to the text that others are shown.
+"""The policy's tokenizer in the collector: documents become ids, and ids the text that teacher and judge are shown.
 
-Blocking: called from threads.
+Blocks: call it from threads.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ class TextSpan:
     start: int
     end: int
     begins_text: bool = False
-    """No token with a text comes before it, at most a BOS."""
+    """No text comes before it, at most a BOS."""
     ends_document: bool = False
-    """Its last token is an end-of-text, which is not shown."""
+    """Its last token is an end-of-text, which is not in the text."""
 
 
 @dataclass(frozen=True)
 class WindowText:
-    """What teacher and judge read of one window: its text once, and where each chunk's suffix lies in it."""
+    """The text of one window, and where each chunk's suffix lies in it."""
 
     text: str
     spans: tuple[TextSpan, ...]
@@ -41,7 +41,7 @@ class WindowText:
 
 
 class PolicyTokenizer:
-    """Loads from a Hugging Face folder or name. SettingsError if there is none."""
+    """From a folder or a Hugging Face name; SettingsError if there is none."""
 
     def __init__(self, source: str) -> None:
         tokenizer = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
@@ -53,11 +53,11 @@ class PolicyTokenizer:
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """What every window begins with: a BOS, where the tokenizer wants one before every text."""
+        """What every window begins with: the BOS of a tokenizer that puts one before every text."""
         return () if self._codec.beginning is None else (self._codec.beginning,)
 
     def as_document(self, token_ids: tuple[int, ...], *, end_of_text: bool) -> tuple[int, ...]:
-        """Without the BOS that every window gets; with the tokenizer's end-of-text at the end, if it has one."""
+        """Without BOS, as every window gets one; with the end-of-text at the end, if the tokenizer has one."""
         while token_ids and token_ids[:1] == self.opening:
             token_ids = token_ids[1:]
         end = self._codec.end
@@ -66,7 +66,7 @@ class PolicyTokenizer:
         return (*token_ids, end)
 
     def flaw(self, token_ids: Sequence[int], chunk: Chunk) -> TextFlaw:
-        """Why the chunk's suffix has no truthful text; empty where it has one."""
+        """Why text can't show all of the chunk's suffix; empty if it can."""
         if not self.begins_character(token_ids[chunk.start]):
             return "broken_text"
         if chunk.end < len(token_ids) and not self.begins_character(token_ids[chunk.end]):
@@ -74,9 +74,9 @@ class PolicyTokenizer:
         return self._codec.stretch(token_ids, chunk.start, chunk.end).flaw
 
     def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
-        """The text of one window and of its chunks, so that prefix + suffix reads as the raw window does.
+        """Prefix + suffix of each chunk is the text of the raw window.
 
-        The stretches between the chunks' borders are decoded one after the other, each after the tokens before it.
+        The stretches between the chunks' borders are decoded one by one, each after the tokens before it.
         """
         cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
         texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]

@@ -2,12 +2,18 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
+from transformers import AutoTokenizer
+
 from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence
-from services.engine.tokenizer import Tokenizer
+from services.tokenizer import Shown, TokenCodec, from_transformers
 from shared.errors import EngineError, PromptError
+
+_LABEL_CHARACTERS = 32
+"""Texts as short as a judge's labels are encoded again and again: their tokens are remembered."""
 
 
 class LocalEngine(ABC):
@@ -16,7 +22,7 @@ class LocalEngine(ABC):
     def __init__(self, *, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
         self._tokenizer_source = tokenizer
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer: ChatTokenizer | None = None
 
     @property
     @abstractmethod
@@ -63,10 +69,10 @@ class LocalEngine(ABC):
         return self._tokens.render_chat(prompt)
 
     async def _load_tokenizer(self) -> None:
-        self._tokenizer = await asyncio.to_thread(Tokenizer, self._tokenizer_source)
+        self._tokenizer = await asyncio.to_thread(ChatTokenizer, self._tokenizer_source)
 
     @property
-    def _tokens(self) -> Tokenizer:
+    def _tokens(self) -> "ChatTokenizer":
         if self._tokenizer is None:
             raise self._starting()
         return self._tokenizer
@@ -106,6 +112,45 @@ class LocalEngine(ABC):
                 f"but {self.name} takes {self._max_tokens} in all"
             )
         return token_ids
+
+
+class ChatTokenizer:
+    """From a folder or a Hugging Face name; EngineError if there is none. Safe from several threads."""
+
+    def __init__(self, source: str) -> None:
+        try:
+            self._found: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError, RuntimeError) as exc:
+            raise EngineError(f"no tokenizer can be loaded from {source!r}: {exc}") from exc
+        self._tokenizer = from_transformers(self._found)
+        self._encode_label = lru_cache(maxsize=1024)(self._encode)
+        self._codec = TokenCodec(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """No special tokens added; those in the text, such as a chat template's, are encoded as such."""
+        return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, splits_special=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skips_special=True)
+
+    def continuation(self, prompt: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int]) -> Shown:
+        """What sampled tokens say after their prompt; `ends`: the model's end-of-sequence tokens."""
+        return self._codec.continuation(prompt, token_ids, ends=ends)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._found.chat_template)
+
+    def render_chat(self, prompt: str) -> str:
+        if not self.has_chat_template:
+            raise EngineError("the model's tokenizer has no chat template: set `chat = false`")
+        text: str = self._found.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return text
 
 
 def end_token_ids(*configs: Any) -> frozenset[int]:

@@ -14,7 +14,7 @@ from services.judge.building import Parts, asks_structured, build_judge, check_e
 from services.judge.judging import Judge
 from services.judge.likelihood import TokenReading
 from services.judge.no_engine import NoEngine
-from services.tokenizer import beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import load_tokenizer, same_tokens
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
 from shared.errors import EngineError, TokenIdsNeededError
@@ -102,14 +102,14 @@ class Bench:
 
 
 def token_reading(settings: Settings) -> TokenReading:
-    """Compares the judge's tokenizer with the policy's. Texts are scored where they differ, where no policy is named,
-    and by endpoints, which cut texts into their own tokens and put their own beginning before them."""
+    """Whether the judge scores the policy's token ids, or texts. It scores texts if the tokenizers differ, if no policy
+    is named, and at an endpoint, which tokenizes texts itself and adds its own BOS."""
     if settings.judge.engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
     judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
     source = settings.policy.tokenizer_source
     shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
-    return TokenReading(shares_policy_tokens=shared, beginning=beginning_of_text(judge))
+    return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
 
 
 _EXAMPLE = {

@@ -8,14 +8,14 @@ from shared.api import TextFlaw
 
 @dataclass(frozen=True)
 class Cut:
-    """`text` is what `token_ids` say; a character cut at the end, and an end-of-text, are left out of it."""
+    """`text` is what `token_ids` say, without an end-of-text and without a character that is cut at the end."""
 
     token_ids: tuple[int, ...]
     text: str
     is_whole: bool
     """Nothing was cut off."""
     flaw: TextFlaw
-    """Why `text` is not all that they say; empty where it is."""
+    """Why `text` is not all that they say; empty if it is."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PolicyTokens:
     def cut(self, text: str, max_tokens: int, *, begins: bool = False, ends: bool = False) -> Cut:
         """The first `max_tokens` tokens of `text`.
 
-        `begins`: no text comes before it. `ends`: an end-of-text follows it, if the whole text leaves room.
+        `begins`: no text comes before it. `ends`: an end-of-text follows if there is room after the whole text.
         """
         token_ids = self.codec.encode(text) if begins else self.codec.encode_continuation(text)
         kept = token_ids[:max_tokens]

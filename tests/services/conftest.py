@@ -21,25 +21,14 @@ def build_tiny_model(folder: Path, *, seed: int = 0, width: int = 32) -> None:
     """The same shapes and tokenizer for every seed, other weights."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny_llama import tiny_llama
 
     torch.set_num_threads(1)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|end|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>")  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=0,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    shape = {"hidden_size": width, "bos_token_id": None, "eos_token_id": 0}
+    tiny_llama(300, seed=seed, **shape).save_pretrained(folder)

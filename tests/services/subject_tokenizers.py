@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +77,142 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-def save_policy(core: Tokenizer, folder: Path) -> Path:
-    """A random Llama of 2 layers and context 256 with this tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def save_tokenizer(core: Tokenizer, folder: Path, **options: Any) -> Any:
+    """As transformers saves one without a class of its own; `options` are its arguments."""
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=core, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
+        tokenizer_object=core, **{"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN} | options
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    return tokenizer
+
+
+def save_policy(core: Tokenizer, folder: Path) -> Path:
+    """A random Llama of 2 layers and context 256 with this tokenizer."""
+    from tests.tiny_llama import tiny_llama
+
+    tokenizer = save_tokenizer(core, folder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_llama(len(tokenizer), **ids).save_pretrained(folder)
     return folder
+
+
+def _gpt2(folder: Path, **options: Any) -> None:
+    from transformers import GPT2Tokenizer
+
+    _save_class(GPT2Tokenizer, byte_level(adds_bos=options.pop("adds_bos", False)), folder, **options)
+
+
+def _qwen2(folder: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    _save_class(Qwen2Tokenizer, byte_level(adds_bos=False), folder, unk_token=None, pad_token="<|pad|>")
+    edit(folder / "config.json", model_type="qwen2")
+
+
+def _llama(folder: Path) -> None:
+    from transformers import LlamaTokenizer
+
+    _save_class(LlamaTokenizer, sentence_piece_bpe(), folder)
+
+
+def _t5(folder: Path) -> None:
+    from transformers import T5Tokenizer
+
+    pieces = json.loads(sentence_piece_unigram().to_str())["model"]["vocab"]
+    names = {"unk_token": UNKNOWN, "eos_token": EOS, "pad_token": UNKNOWN, "extra_ids": 0}
+    T5Tokenizer(vocab=[tuple(piece) for piece in pieces], **names).save_pretrained(folder)
+
+
+def _with_older_files(folder: Path) -> None:
+    """As transformers 4 wrote them: special tokens twice, added tokens in tokenizer_config.json."""
+    core = byte_level(adds_bos=True)
+    core.add_tokens(["<tool>", " moon "])
+    save_tokenizer(core, folder, extra_special_tokens=["<|user|>"])
+    added = _saved(folder).get_added_tokens_decoder()
+    found = {str(token_id): token.__getstate__() for token_id, token in added.items()}
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder=found)
+    edit(folder / "special_tokens_map.json", bos_token={"content": BOS, "lstrip": True}, eos_token=EOS)
+
+
+def _save_made(make: Callable[[], Tokenizer], folder: Path) -> None:
+    save_tokenizer(make(), folder)
+
+
+FOLDERS: dict[str, Callable[[Path], Any]] = {
+    **{name: partial(_save_made, make) for name, make in TOKENIZERS.items()},
+    "cut and padded": lambda folder: save_tokenizer(_cutting(), folder, pad_token="<|pad|>"),
+    "older files": _with_older_files,
+    "GPT-2": _gpt2,
+    "GPT-2 with BOS": lambda folder: _gpt2(folder, adds_bos=True),
+    "GPT-2 with a space before texts": lambda folder: _gpt2(folder, add_prefix_space=True),
+    "Qwen2": _qwen2,
+}
+"""Folders that can be read without transformers."""
+
+
+def _gpt2_with_digits(folder: Path) -> None:
+    """As SmolLM's: transformers drops the splitting of digits."""
+    _gpt2(folder)
+    core = _saved(folder)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer])
+    core.save(str(folder / "tokenizer.json"))
+
+
+def _qwen2_without_class(folder: Path) -> None:
+    """Transformers rebuilds it as a Qwen2Tokenizer because of the model type."""
+    save_tokenizer(byte_level(adds_bos=False), folder)
+    edit(folder / "config.json", model_type="qwen2")
+
+
+def _gpt2_with_defaults(folder: Path) -> None:
+    """Transformers adds `<|endoftext|>`."""
+    _gpt2(folder)
+    edit(folder / "tokenizer_config.json", unk_token=...)
+
+
+def _with_more_tokens(folder: Path) -> None:
+    save_tokenizer(byte_level(adds_bos=False), folder)
+    edit(folder / "tokenizer_config.json", pad_token="<|pad|>", image_token="<image>")
+
+
+TRANSFORMERS_ONLY: dict[str, Callable[[Path], Any]] = {
+    "Llama": _llama,
+    "T5": _t5,
+    "GPT-2 with split digits": _gpt2_with_digits,
+    "GPT-2 with default tokens": _gpt2_with_defaults,
+    "Qwen2 without its class": _qwen2_without_class,
+    "tokens in tokenizer_config.json": _with_more_tokens,
+}
+"""Folders that transformers reads in another way than their tokenizer.json says, or may do so."""
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Of a JSON object; `...` removes a key."""
+    found = (json.loads(path.read_text()) if path.exists() else {}) | changes
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+
+
+def _saved(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def _save_class(kind: Any, core: Tokenizer, folder: Path, **options: Any) -> None:
+    """With vocabulary and merges of `core`, and its post-processor."""
+    model = json.loads(core.to_str())["model"]
+    names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+    tokenizer = kind(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], **names | options)
+    tokenizer.backend_tokenizer.post_processor = core.post_processor
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+
+
+def _cutting() -> Tokenizer:
+    core = byte_level(adds_bos=False)
+    core.enable_truncation(5)
+    core.enable_padding(length=8)
+    return core
 
 
 def _train(core: Tokenizer, trainer: Any, texts: Iterable[str] = _LEARNED) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 from fastapi import FastAPI
+from transformers import AutoTokenizer
 
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
@@ -32,7 +33,7 @@ from shared.records import Candidate, ScoredDocument
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
 from tests.services.fakes import FakeEngine
-from tests.services.subject_tokenizers import BOS, EOS, MOON, TEXTS, TOKENIZERS, save_policy
+from tests.services.subject_tokenizers import BOS, EOS, MOON, SPECIALS, TEXTS, TOKENIZERS, save_policy
 
 NUM_ROLLOUTS = 6
 SIZES = {"context_tokens": 96, "suffix_tokens": 13, "min_prefix_tokens": 5, "min_suffix_tokens": 3}
@@ -184,15 +185,14 @@ class Truth:
     """Decodes whole sequences, and hides nothing but BOS, and an end-of-text at the very end."""
 
     def __init__(self, policy: Path) -> None:
-        self.tokenizer = load_tokenizer(str(policy), setting="policy.model")
-        self.bos, self.eos = self.tokenizer.convert_tokens_to_ids([BOS, EOS])
+        self.tokenizer = AutoTokenizer.from_pretrained(policy)
+        self.bos, self.eos = SPECIALS.index(BOS), SPECIALS.index(EOS)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         ids = list(token_ids)
         ids = ids[1:] if ids[:1] == [self.bos] else ids
         ids = ids[:-1] if ids[-1:] == [self.eos] else ids
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def says(self, token_ids: Sequence[int], text: str) -> bool:
         """Up to one character that is cut at the end: at most three bytes, each of them part of one token."""

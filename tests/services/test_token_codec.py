@@ -4,33 +4,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers.processors import TemplateProcessing
 
-from services.tokenizer import Shown, TokenCodec, beginning_of_text, load_tokenizer, same_tokens
+from services.tokenizer import Shown, TokenCodec, Tokenizer, load_tokenizer, same_tokens
 from shared.errors import SettingsError
+from tests.services.subject_tokenizers import BOS, EOS, SPECIALS, UNKNOWN, byte_level, save_tokenizer, word_level
 
 
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Tokenizer:
     return load_tokenizer(str(tiny_model), setting="policy.model")
 
 
-def test_a_tokenizer_is_the_same_as_itself_loaded_again(tokenizer: Any, tiny_model: Path) -> None:
-    assert same_tokens(tokenizer, load_tokenizer(str(tiny_model), setting="policy.model"))
+def make_tokenizer(core: Any, folder: Path, **options: Any) -> Tokenizer:
+    save_tokenizer(core, folder, **options)
+    return load_tokenizer(str(folder), setting="policy.model")
 
 
-def test_one_more_token_makes_another_tokenizer(tokenizer: Any, tiny_model: Path) -> None:
-    other = load_tokenizer(str(tiny_model), setting="policy.model")
-    other.add_tokens(["moon"])
-    assert not same_tokens(tokenizer, other)
+def test_one_more_token_makes_another_tokenizer(tmp_path: Path) -> None:
+    core = byte_level(adds_bos=False)
+    first, again = make_tokenizer(core, tmp_path / "1"), make_tokenizer(core, tmp_path / "2")
+    core.add_tokens(["moon"])
+    assert same_tokens(first, again)
+    assert not same_tokens(first, make_tokenizer(core, tmp_path / "3"))
 
 
-def test_only_a_tokenizer_that_begins_its_texts_has_a_beginning(tokenizer: Any) -> None:
-    assert beginning_of_text(tokenizer) is None
-    tokenizer.bos_token = "<|end|>"
-    assert beginning_of_text(tokenizer) is None
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
-    assert beginning_of_text(tokenizer) == 0
+def test_only_a_tokenizer_that_begins_its_texts_has_a_beginning(tmp_path: Path) -> None:
+    assert make_tokenizer(byte_level(adds_bos=False), tmp_path / "1").beginning is None
+    core = byte_level(adds_bos=True)
+    assert make_tokenizer(core, tmp_path / "2").beginning == core.token_to_id(BOS)
+    assert make_tokenizer(core, tmp_path / "3", bos_token=EOS).beginning is None
 
 
 @pytest.mark.parametrize(("source", "message"), [("", "policy.model is empty"), ("/nowhere/at/all", "can be loaded")])
@@ -44,7 +46,7 @@ END = 0
 
 
 @pytest.fixture
-def codec(tokenizer: Any) -> TokenCodec:
+def codec(tokenizer: Tokenizer) -> TokenCodec:
     return TokenCodec(tokenizer)
 
 
@@ -76,9 +78,9 @@ def test_only_a_last_end_of_text_is_hidden(codec: TokenCodec) -> None:
     assert codec.continuation(a, [*a, *b], ends=b) == Shown("a", ""), "the model's own end"
 
 
-def test_the_unknown_token_is_text_unless_it_also_ends_texts(tokenizer: Any) -> None:
-    tokenizer.add_special_tokens({"unk_token": "<unk>"})
-    unknown = tokenizer.unk_token_id
-    assert TokenCodec(tokenizer).continuation([40], [unknown, 40]).text.startswith("<unk>")
-    tokenizer.unk_token = "<|end|>"
-    assert TokenCodec(tokenizer).continuation([40], [END, 40]).flaw == "control_token"
+def test_the_unknown_token_is_text_unless_it_also_ends_texts(tmp_path: Path) -> None:
+    unknown = SPECIALS.index(UNKNOWN)
+    codec = TokenCodec(make_tokenizer(word_level(), tmp_path / "1"))
+    assert codec.continuation([40], [unknown, 40]).text.strip().startswith(UNKNOWN)
+    codec = TokenCodec(make_tokenizer(word_level(), tmp_path / "2", eos_token=UNKNOWN))
+    assert codec.continuation([40], [unknown, 40]).flaw == "control_token"

