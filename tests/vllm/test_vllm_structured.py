@@ -1,4 +1,4 @@
-"""Answers that vLLM holds to a pattern, and verdicts that can't be unreadable by that."""
+"""Answers that vLLM constrains to a pattern, so that every verdict can be read."""
 
 import re
 from collections.abc import Iterator
