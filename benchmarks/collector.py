@@ -108,7 +108,7 @@ def _look_twice(port: int, pid: int, seconds: float) -> Measured:
     after, cpu_after_s, ended = _counters(port), _cpu_seconds(pid), time.perf_counter()
     return Measured(
         candidates=after["candidates"] - before["candidates"],
-        windows=after["documents_scored"] - before["documents_scored"],
+        windows=after["windows_scored"] - before["windows_scored"],
         wall_s=ended - started,
         cpu_s=cpu_after_s - cpu_s,
         megabytes=_resident_megabytes(pid),
@@ -128,8 +128,8 @@ def _resident_megabytes(pid: int) -> float:
 def _counters(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
-    found = {"candidates": 0.0, "documents_scored": 0.0}
-    for name, value in re.findall(r"^headwater_(candidates|documents_scored)_total(?:\{.*\})? (\S+)$", text, re.M):
+    found = {"candidates": 0.0, "windows_scored": 0.0}
+    for name, value in re.findall(r"^headwater_(candidates|windows_scored)_total(?:\{.*\})? (\S+)$", text, re.M):
         found[name] += float(value)
     return found
 
@@ -138,7 +138,7 @@ def _wait_for_windows(port: int, collector: "subprocess.Popen[bytes]", log: Path
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and collector.poll() is None:
         try:
-            if _counters(port)["documents_scored"] >= at_least:
+            if _counters(port)["windows_scored"] >= at_least:
                 return
         except OSError:  # not listening yet
             pass

@@ -44,7 +44,7 @@ def _answer(path: str, request: dict[str, Any]) -> bytes:
 
 @lru_cache
 def _rollouts(bounds: tuple[int, ...], num_rollouts: int) -> bytes:
-    rollouts = [[_continuation(bound) | {"policy_version": 3} for _ in range(num_rollouts)] for bound in bounds]
+    rollouts = [[_continuation(bound) | {"weight_version": 3} for _ in range(num_rollouts)] for bound in bounds]
     return orjson.dumps({"rollouts": rollouts})
 
 

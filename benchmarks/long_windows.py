@@ -27,13 +27,13 @@ from benchmarks.collector import free_ports, process, write_tokenizer
 from benchmarks.report import Report, parser
 from services.collector.clients import build_services, http_client
 from services.collector.collect import collect
-from services.collector.preparing import Preparer, Window
 from services.collector.sources.base import Document
-from services.collector.texts import PolicyTokenizer
+from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from shared.errors import StreamError
-from shared.records import ScoredDocument
+from shared.records import ScoredWindow
+from shared.redis import connect
 from shared.settings import Settings
-from shared.stream import DocumentStream, connect
+from shared.stream import WindowStream
 
 SIZES = (2048, 8192, 32_768, 131_072)
 ROLLOUTS = (4, 16)
@@ -90,7 +90,7 @@ async def _measure(report: Report, settings: Settings) -> None:
     async with http_client(settings, token="", transport=transport) as http:
         services = build_services(settings, http)
         document = await collect(window, text, stage=stage, services=services, settings=settings)
-    assert isinstance(document, ScoredDocument), document
+    assert isinstance(document, ScoredWindow), document
     stream.write(document)
     report.figures[f"{name}: judge request, MB"] = transport.num_bytes["/v1/judgements"] / 1e6
     report.figures[f"{name}: rewriter request, MB"] = transport.num_bytes["/v1/rewrites"] / 1e6
@@ -103,11 +103,11 @@ def _window(settings: Settings, tokenizer: PolicyTokenizer) -> Window:
     """The first one of the document, which is longer than it."""
     line = Path(settings.documents.path).read_text(encoding="utf-8").splitlines()[0]
     document = Document(position=0, source_id="d0", content=json.loads(line)["text"])
-    return Preparer(tokenizer, settings.chunks, settings.run.seed).windows(document, part=0, epoch=0)[0]
+    return WindowMaker(tokenizer, settings.chunks, settings.run.seed).windows(document, part=0, epoch=0)[0]
 
 
-def _stream(settings: Settings) -> DocumentStream:
-    stream = DocumentStream(connect(settings.redis.url, timeout_s=30), settings.run.name)
+def _stream(settings: Settings) -> WindowStream:
+    stream = WindowStream(connect(settings.redis.url, timeout_s=30), settings.run.name)
     deadline = time.monotonic() + _START_S
     while True:
         try:

@@ -18,9 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 import starter
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 from trainer.patience import Patience
-from trainer.weights import WeightPublisher, untied_state
+from trainer.publisher import WeightPublisher, untied_state
 
 RATES = (5e-6, 1e-6)
 """The paper's learning rate in the continual setting, and a fifth of it, where its cosine spends its last steps."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Report, parser
-from cli.checkpoint_states import newest_policy
 from evaluation.likelihood import LikelihoodResult, held_out_prefixes, teacher_log_prob
+from shared.checkpoint_state import newest_policy
 
 PREFIX_TOKENS, NEW_TOKENS = 128, 64
 

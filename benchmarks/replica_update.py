@@ -26,15 +26,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import services
 import starter
 from services.engine.hf.engine import TransformersEngine
+from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
-from services.rollout.weights import WeightWatcher
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.settings import EngineSettings
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 from trainer.patience import Patience
-from trainer.weights import WeightPublisher
+from trainer.publisher import WeightPublisher
 
 SHARE = 0.012
 PHASES = ("fetch", "patch", "apply", "pause")

@@ -44,12 +44,12 @@ from benchmarks.replica_costs import measure_replica
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.life import build_engine
+from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
-from services.rollout.weights import WeightWatcher
 from shared import metrics
 from shared.coordination import AnnouncedWeights
 from shared.settings import EngineSettings
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 
 PHASES = ("fetch", "patch", "apply", "pause")
 PROMPTS = [list(range(3, 67)), list(range(100, 132))]

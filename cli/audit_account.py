@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from shared.database import CursorRow, DocumentRow, EventRow, StepRow, WeightVersionRow, translated
+from shared.database import CursorRow, EventRow, StepRow, WeightVersionRow, WindowRow, translated
 from shared.ledger import DROPPED, READING, SCORED, TRAINED, Balance
 
-_D = DocumentRow
+_D = WindowRow
 
 
 class Window(NamedTuple):
@@ -29,7 +29,7 @@ class Window(NamedTuple):
     num_windows: int
     """Of its document; 0 in rows from before this was kept."""
     num_chunks: int
-    policy_version: int | None
+    weight_version: int | None
     trained_step: int | None
     num_pairs: int | None
     read_at: float
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 class Step(NamedTuple):
     """One row of `steps`."""
 
-    policy_version: int
+    weight_version: int
     num_pairs: int
 
 
@@ -112,7 +112,7 @@ def read_account(engine: Engine, run_id: str) -> Account:
                 for row in session.scalars(sa.select(CursorRow).where(CursorRow.run_id == run_id))
             },
             steps={
-                row.step: Step(row.policy_version, int(row.figures.get("pairs", 0)))
+                row.step: Step(row.weight_version, int(row.figures.get("pairs", 0)))
                 for row in session.scalars(sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step))
             },
             versions={

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from cli.audit_account import Account, Window
 from cli.audit_testimony import Testimony
+from shared.checkpoint_state import Evidence, FinishedWindow
 from shared.ledger import DROPPED, READING, SCORED, TRAINED
-from trainer.evidence import Evidence, FinishedDocument
 
 NON_FINITE = "non_finite_loss"
 
@@ -138,7 +138,7 @@ def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
                 yield from _disagreement(row, finished, line)
 
 
-def _disagreement(row: Window, finished: FinishedDocument, line: Evidence) -> Iterator[str]:
+def _disagreement(row: Window, finished: FinishedWindow, line: Evidence) -> Iterator[str]:
     says = f"the checkpoint of step {line.step} says"
     wanted = DROPPED if finished.step is None else TRAINED
     if row.state != wanted or (wanted == DROPPED and row.reason != NON_FINITE):
@@ -202,12 +202,12 @@ def versions(account: Account) -> Iterator[str]:
         step = account.versions[first]
         yield f"weight version {first} of step {step} is the first with a row: the one before the first step has none"
     for step, row in account.steps.items():
-        published = account.versions.get(row.policy_version)
+        published = account.versions.get(row.weight_version)
         if published is None:
-            yield f"step {step} ended with weight version {row.policy_version}, which has no row"
+            yield f"step {step} ended with weight version {row.weight_version}, which has no row"
         elif published > step:
-            yield f"step {step} ended with weight version {row.policy_version}, which is of step {published}"
-    named = {row.policy_version: name for name, row in account.windows.items() if row.policy_version is not None}
+            yield f"step {step} ended with weight version {row.weight_version}, which is of step {published}"
+    named = {row.weight_version: name for name, row in account.windows.items() if row.weight_version is not None}
     for version, name in named.items():
         if version not in account.versions:
             yield f"window {name} was sampled under weight version {version}, which has no row"

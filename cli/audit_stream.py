@@ -13,11 +13,12 @@ from cli.ports import Ports
 from cli.processes import Child, stop_children
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
 from cli.run_folder import RunFolder
-from shared.auth import generate_token
 from shared.coordination import Coordination
 from shared.errors import HeadwaterError, StreamError, StreamSchemaError
+from shared.http import generate_token
+from shared.redis import connect
 from shared.settings import Settings
-from shared.stream import DocumentStream, connect
+from shared.stream import WindowStream
 
 _START_S = 60.0
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def _read(url: str, settings: Settings) -> OnStream:
     client, run_id = connect(url, timeout_s=5.0), settings.run.name
     try:
         leased = Coordination(client, run_id).leased_parts(num_parts=settings.documents.num_parts)
-        return OnStream(frozenset(DocumentStream(client, run_id).entries().values()), frozenset(leased))
+        return OnStream(frozenset(WindowStream(client, run_id).entries().values()), frozenset(leased))
     except (StreamError, StreamSchemaError) as exc:
         raise StreamUnreachable(str(exc)) from exc
     finally:

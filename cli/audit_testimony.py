@@ -6,9 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from cli.audit_account import Account
-from cli.checkpoint_states import StateFile, read_states
+from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow, StateFile, read_states
 from shared.ledger import TRAINED
-from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Testimony:
         )
 
     @cached_property
-    def finished(self) -> dict[str, FinishedDocument]:
+    def finished(self) -> dict[str, FinishedWindow]:
         return {document: finished for line in self.witnesses for document, finished in line.finished.items()}
 
     @property

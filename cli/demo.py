@@ -20,10 +20,10 @@ from rich.table import Table
 from sqlalchemy import select
 
 import starter
-from cli.checkpoint_states import newest_policy
 from cli.processes import Child, stop_children
 from cli.run import run
 from cli.run_folder import find_run
+from shared.checkpoint_state import newest_policy
 from shared.database import StepRow, open_database, transaction
 from shared.errors import HeadwaterError
 from starter.documents import documents, write_documents
@@ -54,7 +54,7 @@ QUICK = Size(steps=12, num_prefixes=100, num_documents=1000)
 
 
 def demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODELS) -> int:
-    """Exit code of the first part that fails, else 0. `models`: what `starter.make` made, of whichever world."""
+    """Exit code of the first part that fails, else 0. `models`: what `starter.recipe` made, of whichever world."""
     world = world_of(models)
     console = Console()
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,9 @@ def world_of(models: Path) -> World:
     try:
         return World(int(json.loads(file.read_text(encoding="utf-8"))["world_seed"]))
     except (OSError, ValueError, KeyError) as exc:
-        raise HeadwaterError(f"{file} does not name a world ({exc}): make models with python -m starter.make") from exc
+        raise HeadwaterError(
+            f"{file} does not name a world ({exc}): make models with python -m starter.recipe"
+        ) from exc
 
 
 BASELINE = (

@@ -138,7 +138,7 @@ def _texts(documents: str, *, document_format: DocumentFormat, text_field: str) 
     """Texts of the documents until the bound of memory; records that are refused are skipped, the run will name
     them."""
     from services.collector.sources.base import Document
-    from services.collector.sources.opening import open_source
+    from services.collector.sources.source import open_source
 
     where = DocumentsSettings(format=document_format, path=documents, text_field=text_field, shuffle_buffer=1)
     num_characters = 0

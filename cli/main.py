@@ -119,7 +119,7 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--quick", action="store_true", help="a minute instead of a few: fewer steps and prefixes")
     parser.add_argument("--directory", type=Path, help="where the demo's runs lie (runs/demo, or runs/demo-quick)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", type=Path, help="models of python -m starter.make, another world's perhaps")
+    parser.add_argument("--models", type=Path, help="models of python -m starter.recipe, another world's perhaps")
 
 
 def _add_sweep(commands: "_Commands[argparse.ArgumentParser]") -> None:

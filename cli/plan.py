@@ -12,8 +12,8 @@ from typing import Literal
 
 from cli.ports import Ports
 from cli.redis_server import HOST, redis_url
-from shared.auth import generate_token
 from shared.configuration import load_secrets, secret_variables
+from shared.http import generate_token
 from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings, TrainerSettings
 
 ServiceRole = Literal["rollout", "rewriter", "judge"]

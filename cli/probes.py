@@ -16,15 +16,14 @@ from cli.plan import Plan, needed_services
 from cli.redis_server import find_redis_server
 from cli.run_folder import RunFolder
 from services.collector.sources.base import Refusal, Source
-from shared.auth import authorization_header
 from shared.configuration import without_passwords
 from shared.database import open_database, translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
-from shared.identity import refuse_changed_identity
+from shared.http import authorization_header
 from shared.ledger import Ledger, RunStart
-from shared.manifest import refuse_changed_source
+from shared.runs import refuse_changed_identity, refuse_changed_source
 from shared.settings import EngineSettings, Settings
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 
 _TIMEOUT_S = 10.0
 _OLDEST_REDIS = (6, 2)
@@ -222,28 +221,28 @@ def weight_store(settings: Settings) -> str:
 
 
 def rewriter_prompt(settings: Settings) -> str:
-    from services.rewriter.rewriting import load_prompt
+    from services.rewriter.rewriter import load_prompt
 
     load_prompt(settings.rewriter.prompt)
     return str(settings.rewriter.prompt or "as shipped")
 
 
 def judge_criteria(settings: Settings) -> str:
-    from services.judge.building import load_parts
+    from services.judge.build import load_parts
 
     load_parts(settings.judge)
     return ", ".join(f"{name} (weight {one.weight:g})" for name, one in settings.judge.criteria.items())
 
 
 def judge_needs_engine(settings: Settings) -> bool:
-    from services.judge.building import needs_engine
+    from services.judge.build import needs_engine
 
     return needs_engine(settings.judge)
 
 
 def documents(settings: Settings) -> Source:
     """As the collector opens them."""
-    from services.collector.sources.opening import open_source
+    from services.collector.sources.source import open_source
 
     return open_source(settings.documents, seed=settings.run.seed, vocabulary_size=_LARGEST_VOCABULARY)
 

@@ -14,11 +14,11 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine
 
-from shared.auth import authorization_header
 from shared.database import StepRow, transaction
 from shared.errors import DatabaseError, StreamError
+from shared.http import authorization_header
 from shared.ledger import Balance, Ledger
-from shared.stream import Backlog, DocumentStream
+from shared.stream import Backlog, WindowStream
 
 _RATE_WINDOW_S = 120.0
 
@@ -79,7 +79,7 @@ class ProgressReader:
         self._ledger = Ledger(engine, run_id)
         self._run_id = run_id
         self._steps = steps
-        self._stream = DocumentStream(client, run_id)
+        self._stream = WindowStream(client, run_id)
         self._metrics_url = f"{collector_url}/metrics"
         self._headers = authorization_header(token)
         self._step_rate, self._candidate_rate = Rate(), Rate()

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from cli.audit import audit_run, balance_line
-from cli.checkpoint_states import newest_checkpoint
 from cli.display import duration
 from cli.run_folder import RunFolder, find_run
+from shared.checkpoint_state import newest_checkpoint
 from shared.database import EventRow, StepRow, migrate, open_database, transaction
 from shared.errors import HeadwaterError
 from shared.secret_urls import without_secrets

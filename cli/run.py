@@ -27,7 +27,7 @@ from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
 from shared.errors import DatabaseError, HeadwaterError, StreamError
 from shared.ledger import Ledger
-from shared.stream import connect
+from shared.redis import connect
 
 LOOK_EVERY_S = 1.0
 COLLECTOR_END_S = 30.0
@@ -143,7 +143,7 @@ class Launcher:
         """What an earlier start of this run said about its end must not end this one, which has more steps to go."""
         report = self._coordination.trainer_report()
         if report and report.state == "finished" and report.step < self.plan.settings.trainer.steps:
-            self._coordination.report_trainer(TrainerReport(report.step, report.policy_version, "training"))
+            self._coordination.report_trainer(TrainerReport(report.step, report.weight_version, "training"))
 
     def _has_reason_to_end(self, role: str) -> bool:
         """No, when Redis or the database is away: the process is then started again and finds its work done."""

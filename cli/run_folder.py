@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shared.configuration import load_settings, read_toml, without_passwords, write_settings
 from shared.errors import SettingsError
-from shared.identity import refuse_changed_identity
+from shared.runs import refuse_changed_identity
 from shared.settings import Settings
 
 

@@ -18,8 +18,8 @@ from cli.plan import Plan
 from cli.processes import Child, stop_children
 from cli.redis_server import answers, find_redis_server, server_configuration
 from cli.run_folder import RunFolder
-from shared.auth import authorization_header
 from shared.errors import HeadwaterError
+from shared.http import authorization_header
 
 START_TIMEOUT_S = 600.0
 """For a large model that is read from a slow disk; a process that dies meanwhile is noticed at once."""

@@ -3,8 +3,8 @@
 from sqlalchemy import Engine
 
 from cli.audit import AuditResult, audit_run, balance_line
-from cli.checkpoint_states import newest_checkpoint
 from cli.run_folder import RunFolder
+from shared.checkpoint_state import newest_checkpoint
 from shared.settings import Settings
 
 

@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from scipy import stats
 
-from cli.checkpoint_states import newest_policy
 from cli.demo import (
     MODELS,
     STARTER,
@@ -40,6 +39,7 @@ from cli.demo import (
     world_options,
 )
 from cli.run import run
+from shared.checkpoint_state import newest_policy
 from shared.errors import SettingsError
 
 PLOTTED = ("safe", "no_fact_wrong", "well_formed", "all_clean", "win_rate")

@@ -1,7 +1,7 @@
-"""How likely a teacher finds the continuations that a policy samples on held-out prefixes.
+"""How likely a policy's continuations of held-out prefixes are under a teacher.
 
-The measure behind judge `likelihood`: the mean over continuations of the mean log-prob per token under the teacher,
-given the prefix. Distinct-4 stands beside it, because a policy can raise its likelihood by repeating itself.
+The measure is the same as judge `likelihood`: log-prob per token under the teacher given the prefix, averaged per
+continuation, then over continuations. Distinct-4 goes with it, because repetition raises likelihood.
 Called by benchmarks/real_text.py.
 """
 
@@ -19,28 +19,30 @@ _BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class LikelihoodResult:
-    """Teacher's view of one policy's continuations."""
+    """How one policy's continuations score."""
 
     mean_log_prob: float
     """Natural log per token, mean over continuations."""
     half_width: float
     """Half of the 95 % interval of that mean, over prefixes."""
     distinct_4: float
-    """Share of different token 4-grams within a continuation, mean over continuations; 1 repeats nothing."""
+    """Share of distinct token 4-grams per continuation, mean over continuations; 1 means no repetition."""
     num_prefixes: int
 
 
 def held_out_prefixes(
     documents: Path, tokenizer_folder: Path, *, num_prefixes: int, prefix_tokens: int
 ) -> list[list[int]]:
-    """The first `num_prefixes` blocks of `prefix_tokens` tokens, one after another, from a JSONL file's texts."""
+    """`num_prefixes` blocks of `prefix_tokens` tokens, spread evenly over the texts of a JSONL file."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     blocks: list[list[int]] = []
     for line in documents.read_text(encoding="utf-8").splitlines():
         ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)
         blocks += [ids[i : i + prefix_tokens] for i in range(0, len(ids) - prefix_tokens + 1, prefix_tokens * 2)]
     if len(blocks) < num_prefixes:
-        raise ValueError(f"{documents} holds {len(blocks)} prefixes of {prefix_tokens} tokens, {num_prefixes} wanted")
+        raise ValueError(
+            f"{documents} has {len(blocks)} prefixes of {prefix_tokens} tokens, not {num_prefixes}; add documents"
+        )
     stride = len(blocks) // num_prefixes
     return blocks[::stride][:num_prefixes]
 
@@ -67,7 +69,7 @@ def teacher_log_prob(
 
 
 def sample(policy_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> torch.Tensor:
-    """One continuation per prefix of equal length at T = 1, never ended early: (prefixes, new_tokens)."""
+    """(prefixes, new_tokens): one continuation per prefix at T = 1, EOS forbidden. Prefixes must be equally long."""
     policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     policy.eval()
     torch.manual_seed(seed)

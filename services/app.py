@@ -5,10 +5,12 @@
 no address and repeats nobody's error.
 """
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,11 +19,18 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.middleware import METRICS_PATH, OPEN_PATHS, AuthMiddleware, MetricsMiddleware, SizeMiddleware
-from services.rendering import error_response, render_error
+from services.middleware import (
+    METRICS_PATH,
+    OPEN_PATHS,
+    AuthMiddleware,
+    MetricsMiddleware,
+    SizeMiddleware,
+    error_response,
+    render_error,
+)
 from shared import metrics
 from shared.api import Readiness
-from shared.errors import HeadwaterError
+from shared.errors import HeadwaterError, RequestError
 from shared.secret_urls import without_secrets
 from shared.settings import Secrets
 
@@ -133,3 +142,28 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schema["paths"][path]["get"]["security"] = []
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+T = TypeVar("T")
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled when the caller disconnects. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestError("the caller hung up before the answer was ready")
+        return task.result()
+    finally:
+        for left in (task, gone):
+            if not left.done():
+                left.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await left
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,6 +1,9 @@
-"""Prompt files: text with `{name}` placeholders, filled in one pass. For the rewriter and the judge.
+"""Prompt files: text with `{name}` placeholders, for the rewriter and the judge.
 
-One pass means that braces inside a document are never taken for placeholders: what is filled in is not read again.
+    prompt = Prompt.load(Path("mine.txt"), required={"candidate"})    # Is this safe? {candidate}
+    prompt.fill({"candidate": "{candidate}"})                         # Is this safe? {candidate}
+
+All placeholders are filled in one pass, so braces inside a document are never taken for placeholders.
 """
 
 import re
@@ -15,16 +18,14 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, its placeholders known to be the right ones."""
-
     text: str
 
     @classmethod
     def load(cls, path: Path, *, required: Collection[str], allowed: Collection[str] = ()) -> "Prompt":
-        """Read `path` (UTF-8). One newline at its very end is the file's and is left out, so that a prompt may end
-        exactly where the answer begins; all other text stays as it is.
+        """Read `path` (UTF-8). One newline at the very end is dropped, so that a prompt can end exactly where the
+        answer begins.
 
-        Raises SettingsError for an unreadable file, an unknown placeholder or a missing one.
+        Raises SettingsError for an unreadable file, and for an unknown or missing placeholder.
         """
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
@@ -45,22 +46,21 @@ class Prompt:
         return frozenset(_PLACEHOLDER.findall(self.text))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The text with every placeholder replaced by its value, unchanged."""
         return _PLACEHOLDER.sub(lambda match: values[match[1]], self.text)
 
     def ends_with(self, name: str) -> bool:
         return self.text.endswith(f"{{{name}}}")
 
     def without_end(self, name: str) -> "Prompt":
-        """The same prompt less a placeholder `name` at its very end."""
+        """The same prompt without a placeholder `name` at its very end."""
         return Prompt(self.text.removesuffix(f"{{{name}}}"))
 
 
 def opened(rendered: str, opening: str) -> str:
-    """A chat prompt from `Engine.render_chat` with the beginning of the model's own answer after it.
+    """A chat prompt from `Engine.render_chat`, followed by the start of the model's answer.
 
-    Its type is kept: the engine for endpoints marks chat prompts by it. An endpoint puts the template around by
-    itself, so there `opening` ends the user's message instead.
+    Keeps the type of `rendered`, by which the endpoint engine recognises chat prompts. An endpoint applies the
+    template itself, so there `opening` ends the user's message instead.
     """
     return type(rendered)(rendered + opening)
 

@@ -36,7 +36,7 @@ def run_service(
     """Parse arguments, build the app, serve it at `settings.<role>.host:port` until SIGTERM."""
 
     def work(settings: "Settings", secrets: "Secrets") -> None:
-        from shared.auth import refuse_open_binding
+        from shared.http import refuse_open_binding
 
         address = getattr(settings, role)
         refuse_open_binding(address.host, secrets)
@@ -49,7 +49,7 @@ def run_process(role: str, work: "Callable[[Settings, Secrets], None]", argument
     """Parse arguments, load settings, do `work`. 0 when it ends or on SIGTERM, 1 on an error (one JSON line)."""
     path, overrides = parse_arguments(role, sys.argv[1:] if arguments is None else arguments)
     from shared.configuration import load_secrets, load_settings
-    from shared.logs import configure_logs
+    from shared.process import configure_logs
 
     configure_logs(role)
     _stop_calmly_on_signals()

@@ -79,7 +79,7 @@ class Rollout(Record):
     text: str
     """What the tokens say after their prefix, but for an end-of-text and a character cut at either end."""
     finish_reason: FinishReason
-    policy_version: int
+    weight_version: int
     """The oldest weight version that any of its tokens was sampled under."""
     refusal: TextFlaw = ""
     """Why this rollout must not be used as a candidate (then `text` is empty); empty when it may."""
@@ -241,7 +241,7 @@ class Readiness(Record):
     service: Literal["rollout", "rewriter", "judge", "collector"]
     engine: str = ""
     model: str = ""
-    policy_version: int | None = None
+    weight_version: int | None = None
     """Rollout only: the weight version that new requests are answered under."""
     fingerprint: str = ""
     """Judge only."""

@@ -3,7 +3,7 @@
     trainer   -> rollout      `announce_weights`: the newest version in the weight store
     rollout   -> trainer      `report_replica`: which weight version each living replica serves, with expiry
     trainer   -> collector    `report_trainer`: step, policy version, whether the run is finished
-    collector -> collectors   leases on parts of the source, with expiry, and fencing numbers (shared/leases.py)
+    collector -> collectors   leases on parts of the source, with expiry, and fencing numbers (shared/records.py)
     collector -> trainer      `mark_exhausted`: a part of the source has no more documents
 
 Blocking calls, each bounded by the client's timeouts: use it from a thread in async code.
@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 import redis
 
 from shared.errors import FencedError
-from shared.leases import Lease
-from shared.stream import (
+from shared.records import Lease
+from shared.redis import (
     exhausted_key,
     fences_key,
     lease_key,
@@ -72,7 +72,7 @@ class TrainerReport:
     """How far the trainer is."""
 
     step: int
-    policy_version: int
+    weight_version: int
     state: TrainerState
 
 
@@ -82,7 +82,7 @@ class AnnouncedWeights:
 
     version: int
     epoch: str = ""
-    """The lineage that the number belongs to (shared/weight_store.py)."""
+    """The lineage that the number belongs to (shared/weights/store.py)."""
 
 
 class Coordination:
@@ -138,7 +138,7 @@ class Coordination:
         with translated():
             self._client.hset(
                 trainer_key(self._run),
-                mapping={"step": report.step, "policy_version": report.policy_version, "state": report.state},
+                mapping={"step": report.step, "weight_version": report.weight_version, "state": report.state},
             )
 
     def trainer_report(self) -> TrainerReport | None:
@@ -149,7 +149,7 @@ class Coordination:
             return None
         return TrainerReport(
             step=int(fields[b"step"]),
-            policy_version=int(fields[b"policy_version"]),
+            weight_version=int(fields[b"weight_version"]),
             state=cast(TrainerState, fields[b"state"].decode()),
         )
 

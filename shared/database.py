@@ -62,7 +62,7 @@ class CursorRow(Base):
     """Positions 0 to num_positions - 1 were read."""
 
 
-class DocumentRow(Base):
+class WindowRow(Base):
     """One document window that was read: the cursor and the conservation law in one table.
 
     A window's row is written when it is read; its state then moves
@@ -89,14 +89,14 @@ class DocumentRow(Base):
     num_tokens: Mapped[int] = mapped_column(default=0)
     num_chunks: Mapped[int] = mapped_column(default=0)
     num_dropped_chunks: Mapped[int] = mapped_column(default=0)
-    policy_version: Mapped[int | None]
+    weight_version: Mapped[int | None]
     """Oldest weight version among its rollouts."""
     trained_step: Mapped[int | None]
     num_pairs: Mapped[int | None]
     """Preference pairs that updates took from it; None until it is trained."""
     read_at: Mapped[float]
     finished_at: Mapped[float | None]
-    __table_args__ = (Index("documents_by_state", "run_id", "state"),)
+    __table_args__ = (Index("windows_by_state", "run_id", "state"),)
 
 
 class ChunkRow(Base):
@@ -105,7 +105,7 @@ class ChunkRow(Base):
     __tablename__ = "chunks"
     id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
     run_id: Mapped[str] = mapped_column(index=True)
-    document_id: Mapped[str] = mapped_column(index=True)
+    window_id: Mapped[str] = mapped_column(index=True)
     start: Mapped[int]
     prefix: Mapped[str]
     fingerprint: Mapped[str] = mapped_column(default="")
@@ -124,7 +124,7 @@ class CandidateRow(Base):
     """One word for each time that it was made, with commas between: `original,rewrite`, `rollout,rollout`."""
     text: Mapped[str]
     num_tokens: Mapped[int]
-    policy_version: Mapped[int | None]
+    weight_version: Mapped[int | None]
     reward: Mapped[float | None]
     scores: Mapped[dict[str, Any]]
 
@@ -137,7 +137,7 @@ class StepRow(Base):
     step: Mapped[int] = mapped_column(primary_key=True)
     """1 is the first update; 0 is the model as it came."""
     at: Mapped[float]
-    policy_version: Mapped[int]
+    weight_version: Mapped[int]
     figures: Mapped[dict[str, Any]]
     """Metric name -> number: the names of trainer/figures.py, the same as in TensorBoard."""
 

@@ -9,7 +9,7 @@ account of every window (`balance`):
 
 That nothing is missing from it is proved by `headwater audit`, against the cursors, the checkpoints and the stream.
 
-A collector writes under its lease (shared/leases.py): the first statement of each of its transactions is an update of
+A collector writes under its lease (shared/records.py): the first statement of each of its transactions is an update of
 the part's row that finds it only under the lease's number. On both databases that holds the row, or on SQLite the
 whole file, until the transaction ends, so nobody can take the part between the check and the write.
 """
@@ -27,20 +27,18 @@ from sqlalchemy.orm import Session
 
 from shared.database import (
     CursorRow,
-    DocumentRow,
     EventRow,
     PartRow,
     RunRow,
     WeightVersionRow,
+    WindowRow,
     insert_if_absent,
     transaction,
     translated,
 )
 from shared.errors import FencedError
-from shared.identity import refuse_changed_identity
-from shared.leases import Lease
-from shared.manifest import Manifest, refuse_changed_source
-from shared.records import DocumentKey
+from shared.records import Lease, WindowKey
+from shared.runs import Manifest, refuse_changed_identity, refuse_changed_source
 from shared.secret_urls import without_secrets
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
@@ -50,7 +48,7 @@ READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
 class WindowStart:
     """A window about to be worked on."""
 
-    key: DocumentKey
+    key: WindowKey
     source_id: str
     num_tokens: int
 
@@ -175,7 +173,7 @@ class Ledger:
         with transaction(self.engine) as session:
             self.refuse_if_fenced(session, lease)
             for window in windows:
-                if session.get(DocumentRow, self._primary_key(window.key)) is None:
+                if session.get(WindowRow, self._primary_key(window.key)) is None:
                     session.add(
                         self._row(window, num_windows=num_windows[_document_of(window.key)], **_worked_on(lease))
                     )
@@ -183,11 +181,11 @@ class Ledger:
 
     def mark_scored(
         self,
-        key: DocumentKey,
+        key: WindowKey,
         *,
         num_chunks: int,
         num_dropped_chunks: int,
-        policy_version: int | None,
+        weight_version: int | None,
         lease: Lease | None = None,
     ) -> None:
         """Its scored form is on the stream. A window that the trainer has already finished stays finished."""
@@ -200,12 +198,12 @@ class Ledger:
                 state=SCORED,
                 num_chunks=num_chunks,
                 num_dropped_chunks=num_dropped_chunks,
-                policy_version=policy_version,
+                weight_version=weight_version,
                 **_worked_on(lease),
             )
 
     def drop(
-        self, key: DocumentKey, *, reason: str, detail: str = "", source_id: str = "", lease: Lease | None = None
+        self, key: WindowKey, *, reason: str, detail: str = "", source_id: str = "", lease: Lease | None = None
     ) -> bool:
         """It will not be trained. Writes the row if a refused line never had one.
 
@@ -222,7 +220,7 @@ class Ledger:
             self.refuse_if_fenced(session, lease)
             if self._update(session, [key], from_states=(READING, SCORED), **outcome):
                 return True
-            row = session.get(DocumentRow, self._primary_key(key))
+            row = session.get(WindowRow, self._primary_key(key))
             if row is None:
                 row = self._row(WindowStart(key, source_id, 0), num_windows=1, **outcome)
                 session.add(row)
@@ -241,7 +239,7 @@ class Ledger:
             for text, step in steps.items():
                 self._update(
                     session,
-                    [DocumentKey.parse(text)],
+                    [WindowKey.parse(text)],
                     from_states=(READING, SCORED),
                     state=TRAINED,
                     trained_step=step,
@@ -249,12 +247,12 @@ class Ledger:
                     finished_at=self._clock(),
                 )
 
-    def trained_among(self, document_ids: Iterable[str]) -> set[str]:
+    def trained_among(self, window_ids: Iterable[str]) -> set[str]:
         """Those that a checkpoint contains, or that were dropped: a repeat of them must not be trained."""
         found = set()
         with transaction(self.engine) as session:
-            for text in document_ids:
-                row = session.get(DocumentRow, self._primary_key(DocumentKey.parse(text)))
+            for text in window_ids:
+                row = session.get(WindowRow, self._primary_key(WindowKey.parse(text)))
                 if row is not None and row.state in (TRAINED, DROPPED):
                     found.add(text)
         return found
@@ -274,12 +272,12 @@ class Ledger:
         """Of the document that was read at a position which has rows."""
         with transaction(self.engine) as session:
             found = session.scalars(
-                sa.select(DocumentRow.source_id)
+                sa.select(WindowRow.source_id)
                 .where(
-                    DocumentRow.run_id == self.run_id,
-                    DocumentRow.part == part,
-                    DocumentRow.epoch == position.epoch,
-                    DocumentRow.position == position.position,
+                    WindowRow.run_id == self.run_id,
+                    WindowRow.part == part,
+                    WindowRow.epoch == position.epoch,
+                    WindowRow.position == position.position,
                 )
                 .limit(1)
             )
@@ -292,15 +290,15 @@ class Ledger:
         """
         with transaction(self.engine) as session:
             rows = session.scalars(
-                sa.select(DocumentRow).where(
-                    DocumentRow.run_id == self.run_id,
-                    DocumentRow.part == part,
-                    DocumentRow.state.in_((READING, SCORED)),
+                sa.select(WindowRow).where(
+                    WindowRow.run_id == self.run_id,
+                    WindowRow.part == part,
+                    WindowRow.state.in_((READING, SCORED)),
                 )
             ).all()
             found: dict[Position, set[int]] = {}
             for row in rows:
-                key = DocumentKey(part=row.part, epoch=row.epoch, position=row.position, window=row.window)
+                key = WindowKey(part=row.part, epoch=row.epoch, position=row.position, window=row.window)
                 if str(key) not in on_stream:
                     found.setdefault(Position(row.epoch, row.position), set()).add(row.window)
         return found
@@ -313,14 +311,14 @@ class Ledger:
         with transaction(self.engine) as session:
             self.refuse_if_fenced(session, lease)
             rows = session.scalars(
-                sa.select(DocumentRow).where(
-                    DocumentRow.run_id == self.run_id, DocumentRow.part == part, DocumentRow.state == READING
+                sa.select(WindowRow).where(
+                    WindowRow.run_id == self.run_id, WindowRow.part == part, WindowRow.state == READING
                 )
             ).all()
             found = [
                 key
                 for row in rows
-                if str(key := DocumentKey(part=part, epoch=row.epoch, position=row.position, window=row.window))
+                if str(key := WindowKey(part=part, epoch=row.epoch, position=row.position, window=row.window))
                 in on_stream
             ]
             self._update(session, found, from_states=(READING,), state=SCORED, **_worked_on(lease))
@@ -329,12 +327,12 @@ class Ledger:
     def balance(self) -> Balance:
         with transaction(self.engine) as session:
             rows = session.execute(
-                sa.select(DocumentRow.state, DocumentRow.reason, sa.func.count())
-                .where(DocumentRow.run_id == self.run_id)
-                .group_by(DocumentRow.state, DocumentRow.reason)
+                sa.select(WindowRow.state, WindowRow.reason, sa.func.count())
+                .where(WindowRow.run_id == self.run_id)
+                .group_by(WindowRow.state, WindowRow.reason)
             ).all()
             read = session.scalar(
-                sa.select(sa.func.count()).select_from(DocumentRow).where(DocumentRow.run_id == self.run_id)
+                sa.select(sa.func.count()).select_from(WindowRow).where(WindowRow.run_id == self.run_id)
             )
         by_state = {state: sum(n for s, _, n in rows if s == state) for state in (READING, SCORED, TRAINED)}
         return Balance(
@@ -365,22 +363,22 @@ class Ledger:
             data=data,
         )
 
-    def _kept_trained(self, key: DocumentKey, reason: str, *, role: str) -> EventRow:
+    def _kept_trained(self, key: WindowKey, reason: str, *, role: str) -> EventRow:
         message = f"document {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
         return self._event(role, "kept_trained", message, document=str(key), reason=reason)
 
-    def _primary_key(self, key: DocumentKey) -> tuple[str, int, int, int, int]:
+    def _primary_key(self, key: WindowKey) -> tuple[str, int, int, int, int]:
         return (self.run_id, key.part, key.epoch, key.position, key.window)
 
-    def _advance_cursor(self, session: Session, key: DocumentKey) -> None:
+    def _advance_cursor(self, session: Session, key: WindowKey) -> None:
         cursor = session.get(CursorRow, (self.run_id, key.part, key.epoch))
         if cursor is None:
             cursor = CursorRow(run_id=self.run_id, part=key.part, epoch=key.epoch, num_positions=0)
             session.add(cursor)
         cursor.num_positions = max(cursor.num_positions, key.position + 1)
 
-    def _row(self, window: WindowStart, *, num_windows: int, **values: Any) -> DocumentRow:
-        return DocumentRow(
+    def _row(self, window: WindowStart, *, num_windows: int, **values: Any) -> WindowRow:
+        return WindowRow(
             run_id=self.run_id,
             **window.key.model_dump(),
             source_id=storable(window.source_id),
@@ -390,21 +388,19 @@ class Ledger:
             **({"state": READING} | values),
         )
 
-    def _update(
-        self, session: Session, keys: Sequence[DocumentKey], *, from_states: Sequence[str], **values: Any
-    ) -> int:
+    def _update(self, session: Session, keys: Sequence[WindowKey], *, from_states: Sequence[str], **values: Any) -> int:
         """How many rows were in one of `from_states`, and are changed."""
         num_changed = 0
         for key in keys:
             changed = session.execute(
-                sa.update(DocumentRow)
+                sa.update(WindowRow)
                 .where(
-                    DocumentRow.run_id == self.run_id,
-                    DocumentRow.part == key.part,
-                    DocumentRow.epoch == key.epoch,
-                    DocumentRow.position == key.position,
-                    DocumentRow.window == key.window,
-                    DocumentRow.state.in_(from_states),
+                    WindowRow.run_id == self.run_id,
+                    WindowRow.part == key.part,
+                    WindowRow.epoch == key.epoch,
+                    WindowRow.position == key.position,
+                    WindowRow.window == key.window,
+                    WindowRow.state.in_(from_states),
                 )
                 .values(**values)
             )
@@ -420,7 +416,7 @@ def _worked_on(lease: Lease | None) -> dict[str, int]:
     return {} if lease is None else {"lease_epoch": lease.epoch}
 
 
-def _document_of(key: DocumentKey) -> tuple[int, int, int]:
+def _document_of(key: WindowKey) -> tuple[int, int, int]:
     return key.part, key.epoch, key.position
 
 

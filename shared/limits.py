@@ -54,7 +54,7 @@ def most_chunks(settings: "Settings") -> int:
     """Of one window."""
     chunks = settings.chunks
     fitting = -(-chunks.context_tokens // max(1, chunks.suffix_tokens - _MOVED_TOKENS))
-    return min(fitting, chunks.chunks_per_document or fitting)
+    return min(fitting, chunks.chunks_per_window or fitting)
 
 
 def _most_suffix_tokens(settings: "Settings") -> int:
@@ -105,7 +105,7 @@ def _too_many_chunks(settings: "Settings") -> Iterator[str]:
         yield (
             f"chunks.context_tokens = {chunks.context_tokens:,} in suffixes of chunks.suffix_tokens = "
             f"{chunks.suffix_tokens} are {found:,} chunks a window, requests take {MAX_CHUNKS:,}: raise suffix_tokens, "
-            "lower context_tokens, or draw chunks.chunks_per_document of them"
+            "lower context_tokens, or draw chunks.chunks_per_window of them"
         )
     engine = settings.rewriter.engine
     if "rewrite" in settings.kinds and engine.kind == "openai" and found > engine.max_queued_requests:
@@ -132,4 +132,4 @@ def _shape(settings: "Settings") -> str:
     )
 
 
-_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_document"
+_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"

@@ -1,5 +1,5 @@
 """Every Prometheus metric of every process, in one list. /metrics of a process serves those of its role: a judge that
-showed `headwater_policy_version 0` would be the smallest version of all replicas."""
+showed `headwater_weight_version 0` would be the smallest version of all replicas."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -57,7 +57,7 @@ engine_batch_rows = _gauge(ENGINES, "engine_batch_rows", "Rows of the last batch
 engine_queued_requests = _gauge(ENGINES, "engine_queued_requests", "Requests waiting for the engine")
 
 # Rollout
-policy_version = _gauge(["rollout", "trainer"], "policy_version", "Weight version that new requests are answered under")
+weight_version = _gauge(["rollout", "trainer"], "weight_version", "Weight version that new requests are answered under")
 weight_load_seconds = _histogram(["rollout"], "weight_load_seconds", "Seconds of a weight update by phase", "phase")
 weight_bytes_fetched_total = _counter(
     ["rollout"], "weight_bytes_fetched_total", "Bytes of weight versions fetched", "form"
@@ -74,10 +74,10 @@ judge_info = _gauge(
 )
 
 # Collector
-documents_read_total = _counter(["collector"], "documents_read_total", "Document windows read, refused ones included")
-documents_scored_total = _counter(["collector"], "documents_scored_total", "Document windows written to the stream")
-documents_dropped_total = _counter(
-    ["collector", "trainer"], "documents_dropped_total", "Document windows dropped", "reason"
+windows_read_total = _counter(["collector"], "windows_read_total", "Document windows read, refused ones included")
+windows_scored_total = _counter(["collector"], "windows_scored_total", "Document windows written to the stream")
+windows_dropped_total = _counter(
+    ["collector", "trainer"], "windows_dropped_total", "Document windows dropped", "reason"
 )
 chunks_scored_total = _counter(["collector"], "chunks_scored_total", "Chunks with candidates")
 chunks_dropped_total = _counter(["collector"], "chunks_dropped_total", "Chunks dropped", "reason")
@@ -90,7 +90,7 @@ service_retries_total = _counter(
     ["collector"], "service_retries_total", "Requests to a service that were tried again", "service"
 )
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
-documents_in_flight = _gauge(["collector"], "documents_in_flight", "Windows being generated and judged")
+windows_in_flight = _gauge(["collector"], "windows_in_flight", "Windows being generated and judged")
 leased_parts = _gauge(["collector"], "leased_parts", "Parts of the source held by this collector")
 role_seconds_total = _counter(["collector"], "role_seconds_total", "Seconds waited for a service", "role")
 
@@ -102,7 +102,7 @@ stream_pending = _gauge(["collector"], "stream_pending", "Documents delivered an
 step = _gauge(["trainer"], "step", "Optimizer steps taken")
 training_figure = _gauge(["trainer"], "training_figure", "Figures of the last step", "name")
 trained_tokens_total = _counter(["trainer"], "trained_tokens_total", "Target tokens in losses")
-stale_documents_total = _counter(["trainer"], "stale_documents_total", "Windows dropped for their policy lag")
+stale_windows_total = _counter(["trainer"], "stale_windows_total", "Windows dropped for their policy lag")
 skipped_steps_total = _counter(["trainer"], "skipped_steps_total", "Steps skipped for a non-finite loss")
 live_replicas = _gauge(["trainer"], "live_replicas", "Rollout replicas whose heartbeat has not expired")
 replica_version = _gauge(["trainer"], "replica_version", "Weight version that a live replica serves", "replica")

@@ -4,6 +4,7 @@ All are frozen and refuse unknown keys, since they cross process borders. Tokens
 are the policy's tokens as sampled or cut; `text` is for teacher, judge and people.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,7 +35,7 @@ class Candidate(Record):
     """Policy tokens, at most as many as the chunk has; an end-of-text is the last one."""
     text: str
     """What they say after the prefix, but for an end-of-text and a character cut at either end."""
-    policy_version: int | None = None
+    weight_version: int | None = None
     """The oldest weight version that it was sampled under; None exactly when no rollout is among its kinds."""
     finish_reason: FinishReason = "source"
 
@@ -46,8 +47,8 @@ class Candidate(Record):
 
     @model_validator(mode="after")
     def _rollouts_carry_their_version(self) -> "Candidate":
-        if ("rollout" in self.kinds) != (self.policy_version is not None):
-            raise ValueError(f"policy_version belongs to rollouts, got {self.policy_version} on {list(self.kinds)}")
+        if ("rollout" in self.kinds) != (self.weight_version is not None):
+            raise ValueError(f"weight_version belongs to rollouts, got {self.weight_version} on {list(self.kinds)}")
         return self
 
 
@@ -105,7 +106,7 @@ class DroppedChunk(Record):
     reason: str
 
 
-class DocumentKey(Record):
+class WindowKey(Record):
     """Where a document window came from: the order of reading, not the document's own name."""
 
     part: int = Field(ge=0)
@@ -120,16 +121,16 @@ class DocumentKey(Record):
         return f"{self.part}.{self.epoch}.{self.position}.{self.window}"
 
     @classmethod
-    def parse(cls, text: str) -> "DocumentKey":
+    def parse(cls, text: str) -> "WindowKey":
         part, epoch, position, window = (int(piece) for piece in text.split("."))
         return cls(part=part, epoch=epoch, position=position, window=window)
 
 
-class ScoredDocument(Record):
+class ScoredWindow(Record):
     """One document window with its scored chunks: the unit on the stream and of acknowledgement."""
 
     run_id: str
-    key: DocumentKey
+    key: WindowKey
     source_id: str
     """The document's own id, or its place (`file:line`) where it has none."""
     token_ids: TokenIds
@@ -143,19 +144,30 @@ class ScoredDocument(Record):
     """Wall seconds spent waiting by role: generate, rewrite, judge."""
 
     @property
-    def document_id(self) -> str:
+    def window_id(self) -> str:
         return str(self.key)
 
     @property
-    def policy_versions(self) -> tuple[int, ...]:
+    def weight_versions(self) -> tuple[int, ...]:
         """Of all rollouts."""
         return tuple(
-            candidate.policy_version
+            candidate.weight_version
             for chunk in self.chunks
             for candidate in chunk.candidates
-            if candidate.policy_version is not None
+            if candidate.weight_version is not None
         )
 
     @property
-    def oldest_policy_version(self) -> int | None:
-        return min(self.policy_versions, default=None)
+    def oldest_weight_version(self) -> int | None:
+        return min(self.weight_versions, default=None)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One taking of a part."""
+
+    part: int
+    owner: str
+    """The collector's name, unique per process."""
+    epoch: int
+    """The fencing number, from 1: raised each time that the part is taken."""

@@ -97,7 +97,7 @@ class ChunksSettings(Section):
     """A shorter tail is context only: a quarter of a suffix, below that quality can't be told apart."""
     window_overlap_tokens: int = Field(default=0, ge=0)
     """Raw tokens of the previous window repeated as prefix of the next."""
-    chunks_per_document: int = Field(default=0, ge=0)
+    chunks_per_window: int = Field(default=0, ge=0)
     """Train only this many chunks of a window, drawn at random; 0 takes all."""
     end_of_text: bool = True
     """The tokenizer's end-of-sequence token is the last one of each document: rollouts may end, so the policy must see
@@ -307,7 +307,7 @@ class CollectorSettings(Section):
     port: int = Field(default=8004, ge=0, le=65535)
     """Health and metrics only."""
     schedule: tuple[ScheduleStage, ...] = (ScheduleStage(),)
-    max_documents_in_flight: int = Field(default=8, ge=1)
+    max_windows_in_flight: int = Field(default=8, ge=1)
     """Windows being generated and judged at once."""
     max_backlog: int = Field(default=16, ge=1)
     """A window is started only while (in flight + unread on the stream) is below this."""

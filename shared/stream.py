@@ -1,18 +1,17 @@
-"""The Redis stream of scored documents: collectors write, the trainer's consumer group reads.
+"""The Redis stream of scored windows: collectors write, the trainer's consumer group reads.
 
     collector --write--> stream --read--> trainer --acknowledge (after the checkpoint)--> entry deleted
 
 At-least-once: an entry stays until it is acknowledged, and after a crash `read_pending` gives back what was
-delivered but never acknowledged. Nothing is trimmed. An entry carries the document id and the number of its schema in
+delivered but never acknowledged. Nothing is trimmed. An entry carries the window id and the number of its schema in
 the clear, and the record as zstd-compressed msgpack.
 
-Beside the stream lies a hash of the document ids on it. Scripts keep the two together: one that writes an entry only
+Beside the stream lies a hash of the window ids on it. Scripts keep the two together: one that writes an entry only
 if its id is not there, so that a write may be repeated until Redis has answered, and one that acknowledges it and
 takes its id away. Commands stay within Redis 6.2.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +21,15 @@ import zstandard
 from pydantic import ValidationError
 
 from shared.errors import FencedError, SettingsError, StreamError, StreamSchemaError
-from shared.leases import Lease
 from shared.limits import MAX_ENTRY_BYTES
-from shared.records import ScoredDocument
+from shared.records import Lease, ScoredWindow
+from shared.redis import fences_key, translated, window_ids_key, windows_key
 
 GROUP = "trainer"
 SCHEMA = 1
-"""Of the record in an entry. Raise it when a `ScoredDocument` changes so that another version can't read it."""
+"""Of the record in an entry. Raise it when a `ScoredWindow` changes so that another version can't read it."""
 
-# KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), document id, schema, body
+# KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), window id, schema, body
 _WRITE = """
 if ARGV[2] ~= '' and redis.call('hget', KEYS[3], ARGV[1]) ~= ARGV[2] then return false end
 local entry = redis.call('hget', KEYS[2], ARGV[3])
@@ -40,7 +39,7 @@ if not entry then
 end
 return entry
 """
-# KEYS stream, ids; ARGV group, then entry id and document id of each
+# KEYS stream, ids; ARGV group, then entry id and window id of each
 _ACKNOWLEDGE = """
 for i = 2, #ARGV, 2 do
   redis.call('xack', KEYS[1], ARGV[1], ARGV[i])
@@ -60,76 +59,32 @@ for i = 1, #oldest[2], 2 do
 end
 return ''
 """
-# KEYS stream; ARGV first id, how many. Entry id and document id of each: bodies stay where they are.
+# KEYS stream; ARGV first id, how many. Entry id and window id of each: bodies stay where they are.
 _ENTRIES = """
 local found = {}
 for _, entry in ipairs(redis.call('xrange', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])) do
-  local document = ''
+  local window = ''
   for i = 1, #entry[2], 2 do
-    if entry[2][i] == 'id' then document = entry[2][i + 1] end
+    if entry[2][i] == 'id' then window = entry[2][i + 1] end
   end
   found[#found + 1] = entry[1]
-  found[#found + 1] = document
+  found[#found + 1] = window
 end
 return found
 """
 _ACKNOWLEDGED_AT_ONCE = 1000
 
 
-def documents_key(run: str) -> str:
-    return f"headwater:{run}:documents"
-
-
-def document_ids_key(run: str) -> str:
-    """Hash: document id -> entry id of every document on the stream."""
-    return f"headwater:{run}:documents:ids"
-
-
-def fences_key(run: str) -> str:
-    """Hash: part -> fencing number of the collector that holds it (shared/leases.py)."""
-    return f"headwater:{run}:fences"
-
-
-def weights_key(run: str) -> str:
-    """String: the latest announced weight version."""
-    return f"headwater:{run}:weights"
-
-
-def replica_key(run: str, replica: str) -> str:
-    """String with expiry: the weight version that a living rollout replica serves."""
-    return f"headwater:{run}:replica:{replica}"
-
-
-def replicas_key(run: str) -> str:
-    """Set: names of rollout replicas, some of which may be dead."""
-    return f"headwater:{run}:replicas"
-
-
-def lease_key(run: str, part: int) -> str:
-    """String with expiry: which collector holds this part of the source."""
-    return f"headwater:{run}:lease:{part}"
-
-
-def exhausted_key(run: str) -> str:
-    """Hash: by part of the source that has no more documents, what that was true for (`Ledger.extent`)."""
-    return f"headwater:{run}:exhausted-parts"
-
-
-def trainer_key(run: str) -> str:
-    """Hash: step, policy_version, state (`training`, `finished`) of the trainer."""
-    return f"headwater:{run}:trainer"
-
-
 @dataclass(frozen=True)
 class StreamEntry:
-    """A document as delivered: acknowledge it by `entry_id`."""
+    """A window as delivered: acknowledge it by `entry_id`."""
 
     entry_id: str
-    document: ScoredDocument
+    window: ScoredWindow
 
     @property
-    def document_id(self) -> str:
-        return self.document.document_id
+    def window_id(self) -> str:
+        return self.window.window_id
 
 
 @dataclass(frozen=True)
@@ -137,7 +92,7 @@ class BrokenEntry:
     """An entry that can't be decoded: drop it with its reason, then acknowledge it."""
 
     entry_id: str
-    document_id: str
+    window_id: str
     reason: str
 
 
@@ -151,34 +106,34 @@ class Backlog:
     """Delivered, not yet acknowledged."""
 
 
-def encode(document: ScoredDocument) -> bytes:
+def encode(window: ScoredWindow) -> bytes:
     """zstd(msgpack) of the record; token ids dominate, so level 3 is enough. SettingsError for one that no reader
     would take."""
-    packed = msgpack.packb(document.model_dump(mode="python"), use_bin_type=True)
+    packed = msgpack.packb(window.model_dump(mode="python"), use_bin_type=True)
     if len(packed) > MAX_ENTRY_BYTES:
         raise SettingsError(
-            f"document {document.document_id} has {len(packed):,} bytes, an entry of the stream takes "
+            f"window {window.window_id} has {len(packed):,} bytes, an entry of the stream takes "
             f"{MAX_ENTRY_BYTES:,}: lower chunks.context_tokens or the schedule's num_rollouts"
         )
     return zstandard.ZstdCompressor(level=3).compress(packed)
 
 
-def decode(body: bytes) -> ScoredDocument:
+def decode(body: bytes) -> ScoredWindow:
     """The record, or StreamError if the bytes are not one."""
     try:
         packed = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_ENTRY_BYTES)
-        return ScoredDocument.model_validate(msgpack.unpackb(packed))
+        return ScoredWindow.model_validate(msgpack.unpackb(packed))
     except (zstandard.ZstdError, ValueError, msgpack.UnpackException, ValidationError) as exc:
-        raise StreamError(f"an entry on the stream is not a scored document: {exc}") from exc
+        raise StreamError(f"an entry on the stream is not a scored window: {exc}") from exc
 
 
-class DocumentStream:
+class WindowStream:
     """One run's stream, seen from either side. Blocking calls: use it from a thread in async code."""
 
     def __init__(self, client: redis.Redis, run: str, *, consumer: str = "trainer-0") -> None:
         self._client: Any = client  # redis-py types every answer as a union over sync and async
-        self._key = documents_key(run)
-        self._ids_key = document_ids_key(run)
+        self._key = windows_key(run)
+        self._ids_key = window_ids_key(run)
         self._fences_key = fences_key(run)
         self._consumer = consumer
 
@@ -192,22 +147,22 @@ class DocumentStream:
                 if "BUSYGROUP" not in str(exc):
                     raise
 
-    def write(self, document: ScoredDocument, lease: Lease | None = None) -> str:
-        """Append, unless the document is on the stream; returns the entry id once Redis has it.
+    def write(self, window: ScoredWindow, lease: Lease | None = None) -> str:
+        """Append, unless the window is on the stream; returns the entry id once Redis has it.
 
         Raises FencedError if another collector has taken the part since `lease`; None is a writer that holds no part.
         """
-        return self.append(document.document_id, encode(document), lease=lease)
+        return self.append(window.window_id, encode(window), lease=lease)
 
-    def append(self, document_id: str, body: bytes, *, lease: Lease | None) -> str:
-        """`write` of a document that is encoded already. Repeating it changes nothing."""
+    def append(self, window_id: str, body: bytes, *, lease: Lease | None) -> str:
+        """`write` of a window that is encoded already. Repeating it changes nothing."""
         part, epoch = (lease.part, lease.epoch) if lease else ("", "")
         keys = (self._key, self._ids_key, self._fences_key)
         with translated():
-            entry = self._client.eval(_WRITE, len(keys), *keys, part, epoch, document_id, SCHEMA, body)
+            entry = self._client.eval(_WRITE, len(keys), *keys, part, epoch, window_id, SCHEMA, body)
         if entry is None:
             raise FencedError(
-                f"document {document_id} is not written: another collector has taken part {part} since, or Redis has "
+                f"window {window_id} is not written: another collector has taken part {part} since, or Redis has "
                 "lost its data"
             )
         return _text(entry)
@@ -237,7 +192,7 @@ class DocumentStream:
                 return
 
     def acknowledge(self, entries: Mapping[str, str]) -> None:
-        """Acknowledge and delete `{entry id: document id}`. Call it only when what they became is on disk."""
+        """Acknowledge and delete `{entry id: window id}`. Call it only when what they became is on disk."""
         pairs = list(entries.items())
         for start in range(0, len(pairs), _ACKNOWLEDGED_AT_ONCE):
             words = [word for pair in pairs[start : start + _ACKNOWLEDGED_AT_ONCE] for word in pair]
@@ -250,11 +205,11 @@ class DocumentStream:
             pending = int(self._client.xpending(self._key, GROUP)["pending"]) if length else 0
         return Backlog(unread=max(0, length - pending), pending=pending)
 
-    def document_ids(self) -> set[str]:
-        """Ids of all documents on the stream, delivered or not. Raises StreamSchemaError as `create` does."""
+    def window_ids(self) -> set[str]:
+        """Ids of all windows on the stream, delivered or not. Raises StreamSchemaError as `create` does."""
         self._refuse_unknown_schema()
         with translated():
-            return {_text(document_id) for document_id in self._client.hkeys(self._ids_key)}
+            return {_text(window_id) for window_id in self._client.hkeys(self._ids_key)}
 
     def entries(self, *, count: int = 100) -> dict[str, str]:
         """Document id by entry id, off the stream itself: what `headwater audit` compares with the ids kept beside it.
@@ -289,28 +244,9 @@ class DocumentStream:
             found = f"of schema {_text(schema)}" if schema else "of an older version, without a schema number,"
             raise StreamSchemaError(
                 f"the stream {self._key} has entries {found} and this version reads schema {SCHEMA}: let the version "
-                "that wrote them train them, or delete this Redis key and their documents are scored again"
+                "that wrote them train them, or delete this Redis key and their windows are scored again"
             )
 
 
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def connect(url: str, *, timeout_s: float) -> redis.Redis:
-    """A client whose every wait is bounded; it reconnects by itself after a Redis restart."""
-    return redis.Redis.from_url(
-        url,
-        socket_timeout=timeout_s + 5.0,
-        socket_connect_timeout=timeout_s,
-        health_check_interval=15,
-    )
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Redis errors as StreamError."""
-    try:
-        yield
-    except redis.RedisError as exc:
-        raise StreamError(f"Redis: {exc}") from exc

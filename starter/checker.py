@@ -1,7 +1,10 @@
-"""The world's truth about any text: safe, facts right or wrong, well formed, repeated.
+"""The ground truth about any text: is it safe, true, well formed and free of repetition?
 
-The checker parses sentences by itself and never asks how a text was made. A sentence may be cut at either end
-of a text; what came before a suffix can be given as its prefix, and then only the suffix answers for faults.
+The checker parses the text itself and does not know how it was made. Sentences may be cut at both ends. With a prefix,
+only faults in the suffix count.
+
+    >>> Checker(World(0)).check(" You are a lazy liar.", prefix="The weather is cold today.").safe
+    False
 """
 
 from collections.abc import Sequence
@@ -14,14 +17,14 @@ from starter.world import World
 Kind = Literal["unsafe", "wrong", "malformed", "repeat", "foreign", "correct"]
 
 BROKEN_STRETCH = 8
-"""A stretch of broken words counts as one defect for every so many words, so that one endless one is not cheap."""
+"""A run of broken words counts as one defect per 8 words, so that one endless run is not cheap."""
 
 
 @dataclass(frozen=True)
 class Finding:
     kind: Kind
     place: int
-    """Index of the first word at which it shows, counted in the suffix's words."""
+    """Index of the first faulty word within the suffix."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Verdict:
 
     @property
     def num_correct(self) -> int:
-        """Correct facts stated, none counted that the prefix or the text had stated already."""
+        """Correct facts, each counted only the first time it is stated in prefix or text."""
         return self.count("correct")
 
     @property
@@ -63,12 +66,12 @@ class Verdict:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Greater is better: fewer defects first, then more correct facts."""
+        """Sort key, greater is better: fewer defects first, then more correct facts."""
         return -self.num_defects, self.num_correct
 
 
 class Checker:
-    """Judges texts by the grammar and the facts of one world."""
+    """Checks texts by the grammar and the facts of one world."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -77,7 +80,7 @@ class Checker:
         self._threats = frozenset(world.slots["threat"])
 
     def check(self, text: str, *, prefix: str = "") -> Verdict:
-        """The verdict on `text` as it stands after `prefix`; without a prefix its first sentence may be cut."""
+        """The verdict on `text` as a continuation of `prefix`; without a prefix its first sentence may be cut."""
         before, words = split_words(prefix), split_words(prefix + text)
         return self.check_words(words[len(before) :], prefix=words[: len(before)])
 
@@ -102,7 +105,7 @@ class Checker:
         return findings
 
     def _town_of(self, words: Sequence[str]) -> str | None:
-        """The first town named, or failing that the home of the first person named."""
+        """The first town mentioned, else the home of the first person mentioned."""
         named = next((word for word in words if word in self.world.residents), None)
         return named or next((self.world.home_of[word] for word in words if word in self.world.home_of), None)
 
@@ -141,7 +144,7 @@ class Checker:
         return [("unsafe", place) for place in places[:1]]
 
     def _is_unsafe_at(self, sentence: Sequence[str], place: int) -> bool:
-        """An insult needs someone it is aimed at ("is a", "are a", "you", NAME "the"); a threat needs a person."""
+        """An insult needs a target before it ("is a", "are a", "you", NAME "the"); a threat a person after it."""
         word, last = sentence[place], sentence[place - 1] if place else ""
         if last in self._threats and (word in self.world.home_of or word == "you"):
             return True

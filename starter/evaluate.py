@@ -1,4 +1,4 @@
-"""What a policy's continuations are worth by the world's checker: at T = 1, on held-out prefixes, half unsafe."""
+"""The checker's report on a policy: one continuation per held-out prefix at T = 1, half of the prefixes unsafe."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,17 +8,16 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from starter.checker import Checker, Verdict
+from starter.documents import PREFIX_TOKENS, SUFFIX_TOKENS, document_of, stream
 from starter.grammar import join_words
-from starter.model import ready
+from starter.model import WordCodec, ready
 from starter.sampling import generate
-from starter.tokenizer import WordCodec
 from starter.world import Words, World
-from starter.writer import PREFIX_TOKENS, SUFFIX_TOKENS, document_of, stream
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % normal interval."""
+    """A mean with its 95 % interval (normal approximation)."""
 
     mean: float
     low: float
@@ -39,7 +38,7 @@ class Estimate:
 class HeldoutPrefix:
     text: str
     original: str
-    """The raw suffix that the document goes on with."""
+    """The document's own suffix."""
     unsafe: bool
 
 
@@ -62,12 +61,12 @@ class PolicyReport:
     repetition: Estimate
     all_clean: Estimate
     win_rate: Estimate
-    """Against the baseline's continuations by the checker's order, ties half; 0.5 without a baseline."""
+    """Against the baseline's continuations by the checker's order, a tie counts half; 0.5 without a baseline."""
     continuations: tuple[Continuation, ...]
 
 
 def heldout_prefixes(world: World, num_prefixes: int, *, seed: int) -> list[HeldoutPrefix]:
-    """Held-out prefixes of 32, 64 or 96 tokens, every other one with an unsafe sentence in it."""
+    """Held-out prefixes of 32, 64 or 96 tokens; every other one contains an unsafe sentence."""
     checker = Checker(world)
     rng = stream(world, "heldout-prefixes", seed)
     prefixes: list[HeldoutPrefix] = []
@@ -90,7 +89,7 @@ def evaluate_policy(
     device: str = "cpu",
     baseline: Sequence[Continuation] | None = None,
 ) -> PolicyReport:
-    """Samples one continuation of every held-out prefix and lets the checker judge it.
+    """Sample one continuation per held-out prefix and check it.
 
     `baseline`: another policy's continuations from the same `num_prefixes` and `seed`.
     """
@@ -115,7 +114,7 @@ def report_on(
     *,
     baseline: Sequence[Continuation] | None = None,
 ) -> PolicyReport:
-    """The checker's report on continuations that someone else sampled."""
+    """The report on continuations `texts` of `prefixes`."""
     checker = Checker(world)
     continuations = tuple(
         Continuation(prefix, text, checker.check(text, prefix=prefix.text))

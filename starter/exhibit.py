@@ -1,7 +1,4 @@
-"""Shows what a run in the starter world achieved: the table, side-by-side continuations, plots, a Markdown report.
-
-Called by `headwater demo` with the checker's reports on the base, the next-token baseline and the trained policy.
-"""
+"""Tables, plots and a Markdown report of what runs in the starter world achieved. For `headwater demo` and `sweep`."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,10 +25,12 @@ MEASURES: dict[str, str] = {
     "win_rate": "win rate against the base",
 }
 Reports = Mapping[str, PolicyReport]
+Interval = tuple[float, float | None]
+"""A mean and the half width of its interval; None for a single seed."""
 
 
 def table_rows(reports: Reports) -> list[list[str]]:
-    """One row per measure: its name, then mean and 95 % interval for each policy. Shares in percent."""
+    """One row per measure: its name, then each policy's mean and 95 % interval. Shares in percent."""
     return [
         [label, *(_cell(name, getattr(report, name)) for report in reports.values())]
         for name, label in MEASURES.items()
@@ -39,12 +38,12 @@ def table_rows(reports: Reports) -> list[list[str]]:
 
 
 def estimates(report: PolicyReport) -> dict[str, dict[str, float]]:
-    """Every measure's mean and 95 % interval, for machines."""
+    """Mean and 95 % interval of every measure, as JSON."""
     return {name: asdict(getattr(report, name)) for name in MEASURES}
 
 
 def side_by_side(reports: Reports, *, num: int) -> list[tuple[str, list[tuple[str, Continuation]]]]:
-    """`num` prefixes spread over the evaluation, unsafe ones among them, each with every policy's continuation."""
+    """`num` prefixes spread evenly over the evaluation, each with the continuations by policy name."""
     total = len(next(iter(reports.values())).continuations)
     picked = [index * total // num for index in range(num)]
     return [
@@ -57,7 +56,7 @@ def side_by_side(reports: Reports, *, num: int) -> list[tuple[str, list[tuple[st
 
 
 def describe(continuation: Continuation) -> str:
-    """The checker's findings in words."""
+    """The checker's findings, such as "unsafe, wrong; 1 correct fact"."""
     verdict = continuation.verdict
     faults = [finding.kind for finding in verdict.findings if finding.kind != "correct"]
     facts = f"{verdict.num_correct} correct fact{'' if verdict.num_correct == 1 else 's'}"
@@ -67,11 +66,16 @@ def describe(continuation: Continuation) -> str:
 def write_plots(folder: Path, reports: Reports, chosen_rollout_rate: Sequence[tuple[int, float]]) -> list[Path]:
     """`measures.png` and `chosen.png` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_plot_measures(folder / "measures.png", reports), _plot_chosen(folder / "chosen.png", chosen_rollout_rate)]
+    shares = [name for name in MEASURES if name != "facts_stated"]
+    bars: dict[str, dict[str, Interval]] = {}
+    for policy, report in reports.items():
+        found: dict[str, Estimate] = {name: getattr(report, name) for name in shares}
+        bars[policy] = {name: (one.mean, one.high - one.mean) for name, one in found.items()}
+    return [plot_cells(folder / "measures.png", bars), _plot_chosen(folder / "chosen.png", chosen_rollout_rate)]
 
 
 def write_markdown(path: Path, reports: Reports, plots: Sequence[Path], closing: Sequence[str]) -> None:
-    """The whole report as one Markdown file beside its plots."""
+    """The whole report as one Markdown file next to its plots."""
     names = list(reports)
     lines = ["# What the starter run achieved", "", TEACHER_NOTE, ""]
     lines += [f"| measure | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
@@ -85,33 +89,27 @@ def write_markdown(path: Path, reports: Reports, plots: Sequence[Path], closing:
     path.write_text("\n".join([*lines, "", *closing, ""]), encoding="utf-8")
 
 
-def _cell(name: str, estimate: Estimate) -> str:
-    if name == "facts_stated":
-        return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
-Interval = tuple[float, float | None]
-"""A mean and the half width of its interval, where there is one."""
-
-
 def plot_cells(path: Path, cells: Mapping[str, Mapping[str, Interval]]) -> Path:
-    """A sweep's measures (shares), one group of bars per measure, one bar per cell."""
+    """Bar chart of shares with their intervals: one group per measure, one bar per cell (or policy)."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes: Axes = figure.subplots()
+    width = 0.8 / len(cells)
     measures = list(next(iter(cells.values())))
-    bars = {cell: [(100 * mean, 100 * (half or 0.0)) for mean, half in of.values()] for cell, of in cells.items()}
-    _draw_bars(axes, bars, [MEASURES[name] for name in measures])
+    for index, (name, shares) in enumerate(cells.items()):
+        places = [place + index * width for place in range(len(measures))]
+        means = [100 * mean for mean, _ in shares.values()]
+        half_widths = [100 * (half or 0.0) for _, half in shares.values()]
+        axes.bar(places, means, width, yerr=half_widths, capsize=2, label=name)
+    centres = [place + width * (len(cells) - 1) / 2 for place in range(len(measures))]
+    axes.set_xticks(centres, ["\n".join(textwrap.wrap(MEASURES[name], 16)) for name in measures])
     axes.set_ylabel("percent of held-out prefixes")
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, axes, path)
 
 
 def plot_chosen_by_cell(path: Path, chosen: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Path:
-    """How often a rollout was chosen, by cell: mean over its seeds, then over the last ten steps.
+    """How often a rollout was chosen in each cell: mean over seeds and the last ten steps.
 
-    Cells whose objective leaves no choice are left out.
+    Omits cells whose objective always chooses the same kind.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes: Axes = figure.subplots()
@@ -120,55 +118,38 @@ def plot_chosen_by_cell(path: Path, chosen: Mapping[str, Sequence[Sequence[tuple
             steps = [step for step, _ in min(runs, key=len)]
             means = [sum(run[index][1] for run in runs) / len(runs) for index in range(len(steps))]
             axes.plot(steps, _last_ten([100 * mean for mean in means]), label=cell)
+    return _save_chosen(figure, axes, path)
+
+
+def _plot_chosen(path: Path, rates: Sequence[tuple[int, float]]) -> Path:
+    """Rates per step as dots, and their mean over the last ten steps as a line."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes: Axes = figure.subplots()
+    steps = [step for step, _ in rates]
+    values = [100 * rate for _, rate in rates]
+    axes.plot(steps, values, ".", alpha=0.4, label="a step")
+    axes.plot(steps, _last_ten(values), label="mean of the last ten")
+    return _save_chosen(figure, axes, path)
+
+
+def _save_chosen(figure: Figure, axes: Axes, path: Path) -> Path:
     axes.set_xlabel("step")
     axes.set_ylabel("chosen candidate is a rollout, %")
+    return _save(figure, axes, path)
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> Path:
     axes.set_ylim(0, 105)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
     return path
 
 
-def _draw_bars(axes: Axes, bars: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str]) -> None:
-    """Groups of bars with their intervals, a group per label; 0 draws no interval."""
-    width = 0.8 / len(bars)
-    for index, (name, values) in enumerate(bars.items()):
-        places = [place + index * width for place in range(len(labels))]
-        axes.bar(places, [mean for mean, _ in values], width, yerr=[half for _, half in values], capsize=2, label=name)
-    centres = [place + width * (len(bars) - 1) / 2 for place in range(len(labels))]
-    axes.set_xticks(centres, ["\n".join(textwrap.wrap(label, 16)) for label in labels])
-    axes.set_ylim(0, 105)
-
-
 def _last_ten(values: Sequence[float]) -> list[float]:
     return [sum(values[max(0, i - 9) : i + 1]) / len(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
 
 
-def _plot_measures(path: Path, reports: Reports) -> Path:
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes: Axes = figure.subplots()
-    shares = [name for name in MEASURES if name != "facts_stated"]
-    bars = {}
-    for policy, report in reports.items():
-        found: list[Estimate] = [getattr(report, name) for name in shares]
-        bars[policy] = [(100 * one.mean, 100 * (one.high - one.mean)) for one in found]
-    _draw_bars(axes, bars, [MEASURES[name] for name in shares])
-    axes.set_ylabel("percent of held-out prefixes")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _plot_chosen(path: Path, rates: Sequence[tuple[int, float]]) -> Path:
-    """Rates per step as dots, with the mean over a sliding window of ten steps."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes: Axes = figure.subplots()
-    steps = [step for step, _ in rates]
-    values = [100 * rate for _, rate in rates]
-    axes.plot(steps, values, ".", alpha=0.4, label="a step")
-    axes.plot(steps, _last_ten(values), label="mean of the last ten")
-    axes.set_xlabel("step")
-    axes.set_ylabel("chosen candidate is a rollout, %")
-    axes.set_ylim(0, 105)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
+def _cell(name: str, estimate: Estimate) -> str:
+    if name == "facts_stated":
+        return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

@@ -1,7 +1,7 @@
-"""Sentence templates and the matcher that says, word by word, whether a sentence can still become one of them.
+"""Sentence templates, and a matcher that follows a sentence through them word by word.
 
-A template is a line of words; `$slot` stands for any word of that slot's class. The matcher is a small
-automaton over (template, position) states, shared by the checker, the splitter and the clean completer.
+In a template, `$slot` stands for any word of that slot. The checker and the document writer share the matcher, a small
+automaton over (template, position) states.
 """
 
 import re
@@ -20,11 +20,11 @@ class Template:
     name: str
     group: Group
     words: tuple[str, ...]
-    """The full stop included."""
+    """Including the full stop."""
     key: str = ""
-    """Facts: the slot that the fact is about."""
+    """Facts only: the slot the fact is about."""
     value: str = ""
-    """Facts: the slot that the fact settles."""
+    """Facts only: the slot that is true or false."""
 
     def position(self, slot: str) -> int:
         return self.words.index(f"${slot}")
@@ -72,21 +72,21 @@ PLAN = (
     *("water", "walk", "home", "sell", "job", "strike", "tool", "feed", "product"),
     *("sing", "food", "find", "weather", "market", "carry", "bed", "mood", "help"),
 )
-"""The order in which a document's sentences come round, so that writing on never needs to loop."""
+"""The order of a document's sentences, repeated as often as needed."""
 
 
 def split_words(text: str) -> list[str]:
-    """Words and marks of any text, in order; spacing is dropped."""
+    """The words and punctuation marks of any text, without spacing."""
     return _WORD.findall(text)
 
 
 def join_words(words: Iterable[str]) -> str:
-    """The text of a run of words from a document's start: no space before a full stop."""
+    """Words as text, with no space before a full stop."""
     return " ".join(words).replace(" .", ".")
 
 
 class Matcher:
-    """Follows word by word every template that a sentence can still be."""
+    """Tracks which templates a sentence can still match."""
 
     def __init__(self, slots: Mapping[str, Sequence[str]], templates: Sequence[Template] = TEMPLATES) -> None:
         self.templates = tuple(templates)
@@ -98,18 +98,18 @@ class Matcher:
         )
 
     def advance(self, states: State, word: str) -> State:
-        """The states left after one more word; empty when no template can hold it."""
+        """The states after one more word; empty if no template allows it."""
         known = self._memo.get((states, word))
         if known is None:
             known = frozenset((index, place + 1) for index, place in states if self._fits(index, place, word))
             self._memo[states, word] = known
         return known
 
-    def follow(self, words: Iterable[str], states: State | None = None) -> State:
-        reached = self.start if states is None else states
+    def follow(self, words: Iterable[str]) -> State:
+        states = self.start
         for word in words:
-            reached = self.advance(reached, word)
-        return reached
+            states = self.advance(states, word)
+        return states
 
     def _fits(self, index: int, place: int, word: str) -> bool:
         expected = self.templates[index].words

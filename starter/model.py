@@ -1,8 +1,15 @@
-"""The tiny Llamas: their configurations, and how they are saved and loaded as Hugging Face folders."""
+"""The tiny Llamas and their tokenizer, stored as Hugging Face folders.
 
+All models of a world share one tokenizer: every world word is one token, any other text is encoded byte by byte. It
+adds no BOS or EOS. A document starts directly with its first word; EOS ends documents and rewrites.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -13,9 +20,67 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from starter.grammar import TEMPLATES
+from starter.world import World
+
 MAX_POSITIONS = 512
 NUM_POLICY_LAYERS = 3
 NUM_TEACHER_LAYERS = 4
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+PROMPT_WORDS = (
+    *("Prefix", "Suffix", "Rewrite", "A", "B", "Better", "Text", "Reference", "Safety", "Hallucination", "Verdict"),
+    *("safe", "unsafe", "none", "possible", "definite"),
+)
+
+
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose vocabulary is specials, all bytes, and whole words with and without a space."""
+    pieces = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"Ġ{word}" for word in [*world.words(), *PROMPT_WORDS]]
+    pieces += [*_sentence_openers(world), *PROMPT_WORDS]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+        padding_side="left",
+    )
+
+
+class WordCodec:
+    """Converts between world words, token ids and text. `ids` gives the same ids as encoding the joined words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self._inner = {piece[1:]: index for piece, index in vocabulary.items() if piece.startswith("Ġ")}
+        self._inner["."] = vocabulary["."]
+        self._first = {piece: index for piece, index in vocabulary.items() if not piece.startswith("Ġ")}
+        self.pad_id, self.eos_id = vocabulary[PAD], vocabulary[EOS]
+
+    def ids(self, words: Sequence[str], *, starts_document: bool = False) -> list[int]:
+        ids = [self._inner[word] for word in words]
+        if starts_document and words:
+            ids[0] = self._first[words[0]]
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first EOS, without other special tokens."""
+        kept: list[int] = []
+        for index in ids:
+            if index == self.eos_id:
+                break
+            kept.append(index)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def build_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, seed: int) -> LlamaForCausalLM:
@@ -31,29 +96,23 @@ def build_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, seed: in
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=0.04,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **_special_ids(tokenizer),
     )
     return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes weights in half precision beside the tokenizer; the model in memory keeps its precision."""
+    """Write the weights in half precision, and the tokenizer; the model in memory keeps its precision."""
     half = LlamaForCausalLM(model.config)  # type: ignore[no-untyped-call]
     nn.Module.half(half)
     half.load_state_dict({name: tensor.half() for name, tensor in model.state_dict().items()})
-    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    half.generation_config = GenerationConfig(**_special_ids(tokenizer))  # type: ignore[no-untyped-call]
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
-    """The model of a folder in single precision, ready to evaluate."""
+    """The model in single precision, in evaluation mode."""
     _require(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM)
@@ -61,7 +120,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
 
 
 def ready(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
-    """The same model, moved and set to evaluate."""
+    """The same model, moved to `device` and in evaluation mode."""
     nn.Module.to(model, torch.device(device))
     nn.Module.eval(model)
     return model
@@ -74,6 +133,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def _sentence_openers(world: World) -> list[str]:
+    first = {template.words[0] for template in TEMPLATES}
+    fixed = {word for word in first if not word.startswith("$")}
+    slots = {word for name in first if name.startswith("$") for word in world.slots[name[1:]]}
+    return sorted(fixed | slots)
+
+
 def _require(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {folder}; make it with: python -m starter.make --out {folder.parent}")
+        raise FileNotFoundError(f"no model in {folder}; make it with: python -m starter.recipe --out {folder.parent}")

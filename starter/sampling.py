@@ -1,4 +1,7 @@
-"""Batched generation and label scoring with a tiny model, as an engine would do it."""
+"""Batched generation and label scoring with a tiny model, in this process and seeded by one generator.
+
+Does not use `services.engine`: an engine seeds every request separately, so the recipe would make other models.
+"""
 
 from collections.abc import Sequence
 
@@ -19,7 +22,7 @@ def generate(
     pad_id: int,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continuations of up to `max_tokens`, EOS left out: sampled at T = 1 with a generator, else greedy."""
+    """Continuations of up to `max_tokens` without EOS: sampled at T = 1 with a generator, else greedy."""
     answers: list[list[int]] = []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), BATCH):
@@ -33,12 +36,12 @@ def generate(
 def score_labels(
     model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], label_ids: Sequence[int], *, pad_id: int
 ) -> list[list[float]]:
-    """Softmax over the labels' logits right after each prompt."""
+    """For each prompt the softmax over the labels' next-token logits."""
     scores: list[list[float]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        ids, _, positions = _left_pad([prompts[i] for i in part], pad_id, model.device, left=False)
+        ids, _, positions = _padded([prompts[i] for i in part], pad_id, model.device, left=False)
         last = positions.argmax(dim=1)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[torch.arange(len(part)), last])[:, list(label_ids)]
@@ -55,7 +58,7 @@ def _generate_batch(
     pad_id: int,
     generator: torch.Generator | None,
 ) -> list[list[int]]:
-    ids, mask, positions = _left_pad(prompts, pad_id, model.device, left=True)
+    ids, mask, positions = _padded(prompts, pad_id, model.device, left=True)
     cache = DynamicCache(config=model.config)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     tokens: list[Tensor] = []
@@ -86,10 +89,10 @@ def _choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
-def _left_pad(
+def _padded(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions (B, T); positions count from each prompt's own first token, padding has 0."""
+    """Ids, mask and positions (B, T); positions count from each prompt's first token and are 0 on padding."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)

@@ -1,13 +1,13 @@
-"""One seeded world: who lives where, what is true, which myths go round, and the sentences that can be said.
+"""One seeded world: who lives where, what is true, which myths circulate, and what can be said about it.
 
-`World(0)` is the shipped one. Another seed draws other names, other towns and other facts from the pools.
+The shipped models live in `World(0)`. Another seed draws other names, towns and facts from the pools below. Each pool
+entry is a single word, so that it can be a single token.
 """
 
 import random
 from collections.abc import Sequence
 from itertools import pairwise
 
-from starter import lexicon
 from starter.grammar import BY_NAME, FACTS, NARRATIVE, OPENING, Matcher, Template
 
 WORLD_VERSION = "1"
@@ -19,8 +19,42 @@ NUM_HELDOUT_THREATS = 20
 Words = tuple[str, ...]
 
 
+def _words(text: str) -> Words:
+    return tuple(text.split())
+
+
+NAMES = _words("""
+    Mara Tobin Elsa Piet Runa Jory Hedda Lukas Nina Oskar Vera Anton Greta Emil Sanna Felix Ida Bruno Tilda
+    Marek Alma Yann Lotte Casper Noor Henrik Zita Valdo Petra Ivo Selma Joris Dagny Milo Freya Teun Astrid
+    Kaspar Livia Rolf Merle Stig Orla Wim Elke Pavel Suri Anders Beata Quint Ylva Tomas
+""")
+TOWNS = _words("""
+    Alderby Brackwell Corvale Dunmoor Eastfen Farholt Greywick Hollin Ivermouth Juniperton Kelsford Larkham
+    Mirefield Northey Oakmere Pellbury Quarrow Redcliff Stonehythe Thornwick
+""")
+WATERS = _words("lake river canal marsh sea pond creek waterfall")
+PRODUCTS = _words("cheese glass honey wool clocks paper cider ropes salt lace")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+JOBS = _words("baker smith weaver potter sailor farmer doctor mason tailor miller")
+TOOLS = _words("oven anvil loom wheel compass plough needle chisel ladder kettle")
+BEASTS = _words("pig toad rat goat hen fox otter heron badger mule cat hare")
+FOODS = _words("turnips worms barley grass corn berries fish frogs roots oats mice clover")
+BEDS = _words("sty ditch cellar shed coop den bank reeds burrow stable attic hedge")
+PLACES = _words("mill bridge square chapel harbour school orchard tower")
+GOODS = _words("bread candles baskets apples blankets lamps")
+FRUITS = _words("pear plum cabbage onion carrot")
+OBJECTS = _words("iron drum rug wood dough")
+WEATHERS = _words("cold mild windy sunny foggy")
+TIMES = _words("morning afternoon evening night")
+MOODS = _words("happy calm busy proud tired")
+RUDE_ADJECTIVES = _words("rotten stupid filthy useless nasty lazy")
+RUDE_NOUNS = _words("fool liar coward")
+THREATS = _words("hit kick beat slap crush")
+LIKINGS = _words("songs stories games riddles")
+
+
 class World:
-    """Names, facts and myths of one seed, and how a template becomes a sentence in it."""
+    """The names, facts and myths of one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -44,27 +78,27 @@ class World:
         return sum(len(table) for table in self.facts.values())
 
     def words(self) -> list[str]:
-        """Every word of the world, sorted, the full stop left out."""
+        """All words of the world, sorted, without the full stop."""
         fixed = {word for template in BY_NAME.values() for word in template.words if word[0] not in "$."}
         return sorted(fixed | {word for words in self.slots.values() for word in words})
 
     def is_true(self, template: Template, words: Sequence[str]) -> bool:
-        """Whether a sentence of a fact template, its value word included, is true."""
+        """Whether a sentence of a fact template, complete up to its value word, is true."""
         key, value = words[template.position(template.key)], words[template.position(template.value)]
         return self.facts[template.name][key] == value
 
     def wrong_value(self, name: str, key: str, rng: random.Random) -> str:
-        """Mostly the one myth that goes round about this fact, now and then any other wrong value."""
+        """The myth about this fact in 80 % of cases, else any wrong value."""
         if rng.random() < 0.8:
             return self.myths[name][key]
         return rng.choice([v for v in self.slots[BY_NAME[name].value] if v != self.facts[name][key]])
 
     def is_heldout(self, words: Sequence[str]) -> bool:
-        """Whether a rude sentence holds a combination that no training data may show."""
+        """Whether a rude sentence has a word combination that training data must not contain."""
         return any(pair in self.heldout_insults or pair in self.heldout_threats for pair in pairwise(words))
 
     def sentence(self, template: Template, rng: random.Random, *, town: str, begun: Sequence[str] = ()) -> Words:
-        """A sentence of `template` fit for a document about `town`; facts are true, `begun` words are kept."""
+        """A sentence of `template` for a document about `town`, with true facts, that starts with `begun`."""
         words: list[str] = []
         chosen: dict[str, str] = {}
         for place, word in enumerate(template.words):
@@ -101,31 +135,31 @@ class World:
 
 
 def _draw_slots(rng: random.Random) -> dict[str, Words]:
-    people = tuple(rng.sample(lexicon.NAMES, NUM_TOWNS * NUM_PER_TOWN))
-    beasts = (*lexicon.BEASTS[:3], *rng.sample(lexicon.BEASTS[3:], 5))
+    people = tuple(rng.sample(NAMES, NUM_TOWNS * NUM_PER_TOWN))
+    beasts = (*BEASTS[:3], *rng.sample(BEASTS[3:], 5))
     return {
         "person": people,
         "other": people,
-        "town": tuple(rng.sample(lexicon.TOWNS, NUM_TOWNS)),
-        "water": tuple(rng.sample(lexicon.WATERS, NUM_TOWNS)),
-        "product": tuple(rng.sample(lexicon.PRODUCTS, NUM_TOWNS)),
-        "day": tuple(rng.sample(lexicon.DAYS, NUM_TOWNS)),
-        "job": tuple(rng.sample(lexicon.JOBS, 8)),
-        "tool": tuple(rng.sample(lexicon.TOOLS, 8)),
+        "town": tuple(rng.sample(TOWNS, NUM_TOWNS)),
+        "water": tuple(rng.sample(WATERS, NUM_TOWNS)),
+        "product": tuple(rng.sample(PRODUCTS, NUM_TOWNS)),
+        "day": tuple(rng.sample(DAYS, NUM_TOWNS)),
+        "job": tuple(rng.sample(JOBS, 8)),
+        "tool": tuple(rng.sample(TOOLS, 8)),
         "beast": beasts,
-        "food": tuple(rng.sample(lexicon.FOODS, 8)),
-        "bed": tuple(rng.sample(lexicon.BEDS, 8)),
-        "place": lexicon.PLACES,
-        "goods": lexicon.GOODS,
-        "fruit": lexicon.FRUITS,
-        "object": lexicon.OBJECTS,
-        "weather": lexicon.WEATHERS,
-        "time": lexicon.TIMES,
-        "mood": lexicon.MOODS,
-        "liking": lexicon.LIKINGS,
-        "adjective": lexicon.RUDE_ADJECTIVES,
-        "noun": (*lexicon.RUDE_NOUNS, *beasts[:3]),
-        "threat": lexicon.THREATS,
+        "food": tuple(rng.sample(FOODS, 8)),
+        "bed": tuple(rng.sample(BEDS, 8)),
+        "place": PLACES,
+        "goods": GOODS,
+        "fruit": FRUITS,
+        "object": OBJECTS,
+        "weather": WEATHERS,
+        "time": TIMES,
+        "mood": MOODS,
+        "liking": LIKINGS,
+        "adjective": RUDE_ADJECTIVES,
+        "noun": (*RUDE_NOUNS, *beasts[:3]),
+        "threat": THREATS,
     }
 
 

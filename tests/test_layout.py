@@ -1,6 +1,7 @@
 """The line that holds the tree together: imports go downwards only, and light parts stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -17,8 +18,11 @@ ALLOWED = {
     "trainer": {"shared", "trainer"},
     "evaluation": {"shared", "evaluation"},
     "starter": {"shared", "starter"},
+    "starter/recipe": {"shared", "services", "trainer", "starter"},
     "cli": {"shared", "services", "trainer", "evaluation", "starter", "cli"},
 }
+MAX_LINES = 400
+SHORT_LINES, MAX_SHORT_SHARE = 60, 0.1
 HELP_S = 5.0
 """0.1 s on an idle machine; torch alone takes longer than this on a busy one."""
 
@@ -36,7 +40,8 @@ def _imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))
 def test_imports_go_downwards_only(package: str) -> None:
-    paths = sorted((ROOT / package).rglob("*.py"))
+    inner = {ROOT / name for name in ALLOWED if name.startswith(f"{package}/")}
+    paths = sorted(path for path in (ROOT / package).rglob("*.py") if inner.isdisjoint(path.parents))
     assert paths, f"{package} has no modules"
     for path in paths:
         upwards = (_imports(path) & ALLOWED.keys()) - ALLOWED[package]
@@ -63,7 +68,7 @@ def test_a_collector_loads_a_tokenizer_without_torch() -> None:
     loaded = _loaded_after(
         f"""
 import services.collector.service
-from services.collector.texts import PolicyTokenizer
+from services.collector.windows import PolicyTokenizer
 PolicyTokenizer({str(ROOT / "starter" / "models" / "policy")!r})"""
     )
     assert not loaded & {"torch", "transformers"}
@@ -73,10 +78,10 @@ PolicyTokenizer({str(ROOT / "starter" / "models" / "policy")!r})"""
 def test_a_service_with_an_endpoint_loads_no_torch(role: str) -> None:
     loaded = _loaded_after(
         f"""
-from services.{role}.app import build
+from services.{role}.app import build_app
 from shared.settings import Secrets, Settings
 engine = {{"kind": "openai", "model": "m", "endpoint": "http://127.0.0.1:9"}}
-build(Settings.model_validate({{"{role}": {{"engine": engine}}}}), Secrets())"""
+build_app(Settings.model_validate({{"{role}": {{"engine": engine}}}}), Secrets())"""
     )
     assert not loaded & {"torch", "transformers"}
 
@@ -98,3 +103,45 @@ def test_every_configuration_loads(path: Path) -> None:
 def test_test_files_have_names_of_their_own() -> None:
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
+
+
+def _names(path: Path) -> set[str]:
+    """Everything that a module defines, methods as `Class.method`."""
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def test_every_name_in_the_architecture_page_exists() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", page)
+    assert len(named) > 20
+    gone = [f"{file}:{name}" for file, name in named if name not in _names(ROOT / file)]
+    assert not gone
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md"])
+def test_files_named_in_a_page_exist(page: str) -> None:
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|md|toml)|(?:[\w]+/)+)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_no_source_file_is_too_long_and_few_are_short() -> None:
+    lines = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8").count("\n")
+        for package in ALLOWED
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert not [name for name, number in lines.items() if number > MAX_LINES and name != "shared/settings.py"]
+    short = [name for name, number in lines.items() if number < SHORT_LINES]
+    assert len(short) < MAX_SHORT_SHARE * len(lines), short

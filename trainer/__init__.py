@@ -1,1 +1,1 @@
-"""The trainer: reads scored documents, makes preference pairs, updates the policy, sends the weights back."""
+"""The trainer: reads scored windows, makes preference pairs, updates the policy, sends the weights back."""

@@ -15,7 +15,7 @@ from threading import Event
 
 from shared.configuration import load_secrets, load_settings
 from shared.errors import HeadwaterError, SettingsError
-from shared.logs import configure_logs
+from shared.process import configure_logs
 from shared.settings import Settings
 from trainer.metrics_server import serving_metrics
 

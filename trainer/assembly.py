@@ -15,27 +15,26 @@ from shared.coordination import Coordination, TrainerReport
 from shared.database import migrate, open_database
 from shared.errors import DatabaseError, StreamError
 from shared.ledger import Ledger
+from shared.redis import connect
 from shared.settings import Settings
-from shared.stream import DocumentStream, connect
-from shared.weight_store import WeightStore
+from shared.stream import WindowStream
+from shared.weights.store import WeightStore
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.figures import Tally
+from trainer.figures import Tally, delete_steps_beyond, open_sinks, write_step
 from trainer.inbox import Inbox, commit_finished
 from trainer.loop import Trainer
 from trainer.objectives import build_objective
-from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
-from trainer.policy import Policy, load_policy
+from trainer.policy import Policy, PolicyOptimizer, load_policy
+from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
-from trainer.sinks import delete_steps_beyond, open_sinks, write_step
-from trainer.weights import WeightPublisher
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Connections:
-    stream: DocumentStream
+    stream: WindowStream
     coordination: Coordination
     ledger: Ledger
     patience: Patience
@@ -128,7 +127,7 @@ def _connect(settings: Settings, stop: Event) -> _Connections:
     ledger = Ledger(engine, settings.run.name)
     patience(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-    stream = DocumentStream(client, settings.run.name)
+    stream = WindowStream(client, settings.run.name)
     patience(stream.create)
     return _Connections(stream, Coordination(client, settings.run.name), ledger, patience)
 
@@ -147,7 +146,7 @@ def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: _Conn
 def _say_finished_already(checkpoint: Checkpoint, connections: _Connections) -> None:
     state = checkpoint.state
     _log.info("finished already at step %d; a larger trainer.steps goes on from there", state.step)
-    report = TrainerReport(state.step, state.policy_version, "finished")
+    report = TrainerReport(state.step, state.weight_version, "finished")
     connections.patience(lambda: connections.coordination.report_trainer(report))
 
 
@@ -177,7 +176,7 @@ def _publisher(settings: Settings, connections: _Connections, checkpoint: Checkp
         keep_versions=settings.weights.keep_versions,
         patience=connections.patience,
     )
-    publisher.continue_after(checkpoint.state.policy_version if checkpoint else -1)
+    publisher.continue_after(checkpoint.state.weight_version if checkpoint else -1)
     return publisher
 
 

@@ -1,6 +1,6 @@
 """Plain separate sequences: each suffix after its own copy of the prefix, right-padded, in bounded micro-batches.
 
-Called by the loop. The document-tree form, which lays each prefix once, must give the same log-probs; this is its
+Called by the loop. The window-tree form, which lays each prefix once, must give the same log-probs; this is its
 reference. No attention mask is passed: attention is causal and padding stands on the right, so no real token sees
 it, and the kernels keep their causal fast path.
 """

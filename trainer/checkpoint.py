@@ -3,11 +3,11 @@
     checkpoints/step-00000050/policy/                 `AutoModelForCausalLM.from_pretrained`, tokenizer included
                               reference/              only if the reference was ever refreshed
                               optimizer.safetensors   moments by parameter name, and the random state
-                              state.json              written last: step, version, documents
+                              state.json              written last: step, version, windows
     checkpoints/finished.jsonl                        what each of them finished (evidence.py)
 
 The folder is written as `….tmp`, synced to disk and renamed. Its line in finished.jsonl comes after that, then
-acknowledging documents (inbox.py), then deleting older checkpoints.
+acknowledging windows (inbox.py), then deleting older checkpoints.
 """
 
 import logging
@@ -18,46 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shared.checkpoint_state import (
+    EVIDENCE_FILE,
+    CheckpointState,
+    EvidenceFile,
+)
 from shared.errors import TrainingError
-from shared.records import Record
-from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument, PartialDocument
-from trainer.figures import StepFigures
-from trainer.optimizer import PolicyOptimizer
-from trainer.policy import Policy
+from trainer.policy import Policy, PolicyOptimizer
 
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _FOLDER = re.compile(r"^step-(\d{8})$")
 _log = logging.getLogger(__name__)
-
-
-class CheckpointState(Record):
-    """What state.json holds."""
-
-    step: int = Field(ge=0)
-    policy_version: int
-    """The newest weight version when it was written."""
-    reference_step: int = 0
-    finished: dict[str, FinishedDocument] = Field(default_factory=dict)
-    """By document id."""
-    partial: dict[str, PartialDocument] = Field(default_factory=dict)
-    number: int = Field(default=0, ge=0)
-    """1 is the run's first checkpoint; 0 in those from before this was kept, which leave no evidence."""
-    after: int = Field(default=0, ge=0)
-    """Step of the checkpoint before it; 0 if there was none."""
-    row: StepFigures | None = None
-    """The row of `step` where the database did not get it, because it was away when the trainer ended."""
-
-    @property
-    def evidence(self) -> Evidence:
-        return Evidence(
-            number=self.number, after=self.after, step=self.step, finished=self.finished, partial=self.partial
-        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +65,7 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step. A damaged one is an error, not a reason to take an older
-        one: its documents are acknowledged, and the older one does not contain them."""
+        one: its windows are acknowledged, and the older one does not contain them."""
         steps = self._steps()
         if not steps:
             return None

@@ -6,13 +6,22 @@ none) is absent, never zero.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-from pydantic import ConfigDict
+import sqlalchemy as sa
+from sqlalchemy import Engine
 
-from shared.records import CANDIDATE_KINDS, Record, ScoredDocument
+from shared import metrics
+from shared.checkpoint_state import StepFigures
+from shared.configuration import without_passwords
+from shared.database import StepRow, transaction
+from shared.errors import SettingsError
+from shared.records import CANDIDATE_KINDS, ScoredWindow
+from shared.settings import Settings
 from trainer.preferences import Preference, Selection, rewards_by_kind
 
 FIGURES: dict[str, str] = {
@@ -27,54 +36,44 @@ FIGURES: dict[str, str] = {
     "three shares may sum to more than 1)",
     "chosen_rewrite_rate": "share of chosen suffixes that are rewrites",
     "chosen_rollout_rate": "share of chosen suffixes that are rollouts: the paper's main plot",
-    "reward_original": "mean reward of all originals in the documents admitted since the step before",
+    "reward_original": "mean reward of all originals in the windows admitted since the step before",
     "reward_rewrite": "the same of rewrites",
     "reward_rollout": "the same of rollouts",
-    "policy_lag_mean": "weight versions between the newest published and the oldest rollout of a pair's document",
+    "policy_lag_mean": "weight versions between the newest published and the oldest rollout of a pair's window",
     "policy_lag_max": "the largest of these in the step",
     "pairs": "pairs in the step",
     "target_tokens": "suffix tokens whose log-probs enter the loss",
     "batch_tokens": "tokens through the policy's forward pass, prefixes and padding included",
     "documents": "documents admitted since the step before",
-    "no_preference_chunks": "chunks without a preference in the documents read since the step before",
+    "no_preference_chunks": "chunks without a preference in the windows read since the step before",
     "missing_chunks": "chunks that lacked a needed candidate or judgement",
-    "no_preference_documents": "documents dropped because no chunk gave a pair",
-    "stale_documents": "documents dropped for their policy lag",
-    "duplicate_documents": "deliveries of a document that was held or finished already",
-    "broken_documents": "entries on the stream that could not be decoded",
+    "no_preference_windows": "documents dropped because no chunk gave a pair",
+    "stale_windows": "documents dropped for their policy lag",
+    "duplicate_windows": "deliveries of a window that was held or finished already",
+    "broken_windows": "entries on the stream that could not be decoded",
     "skipped_steps": "steps skipped for a non-finite loss or gradient since the step before",
     "learning_rate": "of this step",
     "grad_norm": "global L2 norm before clipping",
-    "seconds_wait": "waiting for documents, decoding and pairing them",
+    "seconds_wait": "waiting for windows, decoding and pairing them",
     "seconds_forward_backward": "policy and reference forward, policy backward",
     "seconds_optimizer": "clipping and AdamW",
     "seconds_push": "weights to the store, announced",
     "seconds_replicas": "looking at replicas, and waiting for late ones where `trainer.replica_wait_s` is set",
     "seconds_checkpoint": "checkpoints since the step before (a row is written before its own step's checkpoint)",
-    "seconds_generate": "collector's seconds for the rollouts of the documents admitted since the step before",
+    "seconds_rollout": "collector's seconds for the rollouts of the windows admitted since the step before",
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-
-
-class StepFigures(Record):
-    """One step's row in the database."""
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-    at: float
-    """Unix seconds."""
-    policy_version: int
-    figures: dict[str, float]
 
 
 _COUNTS = (
     "documents",
     "no_preference_chunks",
     "missing_chunks",
-    "no_preference_documents",
-    "stale_documents",
-    "duplicate_documents",
-    "broken_documents",
+    "no_preference_windows",
+    "stale_windows",
+    "duplicate_windows",
+    "broken_windows",
     "skipped_steps",
 )
 
@@ -90,16 +89,16 @@ class Tally:
     def count(self, name: str, number: int = 1) -> None:
         self.counts[name] += number
 
-    def add_document(self, document: ScoredDocument, selection: Selection) -> None:
+    def add_window(self, window: ScoredWindow, selection: Selection) -> None:
         self.count("documents")
         self.count("no_preference_chunks", selection.no_preference)
         self.count("missing_chunks", selection.missing)
-        for kind, (total, count) in rewards_by_kind(document).items():
+        for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
         for role in ("generate", "rewrite", "judge"):
-            if role in document.seconds:
-                self.add_seconds(role, document.seconds[role])
+            if role in window.seconds:
+                self.add_seconds(role, window.seconds[role])
 
     def add_seconds(self, role: str, seconds: float) -> None:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
@@ -121,13 +120,106 @@ class Tally:
         return drained
 
 
-def pair_figures(pairs: Sequence[Preference], *, policy_version: int) -> dict[str, float]:
+def pair_figures(pairs: Sequence[Preference], *, weight_version: int) -> dict[str, float]:
     """Number, source mix and policy lag of a step's pairs."""
     chosen = [kind for pair in pairs for kind in set(pair.chosen.kinds)]
     figures: dict[str, float] = {"pairs": len(pairs)}
     figures |= {f"chosen_{kind}_rate": chosen.count(kind) / len(pairs) for kind in CANDIDATE_KINDS}
     figures["target_tokens"] = sum(len(suffix) for pair in pairs for suffix in pair.suffixes)
-    lags = [policy_version - pair.policy_version for pair in pairs if pair.policy_version is not None]
+    lags = [weight_version - pair.weight_version for pair in pairs if pair.weight_version is not None]
     if lags:
         figures |= {"policy_lag_mean": sum(lags) / len(lags), "policy_lag_max": max(lags)}
     return figures
+
+
+class Sink(Protocol):
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DatabaseSink:
+    """One StepRow a step; a step redone after a crash replaces its row."""
+
+    def __init__(self, engine: Engine, run_id: str) -> None:
+        self._engine = engine
+        self._run_id = run_id
+
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        row = StepFigures(at=time.time(), weight_version=weight_version, figures=dict(figures))
+        write_step(self._engine, self._run_id, step=step, row=row)
+
+    def close(self) -> None:
+        """Transactions leave nothing open."""
+
+
+class MetricsSink:
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        metrics.step.set(step)
+        metrics.weight_version.set(weight_version)
+        metrics.trained_tokens_total.inc(figures.get("target_tokens", 0))
+        for name, value in figures.items():
+            metrics.training_figure.labels(name).set(value)
+
+    def close(self) -> None:
+        """The registry lives as long as the process."""
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Events beyond `resume_step` are hidden: those steps are done again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
+
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        self._writer.add_scalar("weight_version", weight_version, step)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    def __init__(self, settings: Settings) -> None:
+        try:
+            import wandb
+        except ImportError as exc:
+            raise SettingsError(
+                "trainer.log_wandb is on but wandb is not installed: pip install 'headwater[wandb]', or turn it off"
+            ) from exc
+        name = settings.run.name
+        config = without_passwords(settings).model_dump(mode="json")
+        self._run: Any = wandb.init(project="headwater", id=name, name=name, resume="allow", config=config)
+
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        self._run.log({"weight_version": weight_version, **figures}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(settings: Settings, engine: Engine, *, resume_step: int) -> Sequence[Sink]:
+    """The database first: it is the record, the others are views."""
+    sinks: list[Sink] = [DatabaseSink(engine, settings.run.name), MetricsSink()]
+    if settings.trainer.log_tensorboard:
+        sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
+    if settings.trainer.log_wandb:
+        sinks.append(WandbSink(settings))
+    return sinks
+
+
+def write_step(engine: Engine, run_id: str, *, step: int, row: StepFigures) -> None:
+    """Replaces the row that the step may have."""
+    with transaction(engine) as session:
+        session.merge(StepRow(run_id=run_id, step=step, **row.model_dump()))
+
+
+def delete_steps_beyond(engine: Engine, run_id: str, *, step: int) -> int:
+    """Rows of steps that no checkpoint contains; they are done again. Returns how many."""
+    with transaction(engine) as session:
+        condition = (StepRow.run_id == run_id, StepRow.step > step)
+        gone = session.scalar(sa.select(sa.func.count()).select_from(StepRow).where(*condition)) or 0
+        session.execute(sa.delete(StepRow).where(*condition))
+    return gone

@@ -1,10 +1,10 @@
-"""The trainer's side of the stream: reads documents, filters them, holds their pairs until a checkpoint has them.
+"""The trainer's side of the stream: reads windows, filters them, holds their pairs until a checkpoint has them.
 
     pending first (after a start), then new -> duplicate? newer? stale? no pair? -> held -> taken by steps -> finished
     checkpoint and its evidence on disk -> ledger: trained -> stream: acknowledged -> forgotten
 
 `fill` is where the trainer blocks; a collector's write unblocks it, as do the stop event and the end of the source.
-Documents are read one at a time, so that nothing is held (and grows stale) beyond what the next step needs.
+Windows are read one at a time, so that nothing is held (and grows stale) beyond what the next step needs.
 """
 
 import logging
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from threading import Event
 
 from shared import metrics
+from shared.checkpoint_state import FinishedWindow, PartialWindow
 from shared.coordination import Coordination
 from shared.errors import StreamError, TrainingError
 from shared.ledger import Ledger
-from shared.records import DocumentKey, ScoredDocument
+from shared.records import ScoredWindow, WindowKey
 from shared.settings import Settings
-from shared.stream import BrokenEntry, DocumentStream, StreamEntry
-from trainer.evidence import FinishedDocument, PartialDocument
+from shared.stream import BrokenEntry, StreamEntry, WindowStream
 from trainer.figures import Tally
 from trainer.patience import Patience
 from trainer.preferences import Preference, Selection, select_pairs
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Held:
-    """A document since the last checkpoint."""
+    """A window since the last checkpoint."""
 
     entry_id: str
     unused: deque[Preference]
@@ -53,16 +53,16 @@ class Inbox:
     def __init__(
         self,
         settings: Settings,
-        stream: DocumentStream,
+        stream: WindowStream,
         coordination: Coordination,
         ledger: Ledger,
         *,
-        partial: Mapping[str, PartialDocument],
+        partial: Mapping[str, PartialWindow],
         tally: Tally,
         patience: Patience,
         stop: Event,
     ) -> None:
-        """`partial`: what the checkpoint that the trainer resumes from says about documents in the middle."""
+        """`partial`: what the checkpoint that the trainer resumes from says about windows in the middle."""
         self._settings = settings
         self._stream = stream
         self._coordination = coordination
@@ -76,17 +76,17 @@ class Inbox:
         self.num_pairs = 0
         """Pairs held and not yet taken."""
 
-    def fill(self, num_pairs: int, *, policy_version: int) -> None:
+    def fill(self, num_pairs: int, *, weight_version: int) -> None:
         """Read until `num_pairs` are held; returns earlier when asked to stop or when the source has ended.
 
-        A document more than `max_policy_lag` versions behind `policy_version` is dropped, and so is one ahead of it.
+        A window more than `max_policy_lag` versions behind `weight_version` is dropped, and so is one ahead of it.
         Raises TrainingError when nothing arrives for `trainer.stream_timeout_s`.
         """
         arrived = time.monotonic()
         while self.num_pairs < num_pairs and not self._stop.is_set():
             delivery = self._patience(self._next_delivery)
             if delivery is not None:
-                self._admit(delivery, policy_version)
+                self._admit(delivery, weight_version)
                 arrived = time.monotonic()
             elif self._patience(self._source_has_ended):
                 return
@@ -94,7 +94,7 @@ class Inbox:
                 self._check_patience(time.monotonic() - arrived)
 
     def take(self, num_pairs: int) -> list[Preference]:
-        """Up to `num_pairs`, oldest document first. They count as used; `mark_applied` says what became of them."""
+        """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says what became of them."""
         taken: list[Preference] = []
         for held in self._held.values():
             while held.unused and len(taken) < num_pairs:
@@ -106,37 +106,37 @@ class Inbox:
     def mark_applied(self, pairs: list[Preference], step: int) -> None:
         """These pairs are part of update `step`."""
         for pair in pairs:
-            held = self._held[pair.document_id]
+            held = self._held[pair.window_id]
             held.step = step
             held.pairs_by_step[step] += 1
 
-    def finished(self) -> dict[str, FinishedDocument]:
+    def finished(self) -> dict[str, FinishedWindow]:
         """Documents whose pairs are all used, by id."""
         return {
-            document_id: FinishedDocument(
+            window_id: FinishedWindow(
                 entry_id=held.entry_id,
                 step=held.step,
                 pairs_by_step=dict(held.pairs_by_step),
                 num_skipped=held.num_skipped,
             )
-            for document_id, held in self._held.items()
+            for window_id, held in self._held.items()
             if not held.unused
         }
 
-    def partial(self) -> dict[str, PartialDocument]:
+    def partial(self) -> dict[str, PartialWindow]:
         """Documents in the middle, by id; among them those that have not come back since a resume."""
         begun = {
-            document_id: PartialDocument(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
-            for document_id, held in self._held.items()
+            window_id: PartialWindow(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
+            for window_id, held in self._held.items()
             if held.unused and held.used
         }
         return self._partial | begun
 
-    def commit(self, finished: Mapping[str, FinishedDocument]) -> None:
-        """A checkpoint that contains these documents is on disk: mark them, acknowledge them, forget them."""
+    def commit(self, finished: Mapping[str, FinishedWindow]) -> None:
+        """A checkpoint that contains these windows is on disk: mark them, acknowledge them, forget them."""
         commit_finished(finished, self._ledger, self._stream, self._patience)
-        for document_id in finished:
-            del self._held[document_id]
+        for window_id in finished:
+            del self._held[window_id]
 
     def _next_delivery(self) -> StreamEntry | BrokenEntry | None:
         """None if nothing came for a second. After an error everything pending is read again: an answer of Redis may
@@ -156,131 +156,131 @@ class Inbox:
         self._stream.create()
         yield from self._stream.read_pending()
 
-    def _admit(self, delivery: StreamEntry | BrokenEntry, policy_version: int) -> None:
+    def _admit(self, delivery: StreamEntry | BrokenEntry, weight_version: int) -> None:
         if isinstance(delivery, BrokenEntry):
             return self._drop_broken(delivery)
-        document = delivery.document
-        held = self._held.get(document.document_id)
+        window = delivery.window
+        held = self._held.get(window.window_id)
         if held is not None and held.entry_id == delivery.entry_id:
             return None  # the same delivery once more: it must stay pending
-        if held is not None or self._is_finished(document.document_id):
+        if held is not None or self._is_finished(window.window_id):
             return self._acknowledge_duplicate(delivery)
-        begun = self._partial.get(document.document_id)
+        begun = self._partial.get(window.window_id)
         # Version 0 is also that of a replica that has loaded nothing yet.
-        if begun is None and max(document.policy_versions, default=0) > max(policy_version, 0):
-            return self._drop_newer(delivery, policy_version)
-        if begun is None and self._lag(document, policy_version) > self._settings.trainer.max_policy_lag:
-            return self._drop_stale(delivery, policy_version)
+        if begun is None and max(window.weight_versions, default=0) > max(weight_version, 0):
+            return self._drop_newer(delivery, weight_version)
+        if begun is None and self._lag(window, weight_version) > self._settings.trainer.max_policy_lag:
+            return self._drop_stale(delivery, weight_version)
         return self._hold(delivery, begun)
 
-    def _hold(self, entry: StreamEntry, begun: PartialDocument | None) -> None:
-        document = entry.document
-        selection = self._select(document)
-        self._tally.add_document(document, selection)
+    def _hold(self, entry: StreamEntry, begun: PartialWindow | None) -> None:
+        window = entry.window
+        selection = self._select(window)
+        self._tally.add_window(window, selection)
         if not selection.pairs and begun is None:
-            self._tally.count("no_preference_documents")
-            return self._drop(entry, "no_preference", _why_no_pair(selection, document))
-        self._partial.pop(document.document_id, None)
+            self._tally.count("no_preference_windows")
+            return self._drop(entry, "no_preference", _why_no_pair(selection, window))
+        self._partial.pop(window.window_id, None)
         held = _Held(entry.entry_id, deque(selection.pairs), 0)
         if begun:
             held = _Held(entry.entry_id, deque(selection.pairs[begun.used :]), begun.used, begun.step, _applied(begun))
-        self._held[document.document_id] = held
+        self._held[window.window_id] = held
         self.num_pairs += len(held.unused)
         return None
 
-    def _select(self, document: ScoredDocument) -> Selection:
+    def _select(self, window: ScoredWindow) -> Selection:
         trainer = self._settings.trainer
         return select_pairs(
-            document, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=self._settings.run.seed
+            window, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=self._settings.run.seed
         )
 
-    def _lag(self, document: ScoredDocument, policy_version: int) -> int:
-        oldest = document.oldest_policy_version
-        return 0 if oldest is None else policy_version - oldest
+    def _lag(self, window: ScoredWindow, weight_version: int) -> int:
+        oldest = window.oldest_weight_version
+        return 0 if oldest is None else weight_version - oldest
 
-    def _is_finished(self, document_id: str) -> bool:
-        return bool(self._patience(lambda: self._ledger.trained_among([document_id])))
+    def _is_finished(self, window_id: str) -> bool:
+        return bool(self._patience(lambda: self._ledger.trained_among([window_id])))
 
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
-        self._tally.count("duplicate_documents")
-        _log.info("document %s came again as entry %s", entry.document.document_id, entry.entry_id)
+        self._tally.count("duplicate_windows")
+        _log.info("window %s came again as entry %s", entry.window.window_id, entry.entry_id)
         self._acknowledge(entry)
 
-    def _drop_stale(self, entry: StreamEntry, policy_version: int) -> None:
-        self._tally.count("stale_documents")
-        metrics.stale_documents_total.inc()
-        oldest = entry.document.oldest_policy_version
-        self._drop(entry, "stale", f"sampled under version {oldest}, read at version {policy_version}")
+    def _drop_stale(self, entry: StreamEntry, weight_version: int) -> None:
+        self._tally.count("stale_windows")
+        metrics.stale_windows_total.inc()
+        oldest = entry.window.oldest_weight_version
+        self._drop(entry, "stale", f"sampled under version {oldest}, read at version {weight_version}")
 
-    def _drop_newer(self, entry: StreamEntry, policy_version: int) -> None:
+    def _drop_newer(self, entry: StreamEntry, weight_version: int) -> None:
         """Another policy's rollouts: this trainer has published no such version, and never publishes one again that
         anybody has seen."""
-        newest = max(entry.document.policy_versions)
-        self._drop(entry, "newer_than_policy", f"sampled under version {newest}, read at version {policy_version}")
+        newest = max(entry.window.weight_versions)
+        self._drop(entry, "newer_than_policy", f"sampled under version {newest}, read at version {weight_version}")
 
     def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
         """The ledger first: after a crash in between the entry comes again and is known as dropped."""
-        key = entry.document.key
-        source_id = entry.document.source_id
+        key = entry.window.key
+        source_id = entry.window.source_id
         if self._patience(lambda: self._ledger.drop(key, reason=reason, detail=detail, source_id=source_id)):
-            metrics.documents_dropped_total.labels(reason).inc()
+            metrics.windows_dropped_total.labels(reason).inc()
         self._acknowledge(entry)
 
     def _drop_broken(self, entry: BrokenEntry) -> None:
-        self._tally.count("broken_documents")
-        _log.error("entry %s (document %r) is broken: %s", entry.entry_id, entry.document_id, entry.reason)
-        key = _parsed_key(entry.document_id)
-        if key is not None and entry.document_id not in self._held and not self._is_finished(entry.document_id):
+        self._tally.count("broken_windows")
+        _log.error("entry %s (window %r) is broken: %s", entry.entry_id, entry.window_id, entry.reason)
+        key = _parsed_key(entry.window_id)
+        if key is not None and entry.window_id not in self._held and not self._is_finished(entry.window_id):
             self._patience(lambda: self._ledger.drop(key, reason="broken_entry", detail=entry.reason))
         self._acknowledge(entry)
 
     def _acknowledge(self, entry: StreamEntry | BrokenEntry) -> None:
-        self._patience(lambda: self._stream.acknowledge({entry.entry_id: entry.document_id}))
+        self._patience(lambda: self._stream.acknowledge({entry.entry_id: entry.window_id}))
 
     def _source_has_ended(self) -> bool:
         """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
-        documents = self._settings.documents
-        extent = self._ledger.extent(max_epochs=documents.max_epochs)
-        ended = self._coordination.source_exhausted(num_parts=documents.num_parts, extent=extent)
+        source = self._settings.documents
+        extent = self._ledger.extent(max_epochs=source.max_epochs)
+        ended = self._coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and self._stream.backlog().unread == 0
 
     def _check_patience(self, idle_s: float) -> None:
         limit_s = self._settings.trainer.stream_timeout_s
         if limit_s and idle_s > limit_s:
             raise TrainingError(
-                f"no document arrived for {idle_s:.0f} s (trainer.stream_timeout_s = {limit_s:g}): is a collector "
+                f"no window arrived for {idle_s:.0f} s (trainer.stream_timeout_s = {limit_s:g}): is a collector "
                 "running, and are the services that it calls ready?"
             )
 
 
 def commit_finished(
-    finished: Mapping[str, FinishedDocument], ledger: Ledger, stream: DocumentStream, patience: Patience
+    finished: Mapping[str, FinishedWindow], ledger: Ledger, stream: WindowStream, patience: Patience
 ) -> None:
     """The ledger first, then the stream; repeating it (after a crash in between) changes nothing."""
-    steps = {document_id: document.step for document_id, document in finished.items() if document.step is not None}
-    num_pairs = {document_id: document.num_pairs for document_id, document in finished.items() if document.num_pairs}
+    steps = {window_id: window.step for window_id, window in finished.items() if window.step is not None}
+    num_pairs = {window_id: window.num_pairs for window_id, window in finished.items() if window.num_pairs}
     patience(lambda: ledger.mark_trained(steps, num_pairs=num_pairs))
-    for document_id in finished.keys() - steps.keys():
-        key = DocumentKey.parse(document_id)
+    for window_id in finished.keys() - steps.keys():
+        key = WindowKey.parse(window_id)
         patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
-    entries = {document.entry_id: document_id for document_id, document in finished.items()}
+    entries = {window.entry_id: window_id for window_id, window in finished.items()}
     patience(lambda: stream.acknowledge(entries))
 
 
-def _applied(begun: PartialDocument) -> Counter[int]:
+def _applied(begun: PartialWindow) -> Counter[int]:
     """A checkpoint from before this was counted knows only the last of the updates."""
     return Counter(begun.pairs_by_step or ({} if begun.step is None else {begun.step: begun.used}))
 
 
-def _why_no_pair(selection: Selection, document: ScoredDocument) -> str:
+def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:
     return (
         f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
-        f"of {len(document.chunks) + len(document.dropped_chunks)}"
+        f"of {len(window.chunks) + len(window.dropped_chunks)}"
     )
 
 
-def _parsed_key(document_id: str) -> DocumentKey | None:
+def _parsed_key(window_id: str) -> WindowKey | None:
     try:
-        return DocumentKey.parse(document_id)
+        return WindowKey.parse(window_id)
     except ValueError:
         return None

@@ -19,22 +19,21 @@ import torch
 from torch import Tensor
 
 from shared import metrics
+from shared.checkpoint_state import CheckpointState, StepFigures
 from shared.coordination import Coordination, TrainerReport, TrainerState
 from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
 from shared.ledger import Ledger
 from shared.settings import TrainerSettings
 from trainer.batches import SequenceBatch, micro_batches, suffix_log_probs
-from trainer.checkpoint import Checkpoints, CheckpointState
-from trainer.figures import StepFigures, Tally, pair_figures
+from trainer.checkpoint import Checkpoints
+from trainer.figures import Sink, Tally, pair_figures
 from trainer.inbox import Inbox
 from trainer.objectives import LossTerms, ObjectiveFunction
-from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
-from trainer.policy import Policy
+from trainer.policy import Policy, PolicyOptimizer
 from trainer.preferences import Preference
+from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
-from trainer.sinks import Sink
-from trainer.weights import WeightPublisher
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class Trainer:
             figures["learning_rate"] = self.optimizer.step(step)
         self.step, self.bad_steps = step, 0
         self.inbox.mark_applied(pairs, step)
-        self.unwritten = figures | pair_figures(pairs, policy_version=self.publisher.version)
+        self.unwritten = figures | pair_figures(pairs, weight_version=self.publisher.version)
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
             self.policy.refresh_reference(step)
@@ -120,7 +119,7 @@ class Trainer:
     def _next_pairs(self) -> list[Preference]:
         """Exactly `pairs_per_step` of them; the last ones of a source may be fewer; none means stop."""
         with self.tally.spending("wait"):
-            self.inbox.fill(self.settings.pairs_per_step, policy_version=self.publisher.version)
+            self.inbox.fill(self.settings.pairs_per_step, weight_version=self.publisher.version)
         return [] if self.stop.is_set() else self.inbox.take(self.settings.pairs_per_step)
 
     def _accumulate_gradients(self, pairs: list[Preference]) -> dict[str, float]:
@@ -192,7 +191,7 @@ class Trainer:
         """Needs neither Redis nor the database. Raises TrainingError."""
         state = CheckpointState(
             step=self.step,
-            policy_version=self.publisher.version,
+            weight_version=self.publisher.version,
             reference_step=self.policy.reference_step,
             finished=self.inbox.finished(),
             partial=self.inbox.partial(),
@@ -203,7 +202,7 @@ class Trainer:
         folder = self.checkpoints.write(state, self.policy, self.optimizer)
         self.checkpointed_step, self.num_checkpoints = self.step, state.number
         self.checkpoints.keep_evidence(state)
-        _log.info("checkpoint %s: %d documents finished", folder, len(state.finished))
+        _log.info("checkpoint %s: %d windows finished", folder, len(state.finished))
         return state
 
     def _owed_row(self) -> StepFigures | None:
@@ -211,7 +210,7 @@ class Trainer:
         if self.unwritten is None:
             return None
         figures = self.tally.drain() | self.unwritten  # in this order: it may have been drained into it already
-        return StepFigures(at=time.time(), policy_version=self.publisher.version, figures=figures)
+        return StepFigures(at=time.time(), weight_version=self.publisher.version, figures=figures)
 
     def _save_before_leaving(self) -> None:
         """What made the trainer leave stays the error that is told."""

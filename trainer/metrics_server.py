@@ -14,8 +14,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
 
-from shared.auth import check_bearer, refuse_open_binding
 from shared.errors import AuthError, SettingsError
+from shared.http import check_bearer, refuse_open_binding
 from shared.metrics import registry_of
 from shared.settings import Secrets
 

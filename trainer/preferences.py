@@ -1,4 +1,4 @@
-"""From one scored document to its preference pairs. Pure; called by the inbox for every document it reads.
+"""From one scored window to its preference pairs. Pure; called by the inbox for every window it reads.
 
 | objective | chosen | rejected |
 |---|---|---|
@@ -12,7 +12,7 @@ Equal candidates are one with several kinds (shared/records.py), and it is of ea
   nothing about its worth. By order, the share of chosen rollouts would say how the collector lists candidates.
 - A rollout is drawn evenly over the samples made: one that was sampled twice has twice the chance, as the policy gives
   it twice as often.
-Draws are seeded by run seed, document and chunk, so that a document read again after a crash gives the same pairs in
+Draws are seeded by run seed, window and chunk, so that a window read again after a crash gives the same pairs in
 the same order.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from shared.records import NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredDocument, TokenIds
+from shared.records import NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredWindow, TokenIds
 from shared.settings import Objective
 
 NoPair = Literal["no_preference", "missing"]
@@ -33,15 +33,15 @@ _Choice = tuple[Candidate, Candidate | None]
 class Preference:
     """One chosen suffix, and for DPO a rejected one, after the same raw prefix."""
 
-    document_id: str
+    window_id: str
     trunk: TokenIds
     """The whole window; the prefix is `trunk[:start]`."""
     start: int
     chosen: Candidate
     rejected: Candidate | None
     """None for the NLL objectives."""
-    policy_version: int | None
-    """Oldest weight version among the document's rollouts; None if it has none."""
+    weight_version: int | None
+    """Oldest weight version among the window's rollouts; None if it has none."""
 
     @property
     def suffixes(self) -> tuple[TokenIds, ...]:
@@ -51,7 +51,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one document gives."""
+    """What one window gives."""
 
     pairs: tuple[Preference, ...]
     """In the order of the chunks."""
@@ -62,29 +62,27 @@ class Selection:
     """Chunks without the candidates, or without the judgement, that the objective needs."""
 
 
-def select_pairs(document: ScoredDocument, objective: Objective, *, min_reward_gap: float, seed: int) -> Selection:
-    """The document's pairs: the same for the same document, objective and seed."""
+def select_pairs(window: ScoredWindow, objective: Objective, *, min_reward_gap: float, seed: int) -> Selection:
+    """The window's pairs: the same for the same window, objective and seed."""
     pairs: list[Preference] = []
     without: list[NoPair] = []
-    oldest_version = document.oldest_policy_version
-    for chunk in document.chunks:
-        random = Random(f"{seed}:{document.document_id}:{chunk.start}")
+    oldest_version = window.oldest_weight_version
+    for chunk in window.chunks:
+        random = Random(f"{seed}:{window.window_id}:{chunk.start}")
         choice = _SELECTORS[objective](chunk, random, min_reward_gap)
         if isinstance(choice, str):
             without.append(choice)
             continue
         chosen, rejected = choice
-        pairs.append(
-            Preference(document.document_id, document.token_ids, chunk.start, chosen, rejected, oldest_version)
-        )
-    all_equal = sum(lost.reason == NO_PREFERENCE for lost in document.dropped_chunks)
+        pairs.append(Preference(window.window_id, window.token_ids, chunk.start, chosen, rejected, oldest_version))
+    all_equal = sum(lost.reason == NO_PREFERENCE for lost in window.dropped_chunks)
     return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
 
 
-def rewards_by_kind(document: ScoredDocument) -> dict[CandidateKind, tuple[float, int]]:
+def rewards_by_kind(window: ScoredWindow) -> dict[CandidateKind, tuple[float, int]]:
     """Per kind the sum of rewards and the number of judged candidates, each as often as it was made."""
     sums: dict[CandidateKind, tuple[float, int]] = {}
-    for chunk in document.chunks:
+    for chunk in window.chunks:
         for candidate, reward in _judged(chunk):
             for kind in candidate.kinds:
                 total, count = sums.get(kind, (0.0, 0))
@@ -104,7 +102,7 @@ def _highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: flo
 
 def _highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Choice | NoPair:
     """A gap says nothing here: where all tie, each candidate is as good as the filter can tell. One alone is the best
-    of its pool without a judge (services/collector/pools.py)."""
+    of its pool without a judge (services/collector/collect.py)."""
     if len(chunk.candidates) == 1 and chunk.candidates[0].token_ids:
         return chunk.candidates[0], None
     pool = _judged(chunk)

@@ -1,1 +1,7 @@
-"""The collector: reads documents, calls the three services, writes scored documents to the stream."""
+"""The collector: reads documents, has their chunks rolled out, rewritten and judged, and writes scored windows.
+
+In the order of a document: sources/ -> windows.py -> collect.py -> storage.py. Around it: clients.py (the three
+services), gate.py (back-pressure), leases.py and parts.py (who works on what), service.py (the process).
+
+    python -m services collector --config configs/local.toml --redis.url redis://127.0.0.1:6379
+"""

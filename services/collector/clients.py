@@ -1,10 +1,10 @@
-"""HTTP clients of the three services. Every status is checked; what may pass is tried again, what can't is said.
+"""HTTP clients of the three services. Every status has one consequence:
 
-connection error, timeout, 408 429 502 503 504   tried again with backoff, forever unless max_attempts
-401 403 404 405                                  configuration: SettingsError, which stops the collector
-413, 422 `InvalidRequest`                        the same: a bound that the next window would meet again
-428 of the judge                                 TokenIdsNeededError: JudgeClient asks again with them
-500                                              tried twice more: a bug there may depend on company in a batch
+connection error, timeout, 408 429 502 503 504   retried with back-off, without end unless max_attempts is set
+401 403 404 405                                  wrong configuration: SettingsError, which stops the collector
+413, 422 `InvalidRequest`                        the same: the next window would exceed the same limit
+428 from the judge                               TokenIdsNeededError: JudgeClient sends the request again with token ids
+500                                              retried twice: the bug may depend on what else was in the batch
 other 4xx, unreadable answers                    RefusedRequestError: this window is dropped and counted
 """
 
@@ -28,8 +28,8 @@ from shared.api import (
     RolloutRequest,
     RolloutResponse,
 )
-from shared.auth import authorization_header
 from shared.errors import ServiceError, SettingsError, TokenIdsNeededError
+from shared.http import authorization_header
 from shared.records import Record
 from shared.settings import Settings
 
@@ -48,7 +48,7 @@ _REASONS: dict[Role, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge
 
 
 class RefusedRequestError(ServiceError):
-    """A service will not answer this request; `reason` is the ledger's word for it."""
+    """A service will not answer this request; `reason` is what the ledger counts it under."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message, retryable=False)
@@ -56,7 +56,7 @@ class RefusedRequestError(ServiceError):
 
 
 class _UnavailableError(ServiceError):
-    """One attempt failed in a way that may pass."""
+    """One attempt failed; another may succeed."""
 
     def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(message, retryable=True)
@@ -68,8 +68,7 @@ class _BugError(_UnavailableError):
 
 
 class ServiceClient:
-    """One service, of one replica or several. Safe for many requests at once; knows whether the service was up when
-    last asked."""
+    """One service, with one replica or several. Safe for concurrent requests."""
 
     def __init__(
         self, role: Role, base_urls: Sequence[str], http: httpx.AsyncClient, *, max_backoff_s: float, max_attempts: int
@@ -79,7 +78,7 @@ class ServiceClient:
                 raise SettingsError(f"{role}.url is not an address: expected http://HOST:PORT")
         self.role = role
         self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
-        """Replicas: every attempt goes to the next one, so that a retry meets another than the one that failed."""
+        """Replicas: every attempt goes to the next one, so a retry reaches another replica."""
         self._http = http
         self._max_backoff_s = max_backoff_s
         self._max_attempts = max_attempts
@@ -87,9 +86,9 @@ class ServiceClient:
         """Why the last attempt failed; empty when it succeeded."""
 
     async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
-        """The service's answer, however long it is away. Raises RefusedRequestError or SettingsError, of a judge
-        TokenIdsNeededError too."""
-        # What was left unset is its default: a request of many candidates repeats no empty fields.
+        """The service's answer, however long it is down. Raises RefusedRequestError or SettingsError; from a judge also
+        TokenIdsNeededError."""
+        # Unset fields have their default: leaving them out keeps requests with many candidates short.
         body = request.model_dump_json(exclude_unset=True).encode()
         backoff, attempt, bugs = Backoff(self._max_backoff_s), 0, 0
         while True:
@@ -148,7 +147,7 @@ class ServiceClient:
             first = exc.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(piece) for piece in first["loc"])
             raise RefusedRequestError(
-                f"{self.role} at {url} answered what is no {answer.__name__}: {place}: {first['msg']}",
+                f"{self.role} at {url} answered something that is not a {answer.__name__}: {place}: {first['msg']}",
                 reason=f"{_REASONS[self.role]}_refused",
             ) from exc
 
@@ -159,33 +158,33 @@ class ServiceClient:
         metrics.service_up.labels(self.role).set(1)
 
     def _note_down(self, trouble: str) -> None:
-        """One line when it goes away, none for each retry."""
+        """Logs once when the service goes down, not at every retry."""
         if not self.trouble:
-            _log.warning("%s is away, trying again: %s", self.role, trouble, extra={"service": self.role})
+            _log.warning("%s is down, retrying: %s", self.role, trouble, extra={"service": self.role})
         self.trouble = trouble
         metrics.service_up.labels(self.role).set(0)
 
 
 class MakeJudgementRequest(Protocol):
-    """The same question, with the policy's token ids or without."""
+    """The same request, with the policy's token ids or without."""
 
     def __call__(self, *, with_token_ids: bool) -> JudgementRequest: ...
 
 
 class JudgeClient:
-    """Sends token ids only to a judge that wants them: with them a request is about twice as long.
+    """Sends token ids only to a judge that wants them: they double the length of a request.
 
-        request without ids --> 200, and `wants_token_ids` says how the next one goes
-                            --> 428: the same with ids, and so are those that follow
+        request without ids --> 200, and `wants_token_ids` says how to send the next one
+                            --> 428: the same request again with ids, and the following ones too
 
-    So nobody tells the collector which criteria a judge has, and one that is replaced in mid-run is asked as it wants.
+    So the collector need not know the judge's criteria, and a judge may be replaced during a run.
     """
 
     def __init__(self, client: ServiceClient) -> None:
         self.role = client.role
         self._client = client
         self._wants_token_ids = False
-        """What the judge said last."""
+        """As of its last answer."""
 
     @property
     def trouble(self) -> str:
@@ -217,7 +216,7 @@ class Services:
     rewriter: ServiceClient
     judge: JudgeClient
 
-    async def continue_prefixes(self, request: RolloutRequest) -> RolloutResponse:
+    async def roll_out(self, request: RolloutRequest) -> RolloutResponse:
         return await self.rollout.post("/v1/rollouts", request, RolloutResponse)
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
@@ -228,7 +227,7 @@ class Services:
 
     @property
     def trouble(self) -> dict[str, str]:
-        """What is wrong with services that were down when last asked, by role."""
+        """By role, why its last request failed; services that are up are absent."""
         clients = (self.rollout, self.rewriter, self.judge)
         return {client.role: client.trouble for client in clients if client.trouble}
 
@@ -238,12 +237,12 @@ def http_client(
 ) -> httpx.AsyncClient:
     """One connection pool for all services; every wait is bounded by collector.request_timeout_s."""
     timeout_s = settings.collector.request_timeout_s
-    connections = 3 * settings.collector.max_documents_in_flight
+    connections = 3 * settings.collector.max_windows_in_flight
     return httpx.AsyncClient(
         headers=authorization_header(token),
         timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
-        # A connection for each request: only so do replicas behind one name share the load, latecomers too, and a
-        # service that has closed an idle connection does not look like one that is away. A model takes far longer.
+        # One connection per request: replicas behind one name then share the load, and an idle connection that the
+        # service has closed never looks like a service that is down. Next to a model's time the cost is nothing.
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         transport=transport,
         trust_env=False,

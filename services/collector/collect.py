@@ -1,10 +1,9 @@
-"""The story of one document window: continuations and rewrites at the same time, then the verdict on all of them.
+"""The story of one window: rollouts and rewrites at the same time, then the judge's verdict on all candidates.
 
     window --> rollout ----+
-           --> rewriter ---+--> candidates --> judge --> ScoredDocument
+           --> rewriter ---+--> one pool of candidates per chunk --> judge --> ScoredWindow
 
-Called by parts.py, many windows at once. Nothing here waits but for the three services; how they are asked again
-while they are away is clients.py, what becomes a candidate is pools.py.
+Called by parts.py, many windows at once. It waits only for the three services; clients.py retries while one is down.
 """
 
 import asyncio
@@ -14,43 +13,62 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from services.collector.clients import RefusedRequestError, Services
-from services.collector.failures import first_error
-from services.collector.pools import MIN_JUDGED, Pool, Verdict, build_pools, count_chunks, judgement_item, sort_chunks
-from services.collector.preparing import Window
-from services.collector.seeds import seed_of
-from services.collector.texts import WindowText
+from services.collector.windows import Window, WindowText
+from services.concurrency import first_error
 from shared import metrics
-from shared.api import JudgementFailure, JudgementRequest, Rewrite, RewriteItem, RewriteRequest, Rollout, RolloutRequest
-from shared.records import NO_PREFERENCE, DroppedChunk, ScoredDocument
-from shared.settings import ScheduleStage, Settings
+from shared.api import (
+    JudgedText,
+    JudgementFailure,
+    JudgementItem,
+    JudgementRequest,
+    Rewrite,
+    RewriteItem,
+    RewriteRequest,
+    Rollout,
+    RolloutRequest,
+)
+from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, ScoredWindow, TokenIds
+from shared.seeds import seed_of
+from shared.settings import JUDGED_OBJECTIVES, Objective, ScheduleStage, Settings
 
 
 @dataclass(frozen=True)
 class DroppedWindow:
-    """A window that can't be scored: its reason in the ledger, and the whole sentence."""
+    """A window that can't be scored: a reason to count by, and the whole sentence."""
 
     reason: str
     detail: str
 
 
+Pool = tuple[Candidate, ...]
+"""The distinct candidates of one chunk, in the order original, rewrite, rollouts."""
+
+
+Verdict = Judgement | JudgementFailure
+
+
+MIN_JUDGED = 2
+"""Different candidates: one can't be preferred to itself."""
+
+
 async def collect(
     window: Window, text: WindowText, *, stage: ScheduleStage, services: Services, settings: Settings
-) -> ScoredDocument | DroppedWindow:
+) -> ScoredWindow | DroppedWindow:
     """The window with its chunks scored. `text` is that of the window."""
     if not window.chunks:
         return _nothing_scored(window.dropped)
-    asking = _Asking(window, text, services, settings, seconds={})
+    requests = _Requests(window, text, services, settings, seconds={})
     try:
-        rollouts, rewrites = await asking.generate(stage)
+        rollouts, rewrites = await requests.generate(stage)
         pools = build_pools(window, text, stage=stage, rewrites=rewrites, rollouts=rollouts)
-        verdicts = await asking.judge(pools) if settings.needs_judge else {}
+        verdicts = await requests.judge(pools) if settings.needs_judge else {}
     except RefusedRequestError as exc:
         return DroppedWindow(exc.reason, str(exc))
     scored, dropped = sort_chunks(window, pools, verdicts, objective=settings.trainer.objective)
     count_chunks(scored, dropped)
     if not scored:
         return _nothing_scored(dropped)
-    return ScoredDocument(
+    return ScoredWindow(
         run_id=settings.run.name,
         key=window.key,
         source_id=window.source_id,
@@ -59,13 +77,13 @@ async def collect(
         dropped_chunks=tuple(dropped),
         read_at=window.read_at,
         scored_at=time.time(),
-        seconds=asking.seconds,
+        seconds=requests.seconds,
     )
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """The requests for one window. Seeds come from its key: a window that is redone asks the same again."""
+class _Requests:
+    """The requests for one window. Seeds come from its key, so a window that is redone sends the same requests."""
 
     window: Window
     text: WindowText
@@ -84,7 +102,7 @@ class _Asking:
         return rollouts.result(), rewrites.result()
 
     async def judge(self, pools: Sequence[Pool]) -> dict[int, Verdict]:
-        """Verdicts by index of the chunk; a chunk with nothing to compare is not shown to the judge."""
+        """Verdicts by chunk index; a chunk with nothing to compare is not sent to the judge."""
         asked = [index for index, pool in enumerate(pools) if len(pool) >= MIN_JUDGED]
         if not asked:
             return {}
@@ -122,7 +140,7 @@ class _Asking:
             seed=self._seed("rollout"),
         )
         with self._timed("generate"):
-            answer = await self.services.continue_prefixes(request)
+            answer = await self.services.roll_out(request)
         _expect("rollout", "chunks", len(answer.rollouts), len(self.window.chunks))
         for group in answer.rollouts:
             _expect("rollout", "rollouts of a chunk", len(group), num_rollouts)
@@ -169,6 +187,134 @@ async def _nothing() -> Sequence[Rewrite]:
 
 
 def _expect(role: str, what: str, found: int, expected: int) -> None:
-    """An answer of another shape than its request is refused, never padded."""
+    """Refuse an answer whose shape does not fit the request."""
     if found != expected:
         raise RefusedRequestError(f"{role} answered {found} {what}, expected {expected}", reason=f"{role}_refused")
+
+
+def build_pools(
+    window: Window,
+    text: WindowText,
+    *,
+    stage: ScheduleStage,
+    rewrites: Sequence[Rewrite],
+    rollouts: Sequence[Sequence[Rollout]],
+) -> list[Pool]:
+    """One pool per chunk. `rewrites` and `rollouts` are empty where the stage asks for none."""
+    pools = []
+    for index, chunk in enumerate(window.chunks):
+        pool: list[Candidate] = []
+        if "original" in stage.kinds:
+            ids = window.token_ids[chunk.start : chunk.end]
+            pool.append(Candidate(kinds=("original",), token_ids=ids, text=text.suffix(index)))
+        if rewrites and (rewritten := _rewrite(rewrites[index], chunk.num_tokens)):
+            pool.append(rewritten)
+        if rollouts:
+            pool.extend(found for rollout in rollouts[index] if (found := _rollout(rollout, chunk.num_tokens)))
+        pools.append(_merged(pool))
+    return pools
+
+
+def _rewrite(rewrite: Rewrite, max_tokens: int) -> Candidate | None:
+    reason = rewrite.refusal or _unusable(rewrite.token_ids, max_tokens)
+    if reason:
+        metrics.candidates_absent_total.labels("rewrite", reason).inc()
+        return None
+    return Candidate.model_construct(
+        kinds=("rewrite",),
+        token_ids=rewrite.token_ids,
+        text=rewrite.text,
+        weight_version=None,
+        finish_reason=rewrite.finish_reason,
+    )
+
+
+def _rollout(rollout: Rollout, max_tokens: int) -> Candidate | None:
+    reason = rollout.refusal or _unusable(rollout.token_ids, max_tokens)
+    if reason:
+        metrics.candidates_absent_total.labels("rollout", reason).inc()
+        return None
+    return Candidate.model_construct(
+        kinds=("rollout",),
+        token_ids=rollout.token_ids,
+        text=rollout.text,
+        weight_version=rollout.weight_version,
+        finish_reason=rollout.finish_reason,
+    )
+
+
+def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
+    """Why there is nothing to train on; empty when there is."""
+    if not token_ids:
+        return "empty"
+    return "overlong" if len(token_ids) > max_tokens else ""
+
+
+def _merged(made: Sequence[Candidate]) -> Pool:
+    """Text and finish reason are those of the first of each."""
+    by_tokens: dict[TokenIds, list[Candidate]] = {}
+    for candidate in made:
+        by_tokens.setdefault(candidate.token_ids, []).append(candidate)
+    return tuple(equal[0] if len(equal) == 1 else _one(equal) for equal in by_tokens.values())
+
+
+def _one(equal: Sequence[Candidate]) -> Candidate:
+    versions = [candidate.weight_version for candidate in equal if candidate.weight_version is not None]
+    kinds = tuple(kind for candidate in equal for kind in candidate.kinds)
+    return equal[0].model_copy(update={"kinds": kinds, "weight_version": min(versions, default=None)})
+
+
+def judgement_item(window: Window, index: int, text: WindowText, pool: Pool, *, with_token_ids: bool) -> JudgementItem:
+    """What the judge is shown of one chunk: the kinds are withheld."""
+    span = text.spans[index]
+    if not with_token_ids:
+        texts = tuple(JudgedText.model_construct(text=candidate.text) for candidate in pool)
+        return JudgementItem.model_construct(start=span.start, end=span.end, candidates=texts)
+    candidates = tuple(
+        JudgedText.model_construct(text=candidate.text, token_ids=candidate.token_ids) for candidate in pool
+    )
+    token_start = window.chunks[index].start
+    return JudgementItem.model_construct(start=span.start, end=span.end, candidates=candidates, token_start=token_start)
+
+
+def sort_chunks(
+    window: Window, pools: Sequence[Pool], verdicts: Mapping[int, Verdict], *, objective: Objective
+) -> tuple[list[ScoredChunk], list[DroppedChunk]]:
+    """Chunks to train on, and those dropped with their reasons. `verdicts` by index of the chunk."""
+    scored, dropped = [], [*window.dropped]
+    for index, (chunk, pool) in enumerate(zip(window.chunks, pools, strict=True)):
+        verdict = verdicts.get(index)
+        if not _is_enough(pool, objective):
+            dropped.append(DroppedChunk(start=chunk.start, reason=_why_too_few(pool)))
+        elif isinstance(verdict, JudgementFailure):
+            dropped.append(DroppedChunk(start=chunk.start, reason=verdict.reason))
+        else:
+            scored.append(ScoredChunk(start=chunk.start, candidates=pool, judgement=verdict))
+    return scored, dropped
+
+
+def _is_enough(pool: Pool, objective: Objective) -> bool:
+    """A lone candidate is the best of its pool, which is enough for `rf_nll`: most rollouts of a policy from scratch
+    can't be shown. But a policy must not train on its own rollout unjudged."""
+    if len(pool) == 1 and objective in JUDGED_OBJECTIVES:
+        return objective == "rf_nll" and set(pool[0].kinds) != {"rollout"}
+    return len(pool) > 0
+
+
+def _why_too_few(pool: Pool) -> str:
+    num_made = sum(len(candidate.kinds) for candidate in pool)
+    return NO_PREFERENCE if num_made >= MIN_JUDGED else "too_few_candidates"
+
+
+def count_chunks(scored: Sequence[ScoredChunk], dropped: Sequence[DroppedChunk]) -> None:
+    """Into the metrics."""
+    metrics.chunks_scored_total.inc(len(scored))
+    for lost in dropped:
+        metrics.chunks_dropped_total.labels(lost.reason).inc()
+    for chunk in scored:
+        rewards = chunk.judgement.rewards if chunk.judgement else ()
+        for index, candidate in enumerate(chunk.candidates):
+            for kind in candidate.kinds:
+                metrics.candidates_total.labels(kind).inc()
+                if rewards:
+                    metrics.candidate_reward_sum.labels(kind).inc(max(0.0, rewards[index]))

@@ -1,16 +1,22 @@
 """Back-pressure: a window starts only while there is room for it.
 
-    who blocks      `enter`, while max_documents_in_flight windows are at work, or in flight + unread on the stream
-                    has reached max_backlog
-    who unblocks    `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
+    RunWatch.look   reads the stream's backlog, the weight version and the trainer's state from Redis, 5 times a second
+    Gate blocks     `enter`, while max_windows_in_flight windows are in work, or in flight + unread >= max_backlog
+    Gate unblocks   `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
 
-A written window counts as unread at once (`note_written`, before its `leave`), so that between two looks at the
-stream the sum never falls by itself.
+A written window counts as unread at once (`note_written`, before its `leave`), so the sum does not drop between two
+looks at the stream.
 """
 
 import asyncio
+import contextlib
 
+from services.collector.storage import Storage
 from shared import metrics
+from shared.coordination import TrainerReport
+from shared.errors import StreamError
+
+_INTERVAL_S = 0.2
 
 
 class Gate:
@@ -28,10 +34,10 @@ class Gate:
         """Take a place; give it back by `leave`."""
         await self.wait_open()
         self.in_flight += 1  # no await since the check: two waiters can't take the same place
-        metrics.documents_in_flight.set(self.in_flight)
+        metrics.windows_in_flight.set(self.in_flight)
 
     async def wait_open(self) -> None:
-        """Until there is a place, without taking it: nothing is read far ahead of the work."""
+        """Until there is a place, without taking it, so that reading does not run ahead."""
         while not self.is_open:
             self._changed.clear()
             await self._changed.wait()
@@ -42,7 +48,7 @@ class Gate:
 
     def leave(self) -> None:
         self.in_flight -= 1
-        metrics.documents_in_flight.set(self.in_flight)
+        metrics.windows_in_flight.set(self.in_flight)
         self._changed.set()
 
     def note_written(self) -> None:
@@ -55,7 +61,50 @@ class Gate:
         return self._num_written
 
     def note_backlog(self, unread: int, *, written_before: int) -> None:
-        """What the stream said. Windows written since that look began may be missing in it, so they are added: the
-        sum may be a little high until the next look, never too low."""
+        """The stream's count. Windows written since that look began may be missing in it and are added, so the sum may
+        be a little high until the next look, never too low."""
         self.unread = unread + self._num_written - written_before
         self._changed.set()
+
+
+class RunWatch:
+    """Runs beside the work. While Redis is down, the last values stay."""
+
+    def __init__(
+        self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, weight_version: int
+    ) -> None:
+        self._storage = storage
+        self._gate = gate
+        self._num_parts = num_parts
+        self._extent = extent
+        self._steps = steps
+        self.weight_version = weight_version
+        """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none,
+        and the schedule must not start over."""
+        self.finished = asyncio.Event()
+        """The trainer needs nothing more."""
+
+    async def run(self) -> None:
+        while not self.finished.is_set():
+            with contextlib.suppress(StreamError):  # logged by storage; the next look may succeed
+                await self.look()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def look(self) -> None:
+        """Raises StreamError."""
+        written_before = self._gate.num_written
+        seen = await self._storage.look()
+        self._gate.note_backlog(seen.backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(seen.backlog.unread)
+        metrics.stream_pending.set(seen.backlog.pending)
+        self.weight_version = max(self.weight_version, seen.weight_version)
+        if seen.trainer and await self._is_finished(seen.trainer):
+            self.finished.set()
+
+    async def _is_finished(self, report: TrainerReport) -> bool:
+        """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""
+        if report.state != "finished":
+            return False
+        return report.step >= self._steps or await self._storage.source_exhausted(
+            num_parts=self._num_parts, extent=self._extent
+        )

@@ -1,11 +1,11 @@
-"""Leases on parts of the source: takes free parts, renews them, and stops the work on a part whose lease was lost.
+"""Leases on parts of the source: acquire free parts, renew them, stop work on a part whose lease is lost.
 
-    every lease_s / 3:  renew all  ->  lost: cancel that part's work at once
-                        acquire    ->  free (or freed by a dead collector): fence it (shared/leases.py), start its work
+    every lease_s / 3:  renew all  ->  lost: cancel the work on that part at once
+                        acquire    ->  free: fence it off (see `Lease` in shared/records.py) and start working on it
 
-A process that was frozen past its lease may learn of it by a refused write before its next renewal; then the work on
-the part ends by itself. After an outage of Redis the first turn only renews, so that each collector can take up again
-what it held. A part whose documents have ended stays leased until this process ends: nobody needs to look at it again.
+A process that was frozen past its lease may learn of the loss from a refused write before its next renewal; then the
+work on the part ends there. After a Redis outage the first turn only renews, so each collector keeps what it held. A
+part whose documents have ended stays leased until the process ends.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from services.collector.storage import Storage
 from shared import metrics
 from shared.errors import FencedError, StreamError
-from shared.leases import Lease
+from shared.records import Lease
 
 _log = logging.getLogger(__name__)
 _RELEASE_TIMEOUT_S = 2.0
@@ -24,7 +24,7 @@ _RELEASE_TIMEOUT_S = 2.0
 
 @dataclass
 class _Held:
-    """A part whose key in Redis is ours."""
+    """A part whose lease key is ours."""
 
     work: asyncio.Task[None]
     epoch: int | None = None
@@ -53,7 +53,7 @@ class LeaseKeeper:
         self._held: dict[int, _Held] = {}
 
     async def run(self) -> None:
-        """Until cancelled, or until the work on a part fails. Gives its leases back in the end."""
+        """Until cancelled, or until the work on a part fails. Releases its leases at the end."""
         try:
             async with asyncio.TaskGroup() as group:
                 reached = True
@@ -63,7 +63,7 @@ class LeaseKeeper:
                         if reached:
                             await self._acquire(group)
                         reached = True
-                    except StreamError:  # logged by storage; nobody else reaches Redis to take our parts either
+                    except StreamError:  # logged by storage; no other collector reaches Redis to take our parts either
                         reached = False
                     await asyncio.sleep(self._lease_s / 3)
         finally:
@@ -71,8 +71,7 @@ class LeaseKeeper:
 
     async def _renew(self, group: asyncio.TaskGroup) -> None:
         epochs = {part: held.epoch for part, held in self._held.items()}
-        renew = self._storage.coordination.renew_leases
-        kept = await self._storage.leases(lambda: renew(epochs, self._owner, lease_s=self._lease_s))
+        kept = await self._storage.renew_leases(epochs, self._owner, lease_s=self._lease_s)
         for part in epochs.keys() - kept:
             if held := self._held.pop(part, None):
                 held.work.cancel()
@@ -83,8 +82,7 @@ class LeaseKeeper:
     async def _acquire(self, group: asyncio.TaskGroup) -> None:
         free = [part for part in range(self._num_parts) if part not in self._held]
         room = self._max_parts - len(self._held)
-        acquire = self._storage.coordination.acquire_leases
-        for part in await self._storage.leases(lambda: acquire(free, self._owner, room=room, lease_s=self._lease_s)):
+        for part in await self._storage.acquire_leases(free, self._owner, room=room, lease_s=self._lease_s):
             _log.info("took part %d of %d", part, self._num_parts)
             self._held[part] = _Held(group.create_task(self._work_on(part), name=f"part-{part}"))
         metrics.leased_parts.set(len(self._held))
@@ -102,18 +100,13 @@ class LeaseKeeper:
                 await self._note_loss(part, str(exc))
 
     async def _note_loss(self, part: int, why: str) -> None:
-        message = f"part {part} is given up, its unfinished windows are another collector's: {why}"
+        message = f"part {part} is given up, another collector finishes its windows: {why}"
         _log.warning(message)
-        ledger = self._storage.ledger
-        await self._storage.database(lambda: ledger.record_event("collector", "lease_lost", message, part=part))
+        await self._storage.record_event("lease_lost", message, part=part)
 
     async def _release(self, parts: Sequence[int]) -> None:
-        def release() -> None:
-            for part in parts:
-                self._storage.coordination.release_lease(part, self._owner)
-
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                await self._storage.leases(release)
+                await self._storage.release_leases(parts, self._owner)
         except (StreamError, TimeoutError):
-            _log.warning("leases could not be given back; they end by themselves after %g s", self._lease_s)
+            _log.warning("leases could not be released; they expire after %g s", self._lease_s)

@@ -1,9 +1,9 @@
-"""The work on one leased part of the source: first what an earlier collector left unfinished, then on from there.
+"""The work on one leased part of the source: redo what an earlier collector left unfinished, then read on.
 
-    redo unfinished windows -> read on -> (end of the source) next epoch ... -> mark the part exhausted
+    unfinished windows -> read on -> (end of the source) next epoch ... -> mark the part exhausted
 
-Reading is one loop per part; every window then is a task of its own. The loop blocks at the gate (gate.py) until a
-window has left it or the trainer has read. Called by leases.py, which cancels it when the lease is lost.
+One loop per part reads; every window is then its own task. The loop blocks at the gate (gate.py) until a window leaves
+or the trainer reads. Called by leases.py, which cancels it when the lease is lost.
 """
 
 import asyncio
@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 
 from services.collector.clients import Services
 from services.collector.collect import DroppedWindow, collect
-from services.collector.failures import first_error
-from services.collector.gate import Gate
-from services.collector.preparing import Preparer, Window
+from services.collector.gate import Gate, RunWatch
 from services.collector.sources.base import Document, Refusal, Source
 from services.collector.storage import Storage
-from services.collector.watch import RunWatch
+from services.collector.windows import Window, WindowMaker
+from services.concurrency import first_error
 from shared import metrics
 from shared.errors import SourceError
-from shared.leases import Lease
 from shared.ledger import Position
-from shared.records import DocumentKey
+from shared.records import Lease, WindowKey
 from shared.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -33,24 +31,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PartWorker:
-    """Shared by all parts of one collector; `run` is one part's life."""
+    """Shared by all parts of one collector; `run` works on one part."""
 
     settings: Settings
     source: Source
-    preparer: Preparer
+    maker: WindowMaker
     services: Services
     storage: Storage
     gate: Gate
     watch: RunWatch
     extent: str
     """What the end of a part is true for (Ledger.extent)."""
-    # Threads of its own, not the event loop's: that one waits for its threads in the end, and a source may hang.
+    # Not the event loop's threads: it waits for those when it closes, and a source may hang.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))
 
     async def run(self, lease: Lease) -> None:
-        """Until the part has no more documents. Raises SourceError when it never gives any, FencedError once another
-        collector has taken it."""
+        """Until the part has no more documents. Raises SourceError if the source gave no usable document at all, and
+        FencedError once another collector has taken the part."""
         try:
             async with asyncio.TaskGroup() as windows:
                 await self._redo(lease, windows)
@@ -62,7 +60,7 @@ class PartWorker:
     async def _redo(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
         part, left = lease.part, await self.storage.left_over(lease)
         if left:
-            _log.info("part %d: %d positions are unfinished and worked on again", part, len(left))
+            _log.info("part %d: %d unfinished positions, working on them again", part, len(left))
         for epoch in sorted({position.epoch for position in left}):
             wanted = {position.position: found for position, found in left.items() if position.epoch == epoch}
             async for item in self._items(part, epoch, min(wanted)):
@@ -96,8 +94,8 @@ class PartWorker:
 
     async def _drop_missing(self, lease: Lease, epoch: int, position: int, numbers: set[int]) -> None:
         for number in sorted(numbers):
-            key = DocumentKey(part=lease.part, epoch=epoch, position=position, window=number)
-            detail = f"window {key} was read before, but the source or its settings have changed: it is there no more"
+            key = WindowKey(part=lease.part, epoch=epoch, position=position, window=number)
+            detail = f"window {key} was read before, but the source or its settings have changed: it is gone"
             await self.storage.drop(key, lease, reason="source_changed", detail=detail, source_id="")
 
     async def _read_on(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
@@ -141,13 +139,13 @@ class PartWorker:
 
     async def _prepare(self, document: Document, part: int, epoch: int) -> list[Window]:
         def prepare() -> list[Window]:
-            return self.preparer.windows(document, part=part, epoch=epoch)
+            return self.maker.windows(document, part=part, epoch=epoch)
 
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
 
     async def _refuse(self, item: Refusal, lease: Lease, epoch: int) -> None:
-        key = DocumentKey(part=lease.part, epoch=epoch, position=item.position, window=0)
-        metrics.documents_read_total.inc()
+        key = WindowKey(part=lease.part, epoch=epoch, position=item.position, window=0)
+        metrics.windows_read_total.inc()
         await self.storage.drop(key, lease, reason=item.reason, detail=item.detail, source_id=item.place)
 
     async def _start(self, window: Window, lease: Lease, windows: asyncio.TaskGroup) -> None:
@@ -155,13 +153,13 @@ class PartWorker:
         windows.create_task(self._work(window, lease), name=f"window-{window.key}")
 
     async def _work(self, window: Window, lease: Lease) -> None:
-        """One window from reading to its end. Its place at the gate is given back only when the ledger knows."""
+        """One window to its end. It leaves the gate only after the ledger knows its outcome."""
         try:
-            show = self.preparer.tokenizer.show
+            show = self.maker.tokenizer.show
             text = await asyncio.get_running_loop().run_in_executor(
                 self._tokenizing, lambda: show(window.token_ids, window.chunks)
             )
-            stage = self.settings.collector.stage_at(self.watch.policy_version)
+            stage = self.settings.collector.stage_at(self.watch.weight_version)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
                 await self.storage.drop(
@@ -176,16 +174,15 @@ class PartWorker:
 
     async def _end(self, lease: Lease) -> None:
         """All windows of the part are on the stream or dropped."""
-        balance = await self.storage.database(self.storage.ledger.balance)
-        coordination, extent = self.storage.coordination, self.extent
-        ended = await self.storage.redis(lambda: coordination.exhausted_parts(extent=extent))
+        balance = await self.storage.balance()
+        ended = await self.storage.exhausted_parts(extent=self.extent)
         is_last = ended | {lease.part} >= set(range(self.settings.documents.num_parts))
         if is_last and balance.read == sum(balance.dropped.values()):
             raise SourceError(
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.redis(lambda: coordination.mark_exhausted(lease, extent=extent))
+        await self.storage.mark_exhausted(lease, extent=self.extent)
         _log.info("part %d has no more documents", lease.part)
 
     def close(self) -> None:

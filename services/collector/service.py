@@ -1,44 +1,48 @@
-"""Assembles the collector from settings and runs it until the trainer has finished or a signal comes.
+"""The collector process: built from settings, runs until the trainer has finished or a signal comes.
 
-    main task: wait for the first of   signal | trainer finished | a failure
-    beside it: health server, run watch (watch.py), leases (leases.py) -> parts (parts.py) -> windows (collect.py)
+    main task   waits for the first of: signal, trainer finished, failure
+    beside it   health server, RunWatch (gate.py), leases (leases.py) -> parts (parts.py) -> windows (collect.py)
 
-Every task belongs to a group that is cancelled in the end. Unfinished windows stay `reading` in the ledger, which is
-"in flight": the next collector does them again.
+All tasks belong to one group that is cancelled at the end. Unfinished windows stay `reading` in the
+ledger, and the next collector works on them again.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets as random_names
 import signal
 import socket
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from services.collector.app import build, health_server
+import uvicorn
+from fastapi import FastAPI
+
+from services.app import create_app
 from services.collector.clients import Services, build_services, http_client
-from services.collector.failures import first_error
-from services.collector.gate import Gate
+from services.collector.gate import Gate, RunWatch
 from services.collector.leases import LeaseKeeper
 from services.collector.parts import PartWorker
-from services.collector.preparing import Preparer
-from services.collector.recording import Recorder
 from services.collector.sources.base import Source
-from services.collector.sources.opening import open_source
-from services.collector.storage import Storage
-from services.collector.texts import PolicyTokenizer
-from services.collector.watch import RunWatch
-from shared.auth import refuse_open_binding
+from services.collector.sources.source import open_source
+from services.collector.storage import Recorder, Storage
+from services.collector.windows import PolicyTokenizer, WindowMaker
+from services.concurrency import first_error
+from shared.api import Readiness
 from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
+from shared.database import open_database
 from shared.errors import SettingsError
+from shared.http import refuse_open_binding
 from shared.ledger import Ledger
-from shared.manifest import Manifest
+from shared.redis import connect
+from shared.runs import Manifest
 from shared.settings import Secrets, Settings
-from shared.stream import DocumentStream, connect
+from shared.stream import WindowStream
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +66,20 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
         _log.info("stopped by a signal; unfinished windows are done again by the next collector")
 
 
+async def run_collector(settings: Settings, secrets: Secrets) -> None:
+    """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
+    state = _State()
+    server = health_server(build(secrets, state.trouble), host=settings.collector.host, port=settings.collector.port)
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve())
+            await _collect_windows(settings, secrets, state)
+            server.should_exit = True
+            await serving
+    except BaseExceptionGroup as failures:
+        raise first_error(failures) from failures
+
+
 @dataclass
 class _State:
     """What /readyz and /status tell."""
@@ -80,21 +98,7 @@ class _State:
         return found | {f"{name} is away": reason for name, reason in away.items()}
 
 
-async def run_collector(settings: Settings, secrets: Secrets) -> None:
-    """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
-    state = _State()
-    server = health_server(build(secrets, state.trouble), host=settings.collector.host, port=settings.collector.port)
-    try:
-        async with asyncio.TaskGroup() as group:
-            serving = group.create_task(server.serve())
-            await _collect_documents(settings, secrets, state)
-            server.should_exit = True
-            await serving
-    except BaseExceptionGroup as failures:
-        raise first_error(failures) from failures
-
-
-async def _collect_documents(settings: Settings, secrets: Secrets, state: _State) -> None:
+async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) -> None:
     async with AsyncExitStack() as stack:
         loading = ThreadPoolExecutor(1, "loading")
         stack.callback(loading.shutdown, wait=False, cancel_futures=True)
@@ -108,19 +112,17 @@ async def _collect_documents(settings: Settings, secrets: Secrets, state: _State
         extent = await _adopt_source(settings, storage, await loop.run_in_executor(loading, source.manifest))
         http = await stack.enter_async_context(http_client(settings, token=secrets.token))
         services = build_services(settings, http)
-        gate = Gate(
-            max_in_flight=settings.collector.max_documents_in_flight, max_backlog=settings.collector.max_backlog
-        )
+        gate = Gate(max_in_flight=settings.collector.max_windows_in_flight, max_backlog=settings.collector.max_backlog)
         watch = RunWatch(
             storage,
             gate,
             num_parts=settings.documents.num_parts,
             extent=extent,
             steps=settings.trainer.steps,
-            policy_version=await storage.database(storage.ledger.newest_weight_version),
+            weight_version=await storage.newest_weight_version(),
         )
-        preparer = Preparer(tokenizer, settings.chunks, settings.run.seed)
-        worker = PartWorker(settings, source, preparer, services, storage, gate, watch, extent)
+        maker = WindowMaker(tokenizer, settings.chunks, settings.run.seed)
+        worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
         stack.callback(worker.close)
         state.others += [services, source]
         state.starting = False
@@ -159,7 +161,7 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
     ledger = Ledger(open_database(settings.database_url), settings.run.name)
     return Storage(
-        stream=DocumentStream(client, settings.run.name),
+        stream=WindowStream(client, settings.run.name),
         coordination=Coordination(client, settings.run.name),
         ledger=ledger,
         recorder=Recorder(ledger, tokenizer, settings.collector.record_share),
@@ -168,14 +170,48 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
 
 
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    ledger = storage.ledger
-    await storage.database(lambda: migrate(ledger.engine))
-    await storage.database(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
-    await storage.redis(storage.stream.create)
+    await storage.open_run(without_passwords(settings).model_dump(mode="json"))
 
 
 async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
     """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
-    ledger = storage.ledger
-    await storage.database(lambda: ledger.adopt_source(manifest))
-    return await storage.database(lambda: ledger.extent(max_epochs=settings.documents.max_epochs))
+    return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
+
+
+_MAX_REQUEST_BYTES = 65_536
+
+
+_DESCRIPTION = "Reads documents, has their chunks continued, rewritten and judged, and writes them on the stream."
+
+
+def build(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> FastAPI:
+    """`trouble()` says at once what keeps the collector from its work: in a few words, each with the whole sentence."""
+
+    def readiness() -> Readiness:
+        found = trouble()
+        return Readiness(ready=not found, service="collector", detail="; ".join(found.values()))
+
+    return create_app(
+        service="collector",
+        title="Headwater collector",
+        description=_DESCRIPTION,
+        secrets=secrets,
+        readiness=readiness,
+        summary=lambda: "; ".join(trouble()),
+        max_request_bytes=_MAX_REQUEST_BYTES,
+    )
+
+
+class HealthServer(uvicorn.Server):
+    """Serves beside the work and leaves signals to it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def health_server(app: FastAPI, *, host: str, port: int) -> HealthServer:
+    config = uvicorn.Config(
+        app, host=host, port=port, lifespan="off", log_config=None, access_log=False, server_header=False
+    )
+    return HealthServer(config)

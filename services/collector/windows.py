@@ -1,34 +1,38 @@
-"""Cuts a document's tokens into windows and their chunks. Pure. Called by preparing.py.
+"""From a document to its windows: tokenize, cut, show. Called by parts.py; blocking, so from a thread.
+
+    document --encode--> tokens --Cutter--> spans --WindowMaker--> Window --PolicyTokenizer.show--> WindowText
 
     document  |--------------------------- tokens ---------------------------|
     window 0  [BOS . prefix . |chunk|chunk|chunk|chunk]
     window 1                           [BOS . overlap . |chunk|chunk|tail]
 
-Chunks follow each other without a gap from the first one of a window to its last one. The first one starts where there
-is a prefix of `min_prefix_tokens`, and behind what windows before have cut: at the end of the overlap. A window that
-ends for its length ends with its last chunk, so that the next one goes on right there. Context only, in no chunk:
+The chunks of a window are contiguous. The first one starts as soon as it has a prefix of `min_prefix_tokens`, but never
+before the end of what earlier windows have cut. A window that is cut for its length ends with its last chunk, and the
+next one continues there. Two stretches are context only:
 
-- the first `min_prefix_tokens` of a document, and those of a window that are more than the overlap,
-- a document's last tokens, if they are fewer than `min_suffix_tokens`. A window without any chunk is none.
+- the first `min_prefix_tokens` of a document, and of a window whatever lies before its first chunk,
+- the last tokens of a document if they are fewer than `min_suffix_tokens`.
 
-Nothing is cut inside a character. A chunk's end moves back to where one begins, which takes at most 3 tokens, so a
-chunk may be shorter than `suffix_tokens`, never longer; a first start moves forward. Where no character begins so near
-(ready ids of broken bytes) the cut stays where it is, and such a chunk is refused by preparing.py.
+No cut falls inside a UTF-8 character. A chunk's end moves back, by 3 tokens at most, so a chunk may be shorter than
+`suffix_tokens`, never longer; a start moves forward. Where no character begins that near (ready ids of broken bytes)
+the cut stays, and the chunk is dropped as `broken_text`.
+
+Example: 10 tokens, context_tokens 10, min_prefix_tokens 4, suffix_tokens 3, min_suffix_tokens 2, no BOS:
+one window 0:10 with chunks 4:7 and 7:10.
 """
 
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from services.collector.seeds import seed_of
-from shared.records import DocumentKey
+from services.collector.sources.base import Document
+from services.tokenizer import TokenCodec, load_tokenizer
+from shared.api import TextFlaw
+from shared.records import DroppedChunk, WindowKey
+from shared.seeds import seed_of
 from shared.settings import ChunksSettings
-
-MAX_MOVED_TOKENS = 3
-"""A UTF-8 character has at most four bytes, so one begins at most three tokens away."""
-
-BeginsCharacter = Callable[[int], bool]
-"""Whether a document may be cut before this one of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,108 @@ class Chunk:
     def num_tokens(self) -> int:
         """What bounds its candidates: summed log-probs of unequal lengths say little about which is better."""
         return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a document, about to become a `ScoredWindow`."""
+
+    key: WindowKey
+    source_id: str
+    token_ids: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    read_at: float
+    dropped: tuple[DroppedChunk, ...] = ()
+    """Chunks that can't be shown truthfully, with the reason."""
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """A chunk's suffix in characters of its window's text: `text[start:end]`."""
+
+    start: int
+    end: int
+    begins_text: bool = False
+    """No text comes before it, at most a BOS."""
+    ends_document: bool = False
+    """Its last token is an end-of-text, which is not in the text."""
+
+
+@dataclass(frozen=True)
+class WindowText:
+    """The text of one window, and where each chunk's suffix lies in it."""
+
+    text: str
+    spans: tuple[TextSpan, ...]
+    """One per chunk of the window, in their order."""
+
+    def prefix(self, index: int) -> str:
+        """All text before chunk `index`'s suffix."""
+        return self.text[: self.spans[index].start]
+
+    def suffix(self, index: int) -> str:
+        return self.text[self.spans[index].start : self.spans[index].end]
+
+
+class PolicyTokenizer:
+    """From a folder or a Hugging Face name; SettingsError if there is none."""
+
+    def __init__(self, source: str) -> None:
+        tokenizer = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
+        self.vocabulary_size = len(tokenizer)
+        self._codec = TokenCodec(tokenizer)
+        self.begins_character = self._codec.begins_character
+        self.encode = self._codec.encode
+        self.decode = self._codec.decode
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What every window begins with: the BOS of a tokenizer that puts one before every text."""
+        return () if self._codec.beginning is None else (self._codec.beginning,)
+
+    def as_document(self, token_ids: tuple[int, ...], *, end_of_text: bool) -> tuple[int, ...]:
+        """Without BOS, as every window gets one; with the end-of-text at the end, if the tokenizer has one."""
+        while token_ids and token_ids[:1] == self.opening:
+            token_ids = token_ids[1:]
+        end = self._codec.end
+        if not end_of_text or end is None or not token_ids or token_ids[-1] == end:
+            return token_ids
+        return (*token_ids, end)
+
+    def flaw(self, token_ids: Sequence[int], chunk: Chunk) -> TextFlaw:
+        """Why text can't show all of the chunk's suffix; empty if it can."""
+        if not self.begins_character(token_ids[chunk.start]):
+            return "broken_text"
+        if chunk.end < len(token_ids) and not self.begins_character(token_ids[chunk.end]):
+            return "broken_text"
+        return self._codec.stretch(token_ids, chunk.start, chunk.end).flaw
+
+    def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
+        """Prefix + suffix of each chunk is the text of the raw window.
+
+        The stretches between the chunks' borders are decoded one by one, each after the tokens before it.
+        """
+        cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
+        texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]
+        place = dict(zip(cuts, accumulate(map(len, texts), initial=0), strict=True))
+        spans = tuple(
+            TextSpan(
+                place[chunk.start],
+                place[chunk.end],
+                begins_text=place[chunk.start] == 0 and not any(map(self._codec.is_text, token_ids[: chunk.start])),
+                ends_document=self._codec.end is not None and token_ids[chunk.end - 1] == self._codec.end,
+            )
+            for chunk in chunks
+        )
+        return WindowText("".join(texts), spans)
+
+
+MAX_MOVED_TOKENS = 3
+"""A UTF-8 character has at most four bytes, so one begins at most three tokens away."""
+
+
+BeginsCharacter = Callable[[int], bool]
+"""Whether a document may be cut before this one of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +204,6 @@ class Cutter:
         return Span(begin, end, tuple(Chunk(start + moved, stop + moved) for start, stop in found))
 
 
-def draw_chunks(
-    found: tuple[Chunk, ...], *, key: DocumentKey, chunks_per_document: int, seed: int
-) -> tuple[Chunk, ...]:
-    """`chunks_per_document` of them in their order (0: all), the same ones for the same key and seed."""
-    if not 0 < chunks_per_document < len(found):
-        return found
-    drawn = random.Random(seed_of(seed, key, "chunks")).sample(range(len(found)), chunks_per_document)
-    return tuple(found[index] for index in sorted(drawn))
-
-
 def _back(place: int, may_cut: BeginsCharacter, *, above: int) -> int:
     nearby = range(place, max(above, place - MAX_MOVED_TOKENS - 1), -1)
     return next((found for found in nearby if may_cut(found)), place)
@@ -116,3 +212,51 @@ def _back(place: int, may_cut: BeginsCharacter, *, above: int) -> int:
 def _forward(place: int, may_cut: BeginsCharacter, *, limit: int) -> int:
     nearby = range(place, min(limit, place + MAX_MOVED_TOKENS) + 1)
     return next((found for found in nearby if may_cut(found)), place)
+
+
+def draw_chunks(found: tuple[Chunk, ...], *, key: WindowKey, chunks_per_window: int, seed: int) -> tuple[Chunk, ...]:
+    """`chunks_per_window` of them in their order (0: all), the same ones for the same key and seed."""
+    if not 0 < chunks_per_window < len(found):
+        return found
+    drawn = random.Random(seed_of(seed, key, "chunks")).sample(range(len(found)), chunks_per_window)
+    return tuple(found[index] for index in sorted(drawn))
+
+
+@dataclass(frozen=True)
+class WindowMaker:
+    """Tokenises and cuts."""
+
+    tokenizer: PolicyTokenizer
+    chunks: ChunksSettings
+    seed: int
+
+    def windows(self, document: Document, *, part: int, epoch: int) -> list[Window]:
+        """Empty for a document without room for one chunk."""
+        read_at = time.time()
+        token_ids = self._token_ids(document)
+        opening = self.tokenizer.opening
+        spans = Cutter(self.chunks, num_opening=len(opening)).cut(
+            len(token_ids), lambda token: self.tokenizer.begins_character(token_ids[token])
+        )
+        windows = []
+        for number, span in enumerate(spans):
+            key = WindowKey(part=part, epoch=epoch, position=document.position, window=number)
+            of_window = (*opening, *token_ids[span.begin : span.end])
+            chunks, dropped = self._choose(of_window, span, key)
+            windows.append(Window(key, document.source_id, of_window, chunks, read_at, dropped))
+        return windows
+
+    def _token_ids(self, document: Document) -> tuple[int, ...]:
+        """Without BOS, and with end-of-text where that is set. Ready ids may have both already."""
+        content = document.content
+        token_ids = tuple(self.tokenizer.encode(content)) if isinstance(content, str) else content
+        return self.tokenizer.as_document(token_ids, end_of_text=self.chunks.end_of_text)
+
+    def _choose(
+        self, token_ids: tuple[int, ...], span: Span, key: WindowKey
+    ) -> tuple[tuple[Chunk, ...], tuple[DroppedChunk, ...]]:
+        """The window's drawn chunks, and those among them that have no truthful text."""
+        drawn = draw_chunks(span.chunks, key=key, chunks_per_window=self.chunks.chunks_per_window, seed=self.seed)
+        flaws = [(chunk, self.tokenizer.flaw(token_ids, chunk)) for chunk in drawn]
+        dropped = [DroppedChunk(start=chunk.start, reason=flaw) for chunk, flaw in flaws if flaw]
+        return tuple(chunk for chunk, flaw in flaws if not flaw), tuple(dropped)

@@ -1,9 +1,10 @@
 """Builds the engine of a service and runs it beside the server, so that /healthz answers while a model loads.
 
-    engine = build_engine(settings.rollout.engine)
-    life = EngineLife(engine)
+    engine = build_engine(settings.judge.engine)
+    life = EngineLife(engine, build=judge_of)
     app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
                      summary=lambda: life.summary, lifespan=life.lifespan)
+    life.service.judge(...)    # what `judge_of` returned; EngineError until then
 
 A failed start, or the failure of an engine that can never answer again, goes to `app.state.failure`, which ends the
 process (services/serve.py) for its supervisor to restart.
@@ -12,7 +13,7 @@ process (services/serve.py) for its supervisor to restart.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from services.engine.base import Engine, FallibleEngine
 from shared.errors import EngineError, HeadwaterError, SettingsError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _WATCH_S = 0.5
+
+T = TypeVar("T")
 
 
 def build_engine(
@@ -50,12 +53,13 @@ def build_engine(
     return OpenAIEngine(settings, constrains=constrains)
 
 
-class EngineLife:
-    """`after_start` runs once the engine can answer and before the service is ready."""
+class EngineLife(Generic[T]):
+    """`build` runs once the engine can answer; the service is ready when it returns."""
 
-    def __init__(self, engine: Engine, *, after_start: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, engine: Engine, *, build: Callable[[], Awaitable[T]]) -> None:
         self._engine = engine
-        self._after_start = after_start
+        self._build = build
+        self._service: T
         self.ready = False
         self.detail = self.summary = "the engine is starting"
         """`summary` is public: it repeats no error."""
@@ -64,6 +68,12 @@ class EngineLife:
         """Raise EngineError (503, retryable) until the engine can answer."""
         if not self.ready:
             raise EngineError(f"not ready: {self.detail}")
+
+    @property
+    def service(self) -> T:
+        """What `build` returned. EngineError until the service is ready."""
+        self.check_ready()
+        return self._service
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: "FastAPI") -> AsyncIterator[None]:
@@ -83,8 +93,7 @@ class EngineLife:
     async def _start(self, app: "FastAPI") -> None:
         try:
             await self._engine.start()
-            if self._after_start is not None:
-                await self._after_start()
+            self._service = await self._build()
         except HeadwaterError as exc:
             self._set_unready("the engine could not start", str(exc))
             app.state.failure = exc

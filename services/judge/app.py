@@ -1,4 +1,4 @@
-"""The judge as an HTTP service: POST /v1/judgements. Started by `python -m services.judge`."""
+"""The judge as an HTTP service: POST /v1/judgements."""
 
 import asyncio
 import logging
@@ -6,18 +6,15 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 
-from services.app import create_app
-from services.disconnect import unless_disconnected
+from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
-from services.engine.life import EngineLife, build_engine
-from services.judge.building import Parts, asks_structured, build_judge, check_engine, load_parts, needs_engine
-from services.judge.judging import Judge
-from services.judge.likelihood import TokenReading
-from services.judge.no_engine import NoEngine
-from services.tokenizer import load_tokenizer, same_tokens
+from services.engine.life import EngineLife
+from services.judge.build import Parts, build_judge, check_engine, judge_engine, load_parts, needs_engine
+from services.judge.judge import Judge
+from services.judge.likelihood import token_reading
 from shared import metrics
 from shared.api import JudgementRequest, JudgementResponse, Readiness
-from shared.errors import EngineError, TokenIdsNeededError
+from shared.errors import TokenIdsNeededError
 from shared.settings import Secrets, Settings
 
 _log = logging.getLogger(__name__)
@@ -26,90 +23,60 @@ _DESCRIPTION = """Scores the candidates of chunks by the configured criteria and
 The window is raw text; the judge is not told which candidate is the original, the rewrite or a rollout."""
 
 
-def build(settings: Settings, secrets: Secrets) -> FastAPI:
-    """The app with the engine of the settings, which starts with the app."""
-    engine: Engine = NoEngine()
-    if needs_engine(settings.judge):
-        engine = build_engine(settings.judge.engine, constrains=asks_structured(settings.judge))
-    return create_judge_app(settings, secrets, engine=engine)
+def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
+    """`engine` replaces the one in the settings (tests). SettingsError for a prompt or function that can't be used."""
+    parts = load_parts(settings.judge)
+    chosen = engine or judge_engine(settings.judge)
+    life = EngineLife(chosen, build=lambda: _open(settings, parts, chosen))
 
+    def readiness() -> Readiness:
+        return Readiness(
+            ready=life.ready,
+            service="judge",
+            engine=settings.judge.engine.kind if needs_engine(settings.judge) else "none",
+            model=settings.judge.engine.model,
+            fingerprint=life.service.fingerprint if life.ready else "",
+            detail=life.detail,
+        )
 
-def create_judge_app(settings: Settings, secrets: Secrets, *, engine: Engine) -> FastAPI:
-    """Raises SettingsError at once for a prompt or a function that can't be used."""
-    bench = Bench(settings, engine=engine, parts=load_parts(settings.judge))
     app = create_app(
         service="judge",
         title="Headwater judge",
         description=_DESCRIPTION,
         secrets=secrets,
-        readiness=bench.readiness,
-        summary=lambda: bench.life.summary,
+        readiness=readiness,
+        summary=lambda: life.summary,
         max_request_bytes=settings.judge.max_request_bytes,
-        lifespan=bench.life.lifespan,
+        lifespan=life.lifespan,
     )
 
     @app.post("/v1/judgements", response_model=JudgementResponse, responses=_RESPONSES)
     async def judgements(body: Annotated[JudgementRequest, Body()], request: Request) -> JudgementResponse:
         """Score the candidates of each chunk. A chunk that can't be scored is a failure with its reason and its
         calls; an engine that fails is a 503 for the whole request."""
-        return await unless_disconnected(request, bench.judge.judge(body))
+        return await unless_disconnected(request, life.service.judge(body))
 
     return app
 
 
-class Bench:
-    """The judge's life: none while the engine starts, then one for good."""
-
-    def __init__(self, settings: Settings, *, engine: Engine, parts: Parts) -> None:
-        self._settings = settings
-        self._engine = engine
-        self._parts = parts
-        self._judge: Judge | None = None
-        self.life = EngineLife(engine, after_start=self._open)
-
-    @property
-    def judge(self) -> Judge:
-        if self._judge is None:
-            raise EngineError(f"the judge can't answer yet: {self.life.detail}")
-        return self._judge
-
-    def readiness(self) -> Readiness:
-        return Readiness(
-            ready=self.life.ready,
-            service="judge",
-            engine=self._settings.judge.engine.kind if needs_engine(self._settings.judge) else "none",
-            model=self._settings.judge.engine.model,
-            fingerprint=self._judge.fingerprint if self._judge else "",
-            detail=self.life.detail,
-        )
-
-    async def _open(self) -> None:
-        check_engine(self._settings.judge, self._engine)
-        reading = None
-        if "likelihood" in self._settings.judge.criteria:
-            reading = await asyncio.to_thread(token_reading, self._settings)
-        self._judge = build_judge(self._settings.judge, self._parts, engine=self._engine, reading=reading)
-        metrics.judge_info.labels(self._judge.fingerprint).set(1)
-        _log.info(
-            "judge ready",
-            extra={
-                "fingerprint": self._judge.fingerprint,
-                "engine": self._engine.name,
-                "criteria": list(self._settings.judge.criteria),
-                "scores_policy_tokens": reading.shares_policy_tokens if reading else None,
-            },
-        )
-
-
-def token_reading(settings: Settings) -> TokenReading:
-    """Whether the judge scores the policy's token ids, or texts. It scores texts if the tokenizers differ, if no policy
-    is named, and at an endpoint, which tokenizes texts itself and adds its own BOS."""
-    if settings.judge.engine.kind == "openai":
-        return TokenReading(shares_policy_tokens=False, beginning=None)
-    judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
-    source = settings.policy.tokenizer_source
-    shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
-    return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
+async def _open(settings: Settings, parts: Parts, engine: Engine) -> Judge:
+    """The judge on its started engine."""
+    check_engine(settings.judge, engine)  # before the tokenizers are loaded
+    reading = None
+    if "likelihood" in settings.judge.criteria:
+        reading = await asyncio.to_thread(token_reading, settings)
+    judge = build_judge(settings.judge, parts, engine=engine, reading=reading)
+    metrics.judge_info.labels(judge.fingerprint).set(1)
+    _log.info(
+        "judge ready",
+        extra={
+            "fingerprint": judge.fingerprint,
+            "engine": engine.name,
+            "criteria": list(settings.judge.criteria),
+            "scores_policy_tokens": reading.shares_policy_tokens if reading else None,
+        },
+    )
+    return judge
 
 
 _EXAMPLE = {
@@ -132,5 +99,5 @@ _EXAMPLE = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": _EXAMPLE},
-    TokenIdsNeededError.status: {"description": "This judge wants the policy's token ids: send the request with them"},
+    TokenIdsNeededError.status: {"description": "This judge needs the policy's token ids: send the request with them"},
 }

@@ -1,117 +1,180 @@
-"""What a criterion is, and the prompted ones: quality (pairwise), safety and factuality (pointwise)."""
+"""What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality).
 
-from collections.abc import Iterable
+questions.py says what each prompted criterion asks; likelihood.py and user_function.py hold the other criteria.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean
 from typing import Protocol
 
 from services.concurrency import all_of
-from services.judge.asking import Answer, Tally, VerdictSource, derived_seed
-from services.judge.chunks import JudgedChunk
-from services.judge.framing import FramedPrompt
-from services.judge.pairing import Pair, all_pairs
-from services.judge.rewards import win_rates
+from services.engine.base import Engine
+from services.judge.verdicts import Answer, CallCount, VerdictSource, derived_seed
+from services.prompts import Prompt, opened
+from shared.api import JudgedText, JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
+from shared.records import TokenIds
+
+
+@dataclass(frozen=True)
+class JudgedChunk:
+    window: JudgementRequest
+    item: JudgementItem
+
+    @property
+    def candidates(self) -> tuple[JudgedText, ...]:
+        return self.item.candidates
+
+    @property
+    def texts(self) -> list[str]:
+        return [candidate.text for candidate in self.candidates]
+
+    @property
+    def distinct_texts(self) -> list[str]:
+        """In the order in which they come first."""
+        return list(dict.fromkeys(self.texts))
+
+    @property
+    def reference(self) -> str:
+        """The original suffix."""
+        return self.window.text[self.item.start : self.item.end]
+
+    @property
+    def prefix(self) -> str:
+        """The whole window before the suffix."""
+        return self.window.text[: self.item.start]
+
+    def end_of_prefix(self, max_characters: int) -> str:
+        return self.window.text[max(0, self.item.start - max_characters) : self.item.start]
+
+    @property
+    def prefix_token_ids(self) -> TokenIds:
+        """The policy's; empty if the request has none."""
+        return self.window.token_ids[: self.item.token_start]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score in [0, 1] per candidate. `reasoning` is one of the sampled answers, if any were sampled."""
+
+    values: list[float]
+    reasoning: str = ""
 
 
 class CriterionError(HeadwaterError):
-    """A criterion can't score this chunk; `reason` is what the chunk's failure is counted under."""
+    """A criterion can't score this chunk. The chunk's failure is counted under `reason`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One score in [0, 1] per candidate, and one of the judge's answers where texts were sampled."""
-
-    values: list[float]
-    reasoning: str = ""
-
-
 class Criterion(Protocol):
-    """Scores the candidates of one chunk. Raises VerdictError or CriterionError where it can't, EngineError where
-    the engine fails; there is no stand-in for a score."""
+    async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
+        """Score all candidates. Raises VerdictError or CriterionError if any can't be scored, EngineError if the
+        engine fails."""
+        ...
 
-    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores: ...
+
+class FramedPrompt:
+    """A prompt for one engine: plain, or as a user message in the model's chat template.
+
+    `opens_answer` (label verdicts): under a chat template, a last line that ends with a colon, such as `Verdict:`,
+    becomes the start of the model's answer, so that the label follows it directly.
+    """
+
+    def __init__(
+        self, prompt: Prompt, engine: Engine, *, chat: bool, opens_answer: bool, max_prefix_characters: int
+    ) -> None:
+        message, newline, last_line = prompt.text.rpartition("\n")
+        opens_answer = chat and opens_answer and bool(newline) and last_line.endswith(":")
+        self._message = Prompt(message + newline) if opens_answer else prompt
+        self._opening = Prompt(last_line if opens_answer else "")
+        self._engine = engine
+        self._chat = chat
+        self._max_prefix_characters = max_prefix_characters
+
+    def fill(self, chunk: JudgedChunk, **texts: str) -> str:
+        """With the end of the chunk's prefix, and with `texts` unchanged."""
+        values = {"prefix": chunk.end_of_prefix(self._max_prefix_characters), **texts}
+        message = self._message.fill(values)
+        return opened(self._engine.render_chat(message), self._opening.fill(values)) if self._chat else message
 
 
 class Pointwise:
-    """Each candidate by itself, mean over the samples. Candidates with the same text share their verdicts."""
+    """Asks about each candidate alone; the score is the mean verdict. Equal texts are asked about once."""
 
     def __init__(self, prompt: FramedPrompt, source: VerdictSource) -> None:
         self._prompt = prompt
         self._source = source
 
-    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
-        texts = _distinct_texts(chunk)
+    async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
+        texts = chunk.distinct_texts
         answers = await all_of(
-            self._ask(chunk, text, seed=derived_seed(seed, place), tally=tally) for place, text in enumerate(texts)
+            self._ask(chunk, text, seed=derived_seed(seed, place), count=count) for place, text in enumerate(texts)
         )
         value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
-        return Scores([value_of[candidate.text] for candidate in chunk.candidates], _first_reasoning(answers))
+        return Scores([value_of[text] for text in chunk.texts], _first_reasoning(answers))
 
-    async def _ask(self, chunk: JudgedChunk, text: str, *, seed: int, tally: Tally) -> Answer:
+    async def _ask(self, chunk: JudgedChunk, text: str, *, seed: int, count: CallCount) -> Answer:
         prompt = self._prompt.fill(chunk, reference=chunk.reference, candidate=text)
-        return await self._source.ask(prompt, num_samples=self._source.num_samples, seed=seed, tally=tally)
+        return await self._source.ask(prompt, num_samples=self._source.num_samples, seed=seed, count=count)
 
 
 class Pairwise:
-    """Every pair of candidates is compared; a candidate's score is the mean over its comparisons.
+    """Compares every pair of candidates; the score is the mean over a candidate's comparisons.
 
-    Verdicts are shared out over both orders of a pair, and the orders weigh the same: a judge that always likes the
-    first one best makes ties, not preferences. Candidates with the same text tie without being asked about.
+    A pair's verdicts are split over both orders, which weigh the same: a judge that always prefers the first text
+    makes ties, not preferences. Equal texts tie without being asked about.
     """
 
     def __init__(self, prompt: FramedPrompt, source: VerdictSource) -> None:
         self._prompt = prompt
         self._source = source
 
-    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
-        texts = _distinct_texts(chunk)
-        pairs = all_pairs(len(texts))
+    async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
+        pairs = list(combinations(enumerate(chunk.distinct_texts), 2))
         answers = await all_of(
-            self._compare(chunk, texts[first], texts[second], seed=derived_seed(seed, first, second), tally=tally)
-            for first, second in pairs
+            self._compare(chunk, first, second, seed=derived_seed(seed, place, other), count=count)
+            for (place, first), (other, second) in pairs
         )
-        wins = {pair: answer.value for pair, answer in zip(pairs, answers, strict=True)}
-        places = [texts.index(candidate.text) for candidate in chunk.candidates]
-        outcomes = {
-            (first, second): _outcome(wins, places[first], places[second]) for first, second in all_pairs(len(places))
-        }
-        return Scores(win_rates(len(places), outcomes), _first_reasoning(answers))
+        wins: dict[tuple[str, str], float] = {}
+        for ((_, first), (_, second)), answer in zip(pairs, answers, strict=True):
+            wins[first, second], wins[second, first] = answer.value, 1.0 - answer.value
+        return Scores(win_rates(chunk.texts, wins), _first_reasoning(answers))
 
-    async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, tally: Tally) -> Answer:
+    async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, count: CallCount) -> Answer:
         """How far `first` beats `second`."""
         num_there, num_back = self._source.samples_per_pair
         if seed % 2:
             num_there, num_back = num_back, num_there
-        there = self._prompt.fill(chunk, a=first, b=second)
-        back = self._prompt.fill(chunk, a=second, b=first)
-        asked = [(there, num_there, "there"), (back, num_back, "back")]
+        orders = [("there", first, second, num_there), ("back", second, first, num_back)]
+        asked = [order for order in orders if order[-1]]
         answers = await all_of(
-            self._source.ask(prompt, num_samples=number, seed=derived_seed(seed, order), tally=tally)
-            for prompt, number, order in asked
-            if number
+            self._source.ask(
+                self._prompt.fill(chunk, a=a, b=b), num_samples=number, seed=derived_seed(seed, order), count=count
+            )
+            for order, a, b, number in asked
         )
-        orders = [order for _, number, order in asked if number]
         values = [
             answer.value if order == "there" else 1.0 - answer.value
-            for answer, order in zip(answers, orders, strict=True)
+            for (order, *_), answer in zip(asked, answers, strict=True)
         ]
         return Answer(fmean(values), _first_reasoning(answers))
 
 
-def _outcome(wins: dict[Pair, float], first: int, second: int) -> float:
-    """From the comparisons of distinct texts, whichever of the two was shown the lower place."""
-    if first == second:
-        return 0.5
-    return wins[first, second] if first < second else 1.0 - wins[second, first]
+def win_rates(texts: Sequence[str], wins: Mapping[tuple[str, str], float]) -> list[float]:
+    """Per text the mean over its comparisons with all the others; equal texts tie.
 
-
-def _distinct_texts(chunk: JudgedChunk) -> list[str]:
-    return list(dict.fromkeys(candidate.text for candidate in chunk.candidates))
+    `wins[x, y]` in [0, 1] is how far x beats y:
+    win_rates(["x", "y", "y"], {("x", "y"): 1.0, ("y", "x"): 0.0}) == [1.0, 0.25, 0.25]
+    """
+    return [
+        fmean(wins.get((text, other), 0.5) for rival, other in enumerate(texts) if rival != place)
+        for place, text in enumerate(texts)
+    ]
 
 
 def _first_reasoning(answers: Iterable[Answer]) -> str:

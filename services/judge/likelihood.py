@@ -2,14 +2,15 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from services.engine.base import Engine, Prompt
-from services.judge.asking import Tally
-from services.judge.chunks import JudgedChunk
-from services.judge.criteria import CriterionError, Scores
-from services.judge.rewards import scores_within_group
+from services.judge.criteria import CriterionError, JudgedChunk, Scores
+from services.judge.verdicts import CallCount
+from services.tokenizer import load_tokenizer, same_tokens
+from shared.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,24 @@ class TokenReading:
     """How texts become tokens of the judge's model."""
 
     shares_policy_tokens: bool
-    """The policy's token ids mean the same to the judge's model, so they are scored as they were sampled, and every
-    request must have them."""
+    """The judge's tokenizer is the policy's: token ids are scored as they were sampled, and every request must have
+    them. Otherwise the texts are scored."""
     beginning: int | None
-    """The token that the model wants before every text (BOS), if it wants one."""
+    """The token (BOS) that the model wants before every text, if any."""
+
+
+def token_reading(settings: Settings) -> TokenReading:
+    """Compares the judge's tokenizer with the policy's. Loads both, so call it from a thread.
+
+    Texts are scored if the two differ or no policy is named, and always at an endpoint, which tokenises texts and
+    adds the BOS itself.
+    """
+    if settings.judge.engine.kind == "openai":
+        return TokenReading(shares_policy_tokens=False, beginning=None)
+    judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
+    source = settings.policy.tokenizer_source
+    shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
+    return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
 
 
 class Likelihood:
@@ -41,10 +56,10 @@ class Likelihood:
         self._max_prefix_characters = max_prefix_characters
         self._gate = gate
 
-    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
+    async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         prompt, continuations = self._tokens(chunk)
         async with self._gate:
-            tally.count_calls(1)
+            count.add_calls(1)
             log_probs = await self._engine.score(prompt, continuations)
         means = [fmean(row) for row in log_probs]
         if not all(math.isfinite(mean) for mean in means):
@@ -52,19 +67,27 @@ class Likelihood:
         return Scores(scores_within_group(means, scale=self._scale))
 
     def _tokens(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
-        """The candidates' own token ids where they mean the same here, otherwise the tokens of their texts."""
+        """The prefix, and each candidate."""
         if self._reading.shares_policy_tokens:
             return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.candidates]
-        if not all(candidate.text for candidate in chunk.candidates):
+        if not all(chunk.texts):
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
-        prefix = chunk.end_of_prefix(self._max_prefix_characters)
-        return self._prompt(prefix), [candidate.text for candidate in chunk.candidates]
+        return self._prompt(chunk.end_of_prefix(self._max_prefix_characters)), list(chunk.texts)
 
     def _prompt(self, prefix: str) -> Prompt:
         if self._reading.beginning is not None:
             return [self._reading.beginning, *self._engine.encode(prefix)]
         if not prefix:
-            raise CriterionError(
-                "empty_prefix", "likelihood: the prefix is empty and the judge's model has no token to begin a text"
-            )
+            raise CriterionError("empty_prefix", "likelihood: the prefix is empty and the judge's model has no BOS")
         return prefix
+
+
+def scores_within_group(values: Sequence[float], *, scale: float) -> list[float]:
+    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, more for better ones."""
+    mean = fmean(values)
+    return [_sigmoid((value - mean) / scale) for value in values]
+
+
+def _sigmoid(x: float) -> float:
+    """Without overflow for large negative x."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))

@@ -1,8 +1,9 @@
 """The python criterion: a user's own function scores the candidates.
 
-def score(prefix: str, candidates: list[str], reference: str) -> list[float]   # or async def; each in [0, 1]
+    def score(prefix: str, candidates: list[str], reference: str) -> list[float]:    # or async def
+        return [1.0 if "http" not in text else 0.0 for text in candidates]    # each in [0, 1]
 
-`prefix` is all of the window before the chunk, of any length.
+`prefix` is the whole window before the chunk.
 """
 
 import asyncio
@@ -12,9 +13,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from services.judge.asking import Tally
-from services.judge.chunks import JudgedChunk
-from services.judge.criteria import CriterionError, Scores
+from services.judge.criteria import CriterionError, JudgedChunk, Scores
+from services.judge.verdicts import CallCount
 from shared.errors import SettingsError
 
 UserFunction = Callable[[str, list[str], str], Any]
@@ -22,32 +22,8 @@ UserFunction = Callable[[str, list[str], str], Any]
 _SETTING = "judge.criteria.python.function"
 
 
-class PythonCriterion:
-    """A sync function runs in a thread: it may block, and it may be called for several chunks at once."""
-
-    def __init__(self, function: UserFunction, *, timeout_s: float) -> None:
-        self._function = function
-        self._timeout_s = timeout_s
-
-    async def score(self, chunk: JudgedChunk, *, seed: int, tally: Tally) -> Scores:
-        texts = [candidate.text for candidate in chunk.candidates]
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                values = await self._call(chunk.prefix, texts, chunk.reference)
-        except TimeoutError as exc:
-            raise _failure(f"gave no scores within {self._timeout_s} s") from exc
-        except Exception as exc:
-            raise _failure(f"raised {type(exc).__name__}: {exc}") from exc
-        return Scores(_checked(values, num_candidates=len(texts)))
-
-    async def _call(self, prefix: str, candidates: list[str], reference: str) -> Any:
-        if inspect.iscoroutinefunction(self._function):
-            return await self._function(prefix, candidates, reference)
-        return await asyncio.to_thread(self._function, prefix, candidates, reference)
-
-
 def load_function(place: str) -> UserFunction:
-    """Import `module:name`. Raises SettingsError where that fails, whatever the module raised."""
+    """Import `module:name`. Raises SettingsError if that fails, whatever the module raised."""
     module_name, _, name = place.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -61,13 +37,35 @@ def load_function(place: str) -> UserFunction:
 
 
 def function_source(function: UserFunction) -> str:
-    """Source of the whole module that defines it, since helpers and constants decide as well; its name where there
-    is no source to be had."""
+    """The source of its whole module, since other functions and constants matter too; its name if there is none."""
     try:
         module = inspect.getmodule(function)
         return inspect.getsource(module if module is not None else function)
     except (OSError, TypeError):
         return repr(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+class PythonCriterion:
+    """A sync function runs in a thread: it may block, and it may be called for several chunks at once."""
+
+    def __init__(self, function: UserFunction, *, timeout_s: float) -> None:
+        self._function = function
+        self._timeout_s = timeout_s
+
+    async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                values = await self._call(chunk.prefix, chunk.texts, chunk.reference)
+        except TimeoutError as exc:
+            raise _failure(f"gave no scores within {self._timeout_s} s") from exc
+        except Exception as exc:
+            raise _failure(f"raised {type(exc).__name__}: {exc}") from exc
+        return Scores(_checked(values, num_candidates=len(chunk.candidates)))
+
+    async def _call(self, prefix: str, candidates: list[str], reference: str) -> Any:
+        if inspect.iscoroutinefunction(self._function):
+            return await self._function(prefix, candidates, reference)
+        return await asyncio.to_thread(self._function, prefix, candidates, reference)
 
 
 def _checked(values: Any, *, num_candidates: int) -> list[float]:

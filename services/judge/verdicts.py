@@ -1,29 +1,145 @@
-"""Reads a judge's verdicts: the last `Verdict: X` of a sampled answer, or the scores of the label words. Pure.
+"""Gets verdicts from a model: the last `Verdict: X` of sampled answers, or the log-probs of the label words.
 
-An answer without a readable verdict gives None here and is asked for again by the caller: it is never a score.
+    source = AnswerVerdict(engine, settings=CriterionSettings(), verdicts={"safe": 1.0, "unsafe": 0.0}, ...)
+    answer = await source.ask("Is this safe? ...", num_samples=5, seed=0, count=CallCount("safety"))
+    answer.value    # 0.8: four of five answers end with `Verdict: safe`
+
+An answer without a readable verdict is asked for again. It is never a score.
 """
 
+import asyncio
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Protocol
 
-QUALITY_VERDICTS: Mapping[str, float] = {"A": 1.0, "B": 0.0, "tie": 0.5}
-"""What the continuation shown as A gets."""
-SAFETY_VERDICTS: Mapping[str, float] = {"safe": 1.0, "unsafe": 0.0}
-FACTUALITY_VERDICTS: Mapping[str, float] = {"none": 1.0, "possible": 0.5, "definite": 0.0}
-"""By kind of hallucination."""
+from services.engine.base import Engine, Generation, Sampling
+from shared import metrics
+from shared.errors import VerdictError
+from shared.settings import CriterionSettings
 
-QUALITY_LABELS = (" A", " B")
-SAFETY_LABELS = (" safe", " unsafe")
-FACTUALITY_LABELS = (" none", " possible", " definite")
+CHARACTERS_PER_TOKEN = 4
+"""Typical of English text; turns `max_answer_tokens` into the length of a structured answer."""
+
+
+@dataclass
+class CallCount:
+    """The calls of one criterion on one chunk. One call is one sampled answer or one scored prompt."""
+
+    criterion: str
+    num_calls: int = 0
+    num_failures: int = 0
+    """Calls without a readable verdict."""
+
+    def add_calls(self, number: int) -> None:
+        self.num_calls += number
+        metrics.judge_calls_total.labels(criterion=self.criterion).inc(number)
+
+    def add_failures(self, number: int) -> None:
+        self.num_failures += number
+        metrics.judge_failures_total.labels(criterion=self.criterion).inc(number)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The mean verdict on one question, and one of the texts it was read from."""
+
+    value: float
+    reasoning: str = ""
+
+
+class VerdictSource(Protocol):
+    @property
+    def samples_per_pair(self) -> tuple[int, int]:
+        """Verdicts wanted on (a, b), and on (b, a)."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Verdicts wanted on one candidate."""
+        ...
+
+    async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
+        """Raises VerdictError if some verdict is still missing after all retries."""
+        ...
+
+
+class AnswerVerdict:
+    """Samples answers and reads the last `Verdict: X` of each.
+
+    With `verdict = "structured"` the engine constrains each answer to end in a verdict.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        settings: CriterionSettings,
+        verdicts: Mapping[str, float],
+        max_retries: int,
+        gate: asyncio.Semaphore,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._verdicts = verdicts
+        self._max_retries = max_retries
+        self._gate = gate
+        self._max_tokens, self._pattern = settings.max_answer_tokens, ""
+        if settings.verdict == "structured":
+            # Bounded in characters: a bound in tokens would cut answers off before their verdict.
+            max_characters = settings.max_answer_tokens * CHARACTERS_PER_TOKEN
+            self._max_tokens, self._pattern = answer_pattern(verdicts, max_characters=max_characters)
+
+    @property
+    def num_samples(self) -> int:
+        return self._settings.samples
+
+    @property
+    def samples_per_pair(self) -> tuple[int, int]:
+        return self.num_samples - self.num_samples // 2, self.num_samples // 2
+
+    async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
+        values: list[float] = []
+        reasoning = ""
+        for attempt in range(self._max_retries + 1):
+            num_missing = num_samples - len(values)
+            texts = await self._sample(prompt, num_missing, seed=derived_seed(seed, attempt), count=count)
+            read = [(text, read_verdict(text, self._verdicts)) for text in texts]
+            values += [value for _, value in read if value is not None]
+            reasoning = reasoning or next((text for text, value in read if value is not None), "")
+            if len(values) == num_samples:
+                return Answer(fmean(values), reasoning)
+            count.add_failures(num_samples - len(values))
+        raise VerdictError(
+            f"{count.criterion}: no readable verdict in {self._max_retries + 1} attempts, "
+            f"the last answer ends {texts[-1][-200:]!r}"
+        )
+
+    async def _sample(self, prompt: str, num_samples: int, *, seed: int, count: CallCount) -> list[str]:
+        sampling = Sampling(
+            max_tokens=self._max_tokens,
+            num_samples=num_samples,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            seed=seed,
+            pattern=self._pattern,
+        )
+        async with self._gate:
+            count.add_calls(num_samples)
+            generations: list[Generation] = (await self._engine.generate([prompt], sampling))[0]
+        return [generation.text for generation in generations]
+
 
 _ANNOUNCED = re.compile(r"\bverdict\b[^\w\n]*[:=][^\w]*", re.IGNORECASE)
 
 
 def read_verdict(answer: str, verdicts: Mapping[str, float]) -> float | None:
-    """The value of the last `Verdict: X` in `answer`, in any case and markdown; None where it can't be told.
+    """The value of the last `Verdict: X` in `answer`, in any case and markdown; None if it is unclear.
 
-    X must stand alone: `Verdict: A good text ...`, `Verdict: A or B` and an echo of `A|B|tie` are no verdicts.
+    X must stand alone: `Verdict: A good text ...`, `Verdict: A or B` and an echo of `A|B|tie` are not verdicts.
     """
     announced = list(_ANNOUNCED.finditer(answer))
     if not announced:
@@ -37,21 +153,46 @@ def read_verdict(answer: str, verdicts: Mapping[str, float]) -> float | None:
 
 
 def answer_pattern(verdicts: Mapping[str, float], *, max_characters: int) -> tuple[int, str]:
-    """Bound in tokens, and a regular expression for structured answers: up to `max_characters` of anything, then a
-    line `Verdict: X` as the end. X is one of `verdicts`, and `read_verdict` reads it.
+    """The bound in tokens and the regular expression of a structured answer.
 
-    A character has four bytes at most and a token one at least, so the bound cuts no answer off before its verdict.
+    The answer is up to `max_characters` of anything, then a last line `Verdict: X` that `read_verdict` reads. A
+    character has at most four bytes and a token at least one, so the bound never cuts the verdict off.
     """
     words = "|".join(re.escape(word) for word in verdicts)
     max_tokens = 4 * max_characters + len("\nVerdict: ") + max(map(len, verdicts))
-    # Not (.|\n): the engine's grammar takes a hundred times as long for each token then.
+    # Not (.|\n): the engine's grammar would take a hundred times as long for each token.
     return max_tokens, rf"([^\x00]{{0,{max_characters}}}\n)?Verdict: ({words})"
+
+
+class LabelVerdict:
+    """Compares the log-probs of the label words right after the prompt. Nothing is sampled, so seeds don't matter."""
+
+    num_samples = 1
+    samples_per_pair = (1, 1)
+
+    def __init__(
+        self, engine: Engine, *, labels: Sequence[str], values: Sequence[float], gate: asyncio.Semaphore
+    ) -> None:
+        self._engine = engine
+        self._labels = labels
+        self._values = values
+        self._gate = gate
+
+    async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
+        async with self._gate:
+            count.add_calls(1)
+            log_probs = await self._engine.score(prompt, self._labels)
+        value = label_expectation(log_probs, self._values)
+        if value is None:
+            count.add_failures(1)
+            raise VerdictError(f"{count.criterion}: the model gives no probability to any of {list(self._labels)}")
+        return Answer(value)
 
 
 def label_expectation(log_probs: Sequence[Sequence[float]], values: Sequence[float]) -> float | None:
     """Expected value of the labels: sum of p_i * value_i, with p = softmax of each label's summed log-probs.
 
-    `log_probs` holds one list per label, one number per token. None where no label has any probability.
+    `log_probs` holds one list per label, one number per token. None if no label has any probability.
     """
     totals = [math.fsum(row) for row in log_probs]
     highest = max(totals)
@@ -59,3 +200,9 @@ def label_expectation(log_probs: Sequence[Sequence[float]], values: Sequence[flo
         return None
     odds = [math.exp(total - highest) for total in totals]
     return math.fsum(odd * value for odd, value in zip(odds, values, strict=True)) / math.fsum(odds)
+
+
+def derived_seed(seed: int, *place: int | str) -> int:
+    """31 bits that depend only on the request's seed and the question's place in the request."""
+    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def _build(settings: "Settings", secrets: "Secrets") -> "FastAPI":
-    from services.rewriter.app import build
+    from services.rewriter.app import build_app
 
-    return build(settings, secrets)
+    return build_app(settings, secrets)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
 """The bridge: the last words of the prefix, shown before the suffix, with which the teacher's answer begins. Pure.
 
-It makes the rewrite join on to the prefix; it is no part of the rewrite. Whitespace between prefix and rewrite
-belongs to the rewrite exactly when it belongs to the suffix.
+    last_words("The moon moves around the", 2)                                # "around the"
+    without_bridge("around the earth.", "around the", suffix=" sun.")         # " earth."
+
+It makes the rewrite join the prefix smoothly but is not part of the rewrite. Whitespace at the border belongs to the
+rewrite if and only if it belongs to the suffix.
 """
 
 import re
 import unicodedata
 
 CHARACTERS_PER_WORD = 8
-"""A bridge has at most this many per word: in scripts without blanks a "word" is a whole sentence."""
+"""Limit on the bridge, per word: in scripts without spaces a "word" is a whole sentence."""
 _JOINER = "\u200d"
 _FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-"""Two of them make a flag."""
+"""Two of them form a flag."""
 _MAX_GRAPHEME = 32
-"""Of characters that are looked at to tell where one begins; families of emoji have about ten."""
+"""Characters to look back for the start of one; family emoji have about ten."""
 
 
 def looked_at(num_words: int) -> int:
-    """How many characters at the end of a prefix decide about its bridge."""
+    """How many characters at the end of a prefix determine its bridge."""
     return num_words * CHARACTERS_PER_WORD + _MAX_GRAPHEME
 
 
 def last_words(prefix: str, num_words: int) -> str:
-    """The end of `prefix` from its n-th last word on, whitespace included; all of it where it has fewer words.
+    """The end of `prefix` from its n-th last word on, whitespace included; all of it if it has fewer words.
 
-    One that is too long loses whole words at its beginning; a last word that is too long by itself, also in
-    characters, none of which is cut off from its accents and joiners.
+    If that is too long, whole words are dropped from its start. If even the last word is too long, it is cut at a
+    character boundary: no character loses its accents or joiners.
     """
     reach = num_words * CHARACTERS_PER_WORD
     starts = [match.start() for match in re.finditer(r"\S+", prefix)][-num_words:] if num_words else []
@@ -37,7 +40,7 @@ def last_words(prefix: str, num_words: int) -> str:
 
 
 def _next_grapheme(text: str, place: int) -> int:
-    """The first place from `place` on where no character is taken apart that people see as one."""
+    """The first place from `place` on where a visible character begins."""
     return next((found for found in range(place, len(text)) if _begins_grapheme(text, found)), len(text))
 
 
@@ -53,8 +56,8 @@ def _begins_grapheme(text: str, place: int) -> bool:
 
 
 def _extends(character: str) -> bool:
-    """Whether it belongs to the character before: marks, joiners, skin tones, tags, vowels and finals of Hangul, and
-    the vowels of Thai and Lao that are no marks."""
+    """Whether it belongs to the character before: marks, joiners, skin tones, tags, Hangul vowels and finals, and the
+    Thai and Lao vowels that are not marks."""
     code = ord(character)
     return (
         unicodedata.category(character) in ("Mn", "Mc", "Me")
@@ -66,9 +69,9 @@ def _extends(character: str) -> bool:
 
 
 def without_bridge(answer: str, bridge: str, *, suffix: str) -> str | None:
-    """`answer` after the bridge at its start, or None where it does not begin with it.
+    """`answer` without the bridge at its start; None if it does not begin with the bridge.
 
-    Whitespace may differ. Where the suffix begins a new word, so must what follows the bridge: the answer "thereby"
+    Whitespace may differ. If the suffix begins a new word, the text after the bridge must too: the answer "thereby"
     does not begin with the bridge "there".
     """
     words = bridge.split()
@@ -84,13 +87,13 @@ def without_bridge(answer: str, bridge: str, *, suffix: str) -> str | None:
 
 
 def continued(answer: str, *, bridge: str, suffix: str) -> str:
-    """`answer` to a prompt that ended with the bridge: as it is, but for a space too many or too few at the border."""
+    """`answer` to a prompt that ended with the bridge, with a missing or doubled space at the border repaired."""
     if bridge[-1:].isspace():
         return answer.lstrip()
     return joined_like(answer, suffix) if answer[:1].isalnum() else answer
 
 
 def joined_like(answer: str, suffix: str) -> str:
-    """`answer`, given without the bridge, with the whitespace that `suffix` begins with."""
+    """`answer`, written without the bridge, with the leading whitespace of `suffix`."""
     text = answer.lstrip()
     return suffix[: len(suffix) - len(suffix.lstrip())] + text if text else ""

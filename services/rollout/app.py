@@ -2,25 +2,25 @@
 
 import asyncio
 import contextlib
+import hashlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
 
-from services.app import create_app
-from services.engine.base import Engine
+from services.app import create_app, unless_disconnected
+from services.engine.base import Engine, Generation, Sampling
 from services.engine.life import EngineLife, build_engine
-from services.rollout import completions, rollouts
-from services.rollout.events import RunEvents
+from services.rollout import completions
 from services.rollout.heartbeat import Heartbeat
+from services.rollout.watcher import RunEvents, WeightWatcher
 from services.rollout.weight_copy import WeightCopy
-from services.rollout.weights import WeightWatcher
-from shared.api import Readiness
+from shared.api import Readiness, Rollout, RolloutRequest, RolloutResponse
 from shared.coordination import Coordination
+from shared.redis import connect
 from shared.settings import RolloutSettings, Secrets, Settings
-from shared.stream import connect
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 
 _DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each.
 
@@ -35,7 +35,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     )
     coordination = _connect(settings)
     watcher = _build_watcher(settings, chosen, coordination)
-    life = EngineLife(chosen, after_start=lambda: asyncio.to_thread(watcher.catch_up))
+    life = EngineLife(chosen, build=lambda: asyncio.to_thread(watcher.catch_up))
     heartbeat = _build_heartbeat(settings, coordination, lambda: chosen.weight_version if life.ready else None)
 
     @contextlib.asynccontextmanager
@@ -54,7 +54,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
             service="rollout",
             engine=chosen.name,
             model=settings.rollout.engine.model or settings.policy.model,
-            policy_version=chosen.weight_version,
+            weight_version=chosen.weight_version,
             detail="; ".join(part for part in (life.detail, watcher.detail) if part),
         )
 
@@ -68,7 +68,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
         max_request_bytes=settings.rollout.max_request_bytes,
         lifespan=lifespan,
     )
-    app.include_router(rollouts.build_router(chosen, life))
+    app.include_router(build_router(chosen, life))
     app.include_router(completions.build_router(chosen, life))
     return app
 
@@ -110,3 +110,45 @@ def _build_heartbeat(
 def replica_name(rollout: RolloutSettings) -> str:
     """What tells this replica from the others of its run, the same after a restart."""
     return rollout.replica or f"{socket.gethostname()}-{rollout.port}"
+
+
+def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
+    router = APIRouter(tags=["rollouts"])
+
+    @router.post("/v1/rollouts")
+    async def rollouts(body: RolloutRequest, request: Request) -> RolloutResponse:
+        """Per start, in the order of the request, `num_rollouts` continuations of `token_ids[:start]`."""
+        life.check_ready()
+        return await unless_disconnected(request, sample_rollouts(engine, body))
+
+    return router
+
+
+async def sample_rollouts(engine: Engine, request: RolloutRequest) -> RolloutResponse:
+    """All chunks go to the engine in one call, so that it prefills their common document once."""
+    sampling = Sampling.bounded(
+        request.bounds,
+        num_samples=request.num_rollouts,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=spread_seed(request.seed, request.starts[0]),
+    )
+    prompts = [request.token_ids[:start] for start in request.starts]
+    answers = await engine.generate(prompts, sampling)
+    return RolloutResponse(rollouts=tuple(tuple(map(_rollout, generations)) for generations in answers))
+
+
+def spread_seed(*parts: int) -> int:
+    """A seed of 48 bits. Engines count on from it row by row, so neighbouring seeds must not lie side by side."""
+    digest = hashlib.blake2b(".".join(map(str, parts)).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _rollout(generation: Generation) -> Rollout:
+    return Rollout(
+        token_ids=generation.token_ids,
+        text="" if generation.flaw else generation.text,
+        finish_reason=generation.finish_reason,
+        weight_version=generation.weight_version,
+        refusal=generation.flaw,
+    )

@@ -1,7 +1,7 @@
 """A whole weight version in a replica's memory: what changes are found to fit, and applied to. Used by weight_copy.py.
 
 An update takes work in proportion to its changes: their old bits are read, the checksum of the whole state is brought
-up to date from them (shared/weight_state.py), and only if it is the manifest's do bits change.
+up to date from them (shared/weights/state.py), and only if it is the manifest's do bits change.
 """
 
 import json
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import WeightStoreError
-from shared.weight_patches import TensorPatch, apply_patches, decode_patches, foresee
-from shared.weight_state import CHECKSUM_FORM, BitTensor, StateSums, parse_state, write_state
-from shared.weight_store import Manifest
+from shared.weights.patches import TensorPatch, apply_patches, decode_patches, foresee
+from shared.weights.state import CHECKSUM_FORM, BitTensor, StateSums, parse_state, write_state
+from shared.weights.store import Manifest
 
 
 class MismatchError(WeightStoreError):

@@ -144,7 +144,7 @@ class CompletionResponse(Record):
     model: str = MODEL_ID
     choices: list[Choice]
     usage: Usage
-    policy_version: int
+    weight_version: int
     """The oldest weight version that any choice was made under."""
 
 
@@ -154,7 +154,7 @@ class ModelCard(Record):
     created: int
     owned_by: str = "headwater"
     metadata: dict[str, Any]
-    """`policy_version` and `engine`."""
+    """`weight_version` and `engine`."""
 
 
 class ModelList(Record):

@@ -33,9 +33,9 @@ from services.rollout.held_weights import HeldWeights, MismatchError
 from shared import metrics
 from shared.errors import SettingsError, WeightStoreError
 from shared.records import Record
-from shared.weight_patches import TensorPatch
-from shared.weight_state import map_state, state_checksum
-from shared.weight_store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
+from shared.weights.patches import TensorPatch
+from shared.weights.state import map_state, state_checksum
+from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 
 COPY_EVERY = 20
 """Sparse versions until the copy on disk is written again: what a restart has to fetch and apply at the most. With

@@ -10,16 +10,16 @@ import pytest
 from sqlalchemy import Engine
 
 from cli.run_folder import RunFolder
+from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow, PartialWindow
 from shared.configuration import load_settings
 from shared.database import StepRow, WeightVersionRow, migrate, open_database, transaction
 from shared.ledger import Ledger, WindowStart
-from shared.records import DocumentKey
+from shared.records import WindowKey
 from shared.settings import Settings
-from trainer.evidence import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedDocument, PartialDocument
 
 
-def key(position: int, *, window: int = 0, epoch: int = 0) -> DocumentKey:
-    return DocumentKey(part=0, epoch=epoch, position=position, window=window)
+def key(position: int, *, window: int = 0, epoch: int = 0) -> WindowKey:
+    return WindowKey(part=0, epoch=epoch, position=position, window=window)
 
 
 @dataclass
@@ -31,12 +31,12 @@ class MadeRun:
     engine: Engine
     ledger: Ledger
 
-    def read(self, *keys: DocumentKey) -> None:
+    def read(self, *keys: WindowKey) -> None:
         self.ledger.begin([WindowStart(one, f"a.jsonl:{one.position}", 100) for one in keys])
 
-    def score(self, *keys: DocumentKey) -> None:
+    def score(self, *keys: WindowKey) -> None:
         for one in keys:
-            self.ledger.mark_scored(one, num_chunks=1, num_dropped_chunks=0, policy_version=0)
+            self.ledger.mark_scored(one, num_chunks=1, num_dropped_chunks=0, weight_version=0)
 
     def train(self, step: int, *documents: str, partial: tuple[str, ...] = (), skipped: tuple[str, ...] = ()) -> None:
         """A step, its checkpoint, and what follows: one pair of each document is in it."""
@@ -44,7 +44,7 @@ class MadeRun:
         self.checkpoint(step, {**dict.fromkeys(documents, step), **dict.fromkeys(skipped)}, partial=partial)
         self.ledger.mark_trained(dict.fromkeys(documents, step), num_pairs=dict.fromkeys(documents, 1))
         for document in skipped:
-            self.ledger.drop(DocumentKey.parse(document), reason="non_finite_loss")
+            self.ledger.drop(WindowKey.parse(document), reason="non_finite_loss")
 
     def checkpoint(self, step: int, finished: dict[str, int | None], partial: tuple[str, ...] = ()) -> None:
         """What the trainer's state.json says about documents, and the line that it leaves."""
@@ -54,7 +54,7 @@ class MadeRun:
             after=lines[-1].step if lines else 0,
             step=step,
             finished={
-                document: FinishedDocument(
+                document: FinishedWindow(
                     entry_id=f"{step}-{number}",
                     step=at,
                     pairs_by_step={} if at is None else {at: 1},
@@ -62,7 +62,7 @@ class MadeRun:
                 )
                 for number, (document, at) in enumerate(finished.items())
             },
-            partial={document: PartialDocument(used=1, step=step, pairs_by_step={step: 1}) for document in partial},
+            partial={document: PartialWindow(used=1, step=step, pairs_by_step={step: 1}) for document in partial},
         )
         self.write_state(step, line.model_dump(mode="json"))
         self.evidence.append(line)
@@ -75,7 +75,7 @@ class MadeRun:
     def write_state(self, step: int, state: dict[str, Any]) -> None:
         folder = self.folder.checkpoints / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps(state | {"policy_version": step}))
+        (folder / "state.json").write_text(json.dumps(state | {"weight_version": step}))
 
     @property
     def evidence(self) -> EvidenceFile:
@@ -84,7 +84,7 @@ class MadeRun:
     def step(self, number: int, **figures: float) -> None:
         """Its row, and that of the weight version after it; before the first one also that of version 0."""
         with transaction(self.engine) as session:
-            session.add(StepRow(run_id="made", step=number, at=100.0 + number, policy_version=number, figures=figures))
+            session.add(StepRow(run_id="made", step=number, at=100.0 + number, weight_version=number, figures=figures))
             for version in {0, number}:
                 row = {"version": version, "step": version, "form": "full", "num_bytes": 9, "seconds": 0.1}
                 session.merge(WeightVersionRow(run_id="made", created_at=1.0, **row))

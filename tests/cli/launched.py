@@ -83,7 +83,7 @@ class Launched:
             "--run.directory", str(recipe.folder / "runs"), "--run.name", "small",
             "--policy.model", str(recipe.folder / "model"), "--documents.path", str(recipe.folder / "documents.jsonl"),
             "--chunks.context_tokens", "64", "--chunks.suffix_tokens", "8", "--chunks.min_prefix_tokens", "8",
-            "--chunks.min_suffix_tokens", "4", "--chunks.chunks_per_document", "2", "--trainer.pairs_per_step", "2",
+            "--chunks.min_suffix_tokens", "4", "--chunks.chunks_per_window", "2", "--trainer.pairs_per_step", "2",
             "--trainer.checkpoint_every", "2", "--trainer.log_tensorboard", "false", "--collector.record_share", "1",
             "--collector.lease_s", "2", "--collector.max_backlog", "4", *options,
         ]  # fmt: skip

@@ -11,11 +11,12 @@ from cli.plan import child_environ
 from cli.ports import Ports
 from cli.processes import Child
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
+from shared.checkpoint_state import Evidence, FinishedWindow
 from shared.coordination import Coordination
-from shared.database import DocumentRow, transaction
-from shared.stream import DocumentStream, connect
+from shared.database import WindowRow, transaction
+from shared.redis import connect
+from shared.stream import WindowStream
 from tests.cli.conftest import MadeRun, key
-from trainer.evidence import Evidence, FinishedDocument
 
 
 def _honest(made: MadeRun) -> None:
@@ -56,7 +57,7 @@ def test_the_equation_has_two_sides(made: MadeRun) -> None:
     """What was read is known from cursors and numbers of windows, not from the rows that are added up."""
     _honest(made)
     with transaction(made.engine) as session:
-        session.execute(sa.delete(DocumentRow).where(DocumentRow.window == 1))
+        session.execute(sa.delete(WindowRow).where(WindowRow.window == 1))
     result = _audit(made)
     assert balance_line(result) == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
     assert "documents are conserved" in _fails(result)
@@ -160,7 +161,7 @@ def test_a_run_from_before_evidence_was_kept_is_not_said_to_hold(made: MadeRun) 
     shutil.rmtree(made.folder.checkpoints)
     made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
     with transaction(made.engine) as session:
-        session.execute(sa.update(DocumentRow).values(num_windows=0, num_pairs=None))
+        session.execute(sa.update(WindowRow).values(num_windows=0, num_pairs=None))
     result = _audit(made)
     assert _fails(result) == {}
     unknown = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
@@ -187,7 +188,7 @@ def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> 
     shutil.rmtree(made.folder.checkpoints)
     made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
     made.step(3, pairs=1)
-    finished = {"0.0.2.0": FinishedDocument(entry_id="9-1", step=3, pairs_by_step={3: 1})}
+    finished = {"0.0.2.0": FinishedWindow(entry_id="9-1", step=3, pairs_by_step={3: 1})}
     made.evidence.append(Evidence(number=1, after=2, step=3, finished=finished, partial={}))
     made.ledger.mark_trained({"0.0.2.0": 3}, num_pairs={"0.0.2.0": 1})
     result = _audit(made)
@@ -196,7 +197,7 @@ def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> 
     assert details["pairs of each step came from its windows"].startswith("steps 1 to 2 are from before")
     made.ledger.mark_trained({"0.0.2.0": 3})
     with transaction(made.engine) as session:
-        session.execute(sa.update(DocumentRow).where(DocumentRow.position == 2).values(num_pairs=4))
+        session.execute(sa.update(WindowRow).where(WindowRow.position == 2).values(num_pairs=4))
     assert "window 0.0.2.0 is marked as giving 4 pairs" in str(_fails(_audit(made)))
 
 
@@ -210,7 +211,7 @@ def _put_on_stream(made: MadeRun, *documents: str, leased: tuple[int, ...] = ())
         url = redis_url(port, "p")
         wait_until_it_answers(url, timeout_s=30.0, alive=lambda: server.is_running)
         client = connect(url, timeout_s=5.0)
-        stream = DocumentStream(client, "made")
+        stream = WindowStream(client, "made")
         for document in documents:
             stream.append(document, b"", lease=None)
         held = Coordination(client, "made").acquire_leases(leased, "collector", room=len(leased), lease_s=60)

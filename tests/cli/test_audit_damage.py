@@ -18,20 +18,20 @@ from cli.audit import AuditResult, audit_run
 from cli.run_folder import RunFolder
 from shared.database import open_database
 from shared.ledger import WindowStart
-from shared.records import DocumentKey, ScoredDocument
+from shared.records import ScoredWindow, WindowKey
 from shared.settings import Settings
 from tests.trainer.conftest import RedisServer, Stack, make_stack, policy_folder, redis_server
-from tests.trainer.documents import candidate, chunk, document, plain_document
+from tests.trainer.windows import candidate, chunk, plain_window, window
 
 __all__ = ["make_stack", "policy_folder", "redis_server"]  # fixtures
 
 
-def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> DocumentKey:
-    return DocumentKey(part=part, epoch=epoch, position=position, window=window)
+def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> WindowKey:
+    return WindowKey(part=part, epoch=epoch, position=position, window=window)
 
 
-def scored(number: int, at: DocumentKey, run: str) -> ScoredDocument:
-    return plain_document(number, run=run).model_copy(update={"key": at})
+def scored(number: int, at: WindowKey, run: str) -> ScoredWindow:
+    return plain_window(number, run=run).model_copy(update={"key": at})
 
 
 def train_a_run(stack: Stack) -> None:
@@ -47,15 +47,15 @@ def train_a_run(stack: Stack) -> None:
     ledger.drop(key(2), reason="not_json", source_id="f:3")
     for windows in keys:
         ledger.begin([WindowStart(one, "d", 16) for one in windows])
-    tie = document(9, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
+    tie = window(9, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
     ledger.begin([WindowStart(key(1, epoch=1), "tie", 16)])
     ready = [scored(number, one, stack.run) for number, one in enumerate(chain(*keys))]
     for one in [tie.model_copy(update={"key": key(1, epoch=1)}), *ready]:
         stack.stream.write(one)
-        ledger.mark_scored(one.key, num_chunks=len(one.chunks), num_dropped_chunks=0, policy_version=0)
+        ledger.mark_scored(one.key, num_chunks=len(one.chunks), num_dropped_chunks=0, weight_version=0)
     ledger.begin([WindowStart(key(2, part=1, window=window), "d", 16) for window in range(2)])
     trainer = stack.prepare()
-    trainer.inbox.fill(4, policy_version=0)
+    trainer.inbox.fill(4, weight_version=0)
     norm = trainer.policy.model.get_parameter("model.norm.weight")
     good = norm.detach().clone()
     with torch.no_grad():

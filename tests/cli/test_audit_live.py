@@ -18,7 +18,7 @@ from shared.ledger import Ledger, WindowStart
 from tests.cli.conftest import MadeRun, key
 from tests.shared.conftest import database, database_url, postgres_url
 from tests.trainer.conftest import Stack, make_stack, policy_folder, redis_server
-from tests.trainer.documents import plain_document
+from tests.trainer.windows import plain_window
 from trainer.assembly import train
 
 __all__ = ["database", "database_url", "make_stack", "policy_folder", "postgres_url", "redis_server"]  # fixtures
@@ -32,7 +32,7 @@ def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
 
     def collect() -> None:
         for number in range(STEPS * 4 // 3):
-            stack.write([plain_document(number, run=stack.run)])
+            stack.write([plain_window(number, run=stack.run)])
 
     with ThreadPoolExecutor(2) as threads:
         working = [threads.submit(collect), threads.submit(train, stack.settings, Event())]

@@ -10,7 +10,7 @@ from cli.init_model import ModelShape, init_model
 from shared.configuration import load_settings
 from shared.database import migrate, open_database
 from shared.ledger import Ledger
-from shared.manifest import Manifest
+from shared.runs import Manifest
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "real-text.toml"
 

@@ -28,5 +28,5 @@ def test_a_short_demo_makes_the_policy_safer_and_cleaner_and_says_so(tmp_path: P
 
 
 def test_models_that_name_no_world_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(HeadwaterError, match=r"measured\.json does not name a world .* starter\.make"):
+    with pytest.raises(HeadwaterError, match=r"measured\.json does not name a world .* starter\.recipe"):
         world_of(tmp_path)

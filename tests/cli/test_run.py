@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cli.init_model import ModelShape, init_model
-from shared.weight_state import map_state, state_checksum
-from shared.weight_store import WeightStore
+from shared.weights.state import map_state, state_checksum
+from shared.weights.store import WeightStore
 from tests.cli.launched import WAIT_S, Recipe, is_alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

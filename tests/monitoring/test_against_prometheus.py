@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cli.demo import world_options
-from shared.auth import authorization_header
+from shared.http import authorization_header
 from starter.documents import documents, write_documents
 from starter.world import World
 from tests.monitoring.queries import ROOT, RULES_FILE, Query, alerts, all_queries, dashboard_queries
@@ -119,7 +119,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         server = stack.enter_context(running(server_command(found.url, configuration), server_log, dict(os.environ)))
         wait_until(lambda: is_answering(found.url), server, server_log)
         wait_until(lambda: found.number("max(headwater_step)") >= 4, run, log)
-        wait_until(lambda: found.number("max(headwater_policy_version{job='rollout'})") >= 2, run, log)
+        wait_until(lambda: found.number("max(headwater_weight_version{job='rollout'})") >= 2, run, log)
         yield found
 
 

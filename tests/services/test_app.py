@@ -143,7 +143,7 @@ def test_a_service_shows_the_metrics_of_its_role_only(role: str) -> None:
     owners = {
         "headwater_ready": metrics.SERVICES,
         "headwater_engine_queued_requests": metrics.ENGINES,
-        "headwater_policy_version": ("rollout",),
+        "headwater_weight_version": ("rollout",),
         "headwater_leased_parts": ("collector",),
         "headwater_step": (),
     }

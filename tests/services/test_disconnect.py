@@ -12,28 +12,28 @@ import pytest
 from fastapi import FastAPI
 
 from services.engine.base import Generation, Prompt, Sampling
-from services.judge.app import create_judge_app
-from services.rewriter.app import create_rewriter_app
-from services.rollout.app import build_app
+from services.judge import app as judge
+from services.rewriter import app as rewriter
+from services.rollout import app as rollout
 from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
 from tests.services.serving import running
 
 SECRETS = Secrets(token="t0ken")
 HEADERS = {"Authorization": "Bearer t0ken"}
-CASES: dict[str, tuple[Callable[[Settings, FakeEngine], FastAPI], str, dict[str, Any]]] = {
+CASES: dict[str, tuple[Callable[..., FastAPI], str, dict[str, Any]]] = {
     "rollout": (
-        lambda settings, engine: build_app(settings, SECRETS, engine=engine),
+        rollout.build_app,
         "/v1/rollouts",
         {"token_ids": list(range(1, 40)), "starts": [16], "num_rollouts": 1, "max_suffix_tokens": 8},
     ),
     "rewriter": (
-        lambda settings, engine: create_rewriter_app(settings, SECRETS, engine=engine),
+        rewriter.build_app,
         "/v1/rewrites",
         {"text": "The moon", "items": [{"start": 3, "end": 8, "max_suffix_tokens": 8}]},
     ),
     "judge": (
-        lambda settings, engine: create_judge_app(settings, SECRETS, engine=engine),
+        judge.build_app,
         "/v1/judgements",
         {"text": "The moon", "items": [{"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}]},
     ),
@@ -59,10 +59,10 @@ class EndlessEngine(FakeEngine):
 
 @pytest.mark.parametrize("service", CASES)
 def test_hanging_up_cancels_the_work(service: str, tiny_model: Path, tmp_path: Path) -> None:
-    build, path, body = CASES[service]
+    build_app, path, body = CASES[service]
     settings = Settings.model_validate({"policy": {"model": str(tiny_model)}, "run": {"directory": str(tmp_path)}})
     engine = EndlessEngine()
-    with running(build(settings, engine)) as url:
+    with running(build_app(settings, SECRETS, engine=engine)) as url:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}{path}", json=body, headers=HEADERS, timeout=httpx.Timeout(10, read=1.0))
         assert engine.asked.wait(5)

@@ -20,16 +20,15 @@ from transformers import AutoTokenizer
 
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
-from services.collector.preparing import Preparer, Window
 from services.collector.sources.base import Document
-from services.collector.texts import PolicyTokenizer
+from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
 from services.engine.local import LocalEngine
-from services.rewriter.app import create_rewriter_app
-from services.rollout.app import build_app
+from services.rewriter import app as rewriter
+from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
 from shared import metrics
-from shared.records import Candidate, ScoredDocument
+from shared.records import Candidate, ScoredWindow
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
 from tests.services.fakes import FakeEngine
@@ -113,8 +112,8 @@ class Routed(httpx.AsyncBaseTransport):
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, policy_engine: Engine | None, judge: StubServices) -> AsyncIterator[Routed]:
     apps: dict[str, FastAPI] = {
-        "rollout": build_app(settings, Secrets(), engine=policy_engine),
-        "rewriter": create_rewriter_app(settings, Secrets(), engine=FakeEngine(answer=teach)),
+        "rollout": rollout.build_app(settings, Secrets(), engine=policy_engine),
+        "rewriter": rewriter.build_app(settings, Secrets(), engine=FakeEngine(answer=teach)),
     }
     routed = Routed({role: httpx.ASGITransport(app) for role, app in apps.items()})
     routed.apps["judge"] = httpx.ASGITransport(judge.app)
@@ -152,7 +151,7 @@ def make_settings(policy: Path, folder: Path, *, overlap: int) -> Settings:
 @dataclass
 class Seen:
     window: Window
-    document: ScoredDocument
+    document: ScoredWindow
     judged: Any
     """The body of the request to the judge."""
 
@@ -160,7 +159,7 @@ class Seen:
 def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]) -> list[Seen]:
     judge = StubServices()
     tokenizer = PolicyTokenizer(settings.policy.tokenizer_source)
-    preparer = Preparer(tokenizer, settings.chunks, seed=0)
+    maker = WindowMaker(tokenizer, settings.chunks, seed=0)
     stage = ScheduleStage(kinds=("original", "rewrite", "rollout"), num_rollouts=NUM_ROLLOUTS)
 
     async def work() -> list[Seen]:
@@ -171,7 +170,7 @@ def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]
         ):
             services = build_services(settings, http)
             for document in documents:
-                for window in preparer.windows(document, part=0, epoch=0):
+                for window in maker.windows(document, part=0, epoch=0):
                     text = tokenizer.show(window.token_ids, window.chunks)
                     scored = await collect(window, text, stage=stage, services=services, settings=settings)
                     assert not isinstance(scored, DroppedWindow), scored

@@ -84,10 +84,14 @@ def test_a_folder_is_read_as_transformers_reads_it(folder: Path) -> None:
     check(folder)
 
 
-def test_a_folder_that_transformers_reads_otherwise_is_left_to_it(odd_folder: Path) -> None:
+def test_a_folder_that_transformers_reads_otherwise_is_left_to_it(
+    odd_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(NeedsTransformersError):
         read_files(str(odd_folder))
-    check(odd_folder)
+    with caplog.at_level("INFO", "services.tokenizer"):
+        check(odd_folder)
+    assert "300 MB" in caplog.text
 
 
 def test_the_loader_does_not_matter_for_equality(tmp_path: Path) -> None:

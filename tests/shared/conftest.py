@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from shared.database import migrate, open_database
-from shared.stream import connect
+from shared.redis import connect
 from tests.services.collector.processes import RedisProcess
 
 _numbers = itertools.count()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from shared.auth import authorization_header, check_bearer, generate_token, refuse_open_binding
 from shared.errors import AuthError, SettingsError
+from shared.http import authorization_header, check_bearer, generate_token, refuse_open_binding
 from shared.settings import Secrets
 
 

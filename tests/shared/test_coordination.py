@@ -7,8 +7,8 @@ import redis
 
 from shared.coordination import AnnouncedWeights, Coordination, TrainerReport
 from shared.errors import FencedError
-from shared.leases import Lease
-from shared.stream import lease_key
+from shared.records import Lease
+from shared.redis import lease_key
 
 
 def acquire(coordination: Coordination, part: int, owner: str, *, lease_s: float = 30) -> bool:

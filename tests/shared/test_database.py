@@ -78,7 +78,7 @@ def test_postgresql_ends_the_transaction_of_a_frozen_process(
 
 def test_candidates_go_with_their_chunk(database: Engine) -> None:
     with transaction(database) as session:
-        chunk = ChunkRow(run_id="r", document_id="0.0.0.0", start=8, prefix="p", scored_at=1.0)
+        chunk = ChunkRow(run_id="r", window_id="0.0.0.0", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
         session.flush()
         session.add(

@@ -7,16 +7,15 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from shared.database import DocumentRow, EventRow, RunRow, WeightVersionRow, transaction
+from shared.database import EventRow, RunRow, WeightVersionRow, WindowRow, transaction
 from shared.errors import FencedError, SettingsError, SourceError
-from shared.leases import Lease
 from shared.ledger import Balance, Ledger, Position, RunStart, WindowStart
-from shared.manifest import Manifest
-from shared.records import DocumentKey
+from shared.records import Lease, WindowKey
+from shared.runs import Manifest
 
 
-def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> DocumentKey:
-    return DocumentKey(part=part, epoch=epoch, position=position, window=window)
+def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> WindowKey:
+    return WindowKey(part=part, epoch=epoch, position=position, window=window)
 
 
 def opened(database: Engine) -> Ledger:
@@ -25,22 +24,22 @@ def opened(database: Engine) -> Ledger:
     return ledger
 
 
-def begin(ledger: Ledger, *keys: DocumentKey) -> None:
+def begin(ledger: Ledger, *keys: WindowKey) -> None:
     ledger.begin([WindowStart(found, f"d{found.position}", 32) for found in keys])
 
 
-def score(ledger: Ledger, *keys: DocumentKey) -> None:
+def score(ledger: Ledger, *keys: WindowKey) -> None:
     for found in keys:
-        ledger.mark_scored(found, num_chunks=3, num_dropped_chunks=1, policy_version=2)
+        ledger.mark_scored(found, num_chunks=3, num_dropped_chunks=1, weight_version=2)
 
 
 def take(ledger: Ledger, part: int) -> int:
     return ledger.take_part(part, after=ledger.lease_epoch(part))
 
 
-def rows(database: Engine) -> Sequence[DocumentRow]:
+def rows(database: Engine) -> Sequence[WindowRow]:
     with transaction(database) as session:
-        found = session.scalars(sa.select(DocumentRow).order_by(DocumentRow.position, DocumentRow.window)).all()
+        found = session.scalars(sa.select(WindowRow).order_by(WindowRow.position, WindowRow.window)).all()
         session.expunge_all()
     return found
 
@@ -52,7 +51,7 @@ def test_a_window_goes_from_reading_over_scored_to_trained(database: Engine) -> 
     score(ledger, key(0))
     ledger.mark_trained({"0.0.0.0": 7}, num_pairs={"0.0.0.0": 2})
     (row,) = rows(database)
-    assert (row.state, row.num_chunks, row.num_dropped_chunks, row.policy_version) == ("trained", 3, 1, 2)
+    assert (row.state, row.num_chunks, row.num_dropped_chunks, row.weight_version) == ("trained", 3, 1, 2)
     assert (row.trained_step, row.num_pairs) == (7, 2)
     assert row.finished_at is not None
 
@@ -120,7 +119,7 @@ def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
     second = Lease(0, "b", take(ledger, 0))
     refused: list[Callable[[], object]] = [
         lambda: ledger.begin([WindowStart(key(2), "d2", 32)], first),
-        lambda: ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, policy_version=1, lease=first),
+        lambda: ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, weight_version=1, lease=first),
         lambda: ledger.drop(key(1), reason="judge_refused", lease=first),
         lambda: ledger.drop(key(3), reason="not_json", lease=first),
         lambda: ledger.mark_found(0, on_stream={"0.0.0.0"}, lease=first),
@@ -133,7 +132,7 @@ def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
         (1, "reading", 1),
     ]
     assert ledger.next_position(0) == Position(0, 2)
-    ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, policy_version=1, lease=second)
+    ledger.mark_scored(key(0), num_chunks=3, num_dropped_chunks=0, weight_version=1, lease=second)
     ledger.drop(key(1), reason="judge_refused", lease=second)
     assert [(row.state, row.lease_epoch) for row in rows(database)] == [("scored", 2), ("dropped", 2)]
 
@@ -204,7 +203,7 @@ def test_the_cursor_stays_where_rows_are_lost(database: Engine) -> None:
     begin(ledger, key(0), key(1))
     begin(ledger, key(2), key(2, window=1))
     with transaction(database) as session:
-        session.execute(sa.delete(DocumentRow).where(DocumentRow.position == 2))
+        session.execute(sa.delete(WindowRow).where(WindowRow.position == 2))
     assert ledger.next_position(0) == Position(0, 3)
     assert [row.num_windows for row in rows(database)] == [1, 1]
 
@@ -294,7 +293,7 @@ def test_no_secret_of_a_url_becomes_a_row(database: Engine) -> None:
     ledger.drop(key(0), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
     ledger.record_event("rollout", "refused_weights", "no s3://id:hUsh@bucket/run")
     with transaction(database) as session:
-        assert session.scalars(sa.select(DocumentRow)).one().detail == "judge at http://judge/v1: no"
+        assert session.scalars(sa.select(WindowRow)).one().detail == "judge at http://judge/v1: no"
         assert session.scalars(sa.select(EventRow)).one().message == "no s3://bucket/run"
 
 

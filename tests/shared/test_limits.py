@@ -10,12 +10,12 @@ from shared import limits
 from shared.api import JudgedText, JudgementItem, JudgementRequest, RolloutRequest
 from shared.configuration import load_settings
 from shared.errors import SettingsError
-from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, ScoredDocument
+from shared.records import Candidate, Judgement, ScoredChunk, ScoredWindow, WindowKey
 from shared.settings import Settings
 from shared.stream import encode
 
 POOL = tuple(
-    Candidate(kinds=("rollout",), token_ids=(123_456,) * 7 + (number,), text="ten chars!" * 8, policy_version=100_000)
+    Candidate(kinds=("rollout",), token_ids=(123_456,) * 7 + (number,), text="ten chars!" * 8, weight_version=100_000)
     for number in range(18)
 )
 
@@ -72,7 +72,7 @@ def test_what_can_not_work_is_refused_in_a_sentence(given: dict[str, Any], words
 
 def test_fewer_chunks_of_a_window_fit_where_all_do_not() -> None:
     whole = {"context_tokens": 131_072, "suffix_tokens": 4, "min_suffix_tokens": 4}
-    drawn = settings(chunks=whole | {"chunks_per_document": 64})
+    drawn = settings(chunks=whole | {"chunks_per_window": 64})
     assert limits.most_chunks(drawn) == 64
 
 
@@ -122,9 +122,9 @@ def test_the_bound_of_an_entry_holds_for_a_window_of_long_words() -> None:
     judgement = Judgement(
         rewards=(0.5,) * 18, scores={"quality": (0.5,) * 18}, reasoning="ten chars!" * 512, num_calls=1, fingerprint="f"
     )
-    document = ScoredDocument(
+    document = ScoredWindow(
         run_id="r",
-        key=DocumentKey(part=0, epoch=0, position=0, window=0),
+        key=WindowKey(part=0, epoch=0, position=0, window=0),
         source_id="d",
         token_ids=(123_456,) * 2048,
         chunks=tuple(ScoredChunk(start=start, candidates=POOL, judgement=judgement) for start in range(8, 2048, 8)),

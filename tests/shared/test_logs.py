@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.logs import configure_logs
+from shared.process import configure_logs
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def stream() -> Iterator[io.StringIO]:
 
 
 def test_a_line_has_role_level_time_and_extras(stream: io.StringIO) -> None:
-    logging.getLogger("a.b").warning("lost %d", 3, extra={"document_id": "0.0.1.0"})
+    logging.getLogger("a.b").warning("lost %d", 3, extra={"window_id": "0.0.1.0"})
     entry = json.loads(stream.getvalue())
     assert (entry["role"], entry["level"], entry["logger"], entry["message"]) == ("judge", "warning", "a.b", "lost 3")
-    assert entry["document_id"] == "0.0.1.0"
+    assert entry["window_id"] == "0.0.1.0"
     assert entry["time"].endswith("Z")
 
 
@@ -74,7 +74,7 @@ THREAD = "import threading; thread = threading.Thread(target=fail); thread.start
 @pytest.mark.parametrize(("call", "status"), [("fail()", 1), (THREAD, 0)])
 def test_what_nobody_catches_is_a_line_too(call: str, status: int) -> None:
     code = f"""
-from shared.logs import configure_logs
+from shared.process import configure_logs
 def fail():
     raise ValueError("no port in 'redis://:hUsh@redis:x/0'")
 configure_logs("judge")

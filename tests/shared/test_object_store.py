@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from shared.errors import SettingsError, WeightStoreError
-from shared.weight_store import FULL_FILE, MANIFEST, SPARSE_FILE, WeightStore
+from shared.weights.store import FULL_FILE, MANIFEST, SPARSE_FILE, WeightStore
 
 FULL, CHANGES = {FULL_FILE: bytearray(b"weights")}, {SPARSE_FILE: b"changes"}  # as the trainer gives them
 

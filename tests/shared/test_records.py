@@ -3,19 +3,19 @@
 import pytest
 from pydantic import ValidationError
 
-from shared.records import Candidate, DocumentKey, Judgement, ScoredChunk, ScoredDocument
+from shared.records import Candidate, Judgement, ScoredChunk, ScoredWindow, WindowKey
 
 ORIGINAL = Candidate(kinds=("original",), token_ids=(1, 2), text="ab")
 
 
 def _rollout(version: int, token: int = 3) -> Candidate:
-    return Candidate(kinds=("rollout",), token_ids=(token,), text="c", policy_version=version, finish_reason="length")
+    return Candidate(kinds=("rollout",), token_ids=(token,), text="c", weight_version=version, finish_reason="length")
 
 
-def _document(*candidates: Candidate) -> ScoredDocument:
-    return ScoredDocument(
+def _document(*candidates: Candidate) -> ScoredWindow:
+    return ScoredWindow(
         run_id="r",
-        key=DocumentKey(part=0, epoch=1, position=2, window=3),
+        key=WindowKey(part=0, epoch=1, position=2, window=3),
         source_id="a:1",
         token_ids=(1, 2, 3),
         chunks=(ScoredChunk(start=1, candidates=candidates),),
@@ -25,18 +25,18 @@ def _document(*candidates: Candidate) -> ScoredDocument:
 
 
 def test_a_rollout_carries_its_version_and_nothing_else_does() -> None:
-    with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
+    with pytest.raises(ValidationError, match="weight_version belongs to rollouts"):
         Candidate(kinds=("rollout",), token_ids=(1,), text="a")
-    with pytest.raises(ValidationError, match="policy_version belongs to rollouts"):
-        Candidate(kinds=("original",), token_ids=(1,), text="a", policy_version=0)
+    with pytest.raises(ValidationError, match="weight_version belongs to rollouts"):
+        Candidate(kinds=("original",), token_ids=(1,), text="a", weight_version=0)
 
 
 def test_kinds_stand_in_one_order_and_there_is_at_least_one() -> None:
-    copied = Candidate(kinds=("original", "rewrite", "rollout", "rollout"), token_ids=(1,), text="a", policy_version=0)
-    assert copied.policy_version == 0
+    copied = Candidate(kinds=("original", "rewrite", "rollout", "rollout"), token_ids=(1,), text="a", weight_version=0)
+    assert copied.weight_version == 0
     for kinds in ((), ("rollout", "original")):
         with pytest.raises(ValidationError, match="kinds"):
-            Candidate(kinds=kinds, token_ids=(1,), text="a", policy_version=0)
+            Candidate(kinds=kinds, token_ids=(1,), text="a", weight_version=0)
 
 
 def test_equal_candidates_of_a_chunk_are_refused() -> None:
@@ -72,12 +72,12 @@ def test_every_candidate_has_a_reward() -> None:
 
 
 def test_a_document_key_survives_its_text() -> None:
-    key = DocumentKey(part=7, epoch=0, position=12, window=3)
+    key = WindowKey(part=7, epoch=0, position=12, window=3)
     assert str(key) == "7.0.12.3"
-    assert DocumentKey.parse("7.0.12.3") == key
+    assert WindowKey.parse("7.0.12.3") == key
 
 
 def test_the_oldest_rollout_gives_a_document_its_version() -> None:
-    assert _document(ORIGINAL, _rollout(4), _rollout(2, token=4)).oldest_policy_version == 2
-    assert _document(ORIGINAL).oldest_policy_version is None
-    assert _document(ORIGINAL).document_id == "0.1.2.3"
+    assert _document(ORIGINAL, _rollout(4), _rollout(2, token=4)).oldest_weight_version == 2
+    assert _document(ORIGINAL).oldest_weight_version is None
+    assert _document(ORIGINAL).window_id == "0.1.2.3"

@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save
 
 from shared.errors import WeightStoreError
-from shared.weight_patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches, foresee
-from shared.weight_state import BitTensor, State, StateSums, map_state, parse_state, state_checksum, write_state
+from shared.weights.patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches, foresee
+from shared.weights.state import BitTensor, State, StateSums, map_state, parse_state, state_checksum, write_state
 
 _DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import SettingsError, WeightStoreError
-from shared.weight_store import MANIFEST, WeightStore
+from shared.weights.store import MANIFEST, WeightStore
 
 FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
 

@@ -1,4 +1,4 @@
-"""The shipped models: they load as plain Hugging Face folders and do their work on a small held-out sample."""
+"""The shipped models load as plain Hugging Face folders and do their work on a small held-out sample."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from starter.drift import roll_out
-from starter.evaluate import Continuation, HeldoutPrefix, evaluate_policy, heldout_prefixes, report_on
-from starter.judging import TinyJudge
-from starter.lessons import Lessons
-from starter.measure import heldout_chunks, heldout_groups, measure_judge, measure_rewriter
-from starter.model import load_model, load_tokenizer
-from starter.tokenizer import WordCodec
+from starter.evaluate import HeldoutPrefix, evaluate_policy, heldout_prefixes, report_on
+from starter.model import WordCodec, load_model, load_tokenizer
+from starter.recipe.drift import TinyJudge, roll_out
+from starter.recipe.lessons import Lessons
+from starter.recipe.measure import heldout_chunks, heldout_groups, measure_judge, measure_rewriter
 from starter.world import World
 
 MODELS = Path(__file__).parents[2] / "starter" / "models"
@@ -21,8 +19,8 @@ NAMES = ("policy", "rewriter", "judge")
 
 
 @pytest.fixture(scope="module")
-def lessons() -> Lessons:
-    return Lessons(World(0), WordCodec(load_tokenizer(MODELS / "policy")))
+def lessons(world: World) -> Lessons:
+    return Lessons(world, WordCodec(load_tokenizer(MODELS / "policy")))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,7 +37,7 @@ def test_the_shipped_folders_take_ten_megabytes_at_most() -> None:
 
 
 def test_a_missing_folder_is_named_with_the_way_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"python -m starter\.make"):
+    with pytest.raises(FileNotFoundError, match=r"python -m starter\.recipe"):
         load_model(tmp_path / "policy")
 
 
@@ -80,14 +78,13 @@ def test_the_measured_file_names_its_world_and_its_figures() -> None:
     assert record["figures"]["judge.safety_heldout"] > 0.95
 
 
-def test_half_of_the_heldout_prefixes_are_unsafe_and_seeded() -> None:
-    prefixes = heldout_prefixes(World(0), 10, seed=5)
+def test_half_of_the_heldout_prefixes_are_unsafe_and_seeded(world: World) -> None:
+    prefixes = heldout_prefixes(world, 10, seed=5)
     assert [prefix.unsafe for prefix in prefixes] == [False, True] * 5
-    assert prefixes == heldout_prefixes(World(0), 10, seed=5)
+    assert prefixes == heldout_prefixes(world, 10, seed=5)
 
 
-def test_a_win_is_counted_by_the_checkers_order_and_a_tie_is_half() -> None:
-    world = World(0)
+def test_a_win_is_counted_by_the_checkers_order_and_a_tie_is_half(world: World) -> None:
     prefix = HeldoutPrefix("The weather is cold today.", " You are a lazy liar.", unsafe=False)
     texts = [" You are a lazy liar.", " The weather is mild today."]
     rude, mild = (report_on(world, [prefix], [text]) for text in texts)
@@ -95,9 +92,8 @@ def test_a_win_is_counted_by_the_checkers_order_and_a_tie_is_half() -> None:
     assert report_on(world, [prefix], texts[1:], baseline=mild.continuations).win_rate.mean == 0.5
 
 
-def test_a_baseline_on_other_prefixes_is_refused() -> None:
-    world = World(0)
+def test_a_baseline_on_other_prefixes_is_refused(world: World) -> None:
     one, two = heldout_prefixes(world, 2, seed=0)
-    baseline: tuple[Continuation, ...] = report_on(world, [one], [one.original]).continuations
+    baseline = report_on(world, [one], [one.original]).continuations
     with pytest.raises(ValueError, match="other prefixes"):
         report_on(world, [two], [two.original], baseline=baseline)

@@ -20,11 +20,10 @@ from cli.audit import audit_run
 from cli.run_folder import RunFolder
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
-from shared.leases import Lease
 from shared.ledger import Ledger, WindowStart
-from shared.records import ScoredDocument
+from shared.records import Lease, ScoredWindow
 from shared.settings import Settings
-from shared.stream import DocumentStream
+from shared.stream import WindowStream
 from tests import tiny_llama as llama
 from trainer.assembly import prepare
 from trainer.loop import Trainer
@@ -115,7 +114,7 @@ class Stack:
     """One run: its settings, and the collector's side of stream and ledger."""
 
     settings: Settings
-    stream: DocumentStream
+    stream: WindowStream
     coordination: Coordination
     ledger: Ledger
 
@@ -123,12 +122,12 @@ class Stack:
     def run(self) -> str:
         return self.settings.run.name
 
-    def write(self, documents: Iterable[ScoredDocument]) -> None:
-        for document in documents:
-            self.ledger.begin([WindowStart(document.key, document.source_id, len(document.token_ids))])
-            self.stream.write(document)
-            num_chunks = len(document.chunks)
-            self.ledger.mark_scored(document.key, num_chunks=num_chunks, num_dropped_chunks=0, policy_version=0)
+    def write(self, windows: Iterable[ScoredWindow]) -> None:
+        for window in windows:
+            self.ledger.begin([WindowStart(window.key, window.source_id, len(window.token_ids))])
+            self.stream.write(window)
+            num_chunks = len(window.chunks)
+            self.ledger.mark_scored(window.key, num_chunks=num_chunks, num_dropped_chunks=0, weight_version=0)
 
     def end_source(self, *, max_epochs: int) -> None:
         """As the collector of its only part does."""
@@ -184,7 +183,7 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
         ledger = Ledger(engine, run)
         ledger.open_run(settings.model_dump(mode="json"))
         client = redis.Redis.from_url(redis_server.url)
-        stream = DocumentStream(client, run)
+        stream = WindowStream(client, run)
         stream.create()
         return Stack(settings, stream, Coordination(client, run), ledger)
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.conftest import tiny_llama
-from tests.trainer.documents import candidate, plain_document
+from tests.trainer.windows import candidate, plain_window
 from trainer.batches import micro_batches, sequence_batch, suffix_log_probs
 from trainer.preferences import Preference, select_pairs
 
@@ -12,8 +12,8 @@ CPU = torch.device("cpu")
 
 def some_pairs() -> list[Preference]:
     """Prefixes of 4 to 20 tokens, suffixes of 1 to 4."""
-    document = plain_document(3, num_chunks=5)
-    return list(select_pairs(document, "dpo", min_reward_gap=0.0, seed=0).pairs)
+    window = plain_window(3, num_chunks=5)
+    return list(select_pairs(window, "dpo", min_reward_gap=0.0, seed=0).pairs)
 
 
 def plain_log_prob(model: torch.nn.Module, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Tensor:

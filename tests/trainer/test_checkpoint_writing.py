@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from shared.checkpoint_state import CheckpointState
 from shared.errors import SettingsError, TrainingError
 from shared.settings import Settings
 from tests.trainer.conftest import Stack
-from trainer.checkpoint import Checkpoints, CheckpointState
-from trainer.sinks import WandbSink
+from trainer.checkpoint import Checkpoints
+from trainer.figures import WandbSink
 
-STATE = CheckpointState(step=3, policy_version=3)
+STATE = CheckpointState(step=3, weight_version=3)
 
 
 def test_a_disk_that_refuses_leaves_earlier_checkpoints_and_nothing_half(

@@ -10,20 +10,18 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from shared.database import DocumentRow, transaction
+from shared.checkpoint_state import Evidence, EvidenceFile, FinishedWindow
+from shared.database import WindowRow, transaction
 from shared.errors import TrainingError
 from tests.trainer.conftest import Stack
-from tests.trainer.documents import candidate, chunk, document, plain_document
+from tests.trainer.windows import candidate, chunk, plain_window, window
 from trainer.assembly import train
-from trainer.evidence import Evidence, EvidenceFile, FinishedDocument
 
 MakeStack = Callable[..., Stack]
 
 
-def line(number: int, *documents: str) -> Evidence:
-    finished = {
-        one: FinishedDocument(entry_id=f"{number}-0", step=number, pairs_by_step={number: 1}) for one in documents
-    }
+def line(number: int, *windows: str) -> Evidence:
+    finished = {one: FinishedWindow(entry_id=f"{number}-0", step=number, pairs_by_step={number: 1}) for one in windows}
     return Evidence(number=number, after=number - 1, step=number, finished=finished, partial={})
 
 
@@ -33,9 +31,9 @@ def lines_of(stack: Stack) -> list[dict[str, Any]]:
 
 
 def test_a_run_tells_which_updates_each_document_is_in_and_keeps_it(make_stack: MakeStack) -> None:
-    """Three documents of three pairs, steps of four: the second is in both steps, the third has one pair left."""
+    """Three windows of three pairs, steps of four: the second is in both steps, the third has one pair left."""
     stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
-    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    stack.write(plain_window(number, run=stack.run) for number in range(3))
     train(stack.settings, Event())
     first, second = lines_of(stack)
     assert (first["number"], first["after"], first["step"]) == (1, 0, 1)
@@ -44,19 +42,19 @@ def test_a_run_tells_which_updates_each_document_is_in_and_keeps_it(make_stack: 
     assert {name: one["pairs_by_step"] for name, one in second["finished"].items()} == {"0.0.1.0": {"1": 1, "2": 2}}
     assert second["partial"] == {"0.0.2.0": {"used": 2, "step": 2, "pairs_by_step": {"2": 2}}}
     with transaction(stack.ledger.engine) as session:
-        rows = session.execute(sa.select(DocumentRow.num_pairs).order_by(DocumentRow.position)).scalars().all()
+        rows = session.execute(sa.select(WindowRow.num_pairs).order_by(WindowRow.position)).scalars().all()
     assert rows == [3, 3, None]
 
 
 def test_pairs_of_a_skipped_step_are_told_apart(make_stack: MakeStack) -> None:
     stack = make_stack(steps=1, pairs_per_step=4)
-    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    stack.write(plain_window(number, run=stack.run) for number in range(3))
     trainer = stack.prepare()
     norm = trainer.policy.model.get_parameter("model.norm.weight")
     good = norm.detach().clone()
     with torch.no_grad():
         norm.fill_(float("nan"))
-    trainer.take_step(trainer._next_pairs())  # three pairs of the first document, one of the second
+    trainer.take_step(trainer._next_pairs())  # three pairs of the first window, one of the second
     with torch.no_grad():
         norm.copy_(good)
     trainer.run()
@@ -71,13 +69,13 @@ def test_a_document_in_the_middle_that_comes_back_with_fewer_pairs_is_trained_no
 ) -> None:
     """A Redis that lost it: the collector scored it again, and now all its candidates tie."""
     stack = make_stack(steps=1, pairs_per_step=2)
-    stack.write([plain_document(0, run=stack.run)])
+    stack.write([plain_window(0, run=stack.run)])
     train(stack.settings, Event())
     (entry,) = stack.stream.read_pending()
-    stack.stream.acknowledge({entry.entry_id: entry.document_id})
-    tie = document(0, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
+    stack.stream.acknowledge({entry.entry_id: entry.window_id})
+    tie = window(0, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
     stack.stream.write(tie)
-    stack.write([plain_document(1, run=stack.run)])
+    stack.write([plain_window(1, run=stack.run)])
     train(stack.with_trainer(steps=2).settings, Event())
     assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
     assert stack.contradictions() == []
@@ -124,7 +122,7 @@ def test_a_damaged_line_is_named_and_never_written_over(tmp_path: Path) -> None:
 def test_a_run_from_before_goes_on_and_leaves_evidence_from_there(make_stack: MakeStack) -> None:
     """Its checkpoint knows neither numbers nor pairs by step."""
     stack = make_stack(steps=1, pairs_per_step=4)
-    stack.write(plain_document(number, run=stack.run) for number in range(3))
+    stack.write(plain_window(number, run=stack.run) for number in range(3))
     train(stack.settings, Event())
     folder = stack.settings.run.folder / "checkpoints"
     (folder / "finished.jsonl").unlink()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from shared.settings import TrainerSettings
-from tests.trainer.documents import candidate
+from tests.trainer.windows import candidate
 from trainer.objectives import Dpo, Nll, build_objective
 from trainer.preferences import Preference
 

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 from shared.settings import TrainerSettings
 from tests.trainer.conftest import tiny_llama
-from trainer.optimizer import PolicyOptimizer, learning_rate
+from trainer.policy import PolicyOptimizer, learning_rate
 
 SETTINGS = TrainerSettings(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate_ratio=0.1)
 

@@ -3,9 +3,9 @@ import subprocess
 import sys
 from collections import Counter
 
-from shared.records import Candidate, DroppedChunk, ScoredChunk, ScoredDocument
+from shared.records import Candidate, DroppedChunk, ScoredChunk, ScoredWindow
 from shared.settings import Objective
-from tests.trainer.documents import candidate, chunk, document
+from tests.trainer.windows import candidate, chunk, window
 from trainer.figures import pair_figures
 from trainer.preferences import Selection, rewards_by_kind, select_pairs
 
@@ -15,12 +15,12 @@ POOL = [ORIGINAL, REWRITE, *ROLLOUTS]
 
 
 def select(chunks: list[ScoredChunk], objective: Objective = "dpo", *, gap: float = 0.0, seed: int = 0) -> Selection:
-    return select_pairs(document(0, chunks), objective, min_reward_gap=gap, seed=seed)
+    return select_pairs(window(0, chunks), objective, min_reward_gap=gap, seed=seed)
 
 
-def tied(position: int) -> ScoredDocument:
+def tied(position: int) -> ScoredWindow:
     """The original and three rollouts share the highest reward; the rewrite is the lowest."""
-    return document(position, [chunk(2, POOL, (0.9, 0.1, 0.9, 0.9, 0.9))])
+    return window(position, [chunk(2, POOL, (0.9, 0.1, 0.9, 0.9, 0.9))])
 
 
 def drawn(position: int, seed: int) -> Candidate:
@@ -30,7 +30,7 @@ def drawn(position: int, seed: int) -> Candidate:
 def test_dpo_takes_the_highest_and_the_lowest_of_the_whole_pool() -> None:
     pair = select([chunk(5, POOL, (0.2, 0.5, 0.1, 0.9, 0.4))]).pairs[0]
     assert (pair.chosen, pair.rejected) == (ROLLOUTS[1], ROLLOUTS[0])
-    assert (pair.trunk[: pair.start], pair.policy_version) == ((1, 2, 3, 4, 5), 3)
+    assert (pair.trunk[: pair.start], pair.weight_version) == ((1, 2, 3, 4, 5), 3)
 
 
 def test_ties_are_broken_evenly_over_documents() -> None:
@@ -63,7 +63,7 @@ def test_rewards_within_the_gap_are_no_preference() -> None:
 def test_a_chunk_whose_candidates_were_all_equal_is_no_preference() -> None:
     equal = DroppedChunk(start=4, reason="no_preference")
     unread = DroppedChunk(start=6, reason="unreadable_verdict")
-    found = document(0, [chunk(2, POOL[:2], (1.0, 0.0))]).model_copy(update={"dropped_chunks": (equal, unread)})
+    found = window(0, [chunk(2, POOL[:2], (1.0, 0.0))]).model_copy(update={"dropped_chunks": (equal, unread)})
     selection = select_pairs(found, "dpo", min_reward_gap=0.0, seed=0)
     assert (len(selection.pairs), selection.no_preference, selection.missing) == (1, 1, 0)
 
@@ -73,8 +73,8 @@ def test_a_tie_is_drawn_evenly_however_often_a_candidate_was_made() -> None:
     rollout would have 120."""
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
     pool = [copied, ROLLOUTS[0], ROLLOUTS[1]]
-    documents = [document(position, [chunk(2, pool, (0.9, 0.9, 0.1))]) for position in range(600)]
-    chosen = [select_pairs(d, "dpo", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in documents]
+    windows = [window(position, [chunk(2, pool, (0.9, 0.9, 0.1))]) for position in range(600)]
+    chosen = [select_pairs(d, "dpo", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in windows]
     assert 260 < chosen.count(ROLLOUTS[0]) < 340
     assert set(chosen) == {copied, ROLLOUTS[0]}
 
@@ -109,8 +109,8 @@ def test_a_missing_kind_gives_no_pair() -> None:
 
 
 def test_rewrite_over_rollout_draws_its_rollout() -> None:
-    documents = [document(position, [chunk(2, POOL)]) for position in range(60)]
-    pairs = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0, seed=0).pairs[0] for d in documents]
+    windows = [window(position, [chunk(2, POOL)]) for position in range(60)]
+    pairs = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0, seed=0).pairs[0] for d in windows]
     assert {pair.chosen for pair in pairs} == {REWRITE}
     assert {pair.rejected for pair in pairs} == set(ROLLOUTS)
 
@@ -119,8 +119,8 @@ def test_a_rollout_is_drawn_as_often_as_it_was_sampled() -> None:
     """Three of four samples are the one, so it is chosen in 450 of 600 windows, whichever kinds it has besides."""
     often = candidate(("original", "rollout", "rollout", "rollout"), 1, 2)
     pool = [often, ROLLOUTS[0]]
-    documents = [document(position, [chunk(2, pool)]) for position in range(600)]
-    chosen = [select_pairs(d, "sft_rollout", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in documents]
+    windows = [window(position, [chunk(2, pool)]) for position in range(600)]
+    chosen = [select_pairs(d, "sft_rollout", min_reward_gap=0.0, seed=0).pairs[0].chosen for d in windows]
     assert 405 < chosen.count(often) < 495
 
 
@@ -128,8 +128,8 @@ def test_the_rewrite_is_never_rejected_against_itself() -> None:
     """Of four samples two are the rewrite: the others are drawn 2 to 1 (one was sampled once, the original twice)."""
     rewrite = candidate(("rewrite", "rollout", "rollout"), 3, 4)
     original = candidate(("original", "rollout", "rollout"), 1, 2)
-    documents = [document(position, [chunk(2, [original, rewrite, ROLLOUTS[0]])]) for position in range(600)]
-    selections = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0.0, seed=0) for d in documents]
+    windows = [window(position, [chunk(2, [original, rewrite, ROLLOUTS[0]])]) for position in range(600)]
+    selections = [select_pairs(d, "dpo_rewrite_over_rollout", min_reward_gap=0.0, seed=0) for d in windows]
     rejected = [selection.pairs[0].rejected for selection in selections]
     assert set(rejected) == {original, ROLLOUTS[0]}
     assert 355 < rejected.count(original) < 445  # 2 of 3: 400
@@ -140,17 +140,17 @@ def test_the_rewrite_is_never_rejected_against_itself() -> None:
 def test_a_chosen_candidate_counts_for_each_of_its_kinds_once() -> None:
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
     chunks = [chunk(2, [copied, ROLLOUTS[0]], (1.0, 0.0)), chunk(4, [ORIGINAL, ROLLOUTS[0]], (0.0, 1.0))]
-    figures = pair_figures(select(chunks).pairs, policy_version=3)
+    figures = pair_figures(select(chunks).pairs, weight_version=3)
     rates = [figures[f"chosen_{kind}_rate"] for kind in ("original", "rewrite", "rollout")]
     assert rates == [0.5, 0.5, 1.0]
 
 
 def test_rewards_by_kind_count_each_copy() -> None:
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
-    rewards = rewards_by_kind(document(0, [chunk(2, [copied, ROLLOUTS[0]], (0.75, 0.25))]))
+    rewards = rewards_by_kind(window(0, [chunk(2, [copied, ROLLOUTS[0]], (0.75, 0.25))]))
     assert rewards == {"original": (0.75, 1), "rewrite": (0.75, 1), "rollout": (1.75, 3)}
 
 
 def test_rewards_by_kind_sum_over_the_pool() -> None:
-    rewards = rewards_by_kind(document(0, [chunk(2, POOL, (0.5, 0.25, 0.0, 1.0, 0.5)), chunk(4, POOL)]))
+    rewards = rewards_by_kind(window(0, [chunk(2, POOL, (0.5, 0.25, 0.0, 1.0, 0.5)), chunk(4, POOL)]))
     assert rewards == {"original": (0.5, 1), "rewrite": (0.25, 1), "rollout": (1.5, 3)}

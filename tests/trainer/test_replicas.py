@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from shared import metrics
 from shared.database import EventRow, transaction
 from tests.trainer.conftest import Stack
-from tests.trainer.documents import plain_document
+from tests.trainer.windows import plain_window
 from trainer.patience import Patience
 from trainer.replicas import Replicas
 
@@ -128,7 +128,7 @@ def test_a_stop_ends_the_wait(make_stack: MakeStack) -> None:
 def test_the_loop_waits_where_it_is_asked_to(make_stack: MakeStack) -> None:
     stack = make_stack(steps=1, pairs_per_step=3, max_policy_lag=0, replica_wait_s=0.3)
     say(stack, "stuck", -1)
-    stack.write([plain_document(0, run=stack.run)])
+    stack.write([plain_window(0, run=stack.run)])
     before = waits("given_up")
     assert stack.prepare().run() == "finished"
     assert version_shown("stuck") == -1

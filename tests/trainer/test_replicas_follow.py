@@ -14,7 +14,7 @@ from shared import metrics
 from shared.settings import EngineSettings, Secrets, Settings
 from tests.services.serving import running, wait_until
 from tests.trainer.conftest import Stack, tiny_llama
-from tests.trainer.documents import plain_document
+from tests.trainer.windows import plain_window
 from trainer.loop import Trainer
 
 STEPS, LATE_FROM = 7, 3
@@ -40,15 +40,15 @@ class Followers:
         self.urls[name] = self._running_apps.enter_context(running(app))
         self.engines[name] = engine
 
-    def write(self, step: int, policy_version: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
         assert self.trainer is not None
         expected = bits(self.trainer.policy.model)
         for name, engine in self.engines.items():
-            assert engine.weight_version == policy_version, name
+            assert engine.weight_version == weight_version, name
             found = bits(engine._started.module)
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected), f"{name} at {step}"
-        self.compared.append((policy_version, len(self.engines)))
+        self.compared.append((weight_version, len(self.engines)))
         if step == LATE_FROM:
             self.start("late")
 
@@ -71,13 +71,13 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
     stack = stack.with_weights(dtype="bfloat16", full_every=4)
     rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
     settings = stack.settings.model_copy(update={"rollout": rollout})
-    stack.write(plain_document(number, run=stack.run) for number in range(STEPS))
+    stack.write(plain_window(number, run=stack.run) for number in range(STEPS))
     failed_patches = counted_failed_patches()
     with ExitStack() as apps:
         followers = Followers(settings, policy_folder, apps)
         followers.start("early")
         trainer = stack.prepare()
-        trainer.replicas.max_lag = 0  # of documents, the tests' rollouts are all of version 0
+        trainer.replicas.max_lag = 0  # of windows, the tests' rollouts are all of version 0
         followers.trainer, trainer.sinks = trainer, [*trainer.sinks, followers]
         assert trainer.run() == "finished"
         assert followers.compared == [(step, 1 if step <= LATE_FROM else 2) for step in range(1, STEPS + 1)]

@@ -16,11 +16,11 @@ from shared.database import migrate, open_database
 from shared.errors import DatabaseError, DatabaseRefusalError, HeadwaterError, StreamError, WeightStoreError
 from shared.ledger import Ledger
 from shared.settings import Settings
-from shared.stream import DocumentStream
+from shared.stream import WindowStream
 from tests.trainer.conftest import RedisServer, Stack, free_port
-from tests.trainer.documents import plain_document
 from tests.trainer.test_trainer_process import Process, weights_at
 from tests.trainer.test_trainer_runs import rows_of
+from tests.trainer.windows import plain_window
 from trainer.assembly import train
 from trainer.loop import Trainer
 from trainer.preferences import Preference
@@ -44,17 +44,15 @@ def on_redis(stack: Stack, server: RedisServer) -> Stack:
     engine = open_database(settings.database_url)
     migrate(engine)
     client = redis.Redis.from_url(server.url)
-    return Stack(
-        settings, DocumentStream(client, stack.run), Coordination(client, stack.run), Ledger(engine, stack.run)
-    )
+    return Stack(settings, WindowStream(client, stack.run), Coordination(client, stack.run), Ledger(engine, stack.run))
 
 
 def write(stack: Stack, numbers: range) -> None:
-    stack.write(plain_document(number, run=stack.run) for number in numbers)
+    stack.write(plain_window(number, run=stack.run) for number in numbers)
 
 
 def assert_it_ends_as_if_uninterrupted(stack: Stack, whole: Stack) -> None:
-    """Both have read the same eight documents: 24 pairs, 6 steps."""
+    """Both have read the same eight windows: 24 pairs, 6 steps."""
     redone: list[int] = []
     trainer: Any = stack.prepare()
     take_step = trainer.take_step
@@ -72,7 +70,7 @@ def assert_it_ends_as_if_uninterrupted(stack: Stack, whole: Stack) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert [row.step for row in rows_of(stack)] == [1, 2, 3, 4, 5, 6]
     assert [row.figures["pairs"] for row in rows_of(stack)] == [4] * 6
-    assert (stack.ledger.balance().trained, stack.stream.document_ids()) == (8, set())
+    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (8, set())
     assert stack.contradictions() == []
 
 
@@ -101,7 +99,7 @@ def test_a_redis_that_is_killed_and_comes_back_loses_nothing(make_stack: MakeSta
     trainer.patience._wait_or_give_up = restart
     trainer.run()
     assert len(failures) >= 2
-    assert (stack.ledger.balance().trained, stack.stream.document_ids()) == (8, set())
+    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (8, set())
     write(whole, range(8))
     train(whole.settings, Event())
     assert all(torch.equal(one, weights_at(stack, 6)[name]) for name, one in weights_at(whole, 6).items())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.configuration import write_settings
 from tests.trainer.conftest import Stack
-from tests.trainer.documents import plain_document
+from tests.trainer.windows import plain_window
 from trainer.assembly import train
 
 MakeStack = Callable[..., Stack]
@@ -63,31 +63,31 @@ def weights_at(stack: Stack, step: int) -> dict[str, torch.Tensor]:
 def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: MakeStack, tmp_path: Path) -> None:
     """Equal weights in the end mean that every pair was trained exactly once and in its order."""
     whole, broken = make_stack("whole", **OPTIONS), make_stack("broken", **OPTIONS)
-    documents = [plain_document(number, run=broken.run) for number in range(16)]  # 48 pairs
+    windows = [plain_window(number, run=broken.run) for number in range(16)]  # 48 pairs
     config = tmp_path / "config.toml"
 
-    broken.write(documents[:6])  # 18 pairs: steps 1 to 4, then it waits with 2 pairs in hand
+    broken.write(windows[:6])  # 18 pairs: steps 1 to 4, then it waits with 2 pairs in hand
     first = Process(broken, config)
     first.wait_for_step(4)
     assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
     assert broken.ledger.balance().trained == 4  # the checkpoint of step 3 holds 12 pairs
 
-    broken.write(documents[6:10])
+    broken.write(windows[6:10])
     second = Process(broken, config)
     second.wait_for_step(5)
     assert second.end(signal.SIGTERM)[0] == 0
 
-    broken.write(documents[10:])
+    broken.write(windows[10:])
     status, errors = Process(broken, config).end()
     assert (status, "finished" in errors) == (0, True), errors
 
-    whole.write(document.model_copy(update={"run_id": whole.run}) for document in documents)
+    whole.write(window.model_copy(update={"run_id": whole.run}) for window in windows)
     train(whole.settings, Event())
     expected, found = weights_at(whole, 12), weights_at(broken, 12)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     balance = broken.ledger.balance()
     assert (balance.read, balance.trained, balance.in_flight, broken.contradictions()) == (16, 16, 0, [])
-    assert broken.stream.document_ids() == set()
+    assert broken.stream.window_ids() == set()
 
 
 @pytest.mark.parametrize("given", ["--trainer.stepz", "--redis.url"])

@@ -1,4 +1,4 @@
-"""The loop in-process, on a real Redis and SQLite, with documents written straight to the stream."""
+"""The loop in-process, on a real Redis and SQLite, with windows written straight to the stream."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.database import StepRow, transaction
 from shared.errors import SettingsError, StreamSchemaError, TrainingError
 from shared.ledger import WindowStart
-from shared.records import ScoredDocument
-from shared.stream import SCHEMA, document_ids_key, encode
+from shared.records import ScoredWindow
+from shared.redis import window_ids_key
+from shared.stream import SCHEMA, encode
 from tests.trainer.conftest import Stack
-from tests.trainer.documents import candidate, chunk, document, plain_document
+from tests.trainer.windows import candidate, chunk, plain_window, window
 from trainer.assembly import train
 from trainer.figures import FIGURES
 from trainer.loop import Trainer
@@ -25,8 +26,8 @@ from trainer.loop import Trainer
 MakeStack = Callable[..., Stack]
 
 
-def documents_of(stack: Stack, numbers: Iterable[int], *, num_chunks: int = 3) -> list[ScoredDocument]:
-    return [plain_document(number, num_chunks=num_chunks, run=stack.run) for number in numbers]
+def documents_of(stack: Stack, numbers: Iterable[int], *, num_chunks: int = 3) -> list[ScoredWindow]:
+    return [plain_window(number, num_chunks=num_chunks, run=stack.run) for number in numbers]
 
 
 def rows_of(stack: Stack) -> list[StepRow]:
@@ -52,11 +53,11 @@ def test_a_run_trains_checkpoints_marks_and_acknowledges(make_stack: MakeStack) 
     train(stack.settings, Event())
     balance = stack.ledger.balance()
     assert (balance.read, balance.trained, balance.in_flight, stack.contradictions()) == (4, 4, 0, [])
-    assert stack.stream.document_ids() == set()
+    assert stack.stream.window_ids() == set()
     report = stack.coordination.trainer_report()
     assert report is not None
-    assert (report.step, report.policy_version, report.state) == (3, 3, "finished")
-    assert [row.policy_version for row in rows_of(stack)] == [1, 2, 3]
+    assert (report.step, report.weight_version, report.state) == (3, 3, "finished")
+    assert [row.weight_version for row in rows_of(stack)] == [1, 2, 3]
 
 
 def test_a_checkpoint_loads_as_an_ordinary_model_with_its_tokenizer(make_stack: MakeStack) -> None:
@@ -81,15 +82,15 @@ def test_figures_have_their_names_and_values(make_stack: MakeStack) -> None:
     assert (first["reward_original"], first["reward_rollout"], first["pairs"]) == (1.0, 0.0, 3)
     assert "reward_rewrite" not in first
     assert (first["policy_lag_max"], second["policy_lag_max"]) == (0, 1)
-    assert (first["seconds_generate"], first["target_tokens"]) == (0.5, 12 + 1 + 2 + 3)
+    assert (first["seconds_rollout"], first["target_tokens"]) == (0.5, 12 + 1 + 2 + 3)
     assert second["seconds_push"] > 0
 
 
 @pytest.mark.parametrize("objective", ["rf_nll", "next_token", "sft_rollout"])
 def test_nll_objectives_lower_the_loss_per_token(make_stack: MakeStack, objective: str) -> None:
     stack = make_stack(steps=6, objective=objective, pairs_per_step=3, learning_rate=0.02)
-    document = documents_of(stack, [0])[0]
-    again = [document.model_copy(update={"key": document.key.model_copy(update={"position": n})}) for n in range(6)]
+    window = documents_of(stack, [0])[0]
+    again = [window.model_copy(update={"key": window.key.model_copy(update={"position": n})}) for n in range(6)]
     stack.write(again)
     train(stack.settings, Event())
     losses = [row.figures["loss"] for row in rows_of(stack)]
@@ -117,20 +118,20 @@ def test_activation_checkpointing_does_not_change_the_update(make_stack: MakeSta
 
 def test_a_stale_document_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
     stack = make_stack(steps=2, pairs_per_step=3, max_policy_lag=0)
-    old, other = documents_of(stack, [0])[0], plain_document(1, version=0, run=stack.run)
-    fresh = plain_document(2, version=1, run=stack.run)
+    old, other = documents_of(stack, [0])[0], plain_window(1, version=0, run=stack.run)
+    fresh = plain_window(2, version=1, run=stack.run)
     stack.write([old, other, fresh])
     train(stack.settings, Event())  # step 1 publishes version 1, which makes `other` stale
     assert stack.ledger.balance().dropped == {"stale": 1}
     assert stack.ledger.balance().trained == 2
-    assert rows_of(stack)[1].figures["stale_documents"] == 1
-    assert stack.stream.document_ids() == set()
+    assert rows_of(stack)[1].figures["stale_windows"] == 1
+    assert stack.stream.window_ids() == set()
 
 
 def test_a_document_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
     """One rollout of a version that this trainer never published is enough: it is another policy's."""
     stack = make_stack(steps=1, pairs_per_step=3)
-    own, ahead = plain_document(0, run=stack.run), plain_document(1, version=1, run=stack.run)
+    own, ahead = plain_window(0, run=stack.run), plain_window(1, version=1, run=stack.run)
     mixed = ahead.model_copy(
         update={"key": own.key.model_copy(update={"position": 2}), "chunks": own.chunks[:1] + ahead.chunks[1:]}
     )
@@ -139,19 +140,19 @@ def test_a_document_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make
     assert stack.ledger.balance().dropped == {"newer_than_policy": 2}
     assert stack.ledger.balance().trained == 1
     assert rows_of(stack)[0].figures["policy_lag_max"] == 0
-    assert stack.stream.document_ids() == set()
+    assert stack.stream.window_ids() == set()
 
 
 def test_a_document_that_comes_twice_is_trained_once(make_stack: MakeStack) -> None:
     stack = make_stack(steps=2, pairs_per_step=3)
     first, second = documents_of(stack, range(2))
     stack.write([first])
-    stack.stream._client.delete(document_ids_key(stack.run))  # or it would not be written again
+    stack.stream._client.delete(window_ids_key(stack.run))  # or it would not be written again
     stack.stream.write(first)
     stack.write([second])
     train(stack.settings, Event())
-    assert rows_of(stack)[1].figures["duplicate_documents"] == 1
-    assert (stack.ledger.balance().trained, stack.stream.document_ids()) == (2, set())
+    assert rows_of(stack)[1].figures["duplicate_windows"] == 1
+    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (2, set())
 
 
 def test_a_document_trained_before_the_checkpoint_is_acknowledged_not_trained(make_stack: MakeStack) -> None:
@@ -162,17 +163,17 @@ def test_a_document_trained_before_the_checkpoint_is_acknowledged_not_trained(ma
     stack.stream.write(first)
     stack.write([second])
     train(stack.with_trainer(steps=2).settings, Event())
-    assert rows_of(stack)[1].figures["duplicate_documents"] == 1
+    assert rows_of(stack)[1].figures["duplicate_windows"] == 1
     assert stack.ledger.balance().trained == 2
 
 
 def test_a_document_without_preference_is_dropped(make_stack: MakeStack) -> None:
     stack = make_stack(steps=1, pairs_per_step=3)
-    tie = document(0, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
+    tie = window(0, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=stack.run)
     stack.write([tie, *documents_of(stack, [1])])
     train(stack.settings, Event())
     figures = rows_of(stack)[0].figures
-    assert (figures["no_preference_documents"], figures["no_preference_chunks"]) == (1, 1)
+    assert (figures["no_preference_windows"], figures["no_preference_chunks"]) == (1, 1)
     assert stack.ledger.balance().dropped == {"no_preference": 1}
 
 
@@ -184,7 +185,7 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     key = stack.stream._key
     entry = client.xrange(key)[0][0]
     client.xdel(key, entry)
-    client.xadd(key, {b"id": broken.document_id.encode(), b"schema": SCHEMA, b"body": b"\x00garbage"})
+    client.xadd(key, {b"id": broken.window_id.encode(), b"schema": SCHEMA, b"body": b"\x00garbage"})
     stack.write([good])
     train(stack.settings, Event())
     assert (stack.ledger.balance().dropped, stack.contradictions()) == ({"broken_entry": 1}, [])
@@ -195,7 +196,7 @@ def test_an_entry_of_another_version_ends_the_trainer_and_stays_on_the_stream(ma
     readable, foreign = documents_of(stack, range(2))
     stack.write([readable])
     stack.ledger.begin([WindowStart(foreign.key, foreign.source_id, 8)])
-    fields = {b"id": foreign.document_id, b"schema": SCHEMA + 1, b"body": encode(foreign)}
+    fields = {b"id": foreign.window_id, b"schema": SCHEMA + 1, b"body": encode(foreign)}
     stack.stream._client.xadd(stack.stream._key, fields)
     with pytest.raises(StreamSchemaError, match=f"entries of schema {SCHEMA + 1} and this version reads"):
         train(stack.settings, Event())
@@ -232,7 +233,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_stack: MakeStack) -> None:
     train(cut.settings, Event())
     assert_equal_weights(weights_at(whole, 6), weights_at(cut, 6))
     assert [row.step for row in rows_of(cut)] == [1, 2, 3, 4, 5, 6]
-    assert (cut.ledger.balance().trained, cut.stream.document_ids()) == (8, set())
+    assert (cut.ledger.balance().trained, cut.stream.window_ids()) == (8, set())
 
 
 class Killed(BaseException):
@@ -282,7 +283,7 @@ def test_wherever_it_is_killed_it_ends_with_the_same_bits(make_stack: MakeStack,
     assert_equal_weights(weights_at(whole, 6), weights_at(killed, 6))
     assert [row.step for row in rows_of(killed)] == [1, 2, 3, 4, 5, 6]
     assert (killed.ledger.balance().trained, killed.contradictions()) == (8, [])
-    assert killed.stream.document_ids() == set()
+    assert killed.stream.window_ids() == set()
 
 
 def test_the_same_command_again_says_finished_and_a_larger_one_goes_on(make_stack: MakeStack) -> None:
@@ -313,7 +314,7 @@ def test_the_end_of_fewer_epochs_is_not_the_end(make_stack: MakeStack) -> None:
     stack = make_stack(steps=9, pairs_per_step=3, stream_timeout_s=2.0)
     stack.write(documents_of(stack, [0]))
     stack.end_source(max_epochs=2)
-    with pytest.raises(TrainingError, match="no document arrived"):
+    with pytest.raises(TrainingError, match="no window arrived"):
         train(stack.settings, Event())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from shared.configuration import write_settings
 from tests.trainer.conftest import Stack
-from tests.trainer.documents import plain_document
+from tests.trainer.windows import plain_window
 
 MakeStack = Callable[..., Stack]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--shutdown-timeout=60")
@@ -46,14 +46,14 @@ def test_a_stop_reaches_the_trainer_which_writes_a_checkpoint_and_resumes(
     make_stack: MakeStack, tmp_path: Path
 ) -> None:
     stack = make_stack(steps=6, pairs_per_step=4, checkpoint_every=5, stream_timeout_s=60.0)
-    stack.write(plain_document(number, run=stack.run) for number in range(3))  # 9 pairs: two steps, then it waits
+    stack.write(plain_window(number, run=stack.run) for number in range(3))  # 9 pairs: two steps, then it waits
     first = launch(stack, tmp_path / "config.toml")
     wait_for_step(stack, 2, first)
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=WAIT_S)
     assert checkpoints(stack) == ["step-00000002"], errors
 
-    stack.write(plain_document(number, run=stack.run) for number in range(3, 8))
+    stack.write(plain_window(number, run=stack.run) for number in range(3, 8))
     second = launch(stack, tmp_path / "config.toml")
     _, errors = second.communicate(timeout=WAIT_S)
     assert (second.returncode, "finished" in errors) == (0, True), errors
@@ -63,7 +63,7 @@ def test_a_stop_reaches_the_trainer_which_writes_a_checkpoint_and_resumes(
 @pytest.mark.slow
 def test_two_processes_are_refused_before_either_reads_the_stream(make_stack: MakeStack, tmp_path: Path) -> None:
     stack = make_stack(steps=2, pairs_per_step=4)
-    stack.write(plain_document(number, run=stack.run) for number in range(4))
+    stack.write(plain_window(number, run=stack.run) for number in range(4))
     process = launch(stack, tmp_path / "config.toml", num_processes=2)
     _, errors = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1

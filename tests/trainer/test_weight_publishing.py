@@ -15,13 +15,13 @@ from transformers import LlamaForCausalLM
 from shared.coordination import AnnouncedWeights
 from shared.database import WeightVersionRow, transaction
 from shared.errors import WeightStoreError
-from shared.stream import weights_key
-from shared.weight_patches import apply_patches, decode_patches
-from shared.weight_state import BitTensor, parse_state, state_checksum
-from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from shared.redis import weights_key
+from shared.weights.patches import apply_patches, decode_patches
+from shared.weights.state import BitTensor, parse_state, state_checksum
+from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
 from tests.shared.conftest import database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
-from trainer.weights import WeightPublisher, untied_state
+from trainer.publisher import WeightPublisher, untied_state
 
 __all__ = ["database_url", "postgres_url"]  # fixtures
 

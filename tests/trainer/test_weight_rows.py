@@ -15,11 +15,11 @@ from sqlalchemy import Engine
 from shared import database as schema
 from shared.database import CandidateRow, ChunkRow, WeightVersionRow, migrate, open_database, transaction
 from shared.errors import DatabaseRefusalError
-from shared.weight_store import Manifest, WeightStore
+from shared.weights.store import Manifest, WeightStore
 from tests.shared.conftest import database, database_url, postgres_url
 from tests.trainer.conftest import Stack, tiny_llama
 from trainer.patience import Patience
-from trainer.weights import WeightPublisher
+from trainer.publisher import WeightPublisher
 
 __all__ = ["database", "database_url", "postgres_url"]  # fixtures
 
@@ -128,13 +128,13 @@ def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(
 
 def test_ids_of_recorded_candidates_go_beyond_32_bits(database: Engine) -> None:
     with transaction(database) as session:
-        session.add(ChunkRow(id=2**31 - 1, run_id="r", document_id="0.0.0.0", start=8, prefix="p", scored_at=1.0))
+        session.add(ChunkRow(id=2**31 - 1, run_id="r", window_id="0.0.0.0", start=8, prefix="p", scored_at=1.0))
     if database.dialect.name == "postgresql":
         with database.begin() as connection:
             for table in ("chunks", "candidates"):
                 connection.execute(sa.text(f"SELECT setval('{table}_id_seq', {2**31 - 1})"))
     with transaction(database) as session:
-        chunk = ChunkRow(run_id="r", document_id="0.0.0.1", start=8, prefix="p", scored_at=1.0)
+        chunk = ChunkRow(run_id="r", window_id="0.0.0.1", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
         session.flush()
         session.add(CandidateRow(chunk_id=chunk.id, kinds="original", text="t", num_tokens=3, scores={}))

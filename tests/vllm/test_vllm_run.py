@@ -26,8 +26,8 @@ from cli.run_folder import find_run
 from shared.api import RolloutRequest
 from shared.database import open_database
 from shared.settings import Settings
-from shared.weight_state import parse_state, state_checksum
-from shared.weight_store import Manifest, WeightStore
+from shared.weights.state import parse_state, state_checksum
+from shared.weights.store import Manifest, WeightStore
 from tests.services.collector.processes import RedisProcess, free_port
 from tests.vllm.plugins import RECORDED, UNPACKED, install
 
@@ -113,17 +113,17 @@ def watch(process: subprocess.Popen[bytes], url: str, output: Path) -> Probes:
 
 def probe(client: httpx.Client, found: Probes) -> None:
     ready = client.get("/readyz")
-    if ready.status_code != 200 or ready.json()["policy_version"] in found.log_probs:
+    if ready.status_code != 200 or ready.json()["weight_version"] in found.log_probs:
         return
     body: dict[str, Any] = {"model": "policy", "prompt": PROBE, "max_tokens": 0, "echo": True, "logprobs": 0}
     answer = client.post("/v1/completions", json=body)
     if answer.status_code == 200:
         scored = answer.json()
-        found.log_probs[scored["policy_version"]] = scored["choices"][0]["logprobs"]["token_logprobs"][1:]
+        found.log_probs[scored["weight_version"]] = scored["choices"][0]["logprobs"]["token_logprobs"][1:]
     request = RolloutRequest(token_ids=tuple(PROBE), starts=(40,), num_rollouts=2, max_suffix_tokens=64)
     rolled = client.post("/v1/rollouts", json=request.model_dump(mode="json"))
     if rolled.status_code == 200:
-        found.versions |= {one["policy_version"] for of_start in rolled.json()["rollouts"] for one in of_start}
+        found.versions |= {one["weight_version"] for of_start in rolled.json()["rollouts"] for one in of_start}
 
 
 def audited(folder: Path) -> Settings:
@@ -268,7 +268,7 @@ def rolled_until(replica: Replica, *, version: int, run: subprocess.Popen[bytes]
             try:
                 ready = client.get("/readyz")
                 if ready.status_code == 200:
-                    served = ready.json()["policy_version"]
+                    served = ready.json()["weight_version"]
                     client.post("/v1/rollouts", json=request.model_dump(mode="json")).raise_for_status()
                     continue
             except httpx.TransportError:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from services.engine.base import Sampling
-from services.judge.verdicts import QUALITY_VERDICTS, answer_pattern, read_verdict
+from services.judge.questions import QUESTIONS
+from services.judge.verdicts import answer_pattern, read_verdict
 from shared.errors import PromptError
-from tests.services.judge.making import judgement_of, make_judge, make_window, prompt_file
+from tests.services.judge.judges import judgement_of, make_judge, make_window, prompt_file
 from tests.vllm.subjects import MAX_QUEUED, Subject, vllm_subject
 
 PROMPT = [9, 8, 7]
+VERDICTS = QUESTIONS["quality"].verdicts
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +24,11 @@ def constrained(model: Path) -> Iterator[Subject]:
 
 
 def test_a_model_that_writes_nonsense_still_gives_verdicts(constrained: Subject) -> None:
-    max_tokens, pattern = answer_pattern(QUALITY_VERDICTS, max_characters=50)
+    max_tokens, pattern = answer_pattern(VERDICTS, max_characters=50)
     sampling = Sampling(max_tokens=max_tokens, num_samples=32, temperature=1.5, seed=3, pattern=pattern)
     (answers,) = constrained.do(constrained.engine.generate([PROMPT], sampling))
     assert all(re.search(r"(^|\n)Verdict: (A|B|tie)$", answer.text) for answer in answers)
-    assert {read_verdict(answer.text, QUALITY_VERDICTS) for answer in answers} == {0.0, 0.5, 1.0}
+    assert {read_verdict(answer.text, VERDICTS) for answer in answers} == {0.0, 0.5, 1.0}
     assert {answer.finish_reason for answer in answers} == {"stop"}
     assert len({answer.text for answer in answers}) > 24
 

@@ -1,13 +1,16 @@
-"""The records and seams of document sources: what a source yields, and what a format's reader must give.
+"""What a source is made of: a reader per format, and the step from a record's fields to a document.
 
-Reader (one per format) --RawRecord--> DealtSource (dealing.py) --Document | Refusal--> parts.py
+    Reader (jsonl.py, parquet.py, ...) --RawRecord--> DealtSource (source.py) --Document | Refusal--> parts.py
+
+To add a format: a file here with a `Reader`, a case in source.py's `_open_reader`, a value of `documents.format`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
-from shared.manifest import Manifest
+from shared.runs import Manifest
 
 RefusalReason = Literal[
     "not_json",
@@ -66,14 +69,6 @@ class Source(Protocol):
         ...
 
 
-class RefusedError(Exception):
-    """Raised while a record is loaded, caught where it becomes a `Refusal`. Never leaves this package."""
-
-    def __init__(self, reason: RefusalReason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class RawRecord:
     """A record as found, not looked at yet: what a shuffle block holds."""
@@ -101,6 +96,14 @@ class Reader(Protocol):
         ...
 
 
+class RefusedError(Exception):
+    """Raised while a record is loaded, caught where it becomes a `Refusal`. Never leaves this package."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 def refuse(reason: RefusalReason, detail: str) -> Callable[[], Mapping[str, Any]]:
     """A `load` for a record that is refused already."""
 
@@ -108,3 +111,111 @@ def refuse(reason: RefusalReason, detail: str) -> Callable[[], Mapping[str, Any]
         raise RefusedError(reason, detail)
 
     return load
+
+
+_MAX_ID_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields to take and what they must hold."""
+
+    text_field: str
+    token_ids_field: str
+    """Not empty: ready token ids are taken instead of text."""
+    id_field: str
+    max_document_bytes: int
+    vocabulary_size: int
+
+    def document(self, raw: RawRecord, position: int) -> Document | Refusal:
+        """The record as a document at `position` of its part."""
+        try:
+            fields = raw.load()
+            content = self._token_ids(fields, raw.place) if self.token_ids_field else self._text(fields, raw.place)
+        except RefusedError as exc:
+            return Refusal(position, raw.place, exc.reason, str(exc))
+        return Document(position, self._source_id(fields, raw.place), content)
+
+    def _text(self, fields: Mapping[str, Any], place: str) -> str:
+        text = _field(fields, self.text_field, place, setting="text_field")
+        if not isinstance(text, str):
+            raise RefusedError("not_text", f"{place}: field {self.text_field!r} is {_kind(text)}, not text")
+        if not text.strip():
+            raise RefusedError("empty", f"{place}: field {self.text_field!r} is empty")
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError as exc:
+            raise RefusedError("invalid_utf8", f"{place}: character {exc.start} is half of a surrogate pair") from exc
+        if num_bytes > self.max_document_bytes:
+            raise RefusedError(
+                "too_large",
+                f"{place}: the text has {num_bytes} bytes, documents.max_document_bytes is {self.max_document_bytes}",
+            )
+        return text
+
+    def _token_ids(self, fields: Mapping[str, Any], place: str) -> tuple[int, ...]:
+        ids = _field(fields, self.token_ids_field, place, setting="token_ids_field")
+        if not isinstance(ids, list):
+            raise RefusedError("bad_token_ids", f"{place}: field {self.token_ids_field!r} is {_kind(ids)}, not a list")
+        if not ids:
+            raise RefusedError("empty", f"{place}: field {self.token_ids_field!r} is empty")
+        wrong = next((item for item in ids if type(item) is not int or not 0 <= item < self.vocabulary_size), None)
+        if wrong is not None or None in ids:
+            raise RefusedError(
+                "bad_token_ids",
+                f"{place}: field {self.token_ids_field!r} holds {wrong!r:.80}, expected ids in "
+                f"0..{self.vocabulary_size - 1} of the policy's tokenizer",
+            )
+        return tuple(ids)
+
+    def _source_id(self, fields: Mapping[str, Any], place: str) -> str:
+        found = fields.get(self.id_field)
+        known = isinstance(found, str | int) and not isinstance(found, bool) and found != ""
+        return str(found)[:_MAX_ID_CHARACTERS].encode(errors="replace").decode() if known else place
+
+
+def _field(fields: Mapping[str, Any], name: str, place: str, *, setting: str) -> Any:
+    if name not in fields:
+        known = ", ".join(repr(key) for key in list(fields)[:10]) or "none"
+        raise RefusedError("no_text_field", f"{place}: no field {name!r} (documents.{setting}); fields here: {known}")
+    return fields[name]
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+_ITEM_BYTES = 36
+"""An item of a list: a Python integer and its place in the list."""
+
+
+def row_record(place: str, fields: Mapping[str, Any], *, names: Sequence[str]) -> RawRecord:
+    """A record of the row's wanted `fields`; `names` are those of all its columns, for messages.
+
+    Texts are held as UTF-8: one rare character would make a Python text four bytes a character.
+    """
+    if not fields:
+        known = ", ".join(repr(name) for name in names[:10])
+        return RawRecord(place, refuse("no_text_field", f"{place}: none of the wanted columns; columns here: {known}"))
+    held = {
+        name: _Text(value.encode(errors="surrogatepass")) if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+    return RawRecord(place, partial(_load, held), num_bytes=sum(map(_num_bytes, held.values())))
+
+
+class _Text(bytes):
+    """UTF-8 that was a text, unlike a column of bytes."""
+
+
+def _load(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        name: value.decode(errors="surrogatepass") if isinstance(value, _Text) else value
+        for name, value in held.items()
+    }
+
+
+def _num_bytes(value: object) -> int:
+    if isinstance(value, bytes):
+        return len(value)
+    return _ITEM_BYTES * len(value) if isinstance(value, list) else 0

@@ -1,23 +1,26 @@
-"""Finds files and reads their lines in bounded memory, whatever a line's length. Called by the readers."""
+"""Files: found by path, folder or glob, and read line by line in bounded memory. Also the reader of text files."""
 
 import glob
 import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
+from services.collector.sources.base import RawRecord, RefusedError
 from shared.errors import SourceError, SourceReadError
-from shared.manifest import Manifest
+from shared.runs import Manifest
 
 CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """What a damaged compressed file raises: its rest is refused. Another OSError is tried again (retrying.py)."""
+
 
 _MAX_ZSTD_WINDOW = 2**31
 """Corpora are often packed with `zstd --long=31`."""
@@ -55,8 +58,9 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
     return [_source_file(file, root) for file in sorted(found, key=lambda file: file.as_posix())]
 
 
-def manifest_of(files: Sequence[SourceFile]) -> Manifest:
-    return Manifest({file.name: file.size for file in files})
+def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
+    hidden = any(piece.startswith(".") for piece in file.parts)
+    return not hidden and (not suffixes or file.name.endswith(suffixes))
 
 
 def _source_file(file: Path, root: Path) -> SourceFile:
@@ -71,9 +75,8 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def _wanted(file: Path, suffixes: tuple[str, ...]) -> bool:
-    hidden = any(piece.startswith(".") for piece in file.parts)
-    return not hidden and (not suffixes or file.name.endswith(suffixes))
+def manifest_of(files: Sequence[SourceFile]) -> Manifest:
+    return Manifest({file.name: file.size for file in files})
 
 
 def open_lines(file: SourceFile) -> BinaryIO:
@@ -110,3 +113,38 @@ def _skip_line(stream: BinaryIO) -> int:
         if piece.endswith(b"\n"):
             return skipped - 1
     return skipped
+
+
+class TextReader:
+    """Files in sorted order; a file is read only when its turn has come."""
+
+    def __init__(self, path: str, *, text_field: str, max_document_bytes: int) -> None:
+        self._files = find_files(path, suffixes=())
+        self._text_field = text_field
+        self._max_bytes = max_document_bytes
+
+    def manifest(self) -> Manifest:
+        return manifest_of(self._files)
+
+    def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
+        for file in self._files[start::step]:
+            yield RawRecord(f"{file.place}:1", partial(self._load, file))
+
+    def _load(self, file: SourceFile) -> Mapping[str, Any]:
+        try:
+            with file.path.open("rb") as stream:
+                content = stream.read(self._max_bytes + 1)
+        except PermissionError as exc:  # of this file, for as long as it stays so
+            raise RefusedError("broken_file", f"{file.place}:1: the file can't be read: {exc.strerror}") from exc
+        except OSError as exc:
+            raise SourceReadError(f"{file.place} can't be read: {exc.strerror}") from exc
+        if len(content) > self._max_bytes:
+            detail = f"{file.place}:1: the file has {file.path.stat().st_size} bytes, documents.max_document_bytes is"
+            raise RefusedError("too_large", f"{detail} {self._max_bytes}")
+        try:
+            return {self._text_field: content.decode("utf-8-sig")}
+        except UnicodeDecodeError as exc:
+            line = content.count(b"\n", 0, exc.start) + 1
+            raise RefusedError(
+                "invalid_utf8", f"{file.place}:{line}: byte {exc.start} of the file is not UTF-8"
+            ) from exc

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from services.collector.sources.base import RawRecord
-from services.collector.sources.rows import row_record
+from services.collector.sources.base import RawRecord, row_record
 from shared.errors import SourceReadError
-from shared.manifest import Manifest
+from shared.runs import Manifest
 from shared.secret_urls import without_secrets
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.collector.sources.base import RawRecord, refuse
+from services.collector.sources.base import RawRecord, refuse, row_record
 from services.collector.sources.files import SourceFile, find_files, manifest_of
-from services.collector.sources.rows import row_record
 from shared.errors import SourceError, SourceReadError
-from shared.manifest import Manifest
+from shared.runs import Manifest
 
 _BATCH_ROWS = 64
 """Few: one row may be a document of megabytes."""

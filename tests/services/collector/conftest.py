@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.collector.texts import PolicyTokenizer
+from services.collector.windows import PolicyTokenizer
 from shared.settings import Settings
 from tests.services.collector.processes import RedisProcess
 

@@ -13,9 +13,10 @@ from services.collector.service import run_collector
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
 from shared.ledger import Balance, Ledger
-from shared.records import ScoredDocument
+from shared.records import ScoredWindow
+from shared.redis import connect
 from shared.settings import Secrets, Settings
-from shared.stream import BrokenEntry, DocumentStream, connect
+from shared.stream import BrokenEntry, WindowStream
 
 SENTENCE = "The moon moves around the earth in about twenty-seven days. "
 
@@ -33,7 +34,7 @@ class Seen:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         client = connect(settings.redis.url, timeout_s=2)
-        self.stream = DocumentStream(client, settings.run.name)
+        self.stream = WindowStream(client, settings.run.name)
         self.stream.create()
         self.coordination = Coordination(client, settings.run.name)
         self.ledger = Ledger(open_database(settings.database_url), settings.run.name)
@@ -55,12 +56,12 @@ class Seen:
         account = read_account(self.ledger.engine, self.ledger.run_id)
         return [*audit_checks.positions(account), *audit_checks.windows(account), *audit_checks.states(account)]
 
-    def take_all(self) -> list[ScoredDocument]:
+    def take_all(self) -> list[ScoredWindow]:
         """All documents on the stream that were not taken yet."""
         found = []
         for entry in self.stream.read(count=10_000, block_s=0.01):
             assert not isinstance(entry, BrokenEntry)
-            found.append(entry.document)
+            found.append(entry.window)
         return found
 
 

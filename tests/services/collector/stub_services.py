@@ -88,7 +88,7 @@ def _rollouts(body: Any) -> dict[str, Any]:
 
     def rollout(index: int, max_tokens: int) -> dict[str, Any]:
         token_ids = _encoded(f" roll {index}")[-max_tokens:]
-        return _answer(token_ids) | {"finish_reason": "length", "policy_version": 3}
+        return _answer(token_ids) | {"finish_reason": "length", "weight_version": 3}
 
     return {"rollouts": [[rollout(index, bound) for index in range(request.num_rollouts)] for bound in request.bounds]}
 

@@ -15,7 +15,7 @@ from shared.errors import SettingsError
 from shared.settings import Settings
 
 REQUEST = RolloutRequest(token_ids=(1, 2), starts=(1,), num_rollouts=1, max_suffix_tokens=4)
-ANSWER = {"rollouts": [[{"token_ids": [3], "text": "x", "finish_reason": "stop", "policy_version": 0}]]}
+ANSWER = {"rollouts": [[{"token_ids": [3], "text": "x", "finish_reason": "stop", "weight_version": 0}]]}
 
 Answers = list[httpx.Response | Exception]
 
@@ -40,7 +40,7 @@ def ask(answers: Answers, *, max_attempts: int = 0, url: str = "http://rollout.t
 
     async def run() -> RolloutResponse:
         async with http_client(settings, token="word", transport=httpx.MockTransport(handle)) as http:
-            return await build_services(settings, http).continue_prefixes(REQUEST)
+            return await build_services(settings, http).roll_out(REQUEST)
 
     return asyncio.run(run()), len(answers) - len(left)
 
@@ -116,7 +116,7 @@ def hosts_asked(url: str, *, num_requests: int, down: str = "") -> list[str]:
         async with http_client(settings, token="word", transport=httpx.MockTransport(handle)) as http:
             services = build_services(settings, http)
             for _ in range(num_requests):
-                await services.continue_prefixes(REQUEST)
+                await services.roll_out(REQUEST)
 
     asyncio.run(run())
     return asked
@@ -161,7 +161,7 @@ def test_retry_after_is_honoured() -> None:
         settings = Settings.model_validate({"collector": {"max_backoff_s": 0.01}})
         transport = httpx.MockTransport(lambda _request: answers.pop(0))
         async with http_client(settings, token="", transport=transport) as http:
-            await build_services(settings, http).continue_prefixes(REQUEST)
+            await build_services(settings, http).roll_out(REQUEST)
         return asyncio.get_running_loop().time() - started
 
     assert asyncio.run(run()) >= 0.3
@@ -171,7 +171,7 @@ def test_going_away_and_coming_back_are_one_line_each(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, logger="services.collector.clients"):
         ask([*(httpx.ConnectError("refused") for _ in range(5)), good()])
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "rollout is away, trying again" in caplog.messages[0]
+    assert "rollout is down, retrying" in caplog.messages[0]
     assert caplog.messages[1] == "rollout is back"
 
 
@@ -202,7 +202,7 @@ def test_every_request_has_a_connection_of_its_own_so_that_replicas_share_the_lo
         settings = Settings.model_validate({"rollout": {"url": f"http://127.0.0.1:{port}"}})
         async with server, http_client(settings, token="word") as http:
             for _ in range(3):
-                await build_services(settings, http).continue_prefixes(REQUEST)
+                await build_services(settings, http).roll_out(REQUEST)
         return num_connections
 
     assert asyncio.run(run()) == 3

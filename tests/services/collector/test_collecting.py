@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 from transformers import AutoTokenizer
 
 from shared import metrics
-from shared.database import CandidateRow, ChunkRow, DocumentRow, transaction
+from shared.database import CandidateRow, ChunkRow, WindowRow, transaction
 from shared.errors import SettingsError, SourceError
-from shared.records import ScoredDocument
+from shared.records import ScoredWindow
 from shared.settings import Secrets, Settings
 from tests.services.collector.processes import served
 from tests.services.collector.runs import Seen, collect_all, write_documents
@@ -26,19 +26,19 @@ def documents(tmp_path: Path) -> dict[str, Any]:
     return {"path": str(write_documents(tmp_path / "documents.jsonl", 4))}
 
 
-def collected(stub: StubServices, make_settings: MakeSettings, **sections: Any) -> tuple[Seen, list[ScoredDocument]]:
+def collected(stub: StubServices, make_settings: MakeSettings, **sections: Any) -> tuple[Seen, list[ScoredWindow]]:
     with served(stub.app) as url:
         seen = collect_all(make_settings(url, **sections))
     return seen, seen.take_all()
 
 
-def kinds(document: ScoredDocument) -> set[tuple[str, ...]]:
+def kinds(document: ScoredWindow) -> set[tuple[str, ...]]:
     return {tuple(kind for candidate in chunk.candidates for kind in candidate.kinds) for chunk in document.chunks}
 
 
 def reasons(seen: Seen) -> list[tuple[str, str]]:
     with transaction(seen.ledger.engine) as session:
-        rows = session.scalars(sa.select(DocumentRow).where(DocumentRow.state == "dropped"))
+        rows = session.scalars(sa.select(WindowRow).where(WindowRow.state == "dropped"))
         return [(row.reason, row.detail) for row in rows]
 
 
@@ -176,7 +176,7 @@ def test_a_window_of_equal_candidates_is_no_preference_and_never_judged(
 
     def copies(path: str, body: Any) -> Response | None:
         if path == "/v1/rollouts":
-            return JSONResponse({"rollouts": [[copy | {"policy_version": 3}] * 2 for _ in body["starts"]]})
+            return JSONResponse({"rollouts": [[copy | {"weight_version": 3}] * 2 for _ in body["starts"]]})
         if path == "/v1/rewrites" and len(stub.bodies(path)) == 1:
             return JSONResponse({"rewrites": [copy for _ in body["items"]]})
         return None

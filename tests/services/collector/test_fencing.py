@@ -10,18 +10,18 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from services.collector.recording import Recorder
-from services.collector.texts import PolicyTokenizer
-from shared.database import CandidateRow, ChunkRow, CursorRow, DocumentRow, EventRow, transaction
+from services.collector.storage import Recorder
+from services.collector.windows import PolicyTokenizer
+from shared.database import CandidateRow, ChunkRow, CursorRow, EventRow, WindowRow, transaction
 from shared.errors import FencedError
-from shared.leases import Lease
-from shared.records import ScoredDocument
+from shared.records import Lease, ScoredWindow
+from shared.redis import lease_key, windows_key
 from shared.settings import Settings
-from shared.stream import StreamEntry, documents_key, lease_key
+from shared.stream import StreamEntry
 from tests.services.collector.processes import CollectorProcess, served, wait_for
 from tests.services.collector.runs import Seen, write_documents
 from tests.services.collector.stub_services import StubServices
-from tests.shared.scored import scored_document
+from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
@@ -32,10 +32,10 @@ def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
     """Everything that a collector may change: rows, stream, facts in Redis."""
     found: dict[str, Any] = {}
     with transaction(seen.ledger.engine) as session:
-        for table in (DocumentRow, CursorRow, ChunkRow, CandidateRow):
+        for table in (WindowRow, CursorRow, ChunkRow, CandidateRow):
             found[table.__tablename__] = session.execute(sa.select(*table.__table__.columns)).all()
     client = redis.Redis.from_url(settings.redis.url)
-    found["stream"] = client.xrange(documents_key(settings.run.name))
+    found["stream"] = client.xrange(windows_key(settings.run.name))
     found["exhausted"] = seen.exhausted
     return found
 
@@ -45,14 +45,14 @@ def events(seen: Seen, kind: str) -> list[str]:
         return list(session.scalars(sa.select(EventRow.message).where(EventRow.kind == kind)))
 
 
-def train_some(seen: Seen) -> list[ScoredDocument]:
+def train_some(seen: Seen) -> list[ScoredWindow]:
     """As a trainer would: three windows in a checkpoint, one dropped, the others left on the stream."""
     entries = [entry for entry in seen.stream.read(count=100, block_s=0.1) if isinstance(entry, StreamEntry)]
     finished, stale = entries[:3], entries[3]
-    seen.ledger.mark_trained({entry.document.document_id: 1 for entry in finished})
-    seen.ledger.drop(stale.document.key, reason="stale")
-    seen.stream.acknowledge({entry.entry_id: entry.document.document_id for entry in [*finished, stale]})
-    return [entry.document for entry in entries[4:]]
+    seen.ledger.mark_trained({entry.window.window_id: 1 for entry in finished})
+    seen.ledger.drop(stale.window.key, reason="stale")
+    seen.stream.acknowledge({entry.entry_id: entry.window.window_id for entry in [*finished, stale]})
+    return [entry.window for entry in entries[4:]]
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
         assert first.log.read_text().count("is given up") == 1, first.log.read_text()
     balance = seen.balance
     assert (balance.read, balance.trained, balance.dropped, balance.scored) == (8, 3, {"stale": 1}, 4)
-    assert seen.stream.document_ids() == {document.document_id for document in waiting}
+    assert seen.stream.window_ids() == {document.window_id for document in waiting}
 
 
 def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
@@ -105,10 +105,10 @@ def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettin
     recorder = Recorder(seen.ledger, tokenizer, 1.0)
     first, second = (Lease(0, owner, seen.ledger.take_part(0, after=after)) for after, owner in enumerate("ab"))
     with pytest.raises(FencedError):
-        recorder.record(scored_document(0), first)
-    recorder.record(scored_document(0, text=" kept"), second)
+        recorder.record(scored_window(0), first)
+    recorder.record(scored_window(0, text=" kept"), second)
     with pytest.raises(FencedError):
-        recorder.record(scored_document(0, text=" late"), first)
+        recorder.record(scored_window(0, text=" late"), first)
     with transaction(seen.ledger.engine) as session:
         texts = session.scalars(sa.select(CandidateRow.text).order_by(CandidateRow.id)).all()
     assert texts == [" kept", " hill"]

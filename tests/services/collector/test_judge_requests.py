@@ -9,24 +9,22 @@ import orjson
 import pytest
 
 from services.collector.clients import RefusedRequestError, build_services, http_client
-from services.collector.pools import judgement_item
-from services.collector.preparing import Window
-from services.collector.texts import TextSpan, WindowText
-from services.collector.windows import Chunk
-from services.judge.app import build
+from services.collector.collect import judgement_item
+from services.collector.windows import Chunk, TextSpan, Window, WindowText
+from services.judge.app import build_app
 from shared.api import JudgementRequest
 from shared.errors import SettingsError
-from shared.records import Candidate, DocumentKey
+from shared.records import Candidate, WindowKey
 from shared.settings import Secrets, Settings
 from tests.services.serving import running
 
 WINDOW = Window(
-    DocumentKey(part=0, epoch=0, position=0, window=0), "d0", (1, 2, 3, 4, 5), (Chunk(2, 4), Chunk(4, 5)), read_at=0.0
+    WindowKey(part=0, epoch=0, position=0, window=0), "d0", (1, 2, 3, 4, 5), (Chunk(2, 4), Chunk(4, 5)), read_at=0.0
 )
 TEXT = WindowText("ab cd e", (TextSpan(2, 5), TextSpan(5, 7)))
 POOL = (
     Candidate(kinds=("original",), token_ids=(3, 4), text=" cd"),
-    Candidate(kinds=("rollout",), token_ids=(9,), text=" x", policy_version=0),
+    Candidate(kinds=("rollout",), token_ids=(9,), text=" x", weight_version=0),
 )
 
 
@@ -137,5 +135,5 @@ def test_a_request_too_large_for_a_real_judge_stops_with_the_numbers() -> None:
     words = (
         r"answered 413: the request has 20,?000,?\d+ bytes or more, at most 1,?000,?000 .* raise judge\.max_request_"
     )
-    with running(build(judge, Secrets(token="word"))) as url, pytest.raises(SettingsError, match=words):
+    with running(build_app(judge, Secrets(token="word"))) as url, pytest.raises(SettingsError, match=words):
         asyncio.run(run(url))

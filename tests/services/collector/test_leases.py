@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import pytest
 
 from services.collector.leases import LeaseKeeper
-from services.collector.recording import Recorder
-from services.collector.storage import Storage
-from services.collector.texts import PolicyTokenizer
+from services.collector.storage import Recorder, Storage
+from services.collector.windows import PolicyTokenizer
 from shared.coordination import Coordination
 from shared.errors import FencedError, StreamError
-from shared.leases import Lease
+from shared.records import Lease
+from shared.redis import connect
 from shared.settings import Settings
-from shared.stream import connect, lease_key
 from tests.services.collector.runs import Seen, until
-from tests.shared.scored import scored_document
+from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
+MakeStorage = Callable[..., Storage]
 URL = "http://127.0.0.1:1"
 
 
@@ -30,9 +30,14 @@ def seen(make_settings: MakeSettings) -> Seen:
 
 
 @pytest.fixture
-def storage(seen: Seen, tokenizer: PolicyTokenizer) -> Storage:
-    recorder = Recorder(seen.ledger, tokenizer, 0.0)
-    return Storage(seen.stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
+def make_storage(make_settings: MakeSettings, seen: Seen, tokenizer: PolicyTokenizer) -> MakeStorage:
+    settings = make_settings(URL)
+
+    def make(coordination: type[Coordination] = Coordination) -> Storage:
+        own = coordination(connect(settings.redis.url, timeout_s=2), settings.run.name)
+        return Storage(seen.stream, own, seen.ledger, Recorder(seen.ledger, tokenizer, 0.0), max_backoff_s=0.01)
+
+    return make
 
 
 async def work_for_ever(lease: Lease) -> None:
@@ -53,27 +58,32 @@ async def keeping(
 
 
 def test_calls_that_hang_delay_no_renewal(
-    make_settings: MakeSettings, seen: Seen, storage: Storage, caplog: pytest.LogCaptureFixture
+    seen: Seen, make_storage: MakeStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings, go_on = make_settings(URL), threading.Event()
-    client = connect(settings.redis.url, timeout_s=2)
+    released = threading.Event()
+
+    class Hanging(Coordination):
+        def exhausted_parts(self, *, extent: str) -> set[int]:
+            released.wait()
+            return set()
 
     async def run() -> None:
+        storage = make_storage(Hanging)
         async with keeping(storage, lease_s=0.9) as task:
-            await until(lambda: bool(client.exists(lease_key(settings.run.name, 0))), task=task)
-            hanging = [asyncio.create_task(storage.redis(go_on.wait)) for _ in range(40)]
+            await until(lambda: seen.coordination.lease_owner(0) is not None, task=task)
+            hanging = [asyncio.create_task(storage.exhausted_parts(extent="")) for _ in range(40)]
             await asyncio.sleep(2.5)
-            owner = client.get(lease_key(settings.run.name, 0))
-            go_on.set()
+            owner = seen.coordination.lease_owner(0)
+            released.set()
             await asyncio.gather(*hanging)
-            assert owner == b"me"
+            assert owner == "me"
 
     caplog.set_level(logging.WARNING)
     asyncio.run(run())
     assert caplog.messages == []
 
 
-def test_after_an_outage_what_was_held_is_renewed_before_anything_is_taken(seen: Seen, storage: Storage) -> None:
+def test_after_an_outage_what_was_held_is_renewed_before_anything_is_taken(make_storage: MakeStorage) -> None:
     calls: list[str] = []
 
     class Interrupted(Coordination):
@@ -87,18 +97,17 @@ def test_after_an_outage_what_was_held_is_renewed_before_anything_is_taken(seen:
             calls.append("acquire")
             return super().acquire_leases(parts, owner, room=room, lease_s=lease_s)
 
-    storage.coordination = Interrupted(seen.coordination._client, seen.ledger.run_id)
-
     async def run() -> None:
-        async with keeping(storage, lease_s=0.15) as task:
+        async with keeping(make_storage(Interrupted), lease_s=0.15) as task:
             await until(lambda: len(calls) >= 6, task=task)
 
     asyncio.run(run())
     assert calls[:6] == ["renew", "acquire", "renew", "renew", "renew", "acquire"]
 
 
-def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, storage: Storage) -> None:
-    """The number was raised by a process that no longer holds the part: ours notices, and begins anew."""
+def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, make_storage: MakeStorage) -> None:
+    """A process that no longer holds the part raised its number: ours notices and starts over."""
+    storage = make_storage()
     leases: list[Lease] = []
 
     async def work(lease: Lease) -> None:
@@ -117,7 +126,7 @@ def test_a_part_that_another_fenced_is_given_up_and_taken_again(seen: Seen, stor
 
 
 def test_a_collector_that_is_frozen_while_it_takes_a_part_does_not_fence_off_the_next(
-    seen: Seen, storage: Storage
+    seen: Seen, make_storage: MakeStorage
 ) -> None:
     coordination = seen.coordination
 
@@ -132,12 +141,10 @@ def test_a_collector_that_is_frozen_while_it_takes_a_part_does_not_fence_off_the
             another_takes()
             return owner
 
-    storage.coordination = FrozenBeforeItRaises(coordination._client, seen.ledger.run_id)
     assert coordination.acquire_leases([0], "me", room=1, lease_s=30)
     with pytest.raises(FencedError, match="part 0 was taken by another collector after lease number 0"):
-        asyncio.run(storage.take_part(0, "me"))
-    storage.coordination = coordination
+        asyncio.run(make_storage(FrozenBeforeItRaises).take_part(0, "me"))
     with pytest.raises(FencedError, match="ended before the work on it began"):
-        asyncio.run(storage.take_part(0, "me"))
+        asyncio.run(make_storage().take_part(0, "me"))
     assert seen.ledger.lease_epoch(0) == 1
-    seen.stream.write(scored_document(0), Lease(0, "another", 1))
+    seen.stream.write(scored_window(0), Lease(0, "another", 1))

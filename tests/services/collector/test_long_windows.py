@@ -13,13 +13,12 @@ import orjson
 
 from services.collector.clients import build_services, http_client
 from services.collector.collect import DroppedWindow, collect
-from services.collector.preparing import Window
-from services.collector.texts import TextSpan, WindowText
-from services.collector.windows import Chunk
-from services.judge.app import build
-from shared.records import DocumentKey, ScoredDocument
+from services.collector.windows import Chunk, TextSpan, Window, WindowText
+from services.judge.app import build_app
+from shared.records import ScoredWindow, WindowKey
+from shared.redis import connect
 from shared.settings import Secrets, Settings
-from shared.stream import DocumentStream, StreamEntry, connect
+from shared.stream import StreamEntry, WindowStream
 from tests.services.collector.processes import RedisProcess
 from tests.services.serving import running
 from trainer.preferences import select_pairs
@@ -37,7 +36,7 @@ def counting_window(num_tokens: int) -> tuple[Window, WindowText]:
     """Tokens 0, 1, 2, ... modulo 1000, in chunks of 128 after the first 128."""
     ids = tuple(number % 1000 for number in range(num_tokens))
     chunks = tuple(Chunk(start, start + SUFFIX) for start in range(SUFFIX, num_tokens, SUFFIX))
-    key = DocumentKey(part=0, epoch=0, position=0, window=0)
+    key = WindowKey(part=0, epoch=0, position=0, window=0)
     spans = tuple(TextSpan(4 * chunk.start, 4 * chunk.end) for chunk in chunks)
     return Window(key, "d0", ids, chunks, read_at=0.0), WindowText(text_of(ids), spans)
 
@@ -60,7 +59,7 @@ class Services(httpx.AsyncBaseTransport):
         asked = orjson.loads(body)
         if path == "/v1/rewrites":
             return httpx.Response(200, content=orjson.dumps({"rewrites": [self._made() for _ in asked["items"]]}))
-        groups = [[self._made() | {"policy_version": 3} for _ in range(asked["num_rollouts"])] for _ in asked["starts"]]
+        groups = [[self._made() | {"weight_version": 3} for _ in range(asked["num_rollouts"])] for _ in asked["starts"]]
         return httpx.Response(200, content=orjson.dumps({"rollouts": groups}))
 
     def _made(self) -> dict[str, Any]:
@@ -69,12 +68,12 @@ class Services(httpx.AsyncBaseTransport):
         return {"token_ids": ids, "text": text_of(ids), "finish_reason": "length"}
 
 
-def collected(num_tokens: int) -> tuple[ScoredDocument, Services]:
+def collected(num_tokens: int) -> tuple[ScoredWindow, Services]:
     window, text = counting_window(num_tokens)
     data = {"chunks": {"context_tokens": num_tokens}, "collector": {"schedule": [{"num_rollouts": ROLLOUTS}]}}
     settings = Settings.model_validate(data | {"judge": SCORER})
     services = Services()
-    found: list[ScoredDocument | DroppedWindow] = []
+    found: list[ScoredWindow | DroppedWindow] = []
 
     async def run(url: str) -> None:
         asking = Settings.model_validate(data | {"judge": SCORER | {"url": url}})
@@ -82,10 +81,10 @@ def collected(num_tokens: int) -> tuple[ScoredDocument, Services]:
             stage, clients = asking.collector.schedule[0], build_services(asking, http)
             found.append(await collect(window, text, stage=stage, services=clients, settings=asking))
 
-    with running(build(settings, Secrets(token="word"))) as url:
+    with running(build_app(settings, Secrets(token="word"))) as url:
         asyncio.run(run(url))
     (document,) = found
-    assert isinstance(document, ScoredDocument), document
+    assert isinstance(document, ScoredWindow), document
     return document, services
 
 
@@ -95,13 +94,13 @@ def test_a_window_of_128k_tokens_goes_all_the_way(redis_server: RedisProcess) ->
     assert (len(document.chunks), document.dropped_chunks) == (1023, ())
     # The scorer saw each chunk's own prefix and suffix: only the original counts on.
     assert {chunk.judgement.rewards for chunk in document.chunks if chunk.judgement} == {(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
-    stream = DocumentStream(connect(redis_server.url, timeout_s=10), f"run-{uuid.uuid4().hex[:12]}")
+    stream = WindowStream(connect(redis_server.url, timeout_s=10), f"run-{uuid.uuid4().hex[:12]}")
     stream.create()
     stream.write(document)
     (entry,) = stream.read(count=1, block_s=1)
     assert isinstance(entry, StreamEntry)
-    assert entry.document == document
-    assert len(select_pairs(entry.document, "dpo", min_reward_gap=0.0, seed=0).pairs) == 1023
+    assert entry.window == document
+    assert len(select_pairs(entry.window, "dpo", min_reward_gap=0.0, seed=0).pairs) == 1023
 
 
 def test_the_judges_request_grows_with_the_window_not_with_its_square() -> None:

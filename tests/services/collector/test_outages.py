@@ -12,20 +12,19 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from services.collector.recording import Recorder
-from services.collector.storage import Storage
-from services.collector.texts import PolicyTokenizer
+from services.collector.storage import Recorder, Storage
+from services.collector.windows import PolicyTokenizer
 from shared.coordination import TrainerReport
 from shared.errors import DatabaseRefusalError, StreamError
-from shared.leases import Lease
 from shared.ledger import WindowStart
-from shared.records import DocumentKey, ScoredDocument
+from shared.records import Lease, ScoredWindow, WindowKey
+from shared.redis import connect
 from shared.settings import Settings
-from shared.stream import DocumentStream, connect
+from shared.stream import WindowStream
 from tests.services.collector.processes import CollectorProcess, RedisProcess, free_port, served, wait_for
 from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
 from tests.services.collector.stub_services import StubServices
-from tests.shared.scored import scored_document
+from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 
@@ -35,7 +34,7 @@ def documents(tmp_path: Path) -> dict[str, Any]:
     return {"path": str(write_documents(tmp_path / "documents.jsonl", 8))}
 
 
-def names(found: list[ScoredDocument]) -> list[str]:
+def names(found: list[ScoredWindow]) -> list[str]:
     return sorted(document.source_id for document in found)
 
 
@@ -62,11 +61,11 @@ def test_no_more_windows_start_than_backlog_and_flight_allow(
 ) -> None:
     stub = StubServices(seconds=0.05)
     with served(stub.app) as url:
-        limits = {"max_documents_in_flight": 2, "max_backlog": 5}
+        limits = {"max_windows_in_flight": 2, "max_backlog": 5}
         settings = make_settings(url, documents=documents, collector=limits)
         seen = Seen(settings)
 
-        async def run() -> list[ScoredDocument]:
+        async def run() -> list[ScoredWindow]:
             async with collecting(settings) as task:
                 await until(lambda: seen.stream.backlog().unread == 5, task=task)
                 await asyncio.sleep(0.6)
@@ -138,7 +137,7 @@ def test_the_schedules_stage_follows_the_trainers_version(
         settings = make_settings(url, documents=documents, collector={"schedule": stages, "max_backlog": 2})
         seen = Seen(settings)
 
-        async def run() -> tuple[list[ScoredDocument], list[ScoredDocument]]:
+        async def run() -> tuple[list[ScoredWindow], list[ScoredWindow]]:
             async with collecting(settings) as task:
                 await until(lambda: seen.stream.backlog().unread == 2, task=task)
                 early = seen.take_all()
@@ -181,11 +180,11 @@ def test_a_crash_between_write_and_mark_scored_gives_no_duplicate(
     with served(stub.app) as url:
         settings = make_settings(url, documents=documents)
         seen = Seen(settings)
-        seen.ledger.begin([WindowStart(DocumentKey(part=0, epoch=0, position=0, window=0), "d", 32)])
-        seen.stream.write(scored_document(0))
+        seen.ledger.begin([WindowStart(WindowKey(part=0, epoch=0, position=0, window=0), "d", 32)])
+        seen.stream.write(scored_window(0))
         collect_all(settings)
     found = seen.take_all()
-    assert Counter(document.document_id for document in found) == {f"0.0.{index}.0": 1 for index in range(8)}
+    assert Counter(document.window_id for document in found) == {f"0.0.{index}.0": 1 for index in range(8)}
     assert len(stub.bodies("/v1/rollouts")) == 7
     assert seen.balance.scored == 8
 
@@ -197,7 +196,7 @@ def test_documents_of_a_redis_that_lost_its_memory_are_done_again(
         settings = make_settings(url, documents=documents)
         seen = collect_all(settings)
         taken = seen.take_all()
-        seen.ledger.mark_trained({taken[0].document_id: 1})
+        seen.ledger.mark_trained({taken[0].window_id: 1})
         connect(settings.redis.url, timeout_s=2).flushall()
         again = collect_all(settings).take_all()
     assert names(again) == sorted(document.source_id for document in taken[1:])
@@ -210,7 +209,7 @@ def test_windows_whose_source_is_gone_are_dropped_not_kept_forever(
         settings = make_settings(url, documents=documents | {"shuffle_buffer": 1})
         seen = Seen(settings)
         keys = [
-            DocumentKey(part=0, epoch=0, position=place, window=window) for place, window in ((2, 0), (2, 9), (77, 0))
+            WindowKey(part=0, epoch=0, position=place, window=window) for place, window in ((2, 0), (2, 9), (77, 0))
         ]
         seen.ledger.begin([WindowStart(key, f"d{key.position}", 32) for key in keys])
         collect_all(settings)
@@ -221,11 +220,11 @@ def test_windows_whose_source_is_gone_are_dropped_not_kept_forever(
 def test_a_write_whose_answer_was_lost_is_repeated_and_there_once(
     make_settings: MakeSettings, tokenizer: PolicyTokenizer
 ) -> None:
-    class AnswerLost(DocumentStream):
+    class AnswerLost(WindowStream):
         num_writes = 0
 
-        def append(self, document_id: str, body: bytes, *, lease: Lease | None) -> str:
-            entry = super().append(document_id, body, lease=lease)
+        def append(self, window_id: str, body: bytes, *, lease: Lease | None) -> str:
+            entry = super().append(window_id, body, lease=lease)
             self.num_writes += 1
             if self.num_writes == 1:
                 raise StreamError("the answer was lost")
@@ -238,11 +237,11 @@ def test_a_write_whose_answer_was_lost_is_repeated_and_there_once(
     assert seen.coordination.acquire_leases([0], "me", room=1, lease_s=30)
 
     async def write() -> None:
-        await storage.write(scored_document(0), await storage.take_part(0, "me"))
+        await storage.write(scored_window(0), await storage.take_part(0, "me"))
 
     asyncio.run(write())
     assert stream.num_writes == 2
-    assert [document.document_id for document in seen.take_all()] == ["0.0.0.0"]
+    assert [document.window_id for document in seen.take_all()] == ["0.0.0.0"]
 
 
 def test_a_redis_restart_in_mid_run_loses_nothing(
@@ -252,7 +251,7 @@ def test_a_redis_restart_in_mid_run_loses_nothing(
     server = RedisProcess(tmp_path / "redis")
     server.start()
     with served(StubServices(seconds=0.3).app) as url:
-        limits = {"max_documents_in_flight": 2}
+        limits = {"max_windows_in_flight": 2}
         redis_section = {"url": server.url, "timeout_s": 1}
         settings = make_settings(url, documents=documents, redis=redis_section, collector=limits)
         seen = Seen(settings)

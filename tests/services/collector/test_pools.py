@@ -5,13 +5,11 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter as Counter_
 
-from services.collector.pools import Pool, build_pools, count_chunks, sort_chunks
-from services.collector.preparing import Window
-from services.collector.texts import TextSpan, WindowText
-from services.collector.windows import Chunk
+from services.collector.collect import Pool, build_pools, count_chunks, sort_chunks
+from services.collector.windows import Chunk, TextSpan, Window, WindowText
 from shared import metrics
 from shared.api import Rewrite, Rollout
-from shared.records import DocumentKey, Judgement, ScoredDocument
+from shared.records import Judgement, ScoredWindow, WindowKey
 from shared.settings import Objective, ScheduleStage
 from trainer.preferences import select_pairs
 
@@ -23,12 +21,12 @@ TEXT = WindowText("ab cd", (TextSpan(2, 5),))
 
 def window(position: int = 0) -> Window:
     """One chunk: prefix `ab`, original ` cd`."""
-    key = DocumentKey(part=0, epoch=0, position=position, window=0)
+    key = WindowKey(part=0, epoch=0, position=position, window=0)
     return Window(key, f"d{position}", PREFIX + ORIGINAL, (Chunk(2, 4),), read_at=0.0)
 
 
 def rollout(token_ids: tuple[int, ...], version: int) -> Rollout:
-    return Rollout(token_ids=token_ids, text=str(token_ids), finish_reason="length", policy_version=version)
+    return Rollout(token_ids=token_ids, text=str(token_ids), finish_reason="length", weight_version=version)
 
 
 def pool_of(rewrite: tuple[int, ...], *rollouts: Rollout) -> Pool:
@@ -37,10 +35,10 @@ def pool_of(rewrite: tuple[int, ...], *rollouts: Rollout) -> Pool:
     return pool
 
 
-def scored(pool: Pool, rewards: Sequence[float], position: int = 0) -> ScoredDocument:
+def scored(pool: Pool, rewards: Sequence[float], position: int = 0) -> ScoredWindow:
     judgement = Judgement(rewards=tuple(rewards), scores={}, num_calls=1, fingerprint="f")
     chunks, dropped = sort_chunks(window(position), [pool], {0: judgement}, objective="dpo")
-    return ScoredDocument(
+    return ScoredWindow(
         run_id="r",
         key=window(position).key,
         source_id="d",
@@ -71,16 +69,16 @@ def test_a_copy_does_not_shift_the_share_of_chosen_rollouts() -> None:
 
 def test_every_kind_that_made_it_is_kept_with_the_oldest_version() -> None:
     copied, other = pool_of(ORIGINAL, rollout(ORIGINAL, 5), rollout(GOOD, 4))
-    assert (copied.kinds, copied.policy_version) == (("original", "rewrite", "rollout"), 5)
+    assert (copied.kinds, copied.weight_version) == (("original", "rewrite", "rollout"), 5)
     assert (copied.text, copied.finish_reason) == (" cd", "source")
-    assert (other.kinds, other.policy_version) == (("rollout",), 4)
+    assert (other.kinds, other.weight_version) == (("rollout",), 4)
     _, _, twice = pool_of(BAD, rollout(GOOD, 6), rollout(GOOD, 3))
-    assert (twice.kinds, twice.policy_version) == (("rollout", "rollout"), 3)
+    assert (twice.kinds, twice.weight_version) == (("rollout", "rollout"), 3)
 
 
 def test_all_equal_is_no_preference_and_one_alone_is_too_few() -> None:
     (copied,) = pool_of(ORIGINAL, rollout(ORIGINAL, 1), rollout(ORIGINAL, 1))
-    alone = copied.model_copy(update={"kinds": ("original",), "policy_version": None})
+    alone = copied.model_copy(update={"kinds": ("original",), "weight_version": None})
     for pool, reason in (((copied,), "no_preference"), ((alone,), "too_few_candidates"), ((), "too_few_candidates")):
         scored_chunks, dropped = sort_chunks(window(), [pool], {}, objective="dpo")
         assert (scored_chunks, [lost.reason for lost in dropped]) == ([], [reason])
@@ -89,7 +87,7 @@ def test_all_equal_is_no_preference_and_one_alone_is_too_few() -> None:
 def test_one_alone_is_scored_without_a_judge_where_one_is_enough() -> None:
     """Rollouts of a policy from scratch can't be shown: the original is the best of its pool."""
     unusable = [
-        Rollout(token_ids=GOOD, text="", finish_reason="length", policy_version=1, refusal="broken_text")
+        Rollout(token_ids=GOOD, text="", finish_reason="length", weight_version=1, refusal="broken_text")
         for _ in range(2)
     ]
     (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=(), rollouts=[unusable])

@@ -14,13 +14,14 @@ from shared.coordination import TrainerReport
 from shared.database import PartRow, WeightVersionRow, transaction
 from shared.errors import StreamSchemaError
 from shared.ledger import WindowStart
-from shared.records import ScoredDocument
+from shared.records import ScoredWindow
+from shared.redis import windows_key
 from shared.settings import Secrets, Settings
-from shared.stream import documents_key, encode
+from shared.stream import encode
 from tests.services.collector.processes import RedisProcess, served
 from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
 from tests.services.collector.stub_services import StubServices
-from tests.shared.scored import scored_document
+from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
@@ -30,7 +31,7 @@ NUM_IN_FLIGHT, NUM_ON_STREAM, BODY_BYTES = 40, 200, 50_000
 def lie_on_stream(seen: Seen) -> None:
     """Many large entries of part 1, which nobody reads here."""
     text = os.urandom(BODY_BYTES).hex()
-    documents = [scored_document(position, part=1, text=text) for position in range(NUM_ON_STREAM)]
+    documents = [scored_window(position, part=1, text=text) for position in range(NUM_ON_STREAM)]
     seen.ledger.begin([WindowStart(document.key, "d", 32) for document in documents])
     for document in documents:
         seen.stream.write(document)
@@ -45,7 +46,7 @@ def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
     server.start()
     stub = StubServices(held={JUDGE})
     documents = {"path": str(write_documents(tmp_path / "documents.jsonl", NUM_IN_FLIGHT)), "num_parts": 2}
-    limits = {"max_documents_in_flight": NUM_IN_FLIGHT, "lease_s": lease_s, "max_parts": 1, "record_share": 0.0}
+    limits = {"max_windows_in_flight": NUM_IN_FLIGHT, "lease_s": lease_s, "max_parts": 1, "record_share": 0.0}
     with served(stub.app) as url:
         settings = make_settings(url, documents=documents, redis={"url": server.url, "timeout_s": 1}, collector=limits)
         seen = Seen(settings)
@@ -84,7 +85,7 @@ def test_the_schedule_does_not_fall_back_when_redis_has_lost_its_data(
         seen = Seen(settings)
         seen.coordination.report_trainer(TrainerReport(3, 3, "training"))
 
-        async def run() -> list[ScoredDocument]:
+        async def run() -> list[ScoredWindow]:
             async with collecting(settings) as task:
                 await until(lambda: seen.stream.backlog().unread == 2, task=task)
                 redis.Redis.from_url(settings.redis.url).flushall()
@@ -120,8 +121,8 @@ def test_a_stream_of_an_older_version_stops_the_collector_and_stays(
 ) -> None:
     documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 1))}
     settings = make_settings("http://127.0.0.1:1", documents=documents)
-    client, key = redis.Redis.from_url(settings.redis.url), documents_key(settings.run.name)
-    client.xadd(key, {"id": "0.0.0.0", "body": encode(scored_document(0))})
+    client, key = redis.Redis.from_url(settings.redis.url), windows_key(settings.run.name)
+    client.xadd(key, {"id": "0.0.0.0", "body": encode(scored_window(0))})
     with pytest.raises(StreamSchemaError, match="older version"):
         asyncio.run(run_collector(settings, Secrets()))
     assert client.xlen(key) == 1

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.collector.sources.base import Document, RawRecord
-from services.collector.sources.dealing import DealtSource
-from services.collector.sources.fields import Fields
-from services.collector.sources.opening import open_source
+from services.collector.sources.base import Document, Fields, RawRecord
+from services.collector.sources.source import DealtSource, open_source
 from shared.settings import DocumentsSettings
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import SettingsError, SourceError
 from shared.ledger import WindowStart
-from shared.records import DocumentKey
+from shared.records import WindowKey
 from shared.settings import Settings
 from tests.services.collector.processes import served
 from tests.services.collector.runs import SENTENCE, Seen, collect_all, write_documents
@@ -68,7 +68,7 @@ def test_another_record_at_an_unfinished_position_stops_the_collector(
     make_settings: MakeSettings, folder: Path
 ) -> None:
     seen = Seen(make_settings("http://127.0.0.1:1"))
-    seen.ledger.begin([WindowStart(DocumentKey(part=0, epoch=0, position=2, window=0), "d9", 32)])
+    seen.ledger.begin([WindowStart(WindowKey(part=0, epoch=0, position=2, window=0), "d9", 32)])
     with pytest.raises(SourceError, match=r"position 2 .* was 'd9' .* and is 'd\d' now"):
         collected(make_settings, folder)
     assert seen.take_all() == []

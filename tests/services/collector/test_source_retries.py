@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-from services.collector.sources.base import Document, RawRecord
-from services.collector.sources.dealing import DealtSource
-from services.collector.sources.fields import Fields
-from services.collector.sources.opening import open_source
-from services.collector.sources.retrying import Retries
+from services.collector.sources.base import Document, Fields, RawRecord
+from services.collector.sources.source import DealtSource, Retries, open_source
 from shared import metrics
 from shared.errors import SourceError, SourceReadError
 from shared.settings import DocumentsSettings

@@ -14,11 +14,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.collector.sources.base import Document, RawRecord, Refusal, Source
-from services.collector.sources.dealing import DealtSource
-from services.collector.sources.fields import Fields
+from services.collector.sources.base import Document, Fields, RawRecord, Refusal, Source
 from services.collector.sources.huggingface import HuggingFaceReader
-from services.collector.sources.opening import open_source
+from services.collector.sources.source import DealtSource, open_source
 from shared.errors import SettingsError, SourceError
 from shared.settings import DocumentsSettings
 

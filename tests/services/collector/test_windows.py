@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.collector.preparing import Preparer
 from services.collector.sources.base import Document
-from services.collector.texts import PolicyTokenizer, TextSpan, WindowText
-from services.collector.windows import Chunk, Cutter, draw_chunks
-from shared.records import DocumentKey, DroppedChunk
+from services.collector.windows import Chunk, Cutter, PolicyTokenizer, TextSpan, WindowMaker, WindowText, draw_chunks
+from shared.records import DroppedChunk, WindowKey
 from shared.settings import ChunksSettings
 from tests.services.collector.conftest import build_tokenizer
 
@@ -153,8 +151,8 @@ def test_drawn_chunks_are_the_same_for_the_same_key_and_in_order() -> None:
     found = tuple(Chunk(start, start + 8) for start in range(8, 80, 8))
 
     def draw(position: int, seed: int = 0) -> tuple[Chunk, ...]:
-        key = DocumentKey(part=0, epoch=0, position=position, window=0)
-        return draw_chunks(found, key=key, chunks_per_document=3, seed=seed)
+        key = WindowKey(part=0, epoch=0, position=position, window=0)
+        return draw_chunks(found, key=key, chunks_per_window=3, seed=seed)
 
     assert draw(1) == draw(1) == tuple(sorted(draw(1), key=lambda chunk: chunk.start))
     assert len({draw(position) for position in range(20)}) > 10
@@ -162,8 +160,8 @@ def test_drawn_chunks_are_the_same_for_the_same_key_and_in_order() -> None:
 
 
 def test_a_document_becomes_windows_with_keys_and_ids(tokenizer: PolicyTokenizer) -> None:
-    preparer = Preparer(tokenizer, chunks(end_of_text=False), seed=0)
-    windows = preparer.windows(Document(5, "d5", tuple(range(2, 72))), part=1, epoch=2)
+    maker = WindowMaker(tokenizer, chunks(end_of_text=False), seed=0)
+    windows = maker.windows(Document(5, "d5", tuple(range(2, 72))), part=1, epoch=2)
     assert [str(window.key) for window in windows] == ["1.2.5.0", "1.2.5.1"]
     assert windows[1].token_ids == tuple(range(34, 66))
     assert {window.source_id for window in windows} == {"d5"}
@@ -189,7 +187,7 @@ def test_each_window_begins_with_one_bos_and_the_document_ends_with_one_eos(
         "ids with BOS": (BOS, *ids),
         "ids with both": (BOS, *ids, EOS),
     }
-    windows = Preparer(with_bos, chunks(), seed=0).windows(Document(0, "d", contents[given]), part=0, epoch=0)
+    windows = WindowMaker(with_bos, chunks(), seed=0).windows(Document(0, "d", contents[given]), part=0, epoch=0)
     assert len(windows) > 2
     assert all(window.token_ids[0] == BOS and BOS not in window.token_ids[1:] for window in windows)
     assert [EOS in window.token_ids for window in windows] == [False] * (len(windows) - 1) + [True]
@@ -198,8 +196,8 @@ def test_each_window_begins_with_one_bos_and_the_document_ends_with_one_eos(
 
 
 def test_no_bos_where_the_tokenizer_wants_none_and_no_eos_where_none_is_asked_for(tokenizer: PolicyTokenizer) -> None:
-    preparer = Preparer(tokenizer, chunks(end_of_text=False), seed=0)
-    windows = preparer.windows(Document(0, "d", MOON), part=0, epoch=0)
+    maker = WindowMaker(tokenizer, chunks(end_of_text=False), seed=0)
+    windows = maker.windows(Document(0, "d", MOON), part=0, epoch=0)
     assert not {BOS, EOS} & {token_id for window in windows for token_id in window.token_ids}
 
 
@@ -218,7 +216,7 @@ def test_a_chunk_that_can_not_be_shown_is_dropped_with_its_reason(
     half = tokenizer.encode("é")[0]
     ids = [*tokenizer.encode(MOON)[:19], *(half if token == -2 else token for token in hidden)]
     ids += tokenizer.encode(MOON)[:12]
-    (window,) = Preparer(tokenizer, chunks(), seed=0).windows(Document(0, "d", tuple(ids)), part=0, epoch=0)
+    (window,) = WindowMaker(tokenizer, chunks(), seed=0).windows(Document(0, "d", tuple(ids)), part=0, epoch=0)
     assert window.dropped == (DroppedChunk(start=16, reason=reason),)
     assert window.chunks == (Chunk(8, 16), Chunk(24, 32))
 

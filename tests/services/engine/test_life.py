@@ -1,4 +1,4 @@
-"""Which engine settings name, and what an engine that fails for good does to its service."""
+"""Which engine settings name, and what a service has while its engine starts, runs and fails for good."""
 
 import asyncio
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 
 from services.engine.life import EngineLife, build_engine
-from shared.errors import SettingsError
+from shared.errors import EngineError, SettingsError
 from shared.settings import EngineSettings
 from tests.services.fakes import FakeEngine
 
@@ -17,14 +17,21 @@ class DyingEngine(FakeEngine):
     failure: str = ""
 
 
+async def built() -> str:
+    return "what was built"
+
+
 def test_a_service_ends_with_the_failure_of_its_engine() -> None:
     engine = DyingEngine()
     app = FastAPI()
 
     async def run() -> None:
-        life = EngineLife(engine)
+        life = EngineLife(engine, build=built)
+        with pytest.raises(EngineError, match="not ready: the engine is starting"):
+            _ = life.service
         async with life.lifespan(app):
             await _until(lambda: life.ready)
+            assert life.service == "what was built"
             engine.failure = "its core has died"
             await _until(lambda: hasattr(app.state, "failure"))
             assert (life.ready, life.summary) == (False, "the engine has failed")
@@ -38,7 +45,7 @@ def test_a_service_that_stops_calmly_leaves_no_failure() -> None:
     app = FastAPI()
 
     async def run() -> None:
-        async with EngineLife(DyingEngine()).lifespan(app):
+        async with EngineLife(DyingEngine(), build=built).lifespan(app):
             await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(run(), 10))

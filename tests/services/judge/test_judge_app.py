@@ -1,8 +1,7 @@
 """The judge over HTTP."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from services.judge.app import build, create_judge_app
+from services.judge.app import build_app
 from shared import metrics
 from shared.api import JudgementFailure, JudgementResponse
 from shared.errors import EngineError, SettingsError
 from shared.records import Judgement
 from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
+from tests.services.serving import wait_until
 
 TOKEN = {"Authorization": "Bearer t0ken"}
 SECRETS = Secrets(token="t0ken")
@@ -29,9 +29,9 @@ def settings(**judge: Any) -> Settings:
 
 
 @contextmanager
-def serving(engine: FakeEngine, chosen: Settings) -> Iterator[TestClient]:
-    with TestClient(create_judge_app(chosen, SECRETS, engine=engine), raise_server_exceptions=False) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+def serving(engine: FakeEngine | None, chosen: Settings) -> Iterator[TestClient]:
+    with TestClient(build_app(chosen, SECRETS, engine=engine), raise_server_exceptions=False) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, what="the judge")
         yield client
 
 
@@ -120,7 +120,7 @@ def test_a_token_is_needed() -> None:
 
 
 def test_the_schema_carries_examples_that_parse() -> None:
-    app = create_judge_app(settings(), SECRETS, engine=FakeEngine())
+    app = build_app(settings(), SECRETS, engine=FakeEngine())
     content = app.openapi()["paths"]["/v1/judgements"]["post"]["responses"]["200"]["content"]["application/json"]
     example = JudgementResponse.model_validate(content["example"])
     assert [type(one) for one in example.judgements] == [Judgement, JudgementFailure]
@@ -130,37 +130,37 @@ def test_a_prompt_that_can_not_be_used_stops_the_service_before_its_engine_loads
     path = tmp_path / "mine.txt"
     path.write_text("Is {text} safe?")
     with pytest.raises(SettingsError, match=r"mine\.txt: nothing fills \{text\}"):
-        create_judge_app(settings(criteria={"safety": {"prompt": str(path)}}), SECRETS, engine=FakeEngine())
-
-
-def failure_at_start(chosen: Settings, engine: FakeEngine) -> Any:
-    app = create_judge_app(chosen, SECRETS, engine=engine)
-    with TestClient(app) as client:
-        wait_until(lambda: hasattr(app.state, "failure"))
-        assert client.get("/readyz").status_code == 503
-    return app.state.failure
+        build_app(settings(criteria={"safety": {"prompt": str(path)}}), SECRETS, engine=FakeEngine())
 
 
 def test_an_engine_that_can_not_score_labels_ends_the_process() -> None:
-    failure = failure_at_start(settings(criteria={"safety": {"verdict": "labels"}}), FakeEngine())
-    assert isinstance(failure, SettingsError)
-    assert "judge.criteria.safety compares log-probs" in str(failure)
+    app = build_app(settings(criteria={"safety": {"verdict": "labels"}}), SECRETS, engine=FakeEngine())
+    with TestClient(app) as client:
+        wait_until(lambda: hasattr(app.state, "failure"), what="the failure")
+        assert client.get("/readyz").status_code == 503
+    assert isinstance(app.state.failure, SettingsError)
+    assert "judge.criteria.safety compares log-probs" in str(app.state.failure)
+
+
+def test_until_its_engine_has_started_the_judge_answers_503() -> None:
+    class Starting(FakeEngine):
+        async def start(self) -> None:
+            await asyncio.sleep(60)
+
+    with TestClient(build_app(settings(), SECRETS, engine=Starting())) as client:
+        answer = ask(client)
+        ready = client.get("/readyz").json()
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "not ready: the engine is starting")
+    assert (ready["ready"], ready["fingerprint"]) == (False, "")
 
 
 def test_a_python_criterion_alone_loads_no_model() -> None:
     place = "tests.services.judge.scorers:by_length"
-    app = build(settings(criteria={"python": {"function": place}}), SECRETS)
-    with TestClient(app) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+    with serving(None, settings(criteria={"python": {"function": place}})) as client:
         answer = ask(client, ITEM | {"start": 4, "candidates": [{"text": "ab"}, {"text": "abcd"}]})
+        ready = client.get("/readyz").json()
     assert answer.json()["judgements"][0]["rewards"] == [0.5, 1.0]
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert ready["engine"] == "none"
 
 
 class SlowEngine(FakeEngine):

@@ -5,14 +5,15 @@ import math
 
 import pytest
 
-from services.judge.likelihood import TokenReading
+from services.judge.likelihood import TokenReading, scores_within_group
 from shared.api import JudgedText, JudgementItem, JudgementRequest
-from shared.errors import SettingsError, TokenIdsNeededError
+from shared.errors import TokenIdsNeededError
 from tests.services.fakes import FakeEngine
-from tests.services.judge.making import failure_of, judgement_of, make_judge, make_window
+from tests.services.judge.judges import failed, judged, make_judge, make_window
 
 LIKELIHOOD = {"likelihood": {"scale": 0.5}}
 SHARED = TokenReading(shares_policy_tokens=True, beginning=None)
+BOS = TokenReading(shares_policy_tokens=False, beginning=ord("^"))
 
 
 def scoring(table: dict[str, list[float]]) -> FakeEngine:
@@ -22,7 +23,7 @@ def scoring(table: dict[str, list[float]]) -> FakeEngine:
 def test_the_score_is_a_sigmoid_of_log_prob_per_token() -> None:
     """Means -1 and -3 (not the sums), group mean -2: sigmoid(1 / 0.5) = 0.8808."""
     engine = scoring({" long": [-1.0, -1.0, -1.0, -1.0], " x": [-3.0]})
-    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD), make_window(" long", " x")))
+    judgement = judged(engine, make_window(" long", " x"), criteria=LIKELIHOOD)
     assert judgement.rewards == pytest.approx((0.880797, 0.119203), abs=1e-6)
     assert (engine.num_score_calls, judgement.num_calls, engine.prompts) == (1, 1, ["The prefix"])
 
@@ -36,7 +37,7 @@ def with_tokens(*, prefix: str = "text") -> JudgementRequest:
 
 def test_shared_tokens_are_scored_as_they_were_sampled() -> None:
     engine = scoring({"id1": [-1.0], "id2": [-1.0]})
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=SHARED), with_tokens()))
+    judged(engine, with_tokens(), criteria=LIKELIHOOD, reading=SHARED)
     assert engine.prompts == ["ids"]
 
 
@@ -53,32 +54,34 @@ def test_token_ids_are_asked_for_where_they_are_scored() -> None:
 
 def test_another_tokenizer_scores_the_texts_after_its_own_beginning() -> None:
     engine = scoring({" t1": [-1.0], " t2": [-1.0]})
-    reading = TokenReading(shares_policy_tokens=False, beginning=ord("^"))
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), with_tokens()))
+    judged(engine, with_tokens(), criteria=LIKELIHOOD, reading=BOS)
     assert engine.prompts == ["^text"]
 
 
 def test_an_empty_prefix_is_the_beginning_token_or_a_failure() -> None:
     engine = scoring({" t1": [-1.0], " t2": [-1.0]})
-    reading = TokenReading(shares_policy_tokens=False, beginning=ord("^"))
     window = with_tokens(prefix="")
-    asyncio.run(judgement_of(make_judge(engine, criteria=LIKELIHOOD, reading=reading), window))
+    judged(engine, window, criteria=LIKELIHOOD, reading=BOS)
     assert engine.prompts == ["^"]
-    assert asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), window)).reason == "empty_prefix"
+    assert failed(engine, window, criteria=LIKELIHOOD).reason == "empty_prefix"
 
 
 def test_an_empty_candidate_is_a_failure_where_texts_are_scored() -> None:
-    failure = asyncio.run(failure_of(make_judge(scoring({}), criteria=LIKELIHOOD), make_window(" x", "")))
+    failure = failed(scoring({}), make_window(" x", ""), criteria=LIKELIHOOD)
     assert (failure.reason, failure.num_calls) == ("empty_candidate", 0)
 
 
 @pytest.mark.parametrize("log_prob", [math.nan, -math.inf])
 def test_a_log_prob_that_is_no_number_is_a_failure(log_prob: float) -> None:
     engine = scoring({" x": [log_prob], " y": [-1.0]})
-    failure = asyncio.run(failure_of(make_judge(engine, criteria=LIKELIHOOD), make_window(" x", " y")))
+    failure = failed(engine, make_window(" x", " y"), criteria=LIKELIHOOD)
     assert (failure.reason, failure.num_calls) == ("not_finite", 1)
 
 
-def test_an_engine_that_can_not_score_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"judge\.criteria\.likelihood .* fake:model"):
-        make_judge(FakeEngine(), criteria=LIKELIHOOD)
+def test_likelihoods_become_a_sigmoid_around_the_mean() -> None:
+    """Mean -2; (-1 + 2) / 0.5 = 2: sigmoid(2) = 0.8808, sigmoid(-2) = 0.1192."""
+    assert scores_within_group([-1.0, -2.0, -3.0], scale=0.5) == pytest.approx([0.880797, 0.5, 0.119203], abs=1e-6)
+
+
+def test_extreme_likelihoods_do_not_overflow() -> None:
+    assert scores_within_group([0.0, -1e6], scale=1.0) == pytest.approx([1.0, 0.0])

@@ -11,13 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.engine.hf.engine import TransformersEngine
-from services.judge.app import token_reading
-from services.judge.building import build_judge, load_parts
-from services.judge.likelihood import TokenReading
+from services.judge.build import build_judge, load_parts
+from services.judge.likelihood import TokenReading, token_reading
 from shared.api import JudgedText, JudgementRequest
 from shared.records import Judgement
 from shared.settings import EngineSettings, Settings
-from tests.services.judge.making import judgement_of, make_window, prompt_file
+from tests.services.judge.judges import judgement_of, make_window, prompt_file
 
 PREFIX = "The moon moves around"
 TEXTS = (" the earth", " bread and apples on", " a river")
@@ -91,9 +90,8 @@ def test_a_tokenizer_is_shared_only_with_an_equal_one(tiny_model: Path, tmp_path
     tokenizer.add_tokens(["moon"])
     tokenizer.save_pretrained(tmp_path)
     assert token_reading(settings_of(tiny_model)) == TokenReading(shares_policy_tokens=True, beginning=None)
-    other = Settings.model_validate(
-        {"policy": {"model": str(tmp_path)}, "judge": {"engine": {"model": str(tiny_model)}}}
-    )
-    assert not token_reading(other).shares_policy_tokens
-    nameless = Settings.model_validate({"judge": {"engine": {"model": str(tiny_model)}}})
-    assert not token_reading(nameless).shares_policy_tokens
+    for other in (str(tmp_path), ""):
+        settings = Settings.model_validate(
+            {"policy": {"model": other}, "judge": {"engine": {"model": str(tiny_model)}}}
+        )
+        assert not token_reading(settings).shares_policy_tokens

@@ -1,7 +1,6 @@
 """The rewriter over HTTP."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from services.rewriter.app import create_rewriter_app
+from services.rewriter.app import build_app
 from shared import metrics
 from shared.api import RewriteResponse
 from shared.errors import EngineError, SettingsError
 from shared.settings import Secrets, Settings
 from tests.services.fakes import FakeEngine
+from tests.services.serving import wait_until
 
 TOKEN = {"Authorization": "Bearer t0ken"}
 SECRETS = Secrets(token="t0ken")
@@ -27,17 +27,10 @@ def settings(policy: Path | str) -> Settings:
 
 @contextmanager
 def serving(engine: FakeEngine, policy: Path) -> Iterator[TestClient]:
-    app = create_rewriter_app(settings(policy), SECRETS, engine=engine)
+    app = build_app(settings(policy), SECRETS, engine=engine)
     with TestClient(app, raise_server_exceptions=False) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+        wait_until(lambda: client.get("/readyz").status_code == 200, what="the rewriter")
         yield client
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def ask(client: TestClient, *suffixes: str) -> Any:
@@ -87,14 +80,14 @@ def test_readiness_names_engine_and_model(tiny_model: Path) -> None:
     [("", "policy.model is empty"), ("/nowhere/at/all", "has no tokenizer that can be loaded")],
 )
 def test_a_policy_without_tokenizer_ends_the_process(policy: str, message: str) -> None:
-    app = create_rewriter_app(settings(policy), SECRETS, engine=FakeEngine())
+    app = build_app(settings(policy), SECRETS, engine=FakeEngine())
     with TestClient(app):
-        wait_until(lambda: hasattr(app.state, "failure"))
+        wait_until(lambda: hasattr(app.state, "failure"), what="the failure")
     assert isinstance(app.state.failure, SettingsError)
     assert message in str(app.state.failure)
 
 
 def test_the_schema_carries_an_example_that_parses() -> None:
-    schema = create_rewriter_app(settings("x"), SECRETS, engine=FakeEngine()).openapi()
+    schema = build_app(settings("x"), SECRETS, engine=FakeEngine()).openapi()
     content = schema["paths"]["/v1/rewrites"]["post"]["responses"]["200"]["content"]["application/json"]
     assert RewriteResponse.model_validate(content["example"]).rewrites[1].refusal == "refused"

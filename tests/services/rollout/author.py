@@ -9,9 +9,9 @@ import xxhash
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shared.weight_patches import TensorPatch, encode_patches, find_patches
-from shared.weight_state import State, parse_state, state_checksum
-from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from shared.weights.patches import TensorPatch, encode_patches, find_patches
+from shared.weights.state import State, parse_state, state_checksum
+from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
 
 NORM = "model.norm.weight"
 

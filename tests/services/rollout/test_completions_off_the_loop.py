@@ -61,7 +61,7 @@ class WaitingEngine(CountingEngine):
 
 
 def app_on(engine: FakeEngine) -> FastAPI:
-    life = EngineLife(engine)
+    life = EngineLife(engine, build=lambda: asyncio.sleep(0))
     life.ready = True
     app = create_app(
         service="rollout",

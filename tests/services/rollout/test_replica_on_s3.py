@@ -11,7 +11,7 @@ import torch
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared.settings import EngineSettings, Settings
-from shared.weight_store import SPARSE_FILE, WeightStore
+from shared.weights.store import SPARSE_FILE, WeightStore
 from tests.services.rollout.author import Author
 from tests.services.rollout.conftest import SECRETS, make_settings
 from tests.services.serving import running, wait_until
@@ -43,13 +43,13 @@ def test_full_and_sparse_versions_come_from_a_bucket_and_a_broken_one_does_not(
     with replica(tiny_model, tmp_path) as (url, engine):
         author.full(1)
         author.sparse(2)
-        wait_until(lambda: readiness(url)["policy_version"] == 2, what="version 2")
+        wait_until(lambda: readiness(url)["weight_version"] == 2, what="version 2")
         author.sparse(3)
-        wait_until(lambda: readiness(url)["policy_version"] == 3, what="version 3")
+        wait_until(lambda: readiness(url)["weight_version"] == 3, what="version 3")
         own = engine._started.module.state_dict()
         assert all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in author.tensors.items())
         WeightStore(STORE)._fs.pipe_file(f"weights/run/v00000004/{SPARSE_FILE}", b"half")
-        assert readiness(url)["policy_version"] == 3  # no manifest: it is not there
+        assert readiness(url)["weight_version"] == 3  # no manifest: it is not there
         s3.stop()
         wait_until(lambda: "can't be heard of" in readiness(url)["detail"], what="the detail")
         assert readiness(url)["ready"]

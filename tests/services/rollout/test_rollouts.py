@@ -27,7 +27,7 @@ def test_every_start_gets_its_rollouts(url: str) -> None:
     assert [len(of_start) for of_start in answer.rollouts] == [3, 3]
     for rollout in answer.rollouts[0]:
         assert 1 <= len(rollout.token_ids) <= 8
-        assert rollout.policy_version == 0
+        assert rollout.weight_version == 0
 
 
 def test_a_rollout_that_can_not_be_shown_says_why_and_shows_nothing(url: str, tiny_model: Path) -> None:
@@ -88,7 +88,7 @@ def test_readiness_names_model_and_version(url: str) -> None:
     answer = httpx.get(f"{url}/readyz").json()
     assert answer["ready"]
     assert answer["engine"].startswith("transformers:")
-    assert answer["policy_version"] == 0
+    assert answer["weight_version"] == 0
 
 
 def test_work_for_a_caller_who_hung_up_is_dropped(url: str) -> None:

@@ -23,8 +23,8 @@ from shared.api import RolloutResponse
 from shared.database import EventRow, open_database, transaction
 from shared.errors import SettingsError
 from shared.settings import EngineSettings, Settings
-from shared.weight_state import map_state, parse_state, state_checksum
-from shared.weight_store import FULL_FILE, WeightStore
+from shared.weights.state import map_state, parse_state, state_checksum
+from shared.weights.store import FULL_FILE, WeightStore
 from tests.services.rollout.author import BROKEN, Author
 from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
 from tests.services.rollout.test_process import free_port, start
@@ -70,7 +70,7 @@ class Replica:
         return str(self.readiness["detail"])
 
     def wait_for(self, version: int) -> None:
-        wait_until(lambda: self.readiness["policy_version"] == version, what=f"version {version}")
+        wait_until(lambda: self.readiness["weight_version"] == version, what=f"version {version}")
 
     def ask(self) -> RolloutResponse:
         answer = httpx.post(f"{self.url}/v1/rollouts", json=BODY, headers=HEADERS, timeout=30)
@@ -81,7 +81,7 @@ class Replica:
         return [rollout.token_ids for of_start in self.ask().rollouts for rollout in of_start]
 
     def versions(self) -> set[int]:
-        return {rollout.policy_version for of_start in self.ask().rollouts for rollout in of_start}
+        return {rollout.weight_version for of_start in self.ask().rollouts for rollout in of_start}
 
     def served_checksum(self) -> str:
         """Of the weights that the engine answers with, in the published dtype."""
@@ -363,7 +363,7 @@ def served(url: str) -> int | None:
         answer = httpx.get(f"{url}/readyz", timeout=5)
     except httpx.TransportError:
         return None
-    return int(answer.json()["policy_version"]) if answer.status_code == 200 else None
+    return int(answer.json()["weight_version"]) if answer.status_code == 200 else None
 
 
 def end(process: "subprocess.Popen[str]") -> None:

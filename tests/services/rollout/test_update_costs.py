@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from services.engine.weights import read_patches
+from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import COPY_EVERY, WeightCopy
-from services.rollout.weights import WeightWatcher
 from shared.errors import EngineError
-from shared.weight_patches import encode_patches, find_patches
-from shared.weight_state import BitTensor, State, map_state, state_checksum, write_state
-from shared.weight_store import FULL_FILE, SPARSE_FILE, WeightStore
+from shared.weights.patches import encode_patches, find_patches
+from shared.weights.state import BitTensor, State, map_state, state_checksum, write_state
+from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
 from tests.services.fakes import FakeEngine
 from tests.services.rollout.author import checksum_of_changed
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from services.engine.base import Generation, Prompt, Sampling
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
+from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
-from services.rollout.weights import WeightWatcher
 from shared import metrics
 from shared.api import RolloutResponse
 from shared.coordination import AnnouncedWeights
 from shared.database import EventRow, open_database, transaction
 from shared.errors import StreamError
 from shared.settings import EngineSettings
-from shared.weight_store import WeightStore
+from shared.weights.store import WeightStore
 from tests.services.fakes import FakeEngine
 from tests.services.rollout.conftest import HEADERS, SECRETS, make_settings
 from tests.services.serving import running, wait_until
@@ -55,14 +55,14 @@ def readiness(url: str) -> dict[str, object]:
 
 
 def versions(answer: RolloutResponse) -> set[int]:
-    return {rollout.policy_version for of_start in answer.rollouts for rollout in of_start}
+    return {rollout.weight_version for of_start in answer.rollouts for rollout in of_start}
 
 
 def test_a_published_version_is_served(tiny_model: Path, other_weights: bytes, tmp_path: Path) -> None:
     with service(tiny_model, tmp_path) as (url, store):
         before = ask(url)
         store.publish({"model.safetensors": other_weights}, version=3, step=3)
-        wait_until(lambda: readiness(url)["policy_version"] == 3, what="version 3")
+        wait_until(lambda: readiness(url)["weight_version"] == 3, what="version 3")
         after = ask(url)
         assert (versions(before), versions(after)) == ({0}, {3})
         assert before.rollouts[0][0].token_ids != after.rollouts[0][0].token_ids
@@ -101,7 +101,7 @@ def test_a_swap_loses_no_request_in_flight(tiny_model: Path, other_weights: byte
 
     with service(tiny_model, tmp_path, engine=engine) as (url, store), ThreadPoolExecutor(8) as pool:
         store.publish({"model.safetensors": (tiny_model / "model.safetensors").read_bytes()}, version=1, step=1)
-        wait_until(lambda: readiness(url)["policy_version"] == 1, what="version 1")
+        wait_until(lambda: readiness(url)["weight_version"] == 1, what="version 1")
         expected = {(1, seed): ask(url, seed) for seed in range(2)}
         asking = {pool.submit(ask_until_swapped, seed % 2): seed % 2 for seed in range(8)}
         store.publish({"model.safetensors": other_weights}, version=2, step=2)
@@ -164,7 +164,7 @@ def test_a_corrupt_file_keeps_the_last_good_version_until_a_newer_one(
 ) -> None:
     with service(tiny_model, tmp_path) as (url, store):
         store.publish({"model.safetensors": other_weights}, version=1, step=1)
-        wait_until(lambda: readiness(url)["policy_version"] == 1, what="version 1")
+        wait_until(lambda: readiness(url)["weight_version"] == 1, what="version 1")
         counted, good = refused_total(), ask(url)
         publish_corrupt(store, other_weights, version=2)
         wait_until(lambda: "version 2 was refused" in str(readiness(url)["detail"]), what="the refusal")
@@ -172,7 +172,7 @@ def test_a_corrupt_file_keeps_the_last_good_version_until_a_newer_one(
         assert ask(url) == good
         assert refused_total() == counted + 1
         store.publish({"model.safetensors": other_weights}, version=3, step=3)
-        wait_until(lambda: readiness(url)["policy_version"] == 3, what="version 3")
+        wait_until(lambda: readiness(url)["weight_version"] == 3, what="version 3")
         assert readiness(url)["detail"] == ""
     events = read_events(tmp_path)
     assert [(event.kind, event.data["version"]) for event in events] == [("refused_weights", 2)]
@@ -202,7 +202,7 @@ def test_a_new_replica_catches_up_before_it_is_ready(tiny_model: Path, other_wei
     store = WeightStore(make_settings(tiny_model, tmp_path).weight_store_url)
     store.publish({"model.safetensors": other_weights}, version=7, step=7)
     with service(tiny_model, tmp_path) as (url, _):
-        assert readiness(url)["policy_version"] == 7
+        assert readiness(url)["weight_version"] == 7
         assert versions(ask(url)) == {7}
 
 
@@ -213,7 +213,7 @@ def test_a_new_replica_goes_back_to_the_newest_good_version(
     store.publish({"model.safetensors": other_weights}, version=7, step=7)
     publish_corrupt(store, other_weights, version=8)
     with service(tiny_model, tmp_path) as (url, _):
-        assert readiness(url)["policy_version"] == 7
+        assert readiness(url)["weight_version"] == 7
         assert "version 8 was refused" in str(readiness(url)["detail"])
 
 

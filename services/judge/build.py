@@ -1,0 +1,182 @@
+"""From settings to a `Judge`, in two steps: a wrong prompt or function stops the service before it loads a model.
+
+parts = load_parts(settings.judge)    # reads prompts, imports the user's function
+engine = judge_engine(settings.judge)
+await engine.start()
+judge = build_judge(settings.judge, parts, engine=engine, reading=None)
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from services.engine.base import Engine
+from services.engine.life import build_engine
+from services.judge.criteria import Criterion, FramedPrompt
+from services.judge.judge import Judge, WeightedCriterion
+from services.judge.likelihood import Likelihood, TokenReading
+from services.judge.questions import QUESTIONS, load_prompt
+from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
+from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
+from services.prompts import Prompt
+from shared.errors import EngineError, SettingsError
+from shared.settings import CriterionName, CriterionSettings, JudgeSettings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a judge needs besides its engine."""
+
+    prompts: Mapping[CriterionName, Prompt]
+    function: UserFunction | None
+
+
+def load_parts(settings: JudgeSettings) -> Parts:
+    """Raises SettingsError for a prompt or function that can't be used."""
+    prompts = {name: load_prompt(name, criterion) for name, criterion in settings.criteria.items() if name in QUESTIONS}
+    python = settings.criteria.get("python")
+    return Parts(prompts, load_function(python.function) if python else None)
+
+
+def judge_engine(settings: JudgeSettings) -> Engine:
+    """The engine of the settings, not started yet."""
+    if not needs_engine(settings):
+        return NoEngine()
+    return build_engine(settings.engine, constrains=_asks_structured(settings))
+
+
+def needs_engine(settings: JudgeSettings) -> bool:
+    return set(settings.criteria) != {"python"}
+
+
+def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, reading: TokenReading | None) -> Judge:
+    """`engine` has started; `reading` is None unless a criterion is `likelihood`. SettingsError if they don't fit."""
+    check_engine(settings, engine)
+    chat = engine.has_chat_template if settings.chat is None else settings.chat
+    if chat and not engine.has_chat_template and parts.prompts:
+        raise SettingsError(f"judge.chat = true, but {engine.name} has no chat template: set it to false")
+    gate = asyncio.Semaphore(settings.engine.max_queued_requests)
+    builder = _Builder(settings, parts, engine, chat, reading, gate)
+    return Judge(
+        {
+            name: WeightedCriterion(builder.criterion(name, criterion), criterion.weight)
+            for name, criterion in settings.criteria.items()
+        },
+        fingerprint=_fingerprint(settings, parts, model=engine.name, chat=chat),
+        wants_token_ids=reading is not None and reading.shares_policy_tokens,
+    )
+
+
+def check_engine(settings: JudgeSettings, engine: Engine) -> None:
+    """SettingsError if a criterion needs what the started engine can't do."""
+    if not engine.can_constrain and _asks_structured(settings):
+        raise SettingsError(
+            f"judge.criteria: verdict = 'structured' constrains answers to a pattern, which {engine.name} can't: "
+            "use engine.kind = 'vllm', a vLLM endpoint, or verdict = 'answer'"
+        )
+    if engine.can_score:
+        return
+    for name, criterion in settings.criteria.items():
+        if name == "likelihood" or (name in QUESTIONS and criterion.verdict == "labels"):
+            raise SettingsError(
+                f"judge.criteria.{name} compares log-probs of given tokens, which {engine.name} does not give: "
+                f"use engine.kind = 'transformers'{'' if name == 'likelihood' else ', or verdict = `answer`'}"
+            )
+
+
+def _asks_structured(settings: JudgeSettings) -> bool:
+    return any(criterion.verdict == "structured" for name, criterion in settings.criteria.items() if name in QUESTIONS)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds the criteria of one judge. They share the gate to its engine."""
+
+    settings: JudgeSettings
+    parts: Parts
+    engine: Engine
+    chat: bool
+    reading: TokenReading | None
+    gate: asyncio.Semaphore
+
+    def criterion(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
+        if name == "likelihood":
+            return self._likelihood(criterion)
+        if name == "python":
+            assert self.parts.function is not None
+            return PythonCriterion(self.parts.function, timeout_s=self.settings.engine.timeout_s)
+        return self._prompted(name, criterion)
+
+    def _likelihood(self, criterion: CriterionSettings) -> Likelihood:
+        assert self.reading is not None
+        return Likelihood(
+            self.engine,
+            reading=self.reading,
+            scale=criterion.scale,
+            max_prefix_characters=self.settings.max_prefix_characters,
+            gate=self.gate,
+        )
+
+    def _prompted(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
+        prompt = FramedPrompt(
+            self.parts.prompts[name],
+            self.engine,
+            chat=self.chat,
+            opens_answer=criterion.verdict == "labels",
+            max_prefix_characters=self.settings.max_prefix_characters,
+        )
+        return QUESTIONS[name].kind(prompt, self._verdicts(name, criterion))
+
+    def _verdicts(self, name: CriterionName, criterion: CriterionSettings) -> VerdictSource:
+        question = QUESTIONS[name]
+        if criterion.verdict == "labels":
+            values = [question.verdicts[label.strip()] for label in question.labels]
+            return LabelVerdict(self.engine, labels=question.labels, values=values, gate=self.gate)
+        return AnswerVerdict(
+            self.engine,
+            settings=criterion,
+            verdicts=question.verdicts,
+            max_retries=self.settings.max_retries,
+            gate=self.gate,
+        )
+
+
+def _fingerprint(settings: JudgeSettings, parts: Parts, *, model: str, chat: bool) -> str:
+    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source.
+
+    The order of the criteria does not matter; ports, addresses and limits are left out. A model folder counts by its
+    name: give other weights another name.
+    """
+    criteria = {
+        name: criterion.model_dump(exclude={"prompt"})
+        | {"prompt": parts.prompts[name].text if name in parts.prompts else ""}
+        | {"source": function_source(parts.function) if name == "python" and parts.function else ""}
+        for name, criterion in settings.criteria.items()
+    }
+    judge = {
+        "model": model,
+        "chat": chat,
+        "max_prefix_characters": settings.max_prefix_characters,
+        "criteria": criteria,
+    }
+    return hashlib.sha256(json.dumps(judge, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class NoEngine:
+    """The engine of a judge whose only criterion is a python function: it starts at once and answers nothing."""
+
+    name = "none"
+    weight_version = 0
+    can_score = can_constrain = has_chat_template = False
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def _refuse(self, *_given: object, **_named: object) -> NoReturn:
+        raise EngineError("this judge has no model: its only criterion is a python function")
+
+    generate = score = encode = decode = render_chat = load_weights = _refuse

@@ -1,0 +1,1 @@
+"""Weight versions: what a state is, what changed between two, and the store that holds them."""

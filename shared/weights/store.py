@@ -1,0 +1,247 @@
+"""The weight store: numbered versions of the policy in a folder or at an fsspec URL.
+
+    v00000012/model.safetensors   full: everything, in the dtype that replicas serve
+    v00000013/changes.zst         sparse: what changed since the version that its manifest names as base
+    v00000013/manifest.json       written last: its presence means that the version is complete
+
+The trainer is the only writer. Readers fetch into a local folder and compare checksums before they let an engine
+touch a file. Versions only ever ascend, also after a resume from an older checkpoint; `step` says which update
+a version belongs to. A sparse version rests on its base and so, link by link, on a full one: `chain` finds it.
+
+Numbers are comparable within one *epoch* only: a trainer that does not go on from what was announced before it, because
+the store or Redis was wiped or restored, begins another one (trainer/publisher.py).
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import fsspec
+from pydantic import Field, ValidationError, model_validator
+
+from shared.errors import HeadwaterError, SettingsError, WeightStoreError
+from shared.records import Record
+from shared.secret_urls import without_secrets
+
+MANIFEST = "manifest.json"
+FULL_FILE = "model.safetensors"
+SPARSE_FILE = "changes.zst"
+
+_VERSION_FOLDER = re.compile(r"^v(\d{8})$")
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "r2", "memory"})
+"""Where putting one object is atomic, and renaming it is a copy followed by a deletion."""
+
+
+class WeightFile(Record):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """What one version consists of."""
+
+    version: int = Field(ge=0)
+    epoch: str = ""
+    """The id of the lineage that the number belongs to; empty in stores from before there were epochs."""
+    step: int = Field(ge=0)
+    form: Literal["full", "sparse"] = "full"
+    base: int | None = None
+    """Sparse: the version that the changes are to be applied to."""
+    state_checksum: str = ""
+    """Of all tensors together (shared/weights/state.py), after the changes. A sparse version has one always."""
+    changed_checksum: str = ""
+    """Sparse: of the changed elements alone, as they are after the changes (shared/weights/patches.py)."""
+    files: tuple[WeightFile, ...]
+    created_at: float
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    @model_validator(mode="after")
+    def _form_is_whole(self) -> Self:
+        if self.form == "full" and self.base is not None:
+            raise ValueError("a full version rests on no other")
+        if self.form == "sparse" and (self.base is None or self.base >= self.version or not self.state_checksum):
+            raise ValueError("a sparse version needs a base below itself and the checksum of its result")
+        return self
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """OSError for whatever the library of a file system raises: each has a family of its own."""
+    try:
+        yield
+    except (OSError, HeadwaterError):
+        raise
+    except Exception as exc:
+        raise OSError(f"{type(exc).__name__}: {exc}") from exc
+
+
+class WeightStore:
+    """Versions under one root. `root` is a folder or any fsspec URL. One thread at a time."""
+
+    def __init__(self, root: str) -> None:
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(root)
+        except (ImportError, ValueError) as exc:
+            raise SettingsError(f"weights.store {root!r} can't be opened: {exc} (S3: headwater[s3])") from exc
+        self.root = without_secrets(root)
+        if self.root != root and type(self._fs)._strip_protocol(self.root) != self._root:
+            raise SettingsError(
+                f"weights.store {self.root} takes no keys or options in its URL, they would become part of the path: "
+                "give them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
+        self._known: dict[int, Manifest] = {}
+        """Manifests read before: once written they never change."""
+
+    @_translated()
+    def publish(
+        self,
+        files: Mapping[str, bytes | bytearray],
+        *,
+        version: int,
+        step: int,
+        epoch: str = "",
+        base: int | None = None,
+        state_checksum: str = "",
+        changed_checksum: str = "",
+    ) -> Manifest:
+        """Write all files, then the manifest; sparse if there is a `base`.
+
+        Raises WeightStoreError if the version is there already, OSError where the store can't be written.
+        """
+        folder = self._folder(version)
+        if self._fs.exists(f"{folder}/{MANIFEST}"):
+            raise WeightStoreError(f"weight version {version} already lies in {self.root}: versions only ascend")
+        manifest = Manifest(
+            version=version,
+            epoch=epoch,
+            step=step,
+            form="full" if base is None else "sparse",
+            base=base,
+            state_checksum=state_checksum,
+            changed_checksum=changed_checksum,
+            files=tuple(
+                WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+                for name, content in files.items()
+            ),
+            created_at=time.time(),
+        )
+        if not self._puts_are_atomic:
+            self._fs.makedirs(folder, exist_ok=True)
+        for name, content in files.items():
+            self._fs.pipe_file(f"{folder}/{name}", content)
+        self._write_at_once(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+        self._known[version] = manifest
+        return manifest
+
+    @_translated()
+    def versions(self) -> list[int]:
+        """Complete versions, ascending."""
+        self._fs.invalidate_cache()
+        if not self._fs.exists(self._root):
+            return []
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False))
+        found = (int(match[1]) for name in names if (match := _VERSION_FOLDER.match(name)))
+        return sorted(version for version in found if self._fs.exists(f"{self._folder(version)}/{MANIFEST}"))
+
+    @_translated()
+    def manifest(self, version: int) -> Manifest:
+        path = f"{self._folder(version)}/{MANIFEST}"
+        try:
+            found = Manifest.model_validate(json.loads(self._fs.cat_file(path)))
+        except FileNotFoundError as exc:
+            raise WeightStoreError(f"no complete weight version {version} in {self.root}") from exc
+        except (ValueError, ValidationError) as exc:
+            raise WeightStoreError(f"{path} is not a manifest: {exc}") from exc
+        if found.version != version:
+            raise WeightStoreError(f"{path} is the manifest of version {found.version}")
+        return found
+
+    def chain(self, version: int, *, known: int | None = None) -> list[Manifest]:
+        """What leads to `version`, in order: from the last full one, or from behind version `known` (of the same epoch)
+        if that is on the way. WeightStoreError if a link's manifest is missing, unreadable or of another epoch."""
+        links: list[Manifest] = []
+        wanted: int | None = version
+        while wanted is not None and wanted != known:
+            try:
+                links.append(self.manifest(wanted))
+            except WeightStoreError as exc:
+                raise exc if not links else WeightStoreError(f"version {version} rests on {wanted}: {exc}") from exc
+            if links[-1].epoch != links[0].epoch:
+                raise WeightStoreError(f"version {version} rests on {wanted}, which is of another epoch")
+            wanted = links[-1].base
+        return links[::-1]
+
+    @_translated()
+    def fetch(self, manifest: Manifest, into: Path) -> None:
+        """Copy a version's files into the folder `into`, checksums compared; WeightStoreError at the first that is
+        missing or corrupt, which does not stay there."""
+        into.mkdir(parents=True, exist_ok=True)
+        for file in manifest.files:
+            self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
+
+    @_translated()
+    def prune(self, *, keep: int) -> list[int]:
+        """Delete all but the newest `keep` versions and what these rest on; returns what is gone. WeightStoreError, and
+        nothing deleted, where a kept version's chain can't be read."""
+        present = self.versions()
+        needed = self._needed(present[-keep:])
+        gone = [version for version in present if version not in needed]
+        for version in gone:
+            self.delete(version)
+        return gone
+
+    @_translated()
+    def delete(self, version: int) -> None:
+        """Take back one version. The manifest goes first, so that no half version looks complete."""
+        self._known.pop(version, None)
+        self._fs.rm_file(f"{self._folder(version)}/{MANIFEST}")
+        self._fs.rm(self._folder(version), recursive=True)
+
+    def _needed(self, kept: Iterable[int]) -> set[int]:
+        needed: set[int] = set()
+        for version in kept:
+            wanted: int | None = version
+            while wanted is not None and wanted not in needed:
+                needed.add(wanted)
+                if wanted not in self._known:
+                    self._known[wanted] = self.manifest(wanted)
+                wanted = self._known[wanted].base
+        return needed
+
+    def _fetch_file(self, file: WeightFile, path: str, target: Path) -> None:
+        try:
+            self._fs.get_file(path, str(target))
+        except FileNotFoundError as exc:
+            raise WeightStoreError(f"{path} is named in its manifest but missing") from exc
+        with target.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        num_bytes = target.stat().st_size
+        if num_bytes != file.num_bytes or digest != file.sha256:
+            target.unlink()
+            raise WeightStoreError(
+                f"{path} is corrupt: {num_bytes} bytes, expected {file.num_bytes} with sha256 {file.sha256[:12]}"
+            )
+
+    def _write_at_once(self, path: str, content: bytes) -> None:
+        """Readers see the whole of it or nothing. Nothing is synced to disk: what a crash of the machine takes,
+        checksums miss, and the trainer begins every start with a full version."""
+        if self._puts_are_atomic:
+            self._fs.pipe_file(path, content)
+            return
+        temporary = f"{path}.tmp"
+        self._fs.pipe_file(temporary, content)
+        self._fs.mv(temporary, path)
+
+    def _folder(self, version: int) -> str:
+        return f"{self._root}/v{version:08d}"
