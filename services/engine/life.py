@@ -1,10 +1,10 @@
 """Builds the engine of a service and runs it beside the server, so that /healthz answers while a model loads.
 
     engine = build_engine(settings.judge.engine)
-    life = EngineLife(engine, build=judge_of)
+    life = EngineLife(engine, build=lambda: open_judge(engine))
     app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
                      summary=lambda: life.summary, lifespan=life.lifespan)
-    life.service.judge(...)    # what `judge_of` returned; EngineError until then
+    life.service.judge(...)    # what `build` returned; EngineError until then
 
 A failed start, or the failure of an engine that can never answer again, goes to `app.state.failure`, which ends the
 process (services/serve.py) for its supervisor to restart.
