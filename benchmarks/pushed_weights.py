@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 import starter
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
+from shared.runs import Run
 from shared.weights.store import WeightStore
 from trainer.patience import Patience
 from trainer.publisher import WeightPublisher, untied_state
@@ -129,13 +130,12 @@ def _redis(folder: Path) -> Iterator[Any]:
 def _publisher(client: Any, folder: Path, form: str) -> WeightPublisher:
     """With Redis and a database, as the trainer has them."""
     folder.mkdir()
-    engine = open_database(f"sqlite:///{folder / 'headwater.db'}")
-    migrate(engine)
+    run = Run(open_database(f"sqlite:///{folder / 'headwater.db'}"), "benchmark")
+    migrate(run.database)
     return WeightPublisher(
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
-        engine=engine,
-        run_id="benchmark",
+        run=run,
         dtype="bfloat16",
         full_every=1 if form == "full" else 1_000_000,
         keep_versions=1_000_000,

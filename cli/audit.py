@@ -9,7 +9,6 @@ append-only file, so that nothing in the run folder is touched and no run need b
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +21,8 @@ from cli.audit_account import Account, Window, read_account, read_waiting
 from cli.audit_stream import OnStream, StreamUnreachable, read_stream
 from cli.audit_testimony import Testimony, read_on, read_testimony
 from cli.run_folder import RunFolder, find_run
-from shared.database import migrate, open_database
 from shared.ledger import READING, SCORED, Balance
+from shared.runs import reading_run
 from shared.settings import Settings
 
 Outcome = Literal["holds", "fails", "not checked"]
@@ -64,14 +63,9 @@ class AuditResult:
 
 def audit(run: str, *, as_json: bool) -> int:
     """Print the findings; 1 when something does not balance."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     folder, settings = find_run(run)
-    engine = open_database(settings.database_url)
-    try:
-        migrate(engine)
-        result = audit_run(engine, settings, folder)
-    finally:
-        engine.dispose()
+    with reading_run(settings) as opened:
+        result = audit_run(opened.database, settings, folder)
     print(json.dumps(as_data(result), indent=2) if as_json else "\n".join(as_lines(result)))
     return 0 if result.holds else 1
 
@@ -114,7 +108,6 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
         _conserved(account),
         *_of_reading(account),
         *_of_training(account, earlier, later),
-        _ended(account, earlier),
         *_of_flight(waiting, stream, trouble),
     )
     return AuditResult(run_id, audit_checks.windows_read(account), account.balance, checks), bool(
@@ -125,33 +118,26 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
 def _conserved(account: Account) -> Check:
     equation = equation_line(audit_checks.windows_read(account), account.balance)
     wrong = [] if _balances(audit_checks.windows_read(account), account.balance) else [equation]
-    check = _check("documents are conserved", wrong, unknown=account.is_from_before)
-    return check if wrong or account.is_from_before else Check(check.name, "holds", equation)
+    check = _check("documents are conserved", wrong)
+    return check if wrong else Check(check.name, "holds", equation)
 
 
 def _of_reading(account: Account) -> Iterable[Check]:
-    unknown = account.is_from_before
-    yield _check("every position of each part has its document", audit_checks.positions(account), unknown=unknown)
-    yield _check("every document has all its windows", audit_checks.windows(account), unknown=unknown)
+    yield _check("every position of each part has its document", audit_checks.positions(account))
+    yield _check("every document has all its windows", audit_checks.windows(account))
     yield _check("every window is in a known state", audit_checks.states(account))
 
 
 def _of_training(account: Account, earlier: Testimony, later: Testimony) -> Iterable[Check]:
-    unknown = earlier.is_from_before
-    yield _check("every checkpoint left its evidence", audit_checks.lines(earlier, account), unknown=unknown)
-    yield _check("no window is in two checkpoints", audit_checks.in_two_checkpoints(earlier), unknown=unknown)
-    yield _check("trained windows are in a checkpoint", audit_checks.unproved(account, later), unknown=unknown)
+    yield _check("every checkpoint left its evidence", audit_checks.lines(earlier, account))
+    yield _check("no window is in two checkpoints", audit_checks.in_two_checkpoints(earlier))
+    yield _check("trained windows are in a checkpoint", audit_checks.unproved(account, later))
     marked = [*audit_checks.unmarked(account, earlier), *audit_checks.begun(account, later)]
-    yield _check("windows of the checkpoints are marked so", marked, unknown=unknown)
+    yield _check("windows of the checkpoints are marked so", marked)
     yield _check("steps have no gap up to the newest checkpoint", audit_checks.steps(account, earlier))
-    yield _check("pairs of each step came from its windows", audit_checks.pairs(account, earlier), unknown=unknown)
-    wrong = [] if unknown else audit_checks.versions(account)
-    yield _check("weight versions have no gap", wrong, unknown=unknown)
-
-
-def _ended(account: Account, testimony: Testimony) -> Check:
-    name = "nothing is in flight when the source has ended"
-    return _check(name, audit_checks.left_over(account), unknown=testimony.is_from_before)
+    yield _check("pairs of each step came from its windows", audit_checks.pairs(account, earlier))
+    yield _check("weight versions have no gap", audit_checks.versions(account))
+    yield _check("nothing is in flight when the source has ended", audit_checks.left_over(account))
 
 
 def _of_flight(waiting: Mapping[str, Window], stream: OnStream | None, trouble: str) -> Iterable[Check]:
@@ -212,11 +198,10 @@ def _balances(read: int, balance: Balance) -> bool:
     return read == balance.trained + sum(balance.dropped.values()) + balance.in_flight
 
 
-def _check(name: str, problems: Iterable[str], *, unknown: str = "") -> Check:
-    """`unknown`: why what was not found to be wrong is not proved either."""
+def _check(name: str, problems: Iterable[str]) -> Check:
     found = tuple(problems)
     if not found:
-        return Check(name, "not checked", unknown) if unknown else Check(name, "holds", "all of them")
+        return Check(name, "holds", "all of them")
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return Check(name, "fails", "; ".join(found[:_SHOWN]) + more, found)
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.run_folder import RunFolder
-from shared.configuration import load_settings, without_passwords
-from shared.database import migrate, open_database
-from shared.ledger import Ledger
+from shared.configuration import load_settings
+from shared.runs import open_run
 
 
 def prepare(config: Path, overrides: Sequence[str]) -> int:
@@ -19,12 +18,10 @@ def prepare(config: Path, overrides: Sequence[str]) -> int:
     folder = RunFolder(settings.run.folder)
     with folder.locked():
         folder.adopt(settings)
-    engine = open_database(settings.database_url)
-    try:
-        migrate(engine)
-        Ledger(engine, settings.run.name).open_run(without_passwords(settings).model_dump(mode="json"))
-    finally:
-        engine.dispose()
-    name, file = settings.run.name, folder.settings_file
-    print(f"run {name} is prepared: settings in {file}, {engine.dialect.name} at its newest schema")
+    run = open_run(settings)
+    run.close()
+    print(
+        f"run {run.name} is prepared: settings in {folder.settings_file}, "
+        f"{run.database.dialect.name} at its newest schema"
+    )
     return 0

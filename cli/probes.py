@@ -17,11 +17,11 @@ from cli.redis_server import find_redis_server
 from cli.run_folder import RunFolder
 from services.collector.sources.base import Refusal, Source
 from shared.configuration import without_passwords
-from shared.database import open_database, translated
+from shared.database import translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
 from shared.http import authorization_header
-from shared.ledger import Ledger, RunStart
-from shared.runs import refuse_changed_identity, refuse_changed_source
+from shared.identity import refuse_changed_identity, refuse_changed_source
+from shared.runs import Run, RunStart
 from shared.settings import EngineSettings, Settings
 from shared.weights.store import WeightStore
 
@@ -192,16 +192,16 @@ def database(settings: Settings) -> str:
     """Reachable; and if it has the run, with this identity and these documents."""
     if not settings.database.url and not (settings.run.folder / "headwater.db").exists():
         return f"SQLite in {settings.run.folder}"
-    engine = open_database(settings.database_url)
+    run = Run.of(settings)
     try:
-        with translated(), engine.connect() as connection:
+        with translated(), run.database.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
-        start = Ledger(engine, settings.run.name).began_with()
+        start = run.began_with()
     finally:
-        engine.dispose()
+        run.close()
     if start is not None:
         refuse_another_run(start, settings)
-    return f"{engine.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
+    return f"{run.database.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
 
 
 def refuse_another_run(start: RunStart, settings: Settings) -> None:

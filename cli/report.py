@@ -13,8 +13,9 @@ from cli.audit import audit_run, balance_line
 from cli.display import duration
 from cli.run_folder import RunFolder, find_run
 from shared.checkpoint_state import newest_checkpoint
-from shared.database import EventRow, StepRow, migrate, open_database, transaction
+from shared.database import EventRow, StepRow, transaction
 from shared.errors import HeadwaterError
+from shared.runs import reading_run
 from shared.secret_urls import without_secrets
 from shared.settings import Settings
 
@@ -34,12 +35,8 @@ class StepRecord:
 def report(run: str) -> int:
     """Write the report and say where it lies."""
     folder, settings = find_run(run)
-    engine = open_database(settings.database_url)
-    try:
-        migrate(engine)
-        path = write_report(engine, settings, folder)
-    finally:
-        engine.dispose()
+    with reading_run(settings) as opened:
+        path = write_report(opened.database, settings, folder)
     print(path)
     return 0
 

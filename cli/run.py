@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sqlalchemy import Engine
-
 from cli.display import Display, choose_display
 from cli.plan import Plan, make_plan
 from cli.ports import Ports
@@ -24,10 +22,9 @@ from cli.stack import Stack
 from cli.summary import summary_lines
 from shared.configuration import load_settings, without_passwords, write_settings
 from shared.coordination import Coordination, TrainerReport
-from shared.database import migrate, open_database
 from shared.errors import DatabaseError, HeadwaterError, StreamError
-from shared.ledger import Ledger
 from shared.redis import connect
+from shared.runs import Run, open_run
 
 LOOK_EVERY_S = 1.0
 COLLECTOR_END_S = 30.0
@@ -80,11 +77,10 @@ def run(config: Path, overrides: Sequence[str]) -> int:
         folder.adopt(settings)
         plan = make_plan(settings, held.enter_context(Ports()))
         write_settings(without_passwords(plan.settings), folder.processes_file)
-        engine = open_database(settings.database_url)
-        held.callback(engine.dispose)
-        migrate(engine)
+        opened = open_run(settings)
+        held.callback(opened.close)
         held.enter_context(_signals_noted(interruption))
-        Launcher(plan, folder, engine, choose_display(), interruption).run()
+        Launcher(plan, folder, opened, choose_display(), interruption).run()
     if interruption.asked():
         return interruption.exit_code
     return 0
@@ -96,12 +92,11 @@ class Launcher:
 
     plan: Plan
     folder: RunFolder
-    engine: Engine
+    records: Run
     display: Display
     interruption: Interruption
 
     def __post_init__(self) -> None:
-        self._ledger = Ledger(self.engine, self.plan.settings.run.name)
         self._redis = connect(self.plan.redis_url, timeout_s=2.0)
         self._coordination = Coordination(self._redis, self.plan.settings.run.name)
         self._stack = Stack(
@@ -114,7 +109,6 @@ class Launcher:
 
     def run(self) -> None:
         """Start, watch until the trainer has finished, stop. Stops everything on any error, too."""
-        self._ledger.open_run(without_passwords(self.plan.settings).model_dump(mode="json"))
         with self.display:
             for note in self.plan.notes:
                 self.display.say(note)
@@ -152,7 +146,7 @@ class Launcher:
             if report is not None and report.state == "finished":
                 return True
             documents = self.plan.settings.documents
-            extent = self._ledger.extent(max_epochs=documents.max_epochs)
+            extent = self.records.extent(max_epochs=documents.max_epochs)
             return role == "collector" and self._coordination.source_exhausted(
                 num_parts=documents.num_parts, extent=extent
             )
@@ -181,7 +175,7 @@ class Launcher:
     def _reader(self) -> ProgressReader:
         settings = self.plan.settings
         return ProgressReader(
-            self.engine,
+            self.records.database,
             settings.run.name,
             steps=settings.trainer.steps,
             client=self._redis,
@@ -196,13 +190,13 @@ class Launcher:
 
     def _record(self, role: str, kind: str, message: str) -> None:
         try:
-            self._ledger.record_event(role, kind, message)
+            self.records.record_event(role, kind, message)
         except DatabaseError as exc:
             self.display.say(f"this could not be written to the events table: {exc}")
 
     def _summarise(self) -> None:
         report = self._report()
-        for line in summary_lines(self.engine, self.plan.settings, self.folder):
+        for line in summary_lines(self.records.database, self.plan.settings, self.folder):
             self.display.say(line)
         self.display.say(f"report: {report}")
 
@@ -211,6 +205,6 @@ class Launcher:
         from cli.report import write_report
 
         try:
-            return str(write_report(self.engine, self.plan.settings, self.folder))
+            return str(write_report(self.records.database, self.plan.settings, self.folder))
         except (HeadwaterError, OSError) as exc:
             return f"none ({exc})"

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.configuration import load_settings, read_toml, without_passwords, write_settings
 from shared.errors import SettingsError
-from shared.runs import refuse_changed_identity
+from shared.identity import form_of, refuse_changed_identity, refuse_other_form
 from shared.settings import Settings
 
 
@@ -65,10 +66,16 @@ class RunFolder:
                 ) from exc
             yield
 
+    def read_settings(self) -> dict[str, Any]:
+        """As they were written down. SettingsError if a run of another form did."""
+        found = read_toml(self.settings_file)
+        refuse_other_form(form_of(found), run=found.get("run", {}).get("name", self.path.name))
+        return found
+
     def refuse_another_run(self, settings: Settings) -> None:
         """SettingsError if the folder belongs to a run of another identity."""
         if self.settings_file.exists():
-            old, new = read_toml(self.settings_file), without_passwords(settings).model_dump(mode="json")
+            old, new = self.read_settings(), without_passwords(settings).model_dump(mode="json")
             refuse_changed_identity(old, new, run=f"in {self.path}")
 
     def adopt(self, settings: Settings) -> None:
@@ -90,6 +97,7 @@ def find_run(name: str, environ: Mapping[str, str] | None = None) -> tuple[RunFo
     for path in candidates:
         folder = RunFolder(path)
         if folder.settings_file.exists():
+            folder.read_settings()
             return folder, _settled_in(path, _reaching_stores(load_settings(folder.settings_file, environ={}), given))
     tried = " or ".join(str(path / "settings.toml") for path in candidates)
     raise SettingsError(f"no run {name!r}: there is no {tried}")

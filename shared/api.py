@@ -1,7 +1,7 @@
-"""Request and response models of the three services. The collector is their only caller in a run.
+"""Requests and answers of the three services. In a run only the collector calls them.
 
-Requests are document-major: one request carries every chunk of one document window, so that an engine
-prefills the shared prefix once. Answers keep the order of the request.
+One request has all chunks of one window, so that an engine prefills their common prefix once. Answers are in the order
+of the request.
 """
 
 from typing import Annotated, Literal
@@ -13,17 +13,17 @@ from shared.records import FinishReason, Judgement, Record, TokenIds
 MAX_WINDOW_TOKENS = 1_000_000
 MAX_SUFFIX_TOKENS = 8192
 MAX_CHUNKS = 32_768
-"""Of one window: 128k tokens in suffixes of 8, each of which may be three shorter than that."""
+"""Of one window: 128k tokens in suffixes of 8, each of which may be three tokens shorter."""
 MAX_ROLLOUTS = 128
 """Of one chunk."""
 MAX_CANDIDATES = MAX_ROLLOUTS + 2
-"""Rollouts, and beside them the original and its rewrite."""
+"""Rollouts, the original and its rewrite."""
 MAX_TEMPERATURE = 10.0
 Text = Annotated[str, Field(max_length=12 * MAX_WINDOW_TOKENS)]
 MaxSuffixTokens = Annotated[int, Field(ge=1, le=MAX_SUFFIX_TOKENS)]
 
 TextFlaw = Literal["control_token", "broken_text", ""]
-"""Why ids have no text that says the same: a control token among them, or bytes that are no character."""
+"""Why token ids have no equivalent text: a control token among them, or bytes that are no character."""
 
 
 class RolloutRequest(Record):
@@ -75,14 +75,14 @@ class Rollout(Record):
     """One continuation sampled by the policy."""
 
     token_ids: TokenIds
-    """As sampled; a sampled end-of-text is the last one."""
+    """As sampled; an end-of-text comes last."""
     text: str
-    """What the tokens say after their prefix, but for an end-of-text and a character cut at either end."""
+    """The tokens decoded after their prefix, without an end-of-text and without half characters at either end."""
     finish_reason: FinishReason
     weight_version: int
     """The oldest weight version that any of its tokens was sampled under."""
     refusal: TextFlaw = ""
-    """Why this rollout must not be used as a candidate (then `text` is empty); empty when it may."""
+    """Why this rollout is no candidate (then `text` is empty); empty if it is one."""
 
 
 class RolloutResponse(Record):
@@ -92,7 +92,7 @@ class RolloutResponse(Record):
 
 
 class RewriteItem(Record):
-    """One chunk to rewrite: the suffix is `text[start:end]` of the request, the prefix all text before it."""
+    """One chunk: its suffix is `text[start:end]` of the request, its prefix `text[:start]`."""
 
     start: int = Field(ge=0)
     """In characters (Unicode code points)."""
@@ -100,13 +100,13 @@ class RewriteItem(Record):
     max_suffix_tokens: MaxSuffixTokens
     """The rewrite is cut to this many of the policy's tokens."""
     begins_text: bool = False
-    """No token with a text comes before the suffix, at most a BOS: tokenizers may see a text's first word otherwise."""
+    """At most a BOS comes before the suffix: tokenizers may split the first word of a text differently."""
     ends_document: bool = False
-    """The suffix ends with an end-of-text, which is not shown: so does a rewrite that ends by itself and has room."""
+    """The suffix ends with an end-of-text, which is not in `text`; so does a rewrite that fits its bound."""
 
 
 class RewriteRequest(Record):
-    """Ask the teacher for a better version of each suffix. The window's text is sent once, for all of its chunks."""
+    """Ask the rewriter for a better version of each suffix. The window's text is sent once for all chunks."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -138,13 +138,13 @@ class RewriteRequest(Record):
 
 
 class Rewrite(Record):
-    """The teacher's version of one suffix, or why there is none (then `text` is empty)."""
+    """The rewriter's version of one suffix, or why there is none (then `text` is empty)."""
 
     text: str
     token_ids: TokenIds
     finish_reason: FinishReason
     refusal: Literal["empty", "refused", "overlong"] | TextFlaw = ""
-    """Why this rewrite must not be used as a candidate; empty when it may."""
+    """Why this rewrite is no candidate; empty if it is one."""
 
 
 class RewriteResponse(Record):
@@ -152,20 +152,20 @@ class RewriteResponse(Record):
 
 
 class JudgedText(Record):
-    """A candidate as the judge sees it: the kinds are withheld on purpose."""
+    """A candidate as the judge sees it, without its kinds."""
 
     text: Text
     token_ids: TokenIds = ()
-    """The policy's tokens; only where the request has those of the window."""
+    """In the policy's tokens; only if the request has those of the window."""
 
 
 class JudgementItem(Record):
-    """The candidates of one chunk, and where its suffix lies in the window."""
+    """The candidates of one chunk, and where its suffix is in the window."""
 
     start: int = Field(ge=0)
     """In characters: the prefix is `text[:start]`."""
     end: int = Field(ge=0)
-    """The original suffix `text[start:end]` is what factuality is held against."""
+    """In characters: factuality compares with the original suffix `text[start:end]`."""
     candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES)]
     token_start: int | None = Field(default=None, ge=1)
     """In tokens: the prefix is `token_ids[:token_start]`."""
@@ -191,10 +191,10 @@ class JudgementRequest(Record):
         }
     )
     text: Text
-    """Of the whole window: it stands here once, however many chunks it has."""
+    """Of the whole window, once for all chunks."""
     token_ids: Annotated[TokenIds, Field(max_length=MAX_WINDOW_TOKENS)] = ()
-    """The window in the policy's tokens, for criteria that score those (`likelihood`). A judge says in each answer
-    whether it wants them; given them, every item has `token_start` and every candidate its `token_ids`."""
+    """The window in the policy's tokens, for criteria that score tokens (`likelihood`): each answer says whether the
+    judge wants them. With them every item needs `token_start` and every candidate `token_ids`."""
     items: Annotated[tuple[JudgementItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
     seed: int = Field(default=0, ge=0)
 
@@ -231,7 +231,7 @@ class JudgementFailure(Record):
 class JudgementResponse(Record):
     judgements: tuple[Judgement | JudgementFailure, ...]
     wants_token_ids: bool = False
-    """This judge scores the policy's token ids; a request without them is answered 428."""
+    """The judge scores the policy's token ids; a request without them is answered 428."""
 
 
 class Readiness(Record):
@@ -242,9 +242,9 @@ class Readiness(Record):
     engine: str = ""
     model: str = ""
     weight_version: int | None = None
-    """Rollout only: the weight version that new requests are answered under."""
+    """Rollout only: the version that answers new requests."""
     fingerprint: str = ""
     """Judge only."""
     detail: str = ""
-    """Why it isn't ready, or the last trouble (such as a refused weight update). /readyz, which is open, has it in a
-    few words, without addresses and the errors of others; /status, behind the token, in full."""
+    """Why it isn't ready, or the last trouble, such as a refused weight update. /readyz, which needs no token, gives a
+    few words without addresses; /status gives all of it."""

@@ -1,13 +1,16 @@
-"""What every checkpoint of a run contained, kept when the checkpoint itself is long deleted. Without torch: `headwater
-audit` reads it.
+"""What a checkpoint contains, without torch: the trainer writes it, `headwater audit` compares it with the ledger.
 
-    checkpoints/finished.jsonl    one line a checkpoint: the windows that it finished, by update and number of pairs
+    checkpoints/step-00000050/state.json    CheckpointState: step, weight version, windows. Written last
+                              policy/       the model itself (trainer/checkpoint.py)
+                finished.jsonl              Evidence: one line a checkpoint, kept when the checkpoint is deleted
 
-A line is appended and synced when the checkpoint's folder is whole, before the ledger is told. A crash in between is
-made up for by the next start; a line that a crash has torn is cut off before the next one is written.
+    states = read_states(run_folder / "checkpoints")        # {50: CheckpointState(step=50, ...)}
+    lines, damaged = EvidenceFile(run_folder / "checkpoints" / EVIDENCE_FILE).read()
+
+A line is appended and synced when the checkpoint is whole, before the ledger is told. After a crash in between the next
+start appends it; a line that a crash has torn is cut off first.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -19,21 +22,23 @@ from pydantic import ConfigDict, Field, ValidationError
 from shared.errors import HeadwaterError, TrainingError
 from shared.records import Record
 
+STATE_FILE = "state.json"
 EVIDENCE_FILE = "finished.jsonl"
+_FOLDER = re.compile(r"^step-(\d{8})$")
 _BLOCK_BYTES = 1 << 20
 
 
 class FinishedWindow(Record):
-    """A window whose pairs have all been used since the checkpoint before."""
+    """A window whose last pairs were used since the checkpoint before."""
 
     entry_id: str
     """Its entry on the stream, acknowledged once this checkpoint is on disk."""
     step: int | None
     """The last update that contains it; None if every step it was part of was skipped as non-finite."""
     pairs_by_step: dict[int, int] = Field(default_factory=dict)
-    """Update -> how many of its pairs are in it. Empty in checkpoints from before this was kept."""
+    """Update -> how many of its pairs are in it."""
     num_skipped: int = Field(default=0, ge=0)
-    """Pairs that were used up by skipped steps."""
+    """Pairs that skipped steps used up."""
 
     @property
     def num_pairs(self) -> int:
@@ -41,7 +46,7 @@ class FinishedWindow(Record):
 
 
 class PartialWindow(Record):
-    """A window of which some pairs have been used: its first `used` ones."""
+    """A window of which the first `used` pairs were used."""
 
     used: int = Field(ge=1)
     step: int | None
@@ -54,13 +59,14 @@ class Evidence(Record):
     """One checkpoint's windows."""
 
     number: int = Field(ge=1)
-    """1 is the first checkpoint that left evidence, each later one has the next number."""
+    """1, 2, ... in the order of checkpoints."""
     after: int = Field(ge=0)
     """Step of the checkpoint before it, 0 if there was none: the line accounts for the updates since."""
     step: int = Field(ge=0)
     finished: dict[str, FinishedWindow]
     """By window id."""
     partial: dict[str, PartialWindow]
+    """By window id."""
 
 
 class StepFigures(Record):
@@ -73,33 +79,80 @@ class StepFigures(Record):
     figures: dict[str, float]
 
 
-class CheckpointState(Record):
-    """What state.json holds."""
+class CheckpointState(Evidence):
+    """The content of state.json."""
 
-    step: int = Field(ge=0)
     weight_version: int
-    """The newest weight version when it was written."""
+    """The newest when it was written."""
     reference_step: int = 0
-    finished: dict[str, FinishedWindow] = Field(default_factory=dict)
-    """By window id."""
-    partial: dict[str, PartialWindow] = Field(default_factory=dict)
-    number: int = Field(default=0, ge=0)
-    """1 is the run's first checkpoint; 0 in those from before this was kept, which leave no evidence."""
-    after: int = Field(default=0, ge=0)
-    """Step of the checkpoint before it; 0 if there was none."""
+    """After which step the reference was last refreshed; 0 if never."""
     row: StepFigures | None = None
-    """The row of `step` where the database did not get it, because it was away when the trainer ended."""
+    """The row of `step`, if the database was away when the trainer ended: the next start writes it."""
 
     @property
     def evidence(self) -> Evidence:
-        return Evidence(
-            number=self.number, after=self.after, step=self.step, finished=self.finished, partial=self.partial
-        )
+        return Evidence(**{name: getattr(self, name) for name in Evidence.model_fields})
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Of all complete checkpoints, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in checkpoints.iterdir() if (match := _FOLDER.match(entry.name)))
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """Raises TrainingError if it can't be read."""
+    path = folder / STATE_FILE
+    try:
+        return CheckpointState.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as exc:
+        reason = _first_error(exc) if isinstance(exc, ValidationError) else str(exc)
+        raise TrainingError(
+            f"{path} can't be read ({reason}): restore the checkpoint, or delete its folder to go back to the one "
+            "before it"
+        ) from exc
+
+
+def _first_error(exc: ValidationError) -> str:
+    first = exc.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])
+
+
+def read_states(checkpoints: Path) -> dict[int, CheckpointState]:
+    """Of all complete checkpoints, by step. Raises TrainingError if one can't be read."""
+    found: dict[int, CheckpointState] = {}
+    for step in checkpoint_steps(checkpoints):
+        folder = checkpoint_folder(checkpoints, step)
+        try:
+            found[step] = read_state(folder)
+        except TrainingError:
+            if folder.exists():  # otherwise the trainer has deleted it meanwhile
+                raise
+    return found
+
+
+def newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
+    """Step and folder, or None before the first. Raises TrainingError if a checkpoint's state can't be read."""
+    states = read_states(checkpoints)
+    return (step := max(states), checkpoint_folder(checkpoints, step)) if states else None
+
+
+def newest_policy(run_folder: Path) -> Path:
+    """The policy of a run's newest checkpoint. HeadwaterError before the first."""
+    newest = newest_checkpoint(run_folder / "checkpoints")
+    if newest is None:
+        raise HeadwaterError(f"no checkpoint in {run_folder}: the run did not get that far")
+    return newest[1] / "policy"
 
 
 @dataclass(frozen=True)
 class EvidenceFile:
-    """The file of one run."""
+    """The lines of one run's checkpoints."""
 
     path: Path
 
@@ -121,7 +174,7 @@ class EvidenceFile:
             ) from exc
 
     def read(self) -> tuple[list[Evidence], list[str]]:
-        """All lines in order, and what is wrong with those that can't be read. A torn last line is none."""
+        """All lines in order, and what is wrong with unreadable ones. A torn last line does not count."""
         found: list[Evidence] = []
         damaged: list[str] = []
         if not self.path.exists():
@@ -133,12 +186,12 @@ class EvidenceFile:
                 try:
                     found.append(Evidence.model_validate_json(line))
                 except ValidationError as exc:
-                    damaged.append(f"line {number} can't be read: {exc.errors()[0]['msg']}")
+                    damaged.append(f"line {number} can't be read: {_first_error(exc)}")
         return found, damaged
 
 
 def _covers(last: Evidence, evidence: Evidence) -> bool:
-    """A higher number stands there where the newest checkpoint was deleted by hand to go on from the one before."""
+    """The last line has a higher number where the newest checkpoint was deleted by hand."""
     return last.number > evidence.number or last == evidence
 
 
@@ -152,63 +205,3 @@ def _last_line(file: BinaryIO) -> tuple[bytes, int]:
         tail = file.read(size) + tail
     whole, _, torn = tail.rpartition(b"\n")
     return whole.rpartition(b"\n")[2], end - len(torn)
-
-
-_FOLDER = re.compile(r"^step-(\d{8})$")
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """The part of a checkpoint's state.json that is about documents."""
-
-    folder: Path
-    number: int
-    """0 in checkpoints from before they left evidence."""
-    finished: dict[str, FinishedWindow]
-    partial: dict[str, PartialWindow]
-    owes_row: bool
-    """The database does not have its step's row; the next start writes it."""
-
-
-def read_states(checkpoints: Path) -> dict[int, StateFile]:
-    """By step. Raises HeadwaterError if a complete checkpoint's state can't be read."""
-    if not checkpoints.is_dir():
-        return {}
-    found: dict[int, StateFile] = {}
-    for path in sorted(checkpoints.iterdir()):
-        if match := _FOLDER.match(path.name):
-            try:
-                found[int(match[1])] = _read(path)
-            except HeadwaterError:
-                if path.exists():  # if not, the trainer has deleted it meanwhile
-                    raise
-    return found
-
-
-def newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
-    """Step and folder, or None before the first."""
-    states = read_states(checkpoints)
-    return (step := max(states), states[step].folder) if states else None
-
-
-def newest_policy(run_folder: Path) -> Path:
-    """The policy of a run's newest checkpoint. HeadwaterError before the first."""
-    newest = newest_checkpoint(run_folder / "checkpoints")
-    if newest is None:
-        raise HeadwaterError(f"no checkpoint in {run_folder}: the run did not get that far")
-    return newest[1] / "policy"
-
-
-def _read(folder: Path) -> StateFile:
-    path = folder / "state.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return StateFile(
-            folder=folder,
-            number=data.get("number", 0),
-            finished={key: FinishedWindow.model_validate(value) for key, value in data["finished"].items()},
-            partial={key: PartialWindow.model_validate(value) for key, value in data["partial"].items()},
-            owes_row=data.get("row") is not None,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise HeadwaterError(f"{path} can't be read: {exc!r}; the checkpoint is damaged") from exc

@@ -1,6 +1,9 @@
-"""Loads `Settings` from TOML file < environment < command line, and writes the resolved form.
+"""Loads `Settings` and writes them down. Every process begins here.
 
-Every process begins here: `load_settings(path, overrides)`. Errors name the place of the wrong value.
+    settings = load_settings(Path("run.toml"), ["--trainer.steps", "10"])   # file < environment < command line
+    write_settings(without_passwords(settings), settings.run.folder / "settings.toml")
+
+Errors name the file, variable or option that the wrong value came from.
 """
 
 import json
@@ -44,7 +47,7 @@ def load_settings(
 
 
 def load_secrets(environ: Mapping[str, str] | None = None) -> Secrets:
-    """Tokens and keys from the environment."""
+    """From the environment."""
     found = os.environ if environ is None else environ
     return Secrets(**{name: found[variable] for variable, name in _SECRETS.items() if variable in found})
 
@@ -58,13 +61,13 @@ def write_settings(settings: Settings, path: Path) -> None:
 
 
 def without_passwords(settings: Settings) -> Settings:
-    """For everything that is kept: no URL in any setting has a secret in it. These travel in the environment only."""
+    """For everything that is stored: without the secrets in URLs, which travel in the environment only."""
     return _cleaned(settings)
 
 
 def secret_variables(settings: Settings) -> dict[str, str]:
-    """What `without_passwords` leaves out, for a process that is given the rest as a file: HEADWATER_* -> the whole
-    setting."""
+    """The settings that `without_passwords` changes, whole, as HEADWATER_* variables for a process that reads the rest
+    from a file."""
     return {
         f"{_PREFIX}{'__'.join(place).upper()}": text
         for place, text in _texts(settings, ())
@@ -95,7 +98,7 @@ def _fields(section: Section) -> Iterator[tuple[str, Any]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a settings file says, not yet checked. Raises SettingsError."""
+    """Not yet validated. Raises SettingsError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
@@ -129,7 +132,7 @@ def _command_line_values(overrides: Sequence[str]) -> list[tuple[list[str], Any,
 
 
 def _parse(text: str) -> Any:
-    """Lists and tables as JSON or TOML; everything else stays text, which pydantic turns into its type."""
+    """Lists and tables as JSON or TOML; other values stay text, which pydantic converts."""
     if not text.startswith(("[", "{")):
         return text
     try:
@@ -162,7 +165,7 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, origins: dict[str, s
 
 
 def _refuse_unknown(keys: list[str], origin: str) -> None:
-    """A mistyped variable must not create a section that the validator then reports elsewhere."""
+    """Here, where the origin is known: the validator would only see a section of that name."""
     model: type[BaseModel] | None = Settings
     for depth, key in enumerate(keys):
         if model is None:

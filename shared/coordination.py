@@ -1,12 +1,16 @@
-"""The small facts that processes of one run tell each other through Redis, beside the document stream.
+"""Small facts that the processes of a run share through Redis, next to the stream of windows.
 
     trainer   -> rollout      `announce_weights`: the newest version in the weight store
     rollout   -> trainer      `report_replica`: which weight version each living replica serves, with expiry
-    trainer   -> collector    `report_trainer`: step, policy version, whether the run is finished
+    trainer   -> collector    `report_trainer`: step, weight version, whether the run is finished
     collector -> collectors   leases on parts of the source, with expiry, and fencing numbers (shared/records.py)
     collector -> trainer      `mark_exhausted`: a part of the source has no more documents
 
-Blocking calls, each bounded by the client's timeouts: use it from a thread in async code.
+    coordination = Coordination(client, "web")
+    coordination.announce_weights(7, epoch=publisher.epoch)
+    coordination.live_replicas()                            # {"gpu-1-8001": 6}
+
+Calls block, at most for the client's timeouts: use it from a thread in async code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +44,7 @@ end
 return taken
 """
 # KEYS fences, leases; ARGV owner, milliseconds, then part and lease epoch ('' before it is known) of each lease.
-# Indices of those held. A lease that ended while nobody took the part is taken up again: its number still stands.
+# Indices of those held. A lease that expired is renewed if its number is still the part's: nobody took the part.
 _RENEW = """
 local held = {}
 for i = 2, #KEYS do
@@ -69,7 +73,7 @@ _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del
 
 @dataclass(frozen=True)
 class TrainerReport:
-    """How far the trainer is."""
+    """The trainer's progress."""
 
     step: int
     weight_version: int
@@ -78,11 +82,11 @@ class TrainerReport:
 
 @dataclass(frozen=True)
 class AnnouncedWeights:
-    """The weight version that replicas are to serve."""
+    """The weight version that replicas should serve."""
 
     version: int
     epoch: str = ""
-    """The lineage that the number belongs to (shared/weights/store.py)."""
+    """Numbers are comparable within one epoch only (shared/weights/store.py)."""
 
 
 class Coordination:
@@ -110,13 +114,13 @@ class Coordination:
         return None if announced is None else announced.version
 
     def report_replica(self, replica: str, version: int, *, lifetime_s: float) -> None:
-        """It lives and serves `version`; unless it says so again within `lifetime_s`, it counts as dead."""
+        """It serves `version`; it counts as dead unless it reports again within `lifetime_s`."""
         with translated():
             self._client.set(replica_key(self._run, replica), version, px=int(lifetime_s * 1000))
             self._client.sadd(replicas_key(self._run), replica)
 
     def forget_replica(self, replica: str) -> None:
-        """It stops in good order."""
+        """It is shutting down."""
         with translated():
             self._client.delete(replica_key(self._run, replica))
             self._client.srem(replicas_key(self._run), replica)
@@ -130,7 +134,7 @@ class Coordination:
             versions = self._client.mget([replica_key(self._run, name) for name in names])
             dead = [name for name, version in zip(names, versions, strict=True) if version is None]
             if dead:
-                # one that comes back at this moment is in again with its next heartbeat
+                # one that returns at this moment is added again by its next heartbeat
                 self._client.srem(replicas_key(self._run), *dead)
         return {name: int(version) for name, version in zip(names, versions, strict=True) if version is not None}
 
@@ -154,17 +158,17 @@ class Coordination:
         )
 
     def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
-        """Up to `room` of the parts that nobody held and `owner` now holds. One round trip, however many there are."""
+        """Lease up to `room` of the parts that nobody holds; returns them. One round trip."""
         keys = [lease_key(self._run, part) for part in parts]
         with translated():
             taken = self._client.eval(_ACQUIRE, len(keys), *keys, owner, int(lease_s * 1000), room)
         return [parts[index - 1] for index in taken]
 
     def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
-        """The parts that `owner` holds; stop working on the others at once. One round trip.
+        """The parts that `owner` still holds: stop working on the others at once. One round trip.
 
-        `epochs`: per part the fencing number, None before `raise_fence`. With its number a lease that ended is taken up
-        again if nobody has taken the part since: an outage of Redis longer than the lease then costs no work.
+        `epochs`: by part the fencing number, None before `raise_fence`. A lease that expired is renewed if the number
+        is still the part's, so an outage of Redis that is longer than the lease costs no work.
         """
         parts = list(epochs)
         keys = [fences_key(self._run), *(lease_key(self._run, part) for part in parts)]
@@ -180,7 +184,7 @@ class Coordination:
         return None if owner is None else owner.decode()
 
     def raise_fence(self, lease: Lease) -> bool:
-        """Entries under another number are refused from here on; False if the lease has ended already."""
+        """From now on entries under another number are refused. False if the lease has expired."""
         keys = (lease_key(self._run, lease.part), fences_key(self._run))
         with translated():
             return bool(self._client.eval(_RAISE_FENCE, 2, *keys, lease.owner, lease.part, lease.epoch))
@@ -190,14 +194,14 @@ class Coordination:
             self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
 
     def leased_parts(self, *, num_parts: int) -> set[int]:
-        """Parts that a collector holds at this moment."""
+        """Parts that a collector holds."""
         with translated():
             owners = self._client.mget([lease_key(self._run, part) for part in range(num_parts)])
         return {part for part, owner in enumerate(owners) if owner is not None}
 
     def mark_exhausted(self, lease: Lease, *, extent: str) -> None:
-        """The lease's part has no more documents within `extent` (Ledger.extent), and all it had are on the stream or
-        dropped. Raises FencedError if another collector has taken it since."""
+        """The lease's part has no more documents within `extent` (Run.extent), and all of them are on the stream or
+        dropped. Raises FencedError if another collector has taken the part since."""
         keys = (fences_key(self._run), exhausted_key(self._run))
         with translated():
             done = self._client.eval(_MARK_EXHAUSTED, len(keys), *keys, lease.part, lease.epoch, extent)
@@ -207,7 +211,7 @@ class Coordination:
             )
 
     def exhausted_parts(self, *, extent: str) -> set[int]:
-        """What an earlier start said of another extent, such as fewer epochs, does not count."""
+        """Ends marked for another extent, such as fewer epochs, don't count."""
         with translated():
             found = self._client.hgetall(exhausted_key(self._run))
         return {int(part) for part, said in found.items() if said.decode() == extent}

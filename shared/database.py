@@ -1,9 +1,17 @@
-"""SQLAlchemy models of what a run leaves behind, and the one way to open the database.
+"""The database of runs: its tables, and how it is opened, migrated and written.
 
-SQLite by default (one file in the run folder, write-ahead log, several processes), PostgreSQL by URL. The schema
-is made and moved by Alembic (shared/migrations), never by `create_all`.
+SQLite by default (one file in the run folder, write-ahead log, several processes), PostgreSQL by URL. Alembic makes
+and changes the schema (shared/migrations).
+
+    database = open_database("sqlite:///runs/web/headwater.db")
+    migrate(database)
+    with transaction(database) as session:
+        session.add(StepRow(run_id="web", step=1, at=time.time(), weight_version=1, figures={"loss": 0.69}))
+
+Rows of one run are written through shared/runs.py and shared/ledger.py.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,22 +20,26 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import JSON, Engine, Index, String, event
+from sqlalchemy import JSON, Index, String, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from shared.errors import DatabaseError, DatabaseRefusalError
+from shared.records import FORM
+from shared.secret_urls import without_secrets
 
+MAX_TEXT = 2000
+"""Characters of a message or a detail."""
 BUSY_TIMEOUT_S = 30.0
 IDLE_TRANSACTION_S = 60.0
-"""PostgreSQL ends a transaction that is silent for this long: a frozen process must not hold rows for ever."""
+"""PostgreSQL ends a transaction that is idle for this long, so that a frozen process does not lock rows for ever."""
 _LongId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-"""SQLite numbers rows by itself only in a column that is called INTEGER, which has 64 bits there."""
+"""SQLite numbers rows only in a column of type INTEGER, which has 64 bits there."""
 
 
 class Base(DeclarativeBase):
-    """All tables. Times are Unix seconds, in UTC by nature."""
+    """All tables. Times are Unix seconds."""
 
     type_annotation_map: ClassVar = {dict[str, Any]: JSON, list[Any]: JSON, str: String}
 
@@ -36,23 +48,26 @@ class RunRow(Base):
     __tablename__ = "runs"
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
+    form: Mapped[int] = mapped_column(default=FORM)
+    """1 in rows from before this was kept."""
     settings: Mapped[dict[str, Any]]
+    """Of the run's first start."""
     source: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    """What the documents were when the run began (its manifest); None until a process has read the source."""
+    """The manifest of its documents (shared/identity.py); None until a process has read the source."""
 
 
 class PartRow(Base):
-    """One part of the source: who may write for it."""
+    """Who may write for one part of the source."""
 
     __tablename__ = "parts"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
     lease_epoch: Mapped[int] = mapped_column(default=0)
-    """The fencing number: raised by each collector that takes the part. Writes under a lower one are refused."""
+    """The fencing number, raised by each collector that takes the part. Writes under a lower one are refused."""
 
 
 class CursorRow(Base):
-    """How far one epoch of one part was read, written in the same transaction as the windows that it counts."""
+    """How far one epoch of one part was read. Written in the transaction of the windows that it counts."""
 
     __tablename__ = "cursors"
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -63,44 +78,41 @@ class CursorRow(Base):
 
 
 class WindowRow(Base):
-    """One document window that was read: the cursor and the conservation law in one table.
+    """A window that was read. Written by the ledger only."""
 
-    A window's row is written when it is read; its state then moves
-    `reading` -> `scored` (on the stream) -> `trained` (in a checkpoint), or to `dropped` with a reason.
-    """
-
-    __tablename__ = "documents"
+    __tablename__ = "windows"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
     epoch: Mapped[int] = mapped_column(primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True)
     window: Mapped[int] = mapped_column(primary_key=True)
     source_id: Mapped[str]
-    """The document's own id, or `file:line`."""
+    """The document's id, or `file:line`."""
     state: Mapped[str] = mapped_column(default="reading")
+    """`reading` -> `scored` (on the stream) -> `trained` (in a checkpoint), or `dropped` (shared/ledger.py)."""
     reason: Mapped[str] = mapped_column(default="")
     """Why it was dropped: a short word that can be counted, such as `not_json` or `stale`."""
     detail: Mapped[str] = mapped_column(default="")
-    """The whole sentence: file, line, what is wrong."""
+    """The same as a sentence: file, line, what is wrong."""
     lease_epoch: Mapped[int] = mapped_column(default=0)
-    """The fencing number (PartRow) of the collector that worked on it last."""
+    """The fencing number (PartRow) of the collector that last worked on it."""
     num_windows: Mapped[int] = mapped_column(default=0)
-    """How many windows its document has; 0 in rows from before this was kept."""
+    """How many windows its document has."""
     num_tokens: Mapped[int] = mapped_column(default=0)
     num_chunks: Mapped[int] = mapped_column(default=0)
     num_dropped_chunks: Mapped[int] = mapped_column(default=0)
     weight_version: Mapped[int | None]
-    """Oldest weight version among its rollouts."""
+    """The oldest among its rollouts."""
     trained_step: Mapped[int | None]
     num_pairs: Mapped[int | None]
-    """Preference pairs that updates took from it; None until it is trained."""
+    """Preference pairs of it that updates used; None until it is trained."""
     read_at: Mapped[float]
     finished_at: Mapped[float | None]
     __table_args__ = (Index("windows_by_state", "run_id", "state"),)
 
 
 class ChunkRow(Base):
-    """A scored (or dropped) chunk, for the share of windows that is kept for people."""
+    """A scored or dropped chunk of a window that is recorded for people to read."""
 
     __tablename__ = "chunks"
     id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
@@ -108,6 +120,7 @@ class ChunkRow(Base):
     window_id: Mapped[str] = mapped_column(index=True)
     start: Mapped[int]
     prefix: Mapped[str]
+    """The last characters of it."""
     fingerprint: Mapped[str] = mapped_column(default="")
     reasoning: Mapped[str] = mapped_column(default="")
     num_calls: Mapped[int] = mapped_column(default=0)
@@ -135,11 +148,11 @@ class StepRow(Base):
     __tablename__ = "steps"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
-    """1 is the first update; 0 is the model as it came."""
+    """1 is the first update."""
     at: Mapped[float]
     weight_version: Mapped[int]
     figures: Mapped[dict[str, Any]]
-    """Metric name -> number: the names of trainer/figures.py, the same as in TensorBoard."""
+    """By the names of trainer/figures.py, as in TensorBoard."""
 
 
 class WeightVersionRow(Base):
@@ -154,6 +167,8 @@ class WeightVersionRow(Base):
 
 
 class EvaluationRow(Base):
+    """One result of a checkpoint on one benchmark. Nothing writes it yet."""
+
     __tablename__ = "evaluations"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     run_id: Mapped[str] = mapped_column(index=True)
@@ -167,7 +182,7 @@ class EvaluationRow(Base):
 
 
 class EventRow(Base):
-    """What a person wants to know afterwards: starts, stops, resumes, refused weights, a new judge."""
+    """What a person wants to know afterwards: starts, stops, refused weights, a new judge."""
 
     __tablename__ = "events"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -178,26 +193,43 @@ class EventRow(Base):
     message: Mapped[str]
     data: Mapped[dict[str, Any]]
 
+    @classmethod
+    def of(cls, run_id: str, role: str, kind: str, message: str, **data: Any) -> "EventRow":
+        """An event of this moment."""
+        text = storable(without_secrets(message))[:MAX_TEXT]
+        return cls(run_id=run_id, at=time.time(), role=role, kind=kind, message=text, data=data)
 
-def open_database(url: str) -> Engine:
-    """An engine for `url`. SQLite waits for other writers and syncs commits to disk; PostgreSQL ends transactions that
-    are left open."""
+
+def storable(text: str) -> str:
+    """PostgreSQL's text can't hold a NUL character, and no database half a surrogate pair; documents may."""
+    return text.replace("\x00", "\ufffd").encode(errors="backslashreplace").decode()
+
+
+def open_database(url: str) -> sa.Engine:
+    """Connects at the first use. SQLite waits for other writers and syncs commits to disk; PostgreSQL ends idle
+    transactions."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as exc:
-        raise DatabaseError("database.url is not an SQLAlchemy URL, such as postgresql://USER@HOST/DATABASE") from exc
-    if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
+        raise DatabaseRefusalError(
+            "database.url is not an SQLAlchemy URL, such as postgresql://USER@HOST/DATABASE"
+        ) from exc
+    if parsed.get_backend_name() == "sqlite":
+        return _open_sqlite(parsed)
+    if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() != "sqlite":
-        engine = sa.create_engine(parsed, pool_pre_ping=True)
-        if parsed.get_backend_name() == "postgresql":
-            event.listen(engine, "connect", _prepare_postgresql)
-        return engine
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
-    event.listen(engine, "connect", _prepare_sqlite)
-    return engine
+    database = sa.create_engine(parsed, pool_pre_ping=True)
+    if parsed.get_backend_name() == "postgresql":
+        event.listen(database, "connect", _prepare_postgresql)
+    return database
+
+
+def _open_sqlite(url: sa.URL) -> sa.Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    database = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    event.listen(database, "connect", _prepare_sqlite)
+    return database
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -210,24 +242,24 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     connection.commit()
 
 
-def migrate(engine: Engine) -> None:
-    """Bring the schema to the newest revision; safe to call from several processes, one after another."""
+def migrate(database: sa.Engine, *, revision: str = "head") -> None:
+    """Bring the schema up to `revision`. Several processes may call it at once: they take turns."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with translated(), engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
+    with translated(), database.begin() as connection:
+        if database.dialect.name == "postgresql":
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(7201)"))
         else:
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver begins none before DDL: two would both create
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
 
 
 @contextmanager
-def transaction(engine: Engine) -> Iterator[Session]:
-    """One transaction: committed whole, or rolled back. Raises DatabaseError, or DatabaseRefusalError where a repeat is
-    no use."""
-    with translated(), Session(engine) as session, session.begin():
+def transaction(database: sa.Engine) -> Iterator[Session]:
+    """One transaction: committed whole, or rolled back. Raises DatabaseError, or DatabaseRefusalError where a retry
+    can't help."""
+    with translated(), Session(database) as session, session.begin():
         yield session
 
 

@@ -1,17 +1,18 @@
 """The error tree: one class per boundary, each with the HTTP status that a service answers with.
 
-Services render any `HeadwaterError` as `{"error": {"type": ..., "message": ...}}` (services/app.py);
-clients turn such an answer back into `ServiceError`. `retryable` tells the collector whether the same
-request may succeed later.
+Services answer with `{"error": {"type": ..., "message": ...}}` (services/app.py), clients turn that into a
+`ServiceError`. `retryable` tells whether the same request may succeed later.
+
+    raise SettingsError("trainer.beta must be > 0, got -0.1")
 """
 
 from shared.secret_urls import without_secrets
 
 
 class HeadwaterError(Exception):
-    """Root of all errors that Headwater raises on purpose; the message says what, where and the remedy.
+    """Root of all errors that Headwater raises; the message says what is wrong, where, and the remedy.
 
-    It goes into logs, tables and answers, so the URLs in it, other libraries' too, lose their secrets.
+    Messages end up in logs, tables and answers, so secrets are removed from all URLs in them.
     """
 
     status = 500
@@ -32,13 +33,13 @@ class SourceError(HeadwaterError):
 
 
 class SourceReadError(SourceError):
-    """One attempt to read from a source failed; the same may succeed when it is made again."""
+    """One attempt to read from a source failed; a retry may succeed."""
 
     retryable = True
 
 
 class RequestError(HeadwaterError):
-    """A request to a service is well-formed JSON but can't be answered as asked."""
+    """A request is well-formed JSON but can't be answered."""
 
     status = 422
 
@@ -56,7 +57,7 @@ class RequestTooLargeError(HeadwaterError):
 
 
 class TokenIdsNeededError(HeadwaterError):
-    """The judge scores the policy's token ids, and the request has none: the same with them can be answered."""
+    """The judge scores the policy's token ids, and the request has none: send them too."""
 
     status = 428
 
@@ -76,21 +77,21 @@ class EngineError(HeadwaterError):
 
 
 class PromptError(EngineError):
-    """The engine can never answer this prompt (too long for the model, empty): trying again is no use."""
+    """The engine can never answer this prompt (empty, or too long for the model): a retry can't help."""
 
     status = 422
     retryable = False
 
 
 class VerdictError(HeadwaterError):
-    """A judge's answer holds no readable verdict. Never a score."""
+    """A judge's answer has no readable verdict. Never a score."""
 
     status = 502
     retryable = True
 
 
 class ServiceError(HeadwaterError):
-    """A service answered with an error or could not be reached (client side)."""
+    """Seen by a client: a service answered with an error or could not be reached."""
 
     status = 502
 
@@ -107,11 +108,11 @@ class StreamError(HeadwaterError):
 
 
 class StreamSchemaError(HeadwaterError):
-    """The stream holds entries of another version of Headwater. Nothing is dropped: they wait for their reader."""
+    """The stream has entries of another version of Headwater. They are not dropped."""
 
 
 class FencedError(HeadwaterError):
-    """Another collector has taken the part since: nothing was written, and the work on it ends here."""
+    """Another collector has taken the part: nothing was written, stop working on it."""
 
     status = 409
 
@@ -130,12 +131,11 @@ class DatabaseError(HeadwaterError):
 
 
 class DatabaseRefusalError(DatabaseError):
-    """The database was reached and refuses what it was asked (a number out of range, a constraint, no such table):
-    trying again is no use."""
+    """The database refuses a statement (a number out of range, a constraint, no such table): a retry can't help."""
 
     status = 500
     retryable = False
 
 
 class TrainingError(HeadwaterError):
-    """Training can't go on (non-finite losses in a row, an unusable checkpoint)."""
+    """Training can't continue (too many non-finite losses, an unusable checkpoint)."""

@@ -1,44 +1,45 @@
-"""The ledger: every document window from read to its end, in the `documents` table.
+"""The ledger: every window from reading to its end, in the `windows` table.
 
-Who writes what: the collector `begin`s a position (all its windows, before any work), then marks each window
-`scored` once it is on the stream, or `dropped`. The trainer marks `trained` when a checkpoint that contains the
-update is on disk, or `dropped`. So the table is at the same time the cursor (`unfinished`, `next_position`) and the
-account of every window (`balance`):
+    collector   begin            before any work: the windows of a document, and the cursor behind them
+                mark_scored      it is on the stream
+                drop             it won't be trained, with a reason
+    trainer     mark_trained     a checkpoint that contains it is on disk
+                drop
+
+The table answers two questions: where to read on (`unfinished`, `next_position`), and what became of every window
+(`balance`):
 
     read = trained + dropped (by reason) + in flight
 
-That nothing is missing from it is proved by `headwater audit`, against the cursors, the checkpoints and the stream.
+`headwater audit` compares it with the cursors, the checkpoints and the stream.
 
-A collector writes under its lease (shared/records.py): the first statement of each of its transactions is an update of
-the part's row that finds it only under the lease's number. On both databases that holds the row, or on SQLite the
-whole file, until the transaction ends, so nobody can take the part between the check and the write.
+A collector writes under its lease (shared/records.py). Each of its transactions begins with an update of the part's
+row that matches only the lease's number. On both databases this locks the row (on SQLite the whole file) until the
+transaction ends, so nobody can take the part between the check and the write.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from shared.database import (
+    MAX_TEXT,
     CursorRow,
     EventRow,
     PartRow,
-    RunRow,
-    WeightVersionRow,
     WindowRow,
     insert_if_absent,
+    storable,
     transaction,
-    translated,
 )
 from shared.errors import FencedError
 from shared.records import Lease, WindowKey
-from shared.runs import Manifest, refuse_changed_identity, refuse_changed_source
 from shared.secret_urls import without_secrets
 
 READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
@@ -54,108 +55,61 @@ class WindowStart:
 
 
 @dataclass(frozen=True)
-class RunStart:
-    """What a run's first processes wrote down."""
-
-    settings: dict[str, Any]
-    source: dict[str, Any] | None
-    """`Manifest.stored` of its documents; None until a collector has opened them."""
-
-
-@dataclass(frozen=True)
 class Position:
-    """A place in a part's order: (epoch, position), compared in this order."""
+    """A place in a part's order of reading."""
 
     epoch: int
     position: int
 
-    def __lt__(self, other: "Position") -> bool:
-        return (self.epoch, self.position) < (other.epoch, other.position)
-
 
 @dataclass(frozen=True)
 class Balance:
-    """Document windows by state, as the table counts them. It proves nothing: `headwater audit` does, from what others
-    know about the same windows."""
+    """How many windows are in each state by the table alone."""
 
     read: int
     trained: int
     dropped: dict[str, int]
+    """By reason."""
     reading: int
     scored: int
 
     @property
     def in_flight(self) -> int:
-        """Being worked on by a collector, or on the stream, or trained since the last checkpoint."""
+        """With a collector, on the stream, or trained since the last checkpoint."""
         return self.reading + self.scored
 
 
 @dataclass
 class Ledger:
-    """One run's documents. Blocking: use it from a thread in async code.
+    """One run's windows. Blocking: use it from a thread in async code.
 
-    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part; None is a
-    caller that holds no part, such as the trainer.
+    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part. A caller
+    that holds no part, such as the trainer, gives None.
     """
 
-    engine: Engine
+    database: sa.Engine
     run_id: str
-    _clock: Any = field(default=time.time)
-
-    def open_run(self, settings: dict[str, Any]) -> None:
-        """Write the run's row if it isn't there. SettingsError if it is there with another identity."""
-        with transaction(self.engine) as session:
-            insert_if_absent(session, RunRow, id=self.run_id, created_at=self._clock(), settings=settings)
-            began_with = session.scalars(sa.select(RunRow.settings).where(RunRow.id == self.run_id)).one()
-        refuse_changed_identity(began_with, settings, run=f"{self.run_id!r} of this database")
-
-    def adopt_source(self, manifest: Manifest) -> None:
-        """Keep what the run's documents are, or compare with what is kept: SourceError when they have changed."""
-        of_run = sa.update(RunRow).where(RunRow.id == self.run_id)
-        with transaction(self.engine) as session:
-            session.execute(of_run.where(RunRow.source.is_(sa.null())).values(source=manifest.stored()))
-            kept = session.scalars(sa.select(RunRow.source).where(RunRow.id == self.run_id)).one()
-        refuse_changed_source(kept, manifest, run=self.run_id)
-
-    def extent(self, *, max_epochs: int) -> str:
-        """How much of which documents a start of the run reads: what a part's end is true for."""
-        with transaction(self.engine) as session:
-            digest = session.scalar(sa.select(RunRow.source["digest"].as_string()).where(RunRow.id == self.run_id))
-        return f"{max_epochs} epochs of documents {digest}"
-
-    def began_with(self) -> "RunStart | None":
-        """None if this database does not have the run. Writes nothing, and reads schemas older than this version."""
-        inspector = sa.inspect(self.engine)
-        with translated():
-            if not inspector.has_table(RunRow.__tablename__):
-                return None
-            columns = {column["name"] for column in inspector.get_columns(RunRow.__tablename__)}
-        source = RunRow.source if "source" in columns else sa.null()
-        with transaction(self.engine) as session:
-            found = session.execute(sa.select(RunRow.settings, source).where(RunRow.id == self.run_id)).first()
-        return None if found is None else RunStart(*found)
 
     def lease_epoch(self, part: int) -> int:
-        """The newest fencing number of the part; 0 before it was ever taken."""
-        with transaction(self.engine) as session:
+        """The newest fencing number of the part; 0 before it was first taken."""
+        with transaction(self.database) as session:
             row = session.get(PartRow, (self.run_id, part))
             return 0 if row is None else row.lease_epoch
 
     def take_part(self, part: int, *, after: int) -> int:
-        """The fencing number of a new lease: rows are not written under an earlier one from here on.
+        """The fencing number of a new lease; from now on writes under an earlier one are refused.
 
-        `after`: the number that was read before. FencedError if it has risen since: another has taken the part.
+        `after` is the number read before. FencedError if it has risen since: another collector has taken the part.
         """
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             insert_if_absent(session, PartRow, run_id=self.run_id, part=part, lease_epoch=0)
             self._move_epoch(session, part, after, after + 1)
         return after + 1
 
     def refuse_if_fenced(self, session: Session, lease: Lease | None) -> None:
-        """First in a transaction: until it ends nobody else takes the part. Raises FencedError if somebody has."""
-        if lease is None:
-            return
-        self._move_epoch(session, lease.part, lease.epoch, lease.epoch)
+        """Comes first in a transaction: nobody else takes the part until it ends. FencedError if somebody has."""
+        if lease is not None:
+            self._move_epoch(session, lease.part, lease.epoch, lease.epoch)
 
     def _move_epoch(self, session: Session, part: int, expected: int, epoch: int) -> None:
         held = session.execute(
@@ -170,7 +124,7 @@ class Ledger:
         """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes
         nothing."""
         num_windows = Counter(_document_of(window.key) for window in windows)
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
             for window in windows:
                 if session.get(WindowRow, self._primary_key(window.key)) is None:
@@ -188,8 +142,8 @@ class Ledger:
         weight_version: int | None,
         lease: Lease | None = None,
     ) -> None:
-        """Its scored form is on the stream. A window that the trainer has already finished stays finished."""
-        with transaction(self.engine) as session:
+        """It is on the stream. A window that the trainer has finished stays finished."""
+        with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
             self._update(
                 session,
@@ -205,18 +159,18 @@ class Ledger:
     def drop(
         self, key: WindowKey, *, reason: str, detail: str = "", source_id: str = "", lease: Lease | None = None
     ) -> bool:
-        """It will not be trained. Writes the row if a refused line never had one.
+        """It won't be trained. Also writes the row, for a refused line that never had one.
 
-        False if it is trained: it stays so, and an event tells. A dropped one keeps its first reason.
+        False if it is trained: it stays so, with an event. A dropped one keeps its first reason.
         """
         outcome = {
             "state": DROPPED,
             "reason": reason,
-            "detail": storable(without_secrets(detail))[:2000],
-            "finished_at": self._clock(),
+            "detail": storable(without_secrets(detail))[:MAX_TEXT],
+            "finished_at": time.time(),
             **_worked_on(lease),
         }
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
             if self._update(session, [key], from_states=(READING, SCORED), **outcome):
                 return True
@@ -229,143 +183,107 @@ class Ledger:
                 session.add(self._kept_trained(key, reason, role="collector" if lease else "trainer"))
             return row.state == DROPPED
 
-    def mark_trained(self, steps: Mapping[str, int], *, num_pairs: Mapping[str, int] = MappingProxyType({})) -> None:
-        """`{document id: step}` of windows contained in a checkpoint on disk. Repeating it changes nothing.
+    def _kept_trained(self, key: WindowKey, reason: str, *, role: str) -> EventRow:
+        message = f"window {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
+        return EventRow.of(self.run_id, role, "kept_trained", message, window=str(key), reason=reason)
 
-        `num_pairs`: how many of its pairs are in updates; a window is missing there where the checkpoint is from before
-        this was counted.
-        """
-        with transaction(self.engine) as session:
-            for text, step in steps.items():
+    def mark_trained(self, steps: Mapping[str, int], *, num_pairs: Mapping[str, int] = MappingProxyType({})) -> None:
+        """`{window id: step}` and `{window id: pairs in updates}` of windows that a checkpoint on disk contains.
+        Repeating it changes nothing."""
+        with transaction(self.database) as session:
+            for window_id, step in steps.items():
                 self._update(
                     session,
-                    [WindowKey.parse(text)],
+                    [WindowKey.parse(window_id)],
                     from_states=(READING, SCORED),
                     state=TRAINED,
                     trained_step=step,
-                    num_pairs=num_pairs.get(text),
-                    finished_at=self._clock(),
+                    num_pairs=num_pairs.get(window_id),
+                    finished_at=time.time(),
                 )
 
-    def trained_among(self, window_ids: Iterable[str]) -> set[str]:
-        """Those that a checkpoint contains, or that were dropped: a repeat of them must not be trained."""
+    def finished_among(self, window_ids: Iterable[str]) -> set[str]:
+        """Those that are trained or dropped: a second delivery of them must not be trained."""
         found = set()
-        with transaction(self.engine) as session:
-            for text in window_ids:
-                row = session.get(WindowRow, self._primary_key(WindowKey.parse(text)))
+        with transaction(self.database) as session:
+            for window_id in window_ids:
+                row = session.get(WindowRow, self._primary_key(WindowKey.parse(window_id)))
                 if row is not None and row.state in (TRAINED, DROPPED):
-                    found.add(text)
+                    found.add(window_id)
         return found
 
     def next_position(self, part: int) -> Position:
         """The first place in the part that was never read."""
-        with transaction(self.engine) as session:
-            newest = session.scalars(
-                sa.select(CursorRow)
-                .where(CursorRow.run_id == self.run_id, CursorRow.part == part)
-                .order_by(CursorRow.epoch.desc())
-                .limit(1)
-            ).first()
+        newest_first = (
+            sa.select(CursorRow)
+            .where(CursorRow.run_id == self.run_id, CursorRow.part == part)
+            .order_by(CursorRow.epoch.desc())
+        )
+        with transaction(self.database) as session:
+            newest = session.scalars(newest_first.limit(1)).first()
             return Position(newest.epoch, newest.num_positions) if newest else Position(0, 0)
 
     def source_id(self, part: int, position: Position) -> str:
-        """Of the document that was read at a position which has rows."""
-        with transaction(self.engine) as session:
-            found = session.scalars(
-                sa.select(WindowRow.source_id)
-                .where(
-                    WindowRow.run_id == self.run_id,
-                    WindowRow.part == part,
-                    WindowRow.epoch == position.epoch,
-                    WindowRow.position == position.position,
-                )
-                .limit(1)
-            )
-            return found.one()
+        """Of the document that was read there."""
+        windows = sa.select(WindowRow.source_id).where(
+            WindowRow.run_id == self.run_id,
+            WindowRow.part == part,
+            WindowRow.epoch == position.epoch,
+            WindowRow.position == position.position,
+        )
+        with transaction(self.database) as session:
+            return session.scalars(windows.limit(1)).one()
 
     def unfinished(self, part: int, *, on_stream: set[str]) -> dict[Position, set[int]]:
-        """Windows by position that must be worked on again: read, but neither finished nor on the stream.
+        """Windows by position that must be worked on again: neither finished nor on the stream.
 
-        `scored` rows that are not on the stream are among them: a Redis that lost its file loses no document.
+        They include `scored` ones: a Redis that lost its data loses no window.
         """
-        with transaction(self.engine) as session:
-            rows = session.scalars(
-                sa.select(WindowRow).where(
-                    WindowRow.run_id == self.run_id,
-                    WindowRow.part == part,
-                    WindowRow.state.in_((READING, SCORED)),
-                )
-            ).all()
-            found: dict[Position, set[int]] = {}
-            for row in rows:
-                key = WindowKey(part=row.part, epoch=row.epoch, position=row.position, window=row.window)
+        found: dict[Position, set[int]] = {}
+        with transaction(self.database) as session:
+            for key in self._keys(session, part, (READING, SCORED)):
                 if str(key) not in on_stream:
-                    found.setdefault(Position(row.epoch, row.position), set()).add(row.window)
+                    found.setdefault(Position(key.epoch, key.position), set()).add(key.window)
         return found
 
     def mark_found(self, part: int, *, on_stream: set[str], lease: Lease | None = None) -> int:
-        """Windows of the part that are `reading` though their scored form is on the stream become `scored`.
+        """Make windows of the part `scored` that are `reading` although they are on the stream. Returns how many.
 
-        Their collector ended between the write and `mark_scored`; how many chunks they have, only the entry knows.
+        Their collector stopped between the write and `mark_scored`. Their number of chunks stays unknown.
         """
-        with transaction(self.engine) as session:
+        with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
-            rows = session.scalars(
-                sa.select(WindowRow).where(
-                    WindowRow.run_id == self.run_id, WindowRow.part == part, WindowRow.state == READING
-                )
-            ).all()
-            found = [
-                key
-                for row in rows
-                if str(key := WindowKey(part=part, epoch=row.epoch, position=row.position, window=row.window))
-                in on_stream
-            ]
+            found = [key for key in self._keys(session, part, (READING,)) if str(key) in on_stream]
             self._update(session, found, from_states=(READING,), state=SCORED, **_worked_on(lease))
         return len(found)
 
     def balance(self) -> Balance:
-        with transaction(self.engine) as session:
-            rows = session.execute(
-                sa.select(WindowRow.state, WindowRow.reason, sa.func.count())
-                .where(WindowRow.run_id == self.run_id)
-                .group_by(WindowRow.state, WindowRow.reason)
-            ).all()
-            read = session.scalar(
-                sa.select(sa.func.count()).select_from(WindowRow).where(WindowRow.run_id == self.run_id)
-            )
-        by_state = {state: sum(n for s, _, n in rows if s == state) for state in (READING, SCORED, TRAINED)}
+        counted = (
+            sa.select(WindowRow.state, WindowRow.reason, sa.func.count())
+            .where(WindowRow.run_id == self.run_id)
+            .group_by(WindowRow.state, WindowRow.reason)
+        )
+        with transaction(self.database) as session:
+            rows = session.execute(counted).all()
+        by_state: Counter[str] = Counter()
+        for state, _, number in rows:
+            by_state[state] += number
         return Balance(
-            read=read or 0,
+            read=by_state.total(),
             trained=by_state[TRAINED],
-            dropped={reason: n for state, reason, n in rows if state == DROPPED},
+            dropped={reason: number for state, reason, number in rows if state == DROPPED},
             reading=by_state[READING],
             scored=by_state[SCORED],
         )
 
-    def newest_weight_version(self) -> int:
-        """The newest that was ever published; 0 before the first."""
-        with transaction(self.engine) as session:
-            newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
-            return session.scalar(newest) or 0
-
-    def record_event(self, role: str, kind: str, message: str, **data: Any) -> None:
-        with transaction(self.engine) as session:
-            session.add(self._event(role, kind, message, **data))
-
-    def _event(self, role: str, kind: str, message: str, **data: Any) -> EventRow:
-        return EventRow(
-            run_id=self.run_id,
-            at=self._clock(),
-            role=role,
-            kind=kind,
-            message=storable(without_secrets(message))[:2000],
-            data=data,
+    def _keys(self, session: Session, part: int, states: Sequence[str]) -> list[WindowKey]:
+        place = (WindowRow.part, WindowRow.epoch, WindowRow.position, WindowRow.window)
+        rows = session.execute(
+            sa.select(*place).where(
+                WindowRow.run_id == self.run_id, WindowRow.part == part, WindowRow.state.in_(states)
+            )
         )
-
-    def _kept_trained(self, key: WindowKey, reason: str, *, role: str) -> EventRow:
-        message = f"document {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
-        return self._event(role, "kept_trained", message, document=str(key), reason=reason)
+        return [WindowKey(**row._mapping) for row in rows]
 
     def _primary_key(self, key: WindowKey) -> tuple[str, int, int, int, int]:
         return (self.run_id, key.part, key.epoch, key.position, key.window)
@@ -384,7 +302,7 @@ class Ledger:
             source_id=storable(window.source_id),
             num_windows=num_windows,
             num_tokens=window.num_tokens,
-            read_at=self._clock(),
+            read_at=time.time(),
             **({"state": READING} | values),
         )
 
@@ -418,8 +336,3 @@ def _worked_on(lease: Lease | None) -> dict[str, int]:
 
 def _document_of(key: WindowKey) -> tuple[int, int, int]:
     return key.part, key.epoch, key.position
-
-
-def storable(text: str) -> str:
-    """PostgreSQL's text can't hold a NUL character, and no database half a surrogate pair; documents may."""
-    return text.replace("\x00", "\ufffd").encode(errors="backslashreplace").decode()

@@ -1,9 +1,8 @@
-"""Whether what one window makes of requests, and of its entry on the stream, fits. Called while settings are read.
+"""Whether a window's requests and its entry on the stream are within their limits. Called while settings are read.
 
-So a configuration that can't work is refused by `headwater check` and by every process, before a window is begun. The
-bounds are of a window full of chunks, each with all its candidates, all of them as long as they may be. They take a
-token as `TEXT_BYTES` of text, about three times English: where a window's text is longer still, it meets the service's
-own bound, a 413, which stops the collector too.
+A configuration that can't work is thus refused by `headwater check` and by every process, before a window is begun.
+Sizes are those of a window full of chunks, each with all its candidates at their longest, at `TEXT_BYTES` a token,
+about three times English. A window with even longer text is answered 413 by the service, which stops the collector.
 """
 
 from collections.abc import Iterator
@@ -17,15 +16,15 @@ if TYPE_CHECKING:
 TEXT_BYTES = 12
 """Of a token's text in JSON or msgpack."""
 MAX_ENTRY_BYTES = 256 * 1024 * 1024
-"""Of a scored document before compression. Redis takes strings of 512 MB."""
+"""Of a scored window before compression. Redis accepts strings of 512 MB."""
 
 _MOVED_TOKENS = 3
-"""A chunk may be so much shorter than the suffix, so that it ends with a whole character."""
+"""How much shorter than the suffix a chunk may be to end with a whole character."""
 _ID_JSON_BYTES = 7
-"""Vocabularies below a million, and a comma."""
+"""Up to six digits and a comma."""
 _ID_PACKED_BYTES = 5
 _CHUNK_BYTES = 120
-"""Offsets, names of fields, brackets."""
+"""Offsets, field names, brackets."""
 _CANDIDATE_BYTES = 120
 _JUDGED_BYTES = 32
 _SCORE_BYTES = 9
@@ -33,7 +32,7 @@ _REQUEST_BYTES = 1000
 
 
 def problems(settings: "Settings") -> Iterator[str]:
-    """What can't work, one sentence each, with the numbers and the remedy."""
+    """One sentence for each, with the numbers and the remedy."""
     yield from _too_many_chunks(settings)
     for role, num_bytes in request_bytes(settings).items():
         service: ServiceSettings = getattr(settings, role)
@@ -58,13 +57,13 @@ def most_chunks(settings: "Settings") -> int:
 
 
 def _most_suffix_tokens(settings: "Settings") -> int:
-    """Of all chunks of one window together. Candidates of a tail may be longer than it, by less than a suffix."""
+    """Of all chunks of one window. Candidates of a tail may be longer than it, by less than a suffix."""
     suffix_tokens = settings.chunks.suffix_tokens
     return suffix_tokens + min(settings.chunks.context_tokens, most_chunks(settings) * suffix_tokens)
 
 
 def request_bytes(settings: "Settings") -> dict[str, int]:
-    """By role of those that are asked, the longest request that one window makes."""
+    """The longest request that one window makes, by role."""
     context, num_chunks = settings.chunks.context_tokens, most_chunks(settings)
     found = {}
     if "rollout" in settings.kinds:
@@ -80,7 +79,7 @@ def request_bytes(settings: "Settings") -> dict[str, int]:
 
 
 def entry_bytes(settings: "Settings") -> int:
-    """The longest scored document, packed."""
+    """Of the longest scored window, packed."""
     criteria = settings.judge.criteria.values() if settings.needs_judge else ()
     candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
     reasoning = max(map(_reasoning_bytes, criteria), default=0)
@@ -95,7 +94,7 @@ def _reasoning_bytes(criterion: "CriterionSettings") -> int:
 
 
 def _most_candidates(settings: "Settings") -> int:
-    """Of one chunk, in the stage that makes most."""
+    """Of one chunk, in the stage that makes the most."""
     return max(len(set(stage.kinds) - {"rollout"}) + stage.num_rollouts for stage in settings.collector.schedule)
 
 

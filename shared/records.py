@@ -1,7 +1,10 @@
-"""The records of a sample's way: candidates, their judgement, the scored document on the stream.
+"""The records of a sample: candidates, their judgement, the scored window on the stream.
 
-All are frozen and refuse unknown keys, since they cross process borders. Tokens are the truth: `token_ids`
-are the policy's tokens as sampled or cut; `text` is for teacher, judge and people.
+They cross process borders, so all are frozen and refuse unknown keys. `token_ids`, the policy's tokens as sampled or
+cut, are what is trained; `text` is for rewriter, judge and people.
+
+    key = WindowKey(part=0, epoch=0, position=17, window=0)
+    assert WindowKey.parse(str(key)) == key             # "0.0.17.0", the id of a window everywhere
 """
 
 from dataclasses import dataclass
@@ -9,11 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+FORM = 2
+"""Of everything that a run keeps: rows, entries of the stream, checkpoints. Raise it with a change that this version
+can't read in an older run, which is then refused (shared/identity.py)."""
+
 CandidateKind = Literal["original", "rewrite", "rollout"]
 CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
 
 FinishReason = Literal["length", "stop", "source"]
-"""`length`: cut at the suffix length; `stop`: the model ended by itself; `source`: raw text, the original."""
+"""`length`: cut at the suffix length; `stop`: the model ended the text; `source`: raw text, the original."""
 
 TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 Score = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -29,14 +36,13 @@ class Candidate(Record):
     """One possible suffix for one prefix. Equal token ids are one candidate, whoever made them."""
 
     kinds: Annotated[tuple[CandidateKind, ...], Field(min_length=1)]
-    """One entry for each time that it was made: original, rewrite, rollouts, in this order. A rollout that was
-    sampled twice stands twice."""
+    """Who made it, in the order original, rewrite, rollout; a rollout that was sampled twice is named twice."""
     token_ids: TokenIds
-    """Policy tokens, at most as many as the chunk has; an end-of-text is the last one."""
+    """At most as many as the chunk has. An end-of-text comes last."""
     text: str
-    """What they say after the prefix, but for an end-of-text and a character cut at either end."""
+    """The tokens decoded after the prefix, without an end-of-text and without half characters at either end."""
     weight_version: int | None = None
-    """The oldest weight version that it was sampled under; None exactly when no rollout is among its kinds."""
+    """The oldest weight version that it was sampled under; None unless a rollout is among its kinds."""
     finish_reason: FinishReason = "source"
 
     @model_validator(mode="after")
@@ -53,18 +59,18 @@ class Candidate(Record):
 
 
 class Judgement(Record):
-    """What the judge said about the candidates of one chunk, in their order."""
+    """The judge's view of the candidates of one chunk, in their order."""
 
     rewards: tuple[float, ...]
     """Combined reward per candidate: the weighted mean of the criteria's scores, in [0, 1]."""
     scores: dict[str, tuple[Score, ...]]
     """Per criterion one score in [0, 1] per candidate."""
     reasoning: str = ""
-    """One sampled answer of the judge as it was written; empty where no text was sampled."""
+    """One answer of the judge, unedited; empty where no text was sampled."""
     num_calls: int = Field(ge=0)
     """Engine calls spent on this chunk, failed ones included."""
     num_failures: int = Field(default=0, ge=0)
-    """Verdicts that could not be read and were asked for again."""
+    """Unreadable verdicts, each of which was asked for again."""
     fingerprint: str
     """Hash of model, prompts and settings: changes exactly when the judge changes."""
 
@@ -77,8 +83,7 @@ class ScoredChunk(Record):
     candidates: tuple[Candidate, ...]
     """No two with the same token ids."""
     judgement: Judgement | None = None
-    """None where no judge was asked: the objective needs none (`next_token`, `sft_*`, `dpo_rewrite_over_rollout`), or
-    there is one candidate only."""
+    """None where no judge was asked: the objective needs none, or there is only one candidate."""
 
     @model_validator(mode="after")
     def _one_reward_per_candidate(self) -> "ScoredChunk":
@@ -96,26 +101,26 @@ class ScoredChunk(Record):
 
 
 NO_PREFERENCE = "no_preference"
-"""The reason of a chunk whose candidates are all equal: nothing can be preferred, and no judge was asked."""
+"""Why a chunk was dropped whose candidates are all equal; no judge was asked."""
 
 
 class DroppedChunk(Record):
-    """A chunk that could not be scored, with the reason; it is counted, never trained."""
+    """A chunk that could not be scored: counted, never trained."""
 
     start: int
     reason: str
 
 
 class WindowKey(Record):
-    """Where a document window came from: the order of reading, not the document's own name."""
+    """Where a window comes in the order of reading."""
 
     part: int = Field(ge=0)
-    """Which part of the source (parts are leased by collectors)."""
+    """Part of the source; collectors lease parts."""
     epoch: int = Field(ge=0)
     position: int = Field(ge=0)
-    """Index in the part's shuffled order within the epoch; refused lines take a position too."""
+    """Index of the document in the part's shuffled order of this epoch; refused lines take one too."""
     window: int = Field(ge=0)
-    """Long documents become several windows."""
+    """Index within the document: long documents become several windows."""
 
     def __str__(self) -> str:
         return f"{self.part}.{self.epoch}.{self.position}.{self.window}"
@@ -127,21 +132,21 @@ class WindowKey(Record):
 
 
 class ScoredWindow(Record):
-    """One document window with its scored chunks: the unit on the stream and of acknowledgement."""
+    """A window with its scored chunks: one entry of the stream."""
 
     run_id: str
     key: WindowKey
     source_id: str
     """The document's own id, or its place (`file:line`) where it has none."""
     token_ids: TokenIds
-    """The raw window in policy tokens (the trunk), BOS included where the tokenizer wants one."""
+    """The raw window in policy tokens, with a BOS where the tokenizer adds one."""
     chunks: tuple[ScoredChunk, ...]
     dropped_chunks: tuple[DroppedChunk, ...] = ()
     read_at: float
     scored_at: float
     """Unix seconds."""
     seconds: dict[str, float] = {}
-    """Wall seconds spent waiting by role: generate, rewrite, judge."""
+    """Wall seconds of waiting by role: generate, rewrite, judge."""
 
     @property
     def window_id(self) -> str:
@@ -149,7 +154,7 @@ class ScoredWindow(Record):
 
     @property
     def weight_versions(self) -> tuple[int, ...]:
-        """Of all rollouts."""
+        """One for each rollout."""
         return tuple(
             candidate.weight_version
             for chunk in self.chunks
@@ -170,4 +175,4 @@ class Lease:
     owner: str
     """The collector's name, unique per process."""
     epoch: int
-    """The fencing number, from 1: raised each time that the part is taken."""
+    """The fencing number: 1, 2, ..., raised whenever the part is taken."""

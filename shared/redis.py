@@ -62,7 +62,7 @@ def lease_key(run: str, part: int) -> str:
 
 
 def exhausted_key(run: str) -> str:
-    """Hash: by part of the source that has no more windows, what that was true for (`Ledger.extent`)."""
+    """Hash: by part of the source that has no more windows, what that was true for (`Run.extent`)."""
     return f"headwater:{run}:exhausted-parts"
 
 

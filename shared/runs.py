@@ -1,118 +1,214 @@
-"""Which settings a run keeps for life, and the comparison that refuses others.
+"""The records of one run in the database. Every process opens its run here.
 
-Called by `Ledger.open_run` (every process), by the launcher for the run folder (cli/run_folder.py) and by
-`headwater check`. Settings are compared as they were written, so that those of an older version can be read.
+    run = open_run(settings)                                    # connect, migrate, write or compare the run's row
+    run.record_event("trainer", "started", "at step 0")
+    run.record_step(1, StepFigures(at=time.time(), weight_version=1, figures={"loss": 0.69}))
+    run.ledger.next_position(part=0)                            # its windows: shared/ledger.py
+
+`headwater audit`, `report` and `check` only look: `reading_run` neither migrates nor writes. To keep a new fact of a
+run, add a method here (and its table to shared/database.py, with a migration).
 """
 
-import base64
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import orjson
-import zstandard
+import sqlalchemy as sa
 
-from shared.errors import SettingsError, SourceError
+from shared.checkpoint_state import StepFigures
+from shared.configuration import without_passwords
+from shared.database import (
+    CandidateRow,
+    ChunkRow,
+    EventRow,
+    RunRow,
+    StepRow,
+    WeightVersionRow,
+    insert_if_absent,
+    migrate,
+    open_database,
+    storable,
+    transaction,
+    translated,
+)
+from shared.errors import HeadwaterError
+from shared.identity import Manifest, refuse_changed_identity, refuse_changed_source, refuse_other_form
+from shared.ledger import Ledger
+from shared.records import FORM, Lease, ScoredChunk, ScoredWindow
 from shared.settings import Settings
 
-IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks", "trainer.objective")
-"""Settings that decide which documents a position means and what was trained: a resumed run must keep them."""
-FREE = frozenset({"documents.max_epochs"})
-"""Settings within those that may change: more of the same documents."""
-WHEN_ABSENT: Mapping[str, Any] = {"documents.shuffle_bytes": 0, "chunks.end_of_text": False}
-"""What a run did that was written down before the setting existed, where that is not the default."""
+
+def open_run(settings: Settings) -> "Run":
+    """The run, ready to be written. Raises SettingsError if it is there with another form or identity, DatabaseError
+    if the database is away: then call it again."""
+    run = Run.of(settings)
+    try:
+        run.open(settings)
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
-def refuse_changed_identity(old: Mapping[str, Any], new: Mapping[str, Any], *, run: str) -> None:
-    """Raise SettingsError naming every identity setting that differs, old and new. `run` completes "the run ..."."""
-    before, after = _identity(old), _identity(new)
-    changes = [
-        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if changes:
-        raise SettingsError(
-            f"the run {run} can't be resumed with other settings: {'; '.join(changes)}. "
-            "Put them back, or start a new run with --run.name NAME"
-        )
-
-
-def _identity(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted name -> value of every identity setting in the dump or the TOML of a `Settings`."""
-    defaults = Settings().model_dump(mode="json")
-    found: dict[str, Any] = {}
-    for place in IDENTITY:
-        section, _, key = place.partition(".")
-        given = data.get(section, {})
-        for name in [key] if key else sorted(defaults[section].keys() | given.keys()):
-            dotted = f"{section}.{name}"
-            found[dotted] = given.get(name, WHEN_ABSENT.get(dotted, defaults[section].get(name)))
-    return {name: value for name, value in found.items() if name not in FREE}
-
-
-_MAX_BYTES = 1 << 30
-_MAX_NAMED = 3
+@contextmanager
+def reading_run(settings: Settings) -> Iterator["Run"]:
+    """An existing run, to look at. Raises SettingsError if it has another form, HeadwaterError if it isn't there."""
+    run = Run.of(settings)
+    try:
+        if run.began_with() is None:
+            raise HeadwaterError(f"run {run.name!r} is not in its database: no process of it has started yet")
+        yield run
+    finally:
+        run.close()
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Documents as they were found."""
+class RunStart:
+    """What the first processes of a run wrote down."""
 
-    files: Mapping[str, int]
-    """Size in bytes by name, relative to the folder that `documents.path` means."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else tells the documents from others, such as a data set's name and number of rows."""
+    settings: dict[str, Any]
+    source: dict[str, Any] | None
+    """`Manifest.stored` of its documents; None until a collector has opened them."""
 
-    def stored(self) -> dict[str, Any]:
-        """As it is kept in `runs.source`."""
-        packed = orjson.dumps([sorted(self.files.items()), dict(self.facts)], option=orjson.OPT_SORT_KEYS)
-        return {
-            "digest": hashlib.blake2b(packed, digest_size=16).hexdigest(),
-            "num_files": len(self.files),
-            "num_bytes": sum(self.files.values()),
-            "content": base64.b64encode(zstandard.ZstdCompressor(level=9).compress(packed)).decode(),
-        }
+
+@dataclass(frozen=True)
+class Run:
+    """One run in its database. Blocking: use it from a thread in async code."""
+
+    database: sa.Engine
+    name: str
 
     @classmethod
-    def load(cls, stored: Mapping[str, Any]) -> "Manifest":
-        packed = zstandard.ZstdDecompressor().decompress(
-            base64.b64decode(stored["content"]), max_output_size=_MAX_BYTES
+    def of(cls, settings: Settings) -> "Run":
+        """Not yet connected: `open` it before it is written."""
+        return cls(open_database(settings.database_url), settings.run.name)
+
+    def open(self, settings: Settings) -> None:
+        """Bring the schema up to date and write the run's row, or compare with it. Raises as `open_run` does.
+
+        A run of another form is refused before its database is migrated: the version that can finish it still may.
+        """
+        self.began_with()
+        migrate(self.database)
+        now = without_passwords(settings).model_dump(mode="json")
+        with transaction(self.database) as session:
+            insert_if_absent(session, RunRow, id=self.name, created_at=time.time(), form=FORM, settings=now)
+            then = session.scalars(sa.select(RunRow.settings).where(RunRow.id == self.name)).one()
+        refuse_changed_identity(then, now, run=f"{self.name!r} of this database")
+
+    def began_with(self) -> RunStart | None:
+        """None if the database does not have the run. Raises SettingsError if it has another form. Reads schemas of
+        earlier versions too, and writes nothing."""
+        with translated():
+            inspector = sa.inspect(self.database)
+            if not inspector.has_table(RunRow.__tablename__):
+                return None
+            columns = {column["name"] for column in inspector.get_columns(RunRow.__tablename__)}
+        form = RunRow.form if "form" in columns else sa.literal(1)
+        source = RunRow.source if "source" in columns else sa.null()
+        with transaction(self.database) as session:
+            found = session.execute(sa.select(RunRow.settings, source, form).where(RunRow.id == self.name)).first()
+        if found is None:
+            return None
+        refuse_other_form(found[2], run=self.name)
+        return RunStart(found[0], found[1])
+
+    def close(self) -> None:
+        self.database.dispose()
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.database, self.name)
+
+    def adopt_source(self, manifest: Manifest) -> None:
+        """Keep what the run's documents are; SourceError if they are not the ones that are kept."""
+        of_run = sa.update(RunRow).where(RunRow.id == self.name)
+        with transaction(self.database) as session:
+            session.execute(of_run.where(RunRow.source.is_(sa.null())).values(source=manifest.stored()))
+            kept = session.scalars(sa.select(RunRow.source).where(RunRow.id == self.name)).one()
+        refuse_changed_source(kept, manifest, run=self.name)
+
+    def extent(self, *, max_epochs: int) -> str:
+        """What a start of the run reads: how many epochs of which documents. A part's end holds for one extent."""
+        with transaction(self.database) as session:
+            digest = session.scalar(sa.select(RunRow.source["digest"].as_string()).where(RunRow.id == self.name))
+        return f"{max_epochs} epochs of documents {digest}"
+
+    def record_event(self, role: str, kind: str, message: str, **data: Any) -> None:
+        with transaction(self.database) as session:
+            session.add(EventRow.of(self.name, role, kind, message, **data))
+
+    def record_step(self, step: int, row: StepFigures) -> None:
+        """Replaces the row that the step may have."""
+        with transaction(self.database) as session:
+            session.merge(StepRow(run_id=self.name, step=step, **row.model_dump()))
+
+    def delete_steps_beyond(self, step: int) -> None:
+        """Rows of steps that no checkpoint contains: they are done again."""
+        with transaction(self.database) as session:
+            session.execute(sa.delete(StepRow).where(StepRow.run_id == self.name, StepRow.step > step))
+
+    def newest_weight_version(self) -> int | None:
+        """The newest that was ever published; None before the first."""
+        newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.name)
+        with transaction(self.database) as session:
+            return session.scalar(newest)
+
+    def record_version(
+        self, version: int, *, step: int, form: str, num_bytes: int, seconds: float, created_at: float
+    ) -> None:
+        """`seconds` is what publishing took. Replaces the row that the version may have."""
+        row = WeightVersionRow(run_id=self.name, version=version, step=step, form=form, num_bytes=num_bytes)
+        row.seconds, row.created_at = seconds, created_at
+        with transaction(self.database) as session:
+            session.merge(row)
+
+    def record_chunks(self, window: ScoredWindow, prefixes: Sequence[str], lease: Lease) -> None:
+        """All chunks and candidates of a window, with a prefix to show for each scored chunk. Replaces the rows of an
+        earlier attempt. FencedError as the ledger."""
+        earlier = sa.select(ChunkRow.id).where(ChunkRow.run_id == self.name, ChunkRow.window_id == window.window_id)
+        with transaction(self.database) as session:
+            self.ledger.refuse_if_fenced(session, lease)
+            session.execute(sa.delete(CandidateRow).where(CandidateRow.chunk_id.in_(earlier)))
+            session.execute(sa.delete(ChunkRow).where(ChunkRow.id.in_(earlier)))
+            for chunk, prefix in zip(window.chunks, prefixes, strict=True):
+                row = self._chunk_row(window, chunk.start, **_judged(chunk), prefix=storable(prefix))
+                session.add(row)
+                session.flush()
+                session.add_all(_candidate_rows(chunk, row.id))
+            for lost in window.dropped_chunks:
+                session.add(self._chunk_row(window, lost.start, prefix="", dropped_reason=storable(lost.reason)))
+
+    def _chunk_row(self, window: ScoredWindow, start: int, **values: Any) -> ChunkRow:
+        about = {"run_id": self.name, "window_id": window.window_id, "scored_at": window.scored_at}
+        return ChunkRow(start=start, **about, **values)
+
+
+def _judged(chunk: ScoredChunk) -> dict[str, Any]:
+    if (judgement := chunk.judgement) is None:
+        return {}
+    return {
+        "fingerprint": judgement.fingerprint,
+        "reasoning": storable(judgement.reasoning),
+        "num_calls": judgement.num_calls,
+        "num_failures": judgement.num_failures,
+    }
+
+
+def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
+    judgement = chunk.judgement
+    return [
+        CandidateRow(
+            chunk_id=chunk_id,
+            kinds=",".join(candidate.kinds),
+            text=storable(candidate.text),
+            num_tokens=len(candidate.token_ids),
+            weight_version=candidate.weight_version,
+            reward=judgement.rewards[index] if judgement else None,
+            scores={name: scores[index] for name, scores in judgement.scores.items()} if judgement else {},
         )
-        files, facts = orjson.loads(packed)
-        return cls(files=dict(files), facts=facts)
-
-    def differences(self, now: "Manifest") -> list[str]:
-        """In words how `now` differs from this one; each kind of change names its first few files."""
-        added = sorted(now.files.keys() - self.files.keys())
-        gone = sorted(self.files.keys() - now.files.keys())
-        kept = sorted(self.files.keys() & now.files.keys())
-        other = [
-            f"{name}: {self.files[name]} bytes, now {now.files[name]}"
-            for name in kept
-            if self.files[name] != now.files[name]
-        ]
-        facts = [
-            f"{name} was {self.facts.get(name)!r} and is now {now.facts.get(name)!r}"
-            for name in sorted(self.facts.keys() | now.facts.keys())
-            if self.facts.get(name) != now.facts.get(name)
-        ]
-        counted = [("was", "were", "added", added), ("is", "are", "gone", gone), ("has", "have", "another size", other)]
-        return [_said(*kind) for kind in counted if kind[3]] + facts
-
-
-def refuse_changed_source(kept: Mapping[str, Any], now: Manifest, *, run: str) -> None:
-    """SourceError that names what changed since `kept` (what `Manifest.stored` gave) was written."""
-    if kept["digest"] == now.stored()["digest"]:
-        return
-    changes = "; ".join(Manifest.load(kept).differences(now))
-    raise SourceError(
-        f"the documents of run {run!r} have changed since it began, so its positions would mean other records: "
-        f"{changes}. Put them back, or start a new run with --run.name NAME"
-    )
-
-
-def _said(one: str, many: str, what: str, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
-    return f"{len(names)} {f'file {one}' if len(names) == 1 else f'files {many}'} {what} ({shown})"
+        for index, candidate in enumerate(chunk.candidates)
+    ]

@@ -1,11 +1,11 @@
-"""Takes the secrets out of URLs: the one way in which addresses reach a file, a table, a log, an error or a route.
+"""Removes secrets from URLs before they reach a file, a table, a log, an error or an answer.
 
     postgresql://me:SECRET@db/runs?sslmode=require&sslpassword=SECRET  ->  postgresql://me@db/runs?sslmode=require
     http://KEY@host/v1?api_key=SECRET#SECRET                           ->  http://host/v1
 
-What is known to be harmless stays, everything else goes: passwords, user names that may be keys, options, fragments. Of
-a URL that can't be taken apart with certainty only the scheme stays; settings refuse such a one (`url_of`), since the
-libraries that fail on it repeat pieces of it. A path is part of the address and stays: it is no place for a key.
+Only what is known to be harmless stays. Passwords, user names that may be keys, other options and fragments go. If a
+URL can be parsed in two ways, only its scheme stays; settings refuse it (`url_of`), since libraries that fail on it
+print pieces of it. Paths stay: don't put keys into them.
 """
 
 import re
@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
 _LEGAL = r"[A-Za-z0-9._~%!$&()*+,;=:/?\[\]{}|^-]"
-"""What may stand in a URL, but for # and @. Everything else is written as %XX, so that its end is seen in any text."""
+"""Characters of a URL except # and @. All others must be written as %XX, which also shows where a URL in text ends."""
 _HOST = r"(?:[A-Za-z0-9._~%*-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _URL = re.compile(
     rf"(?P<scheme>{_SCHEME})://"
@@ -28,10 +28,10 @@ _BORDER = rf"(?:,\s*|::)(?={_SCHEME}://)"
 """Between the URLs of several replicas, or of chained file systems."""
 _IN_TEXT = re.compile(rf"{_SCHEME}://(?:(?!{_BORDER})[^\s\"'<>`\\])*")
 _PUNCTUATION = ".,:;!?)]}"
-"""At the end of a URL in a sentence it is the sentence's."""
+"""At the end of a URL it belongs to the sentence around it."""
 
 _NAMED_USERS = frozenset({"postgresql", "postgres", "abfs", "abfss"})
-"""Where the user is a name (of a role, of a container) and needed to find the place; elsewhere it may be a key."""
+"""Schemes whose user is the name of a role or container, and part of the address; in others it may be a key."""
 _HARMLESS_OPTIONS = frozenset(
     {
         *("host", "port", "db", "dbname", "protocol", "charset", "client_encoding", "region", "api-version"),
@@ -43,14 +43,14 @@ _REMEDY = "write the special characters of a password as %XX (@ is %40, / is %2F
 
 
 def without_secrets(text: str) -> str:
-    """`text`, which may be a URL or have some in it, with nothing secret left in them."""
+    """`text` with the secrets removed from all URLs in it."""
     return _IN_TEXT.sub(lambda found: _cleaned(found[0]), text) if "://" in text else text
 
 
 def url_of(*schemes: str) -> AfterValidator:
-    """For settings that hold URLs: ValueError, which repeats nothing of it, for one that can't be taken apart.
+    """Validates a setting that holds a URL. The ValueError repeats nothing of it.
 
-    With `schemes` only these will do; without, whatever is no URL is a path and passes.
+    With `schemes` the URL must have one of them; without, text that is no URL is a path and valid.
     """
 
     def check(value: str) -> str:
@@ -77,7 +77,7 @@ def _cleaned(url: str) -> str:
 
 
 def _parsed(url: str) -> re.Match[str] | None:
-    """None for what can be read in two ways, with a password that ends elsewhere in each."""
+    """None if it can be parsed in two ways, with a different end of the password."""
     found = _URL.fullmatch(url)
     if found is None:
         return None

@@ -1,8 +1,10 @@
-"""The one `Settings` tree. A TOML file, overridden by the environment, overridden by the command line.
+"""All settings of a run, as one tree.
 
-`HEADWATER_TRAINER__STEPS=10` and `--trainer.steps 10` mean the same key. Unknown keys are errors in all three
-places. Secrets come from the environment only (`Secrets`) and are never written to the run folder.
-Defaults are the paper's (arXiv 2601.21343, section on settings) unless a reason stands beside them.
+A TOML file is overridden by the environment, which is overridden by the command line: `[trainer] steps = 10`,
+`HEADWATER_TRAINER__STEPS=10` and `--trainer.steps 10` set the same key (shared/configuration.py). Unknown keys are
+errors everywhere. Secrets come from the environment only (`Secrets`) and are never written down.
+
+The text below a setting is its documentation. Defaults are the paper's (arXiv 2601.21343), or the reason is given.
 """
 
 from pathlib import Path
@@ -18,7 +20,7 @@ from shared.secret_urls import url_of
 Objective = Literal["dpo", "rf_nll", "sft_rewrite", "sft_rollout", "dpo_rewrite_over_rollout", "next_token"]
 
 JUDGED_OBJECTIVES: frozenset[Objective] = frozenset({"dpo", "rf_nll"})
-"""Objectives that choose by reward; the collector calls the judge only for these."""
+"""Objectives that choose by reward: only these need the judge."""
 
 REQUIRED_KINDS: dict[Objective, frozenset[CandidateKind]] = {
     "dpo": frozenset(),
@@ -31,7 +33,7 @@ REQUIRED_KINDS: dict[Objective, frozenset[CandidateKind]] = {
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values never change after loading."""
+    """Base of every section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +44,7 @@ class RunSettings(Section):
     directory: Path = Path("runs")
     """The run folder is `directory/name`."""
     seed: int = Field(default=0, ge=0)
+    """Every random choice of the run is derived from it (shared/seeds.py)."""
 
     @property
     def folder(self) -> Path:
@@ -50,11 +53,11 @@ class RunSettings(Section):
 
 class PolicySettings(Section):
     model: str = ""
-    """Hugging Face folder or name of the policy to start from."""
+    """Folder or Hugging Face name of the model to start from."""
     tokenizer: str = ""
-    """Defaults to `model`."""
+    """Folder or Hugging Face name; empty: that of `model`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the trained weights. float32: updates at 5e-6 vanish in bfloat16 rounding."""
+    """Of the trained weights. float32, since updates at a learning rate of 5e-6 vanish in bfloat16 rounding."""
 
     @property
     def tokenizer_source(self) -> str:
@@ -64,44 +67,46 @@ class PolicySettings(Section):
 class DocumentsSettings(Section):
     format: Literal["jsonl", "parquet", "text", "huggingface"] = "jsonl"
     path: Annotated[str, url_of()] = ""
-    """File, folder or glob; for `huggingface` the dataset's name."""
+    """File, folder or glob; for `huggingface` the name of the dataset."""
     subset: str = ""
-    """`huggingface` only: the dataset's configuration name."""
+    """`huggingface`: the configuration of the dataset."""
     split: str = "train"
-    """`huggingface` only."""
+    """`huggingface`: the split of the dataset."""
     text_field: str = "text"
+    """The field that holds the text."""
     token_ids_field: str = ""
-    """Take ready token ids of the policy's tokenizer from this field instead of text."""
+    """The field that holds token ids of the policy's tokenizer; if set, it is used instead of the text."""
     id_field: str = "id"
-    """The document's own name; where the field is absent its place (`file:line`) is used."""
+    """The field that names a document; documents without it are named by `file:line`."""
     shuffle_buffer: int = Field(default=1024, ge=1)
-    """Documents are shuffled within blocks of this many: bounded memory, exact resume. 1 keeps the order."""
+    """Documents are shuffled in blocks of this size: bounded memory, exact resume. 1 keeps their order."""
     shuffle_bytes: int = Field(default=128_000_000, ge=0)
-    """The blocks of all parts together hold no more than this: each ends early at its share. 0: no bound. The default
-    leaves blocks of 1,024 web documents whole for up to 16 parts."""
+    """Bound on the blocks of all parts together; a block that exceeds its share is cut. 0: no bound. The default is
+    enough for blocks of 1,024 web documents in 16 parts."""
     num_parts: int = Field(default=1, ge=1, le=4096)
-    """The source is dealt into this many parts; each collector leases one or more of them."""
+    """Parts that the source is dealt into; each collector works on one or more of them."""
     max_epochs: int = Field(default=0, ge=0)
-    """Stop after this many passes; 0 goes on until the trainer has its steps."""
+    """Passes over the documents; 0: as many as the trainer's steps need."""
     max_document_bytes: int = Field(default=16_000_000, ge=1)
-    """A longer line or file is refused: it would be one document of millions of tokens."""
+    """A longer document is refused."""
 
 
 class ChunksSettings(Section):
     context_tokens: int = Field(default=2048, ge=2, le=MAX_WINDOW_TOKENS)
-    """Length of a document window, and the longest prefix plus suffix."""
+    """Length of a window, and so the longest prefix plus suffix."""
     suffix_tokens: int = Field(default=128, ge=1, le=MAX_SUFFIX_TOKENS)
+    """Length of a chunk's suffix: what is rewritten, rolled out and judged."""
     min_prefix_tokens: int = Field(default=128, ge=1)
-    """A chunk with a shorter prefix is context only. One chunk: the paper's first prefix."""
+    """A chunk with a shorter prefix is only context. The default is one suffix, as in the paper."""
     min_suffix_tokens: int = Field(default=32, ge=1)
-    """A shorter tail is context only: a quarter of a suffix, below that quality can't be told apart."""
+    """A shorter tail is only context. The default is a quarter of a suffix; below it, quality can't be compared."""
     window_overlap_tokens: int = Field(default=0, ge=0)
-    """Raw tokens of the previous window repeated as prefix of the next."""
+    """Tokens of a window that the next one of the document begins with."""
     chunks_per_window: int = Field(default=0, ge=0)
-    """Train only this many chunks of a window, drawn at random; 0 takes all."""
+    """Chunks drawn at random from each window; 0: all of them."""
     end_of_text: bool = True
-    """The tokenizer's end-of-sequence token is the last one of each document: rollouts may end, so the policy must see
-    where documents do. False: where documents are pieces of longer ones."""
+    """End each document with the tokenizer's end-of-sequence token, so that the policy learns where documents end.
+    False: for documents that are pieces of longer ones."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -123,8 +128,9 @@ class ChunksSettings(Section):
 
 class RedisSettings(Section):
     url: Annotated[str, url_of("redis", "rediss", "unix")] = ""
-    """Empty: `headwater run` starts an embedded one."""
+    """Address of Redis; empty: `headwater run` starts one for the run."""
     timeout_s: float = Field(default=10.0, gt=0)
+    """Of one call; a call that fails is retried."""
 
 
 class DatabaseSettings(Section):
@@ -134,49 +140,51 @@ class DatabaseSettings(Section):
 
 class WeightsSettings(Section):
     store: Annotated[str, url_of()] = ""
-    """Folder or fsspec URL; empty: `weights/` in the run folder."""
+    """Folder or fsspec URL that weight versions are written to; empty: `weights/` in the run folder."""
     push_every: int = Field(default=1, ge=1)
-    """Steps between pushes of fresh weights to the rollout service."""
+    """Steps between two weight versions for the rollout service."""
     dtype: Literal["", "float32", "bfloat16"] = ""
-    """What the trainer's weights are sent as; empty: rollout.engine.dtype, since replicas would round them anyway."""
+    """Dtype of weight versions; empty: rollout.engine.dtype, since replicas would round them anyway."""
     full_every: int = Field(default=10, ge=1)
-    """bfloat16: every n-th version is full, those between hold only what changed. Below trainer.max_policy_lag, so
-    that a replica which lost a version is whole again before its rollouts are stale; 1: all versions are full."""
+    """bfloat16: every n-th version is full, the others hold only what changed. Keep it below trainer.max_policy_lag, so
+    that a replica that missed a version recovers before its rollouts are stale. 1: all versions are full."""
     keep_versions: int = Field(default=3, ge=2)
-    """Older versions are deleted; 3 leaves a slow replica time to finish its fetch."""
+    """Older versions are deleted. 3 gives a slow replica time to finish its download."""
 
 
 class EngineSettings(Section):
     kind: Literal["transformers", "openai", "vllm"] = "transformers"
+    """What runs the model: this process with Transformers or vLLM, or an OpenAI-compatible endpoint."""
     model: str = ""
-    """Hugging Face folder or name, or the model's name at the endpoint. Rollout: defaults to policy.model."""
+    """Folder or Hugging Face name, or the model's name at the endpoint; empty for rollout: policy.model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(default=1, ge=0)
-    """CPU threads of this engine's process; 0 takes torch's default. 1: several services share one machine."""
+    """CPU threads; 0: torch's default. 1, since several services share a machine."""
     max_batch_tokens: int = Field(default=16_384, ge=1)
-    """`transformers`: prompt plus new tokens of one batch, padding included."""
+    """`transformers`: prompt and new tokens of one batch, padding included."""
     batch_wait_s: float = Field(default=0.005, ge=0)
-    """`transformers`: how long a batch waits for company once a request is there."""
+    """`transformers`: how long the first request of a batch waits for others."""
     max_queued_requests: int = Field(default=1024, ge=1)
-    """More are answered 503 with Retry-After."""
+    """Further requests are answered 503 with Retry-After."""
     endpoint: Annotated[str, url_of("http", "https")] = ""
-    """`openai`: base URL such as http://host:8000/v1."""
+    """`openai`: base URL, such as http://host:8000/v1."""
     key_variable: str = "OPENAI_API_KEY"
-    """`openai`: the environment variable that holds the endpoint's key; may be unset for open endpoints."""
+    """`openai`: environment variable with the key of the endpoint; unset if it needs none."""
     timeout_s: float = Field(default=600.0, gt=0)
+    """Of one request."""
     max_model_tokens: int = Field(default=0, ge=0)
-    """`vllm`: longest prompt plus answer; 0: the model's own. Shorter leaves more of the cache to each request."""
+    """`vllm`: longest prompt plus answer; 0: the model's own limit. Lower it to serve more requests at once."""
     kv_cache_gib: float = Field(default=0.0, ge=0)
-    """`vllm`: memory of keys and values; 0: what gpu_memory_utilization leaves, on a CPU 1 GiB."""
+    """`vllm`: memory for keys and values; 0: what gpu_memory_utilization leaves, or 1 GiB on a CPU."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """`vllm` on a GPU: share of its memory for weights, activations and cache. Lower where services share a GPU."""
+    """`vllm` on a GPU: share of its memory for weights, activations and cache. Lower it where services share a GPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: devices that one copy of the model is split over."""
+    """`vllm`: devices that each copy of the model is split over."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: copies of the model behind this one service."""
+    """`vllm`: copies of the model behind this service."""
     lora_adapter: str = ""
-    """`vllm`: folder of a LoRA adapter in PEFT's form, applied to every request; for judges and rewriters."""
+    """`vllm`: folder of a PEFT LoRA adapter for every request of a judge or rewriter."""
 
     @model_validator(mode="after")
     def _openai_has_an_endpoint(self) -> Self:
@@ -193,17 +201,17 @@ class EngineSettings(Section):
 
 class ServiceSettings(Section):
     host: str = "127.0.0.1"
-    """Where the service binds. Another than loopback needs a token set by hand."""
+    """Address to bind. Any other than loopback needs HEADWATER_TOKEN."""
     port: int = Field(ge=0, le=65535)
     url: Annotated[str, url_of("http", "https")] = ""
-    """Where the collector reaches it; empty: http://host:port. With a URL set, `headwater run` starts none. Several
-    replicas: their addresses separated by commas, asked in turn, or one address with a load balancer behind it."""
+    """Where the collector reaches the service; empty: http://host:port. If it is set, `headwater run` doesn't start the
+    service. Several replicas: their addresses separated by commas, or that of a load balancer."""
     max_request_bytes: int = Field(default=64_000_000, ge=1)
     engine: EngineSettings = EngineSettings()
 
     @property
     def base_urls(self) -> tuple[str, ...]:
-        """One for each replica."""
+        """One a replica."""
         given = tuple(word.strip() for word in self.url.split(",") if word.strip())
         return given or (f"http://{self.host}:{self.port}",)
 
@@ -213,55 +221,53 @@ class RolloutSettings(ServiceSettings):
     temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     poll_interval_s: float = Field(default=0.2, gt=0)
-    """How often a replica looks for an announced weight version."""
+    """How often a replica looks for a new weight version."""
     replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
-    """This replica's name among those of a run; empty: HOSTNAME-PORT."""
+    """Name of this replica, unique in the run; empty: HOSTNAME-PORT."""
     weights_folder: str = ""
-    """Where this replica keeps its own copy of the newest weights; empty: `replicas/NAME` in the run folder."""
+    """Where this replica copies the newest weights to; empty: `replicas/NAME` in the run folder."""
     heartbeat_s: float = Field(default=15.0, gt=0)
-    """A replica that is silent for this long counts as dead: nobody waits for it."""
+    """A replica that is silent for this long counts as dead."""
 
 
 class RewriterSettings(ServiceSettings):
     port: int = Field(default=8002, ge=0, le=65535)
     prompt: Path | None = None
-    """Prompt file with {prefix}, {suffix} and optionally {bridge}; None: services/rewriter/prompts."""
+    """Prompt file with {prefix}, {suffix} and optionally {bridge}; None: the one in services/rewriter/prompts."""
     chat: bool | None = None
-    """Wrap the prompt in the model's chat template; None: when the tokenizer has one."""
+    """Wrap the prompt in the model's chat template; None: if the tokenizer has one."""
     bridge_words: int = Field(default=5, ge=0)
-    """The last words of the prefix, at most 8 characters for each, given before the suffix and expected to begin the
-    answer."""
+    """Words at the end of the prefix that the answer must repeat first; at most 8 characters a word."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
-    """The prompt shows the end of longer prefixes; about 2,000 tokens, the paper's context."""
+    """Of a longer prefix the prompt shows the end. The default is about 2,000 tokens, the paper's context."""
     temperature: float = Field(default=0.0, ge=0)
-    """Greedy: an exact copy is the wanted answer for most chunks."""
+    """0, since the best rewrite of most chunks is an exact copy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_answer_tokens: int = Field(default=0, ge=0)
-    """Bound of an answer in the teacher's tokens; 0: twice the suffix plus 16, room for another tokenizer."""
+    """Longest answer in the rewriter's tokens; 0: twice the suffix plus 16, since its tokenizer may need more."""
     refusal_phrases: tuple[str, ...] = ("I can't", "I cannot", "I'm sorry", "As an AI")
-    """An answer that begins with one of these, where the suffix does not, is a refusal: no candidate."""
+    """An answer that begins with one of these is a refusal and no candidate, unless the suffix begins so too."""
 
 
 class CriterionSettings(Section):
     weight: float = Field(default=1.0, gt=0)
-    """Share in the combined reward (weights are normalised)."""
+    """Weight in the combined reward; weights are normalised."""
     prompt: Path | None = None
-    """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `verdict = "labels"`."""
+    """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `labels`."""
     verdict: Literal["answer", "structured", "labels"] = "answer"
-    """`answer`: sample a text and read its last `Verdict: ...`. `structured`: the same, but the engine holds the text
-    to a form that ends in a verdict; needs `vllm` or an endpoint with vLLM's structured outputs. `labels`: compare
-    the log-probs of the verdict words right after the prompt; one prefill, nothing sampled; needs an engine that can
-    score."""
+    """`answer`: sample a text and read its last `Verdict: ...`. `structured`: the same, but the engine forces the text
+    to end in a verdict; needs `vllm` or an endpoint with its structured outputs. `labels`: compare the log-probs of
+    the verdict words right after the prompt, without sampling; needs an engine that can score."""
     samples: int = Field(default=5, ge=1)
-    """Verdicts per question, averaged (not with `labels`, which do not vary)."""
+    """Verdicts a question, averaged; `labels` needs only one."""
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=0.6, gt=0, le=1)
     max_answer_tokens: int = Field(default=512, ge=1)
-    """With `structured`: four characters count as a token."""
+    """Longest answer; `structured` counts four characters as a token."""
     function: str = ""
-    """`python` only: `module:name` of a function (prefix, candidates, reference) -> scores in [0, 1]."""
+    """`python`: `module:name` of a function (prefix, candidates, reference) -> scores in [0, 1]."""
     scale: float = Field(default=1.0, gt=0)
-    """`likelihood` only: the score is sigmoid((log-prob per token - group mean) / scale)."""
+    """`likelihood`: the score is sigmoid((log-prob per token - mean of the chunk) / scale)."""
 
 
 CriterionName = Literal["quality", "safety", "factuality", "likelihood", "python"]
@@ -270,11 +276,13 @@ CriterionName = Literal["quality", "safety", "factuality", "likelihood", "python
 class JudgeSettings(ServiceSettings):
     port: int = Field(default=8003, ge=0, le=65535)
     criteria: dict[CriterionName, CriterionSettings] = {"quality": CriterionSettings()}
+    """What candidates are scored by."""
     chat: bool | None = None
-    """Wrap prompts in the model's chat template; None: when the tokenizer has one."""
+    """Wrap prompts in the model's chat template; None: if the tokenizer has one."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
+    """Of a longer prefix the prompt shows the end."""
     max_retries: int = Field(default=3, ge=0)
-    """An unreadable verdict is asked for again with a new seed this often; then the chunk is dropped."""
+    """How often an unreadable verdict is asked for again before the chunk is dropped."""
 
     @model_validator(mode="after")
     def _criteria_are_complete(self) -> Self:
@@ -287,7 +295,7 @@ class JudgeSettings(ServiceSettings):
 
 
 class ScheduleStage(Section):
-    """From weight version `from_version` on, which candidates a chunk gets."""
+    """Which candidates a chunk gets, from weight version `from_version` on."""
 
     from_version: int = Field(default=0, ge=0)
     kinds: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
@@ -305,26 +313,28 @@ class ScheduleStage(Section):
 class CollectorSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8004, ge=0, le=65535)
-    """Health and metrics only."""
+    """Serves health and metrics."""
     schedule: tuple[ScheduleStage, ...] = (ScheduleStage(),)
+    """Candidates by weight version: the first stage begins at version 0, each later one at a higher version."""
     max_windows_in_flight: int = Field(default=8, ge=1)
-    """Windows being generated and judged at once."""
+    """Windows that are worked on at once."""
     max_backlog: int = Field(default=16, ge=1)
-    """A window is started only while (in flight + unread on the stream) is below this."""
+    """A window is begun only while fewer than this are in flight or unread on the stream."""
     max_parts: int = Field(default=4096, ge=1)
-    """Parts of the source that one collector leases at most."""
+    """Most parts of the source that this collector works on at once."""
     lease_s: float = Field(default=15.0, gt=0)
-    """A collector that is silent for this long loses its parts to another."""
+    """A collector that is silent for this long loses its parts to another one."""
     request_timeout_s: float = Field(default=600.0, gt=0)
+    """Of one request to a service."""
     max_backoff_s: float = Field(default=10.0, gt=0)
-    """Retries wait 0.25 s, doubled up to this, with jitter."""
+    """Longest wait between two attempts. The first wait is 0.25 s, each later one twice as long, with jitter."""
     max_attempts: int = Field(default=0, ge=0)
-    """Attempts of one request before its chunks are dropped; 0 retries for as long as the service is away."""
+    """Attempts of one request before its chunks are dropped; 0: no limit, while the service is down the run waits."""
     record_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of windows whose chunks and candidates are kept in the database for people to read."""
+    """Share of windows whose candidates are kept in the database, for people to read."""
     stay_when_finished: bool = False
-    """After the trainer's last step: stay, idle, instead of ending. For Kubernetes, where a Deployment that ends is
-    started again and again."""
+    """Idle after the trainer's last step instead of exiting. For Kubernetes, where a Deployment that exits is
+    restarted."""
 
     @model_validator(mode="after")
     def _schedule_is_ordered(self) -> Self:
@@ -340,44 +350,47 @@ class CollectorSettings(Section):
 
 class TrainerSettings(Section):
     objective: Objective = "dpo"
+    """The loss, and how the chosen and rejected candidates of a chunk are picked (docs/training.md)."""
     steps: int = Field(default=2000, ge=1)
     pairs_per_step: int = Field(default=256, ge=1)
-    """Preference pairs (for NLL objectives: chosen suffixes) in one optimizer step, over all ranks."""
+    """Preference pairs of one optimizer step; for NLL objectives: chosen suffixes."""
     beta: float = Field(default=0.1, gt=0)
-    """DPO's inverse temperature; the paper does not state it, 0.1 is DPO's own default (arXiv 2305.18290)."""
+    """DPO's inverse temperature. The paper does not give it; 0.1 is the default of DPO (arXiv 2305.18290)."""
     learning_rate: float = Field(default=5e-6, gt=0)
+    """Its highest value: after a linear warm-up it falls along a cosine."""
     warmup_steps: int = Field(default=100, ge=0)
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Floor of the cosine, as a share of learning_rate."""
+    """Where the cosine ends, as a share of learning_rate."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Off: decay pulls towards zero, not towards the reference."""
+    """0, since decay pulls towards zero and not towards the reference."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_batch_tokens: int = Field(default=8_192, ge=1)
-    """Tokens of one forward pass, padding included; a step accumulates over as many as it needs."""
+    """Tokens of one forward pass, padding included. A step accumulates gradients over as many passes as it needs."""
     refresh_reference_every: int = Field(default=0, ge=0)
-    """Copy the policy into the reference every n steps; 0 keeps the reference frozen."""
+    """Steps after which the policy becomes the new reference; 0: never."""
     max_policy_lag: int = Field(default=16, ge=0)
-    """A window whose oldest rollout is more versions behind is dropped when read, and counted."""
+    """A window is dropped as stale if its oldest rollout is more weight versions behind."""
     replica_wait_s: float = Field(default=0.0, ge=0)
-    """After a push, wait at most this long for live rollout replicas that are further behind. 0: for none, since a
-    late one costs its own rollouts only, and waiting makes the run as slow as its slowest replica."""
+    """How long to wait, after a push, for live replicas that are further behind than max_policy_lag. 0: don't wait,
+    since a late replica only loses its own rollouts, while waiting slows the run to its slowest replica."""
     min_reward_gap: float = Field(default=0.0, ge=0)
-    """Pairs whose rewards differ by no more than this are no preference."""
+    """Candidates whose rewards differ by no more than this are no preference."""
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     max_bad_steps: int = Field(default=5, ge=1)
-    """Steps in a row with a non-finite loss before the run stops."""
+    """Consecutive steps with a non-finite loss after which the trainer stops."""
     host: str = "127.0.0.1"
-    """Where `metrics_port` binds. Another than loopback needs a token set by hand."""
+    """Address that metrics_port binds. Any other than loopback needs HEADWATER_TOKEN."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
-    """Serves /metrics and /healthz; 0: neither, since without a scraper nobody would read them."""
+    """Serves /metrics and /healthz; 0: off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(default=1, ge=0)
-    """CPU threads; 0 takes torch's default."""
+    """CPU threads; 0: torch's default."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     stream_timeout_s: float = Field(default=0.0, ge=0)
-    """Give up when no document arrives for this long; 0 waits for as long as the run is alive."""
+    """Stop with an error when no window arrives for this long; 0: wait for ever."""
     log_tensorboard: bool = True
     log_wandb: bool = False
 
@@ -427,7 +440,7 @@ class Settings(Section):
 
     @property
     def kinds(self) -> frozenset[CandidateKind]:
-        """All candidate kinds that any stage of the schedule makes."""
+        """Of candidates that any stage of the schedule makes."""
         return frozenset(kind for stage in self.collector.schedule for kind in stage.kinds)
 
     @property
@@ -444,7 +457,7 @@ class Settings(Section):
 
 
 class Secrets(Section):
-    """What comes from the environment only."""
+    """From the environment only."""
 
     token: str = ""
-    """HEADWATER_TOKEN: bearer token of every route but health."""
+    """HEADWATER_TOKEN: the bearer token of every route except health."""

@@ -2,13 +2,19 @@
 
     collector --write--> stream --read--> trainer --acknowledge (after the checkpoint)--> entry deleted
 
-At-least-once: an entry stays until it is acknowledged, and after a crash `read_pending` gives back what was
-delivered but never acknowledged. Nothing is trimmed. An entry carries the window id and the number of its schema in
-the clear, and the record as zstd-compressed msgpack.
+    stream = WindowStream(client, "web")
+    stream.create()
+    stream.write(window)
+    for entry in stream.read(count=1, block_s=1.0):
+        stream.acknowledge({entry.entry_id: entry.window_id})
 
-Beside the stream lies a hash of the window ids on it. Scripts keep the two together: one that writes an entry only
-if its id is not there, so that a write may be repeated until Redis has answered, and one that acknowledges it and
-takes its id away. Commands stay within Redis 6.2.
+Delivery is at least once: an entry stays until it is acknowledged, and after a crash `read_pending` returns what was
+delivered but not acknowledged. Nothing is trimmed. An entry holds the window id, the number of its schema, and the
+record as zstd-compressed msgpack.
+
+A hash next to the stream holds the ids of the windows on it. Two scripts keep them in step: one writes an entry unless
+its id is there, so a write may be repeated until Redis has answered; the other acknowledges an entry and deletes its
+id. Redis 6.2 is enough.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +32,7 @@ from shared.records import Lease, ScoredWindow
 from shared.redis import fences_key, translated, window_ids_key, windows_key
 
 GROUP = "trainer"
-SCHEMA = 1
+SCHEMA = 2
 """Of the record in an entry. Raise it when a `ScoredWindow` changes so that another version can't read it."""
 
 # KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), window id, schema, body
@@ -47,7 +53,7 @@ for i = 2, #ARGV, 2 do
   if redis.call('hget', KEYS[2], ARGV[i + 1]) == ARGV[i] then redis.call('hdel', KEYS[2], ARGV[i + 1]) end
 end
 """
-# KEYS stream, ids. The schema of the oldest entry ('' if it has none), or nothing; then ids of no entries go too.
+# KEYS stream, ids. The schema of the oldest entry ('' if it has none). Of an empty stream nothing; ids are deleted.
 _OLDEST_SCHEMA = """
 local oldest = redis.call('xrange', KEYS[1], '-', '+', 'COUNT', 1)[1]
 if not oldest then
@@ -59,7 +65,7 @@ for i = 1, #oldest[2], 2 do
 end
 return ''
 """
-# KEYS stream; ARGV first id, how many. Entry id and window id of each: bodies stay where they are.
+# KEYS stream; ARGV first id, how many. Entry id and window id of each, without bodies.
 _ENTRIES = """
 local found = {}
 for _, entry in ipairs(redis.call('xrange', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])) do
@@ -89,7 +95,7 @@ class StreamEntry:
 
 @dataclass(frozen=True)
 class BrokenEntry:
-    """An entry that can't be decoded: drop it with its reason, then acknowledge it."""
+    """An entry that can't be decoded: drop it with the reason, then acknowledge it."""
 
     entry_id: str
     window_id: str
@@ -98,7 +104,7 @@ class BrokenEntry:
 
 @dataclass(frozen=True)
 class Backlog:
-    """How much lies on the stream."""
+    """How many windows are on the stream."""
 
     unread: int
     """Written, not yet delivered to the trainer."""
@@ -107,8 +113,8 @@ class Backlog:
 
 
 def encode(window: ScoredWindow) -> bytes:
-    """zstd(msgpack) of the record; token ids dominate, so level 3 is enough. SettingsError for one that no reader
-    would take."""
+    """zstd(msgpack) of the record; most of it is token ids, so level 3 is enough. SettingsError if it is larger than
+    readers accept."""
     packed = msgpack.packb(window.model_dump(mode="python"), use_bin_type=True)
     if len(packed) > MAX_ENTRY_BYTES:
         raise SettingsError(
@@ -119,7 +125,7 @@ def encode(window: ScoredWindow) -> bytes:
 
 
 def decode(body: bytes) -> ScoredWindow:
-    """The record, or StreamError if the bytes are not one."""
+    """Raises StreamError if the bytes are not a record."""
     try:
         packed = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_ENTRY_BYTES)
         return ScoredWindow.model_validate(msgpack.unpackb(packed))
@@ -128,7 +134,7 @@ def decode(body: bytes) -> ScoredWindow:
 
 
 class WindowStream:
-    """One run's stream, seen from either side. Blocking calls: use it from a thread in async code."""
+    """One run's stream, for writer and reader. Blocking: use it from a thread in async code."""
 
     def __init__(self, client: redis.Redis, run: str, *, consumer: str = "trainer-0") -> None:
         self._client: Any = client  # redis-py types every answer as a union over sync and async
@@ -138,7 +144,7 @@ class WindowStream:
         self._consumer = consumer
 
     def create(self) -> None:
-        """Make stream and group if they are not there. Raises StreamSchemaError if another version wrote the stream."""
+        """Create stream and group unless they exist. Raises StreamSchemaError if another version wrote the stream."""
         self._refuse_unknown_schema()
         with translated():
             try:
@@ -148,14 +154,14 @@ class WindowStream:
                     raise
 
     def write(self, window: ScoredWindow, lease: Lease | None = None) -> str:
-        """Append, unless the window is on the stream; returns the entry id once Redis has it.
+        """Append the window unless it is on the stream. Returns the entry id once Redis has it.
 
-        Raises FencedError if another collector has taken the part since `lease`; None is a writer that holds no part.
+        Raises FencedError if another collector has taken the part since `lease`. A writer without a part gives None.
         """
         return self.append(window.window_id, encode(window), lease=lease)
 
     def append(self, window_id: str, body: bytes, *, lease: Lease | None) -> str:
-        """`write` of a window that is encoded already. Repeating it changes nothing."""
+        """`write` of an encoded window. Repeating it changes nothing."""
         part, epoch = (lease.part, lease.epoch) if lease else ("", "")
         keys = (self._key, self._ids_key, self._fences_key)
         with translated():
@@ -168,7 +174,7 @@ class WindowStream:
         return _text(entry)
 
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
-        """Up to `count` new entries, waiting at most `block_s` for the first; an empty list means none came.
+        """Up to `count` new entries; an empty list if none came within `block_s`.
 
         Raises StreamSchemaError for an entry of another version; it stays pending.
         """
@@ -179,7 +185,7 @@ class WindowStream:
         return [self._entry(entry_id, fields) for _, entries in answer or [] for entry_id, fields in entries]
 
     def read_pending(self, *, count: int = 64) -> Iterator[StreamEntry | BrokenEntry]:
-        """What was delivered but never acknowledged, oldest first. Takes over from consumers that are gone."""
+        """What was delivered but not acknowledged, oldest first, also to consumers that are gone."""
         cursor = "0-0"
         while True:
             with translated():
@@ -192,7 +198,7 @@ class WindowStream:
                 return
 
     def acknowledge(self, entries: Mapping[str, str]) -> None:
-        """Acknowledge and delete `{entry id: window id}`. Call it only when what they became is on disk."""
+        """Acknowledge and delete `{entry id: window id}`. Call it only once a checkpoint or the ledger has them."""
         pairs = list(entries.items())
         for start in range(0, len(pairs), _ACKNOWLEDGED_AT_ONCE):
             words = [word for pair in pairs[start : start + _ACKNOWLEDGED_AT_ONCE] for word in pair]
@@ -206,14 +212,14 @@ class WindowStream:
         return Backlog(unread=max(0, length - pending), pending=pending)
 
     def window_ids(self) -> set[str]:
-        """Ids of all windows on the stream, delivered or not. Raises StreamSchemaError as `create` does."""
+        """Of all windows on the stream, delivered or not. Raises StreamSchemaError as `create`."""
         self._refuse_unknown_schema()
         with translated():
             return {_text(window_id) for window_id in self._client.hkeys(self._ids_key)}
 
     def entries(self, *, count: int = 100) -> dict[str, str]:
-        """Document id by entry id, off the stream itself: what `headwater audit` compares with the ids kept beside it.
-        Raises StreamSchemaError as `create` does."""
+        """Window id by entry id, read from the stream itself: `headwater audit` compares it with the hash of ids.
+        Raises StreamSchemaError as `create`."""
         self._refuse_unknown_schema()
         found: dict[str, str] = {}
         start = "-"
@@ -239,7 +245,7 @@ class WindowStream:
             return BrokenEntry(_text(entry_id), _text(fields.get(b"id", b"")), str(exc))
 
     def _check_schema(self, schema: bytes) -> None:
-        """An entry of another version is whole, only not for us: it must not be dropped as broken."""
+        """An entry of another version is not broken and must not be dropped."""
         if _text(schema) != str(SCHEMA):
             found = f"of schema {_text(schema)}" if schema else "of an older version, without a schema number,"
             raise StreamSchemaError(

@@ -10,17 +10,15 @@ from threading import Event
 
 import torch
 
-from shared.configuration import without_passwords
 from shared.coordination import Coordination, TrainerReport
-from shared.database import migrate, open_database
 from shared.errors import DatabaseError, StreamError
-from shared.ledger import Ledger
 from shared.redis import connect
+from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.stream import WindowStream
 from shared.weights.store import WeightStore
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.figures import Tally, delete_steps_beyond, open_sinks, write_step
+from trainer.figures import Tally, open_sinks
 from trainer.inbox import Inbox, commit_finished
 from trainer.loop import Trainer
 from trainer.objectives import build_objective
@@ -36,7 +34,7 @@ _log = logging.getLogger(__name__)
 class _Connections:
     stream: WindowStream
     coordination: Coordination
-    ledger: Ledger
+    run: Run
     patience: Patience
 
 
@@ -86,9 +84,9 @@ def _build(
     policy, optimizer = _load(settings, checkpoint)
     step = checkpoint.state.step if checkpoint else 0
     stream, coordination = connections.stream, connections.coordination
-    ledger, patience = connections.ledger, connections.patience
-    patience(lambda: delete_steps_beyond(ledger.engine, ledger.run_id, step=step))
-    patience(lambda: ledger.record_event("trainer", "resumed" if checkpoint else "started", f"at step {step}"))
+    run, patience = connections.run, connections.patience
+    patience(lambda: run.delete_steps_beyond(step))
+    patience(lambda: run.record_event("trainer", "resumed" if checkpoint else "started", f"at step {step}"))
     tally = Tally()
     partial = checkpoint.state.partial if checkpoint else {}
     return Trainer(
@@ -97,11 +95,11 @@ def _build(
         policy=policy,
         optimizer=optimizer,
         objective=build_objective(settings.trainer),
-        inbox=Inbox(settings, stream, coordination, ledger, partial=partial, tally=tally, patience=patience, stop=stop),
+        inbox=Inbox(settings, stream, coordination, run, partial=partial, tally=tally, patience=patience, stop=stop),
         publisher=_publisher(settings, connections, checkpoint),
         replicas=Replicas(
             coordination,
-            ledger,
+            run,
             max_lag=settings.trainer.max_policy_lag,
             max_wait_s=settings.trainer.replica_wait_s,
             patience=patience,
@@ -109,8 +107,8 @@ def _build(
         ),
         checkpoints=checkpoints,
         coordination=coordination,
-        ledger=ledger,
-        sinks=open_sinks(settings, ledger.engine, resume_step=step),
+        records=run,
+        sinks=open_sinks(settings, run, resume_step=step),
         tally=tally,
         patience=patience,
         stop=stop,
@@ -122,25 +120,22 @@ def _build(
 
 def _connect(settings: Settings, stop: Event) -> _Connections:
     patience = Patience(stop)
-    engine = open_database(settings.database_url)
-    patience(lambda: migrate(engine))
-    ledger = Ledger(engine, settings.run.name)
-    patience(lambda: ledger.open_run(without_passwords(settings).model_dump(mode="json")))
+    run = patience(lambda: open_run(settings))
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
     stream = WindowStream(client, settings.run.name)
     patience(stream.create)
-    return _Connections(stream, Coordination(client, settings.run.name), ledger, patience)
+    return _Connections(stream, Coordination(client, settings.run.name), run, patience)
 
 
 def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: _Connections) -> None:
     """A crash, or an end while Redis or the database was away, may have come between the checkpoint and its evidence,
     its step's row or its acknowledgement."""
     _log.info("resuming from %s", checkpoint.folder)
-    state, ledger = checkpoint.state, connections.ledger
+    state, run = checkpoint.state, connections.run
     checkpoints.keep_evidence(state)
     if (row := state.row) is not None:
-        connections.patience(lambda: write_step(ledger.engine, ledger.run_id, step=state.step, row=row))
-    commit_finished(state.finished, ledger, connections.stream, connections.patience)
+        connections.patience(lambda: run.record_step(state.step, row))
+    commit_finished(state.finished, run.ledger, connections.stream, connections.patience)
 
 
 def _say_finished_already(checkpoint: Checkpoint, connections: _Connections) -> None:
@@ -169,8 +164,7 @@ def _publisher(settings: Settings, connections: _Connections, checkpoint: Checkp
     publisher = WeightPublisher(
         store=WeightStore(settings.weight_store_url),
         coordination=connections.coordination,
-        engine=connections.ledger.engine,
-        run_id=settings.run.name,
+        run=connections.run,
         dtype=settings.weights_dtype,
         full_every=settings.weights.full_every,
         keep_versions=settings.weights.keep_versions,

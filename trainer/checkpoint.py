@@ -4,36 +4,37 @@
                               reference/              only if the reference was ever refreshed
                               optimizer.safetensors   moments by parameter name, and the random state
                               state.json              written last: step, version, windows
-    checkpoints/finished.jsonl                        what each of them finished (evidence.py)
+    checkpoints/finished.jsonl                        what each of them finished
 
 The folder is written as `….tmp`, synced to disk and renamed. Its line in finished.jsonl comes after that, then
-acknowledging windows (inbox.py), then deleting older checkpoints.
+acknowledging windows (inbox.py), then deleting older checkpoints. shared/checkpoint_state.py reads states and lines
+without torch.
 """
 
 import logging
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.checkpoint_state import (
     EVIDENCE_FILE,
+    STATE_FILE,
     CheckpointState,
     EvidenceFile,
+    checkpoint_folder,
+    checkpoint_steps,
+    read_state,
 )
 from shared.errors import TrainingError
 from trainer.policy import Policy, PolicyOptimizer
 
-_STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
-_FOLDER = re.compile(r"^step-(\d{8})$")
 _log = logging.getLogger(__name__)
 
 
@@ -50,10 +51,10 @@ class Checkpoint:
             _restore_random(tensors)
             optimizer.load_state(tensors)
         except (OSError, SafetensorError, KeyError) as exc:
-            raise TrainingError(f"{path} can't be used: {exc!r}; {_REMEDY}") from exc
-
-
-_REMEDY = "restore the checkpoint, or delete its folder to go on from the one before it"
+            raise TrainingError(
+                f"{path} can't be used: {exc!r}; restore the checkpoint, or delete its folder to go back to the one "
+                "before it"
+            ) from exc
 
 
 class Checkpoints:
@@ -66,19 +67,15 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step. A damaged one is an error, not a reason to take an older
         one: its windows are acknowledged, and the older one does not contain them."""
-        steps = self._steps()
+        steps = checkpoint_steps(self._root)
         if not steps:
             return None
-        folder = self._folder(steps[-1])
-        try:
-            state = CheckpointState.model_validate_json((folder / _STATE).read_bytes())
-        except (OSError, ValidationError) as exc:
-            raise TrainingError(f"{folder / _STATE} can't be read: {exc}; {_REMEDY}") from exc
-        return Checkpoint(folder, state)
+        folder = checkpoint_folder(self._root, steps[-1])
+        return Checkpoint(folder, read_state(folder))
 
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
         """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay."""
-        folder = self._folder(state.step)
+        folder = checkpoint_folder(self._root, state.step)
         temporary = folder.with_suffix(".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -94,25 +91,17 @@ class Checkpoints:
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Note for ever what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
-        if state.number:
-            EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
-            _sync(self._root)
+        EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
+        _sync(self._root)
 
     def prune(self) -> None:
         """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash
         in the middle leaves no half checkpoint under a complete one's name."""
-        for step in self._steps()[: -self._keep]:
-            self._folder(step).rename(self._folder(step).with_suffix(".tmp"))
+        for step in checkpoint_steps(self._root)[: -self._keep]:
+            folder = checkpoint_folder(self._root, step)
+            folder.rename(folder.with_suffix(".tmp"))
         for leftover in self._root.glob("step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def _steps(self) -> list[int]:
-        if not self._root.is_dir():
-            return []
-        return sorted(int(match[1]) for entry in self._root.iterdir() if (match := _FOLDER.match(entry.name)))
-
-    def _folder(self, step: int) -> Path:
-        return self._root / f"step-{step:08d}"
 
 
 def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> None:
@@ -121,7 +110,7 @@ def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer:
     if policy.reference is not None and state.reference_step:
         policy.reference.save_pretrained(folder / "reference")
     save_file(optimizer.state() | _random_state(), folder / _OPTIMIZER)
-    (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+    (folder / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
 
 def _random_state() -> dict[str, Tensor]:

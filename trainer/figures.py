@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import sqlalchemy as sa
-from sqlalchemy import Engine
-
 from shared import metrics
 from shared.checkpoint_state import StepFigures
 from shared.configuration import without_passwords
-from shared.database import StepRow, transaction
 from shared.errors import SettingsError
 from shared.records import CANDIDATE_KINDS, ScoredWindow
+from shared.runs import Run
 from shared.settings import Settings
 from trainer.preferences import Preference, Selection, rewards_by_kind
 
@@ -141,13 +138,11 @@ class Sink(Protocol):
 class DatabaseSink:
     """One StepRow a step; a step redone after a crash replaces its row."""
 
-    def __init__(self, engine: Engine, run_id: str) -> None:
-        self._engine = engine
-        self._run_id = run_id
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
-        row = StepFigures(at=time.time(), weight_version=weight_version, figures=dict(figures))
-        write_step(self._engine, self._run_id, step=step, row=row)
+        self._run.record_step(step, StepFigures(at=time.time(), weight_version=weight_version, figures=dict(figures)))
 
     def close(self) -> None:
         """Transactions leave nothing open."""
@@ -200,26 +195,11 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sinks(settings: Settings, engine: Engine, *, resume_step: int) -> Sequence[Sink]:
+def open_sinks(settings: Settings, run: Run, *, resume_step: int) -> Sequence[Sink]:
     """The database first: it is the record, the others are views."""
-    sinks: list[Sink] = [DatabaseSink(engine, settings.run.name), MetricsSink()]
+    sinks: list[Sink] = [DatabaseSink(run), MetricsSink()]
     if settings.trainer.log_tensorboard:
         sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
     if settings.trainer.log_wandb:
         sinks.append(WandbSink(settings))
     return sinks
-
-
-def write_step(engine: Engine, run_id: str, *, step: int, row: StepFigures) -> None:
-    """Replaces the row that the step may have."""
-    with transaction(engine) as session:
-        session.merge(StepRow(run_id=run_id, step=step, **row.model_dump()))
-
-
-def delete_steps_beyond(engine: Engine, run_id: str, *, step: int) -> int:
-    """Rows of steps that no checkpoint contains; they are done again. Returns how many."""
-    with transaction(engine) as session:
-        condition = (StepRow.run_id == run_id, StepRow.step > step)
-        gone = session.scalar(sa.select(sa.func.count()).select_from(StepRow).where(*condition)) or 0
-        session.execute(sa.delete(StepRow).where(*condition))
-    return gone

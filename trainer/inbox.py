@@ -20,6 +20,7 @@ from shared.coordination import Coordination
 from shared.errors import StreamError, TrainingError
 from shared.ledger import Ledger
 from shared.records import ScoredWindow, WindowKey
+from shared.runs import Run
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry, WindowStream
 from trainer.figures import Tally
@@ -55,7 +56,7 @@ class Inbox:
         settings: Settings,
         stream: WindowStream,
         coordination: Coordination,
-        ledger: Ledger,
+        run: Run,
         *,
         partial: Mapping[str, PartialWindow],
         tally: Tally,
@@ -66,7 +67,8 @@ class Inbox:
         self._settings = settings
         self._stream = stream
         self._coordination = coordination
-        self._ledger = ledger
+        self._run = run
+        self._ledger = run.ledger
         self._tally = tally
         self._patience = patience
         self._stop = stop
@@ -183,7 +185,8 @@ class Inbox:
         self._partial.pop(window.window_id, None)
         held = _Held(entry.entry_id, deque(selection.pairs), 0)
         if begun:
-            held = _Held(entry.entry_id, deque(selection.pairs[begun.used :]), begun.used, begun.step, _applied(begun))
+            unused, pairs_by_step = deque(selection.pairs[begun.used :]), Counter(begun.pairs_by_step)
+            held = _Held(entry.entry_id, unused, begun.used, begun.step, pairs_by_step)
         self._held[window.window_id] = held
         self.num_pairs += len(held.unused)
         return None
@@ -199,7 +202,7 @@ class Inbox:
         return 0 if oldest is None else weight_version - oldest
 
     def _is_finished(self, window_id: str) -> bool:
-        return bool(self._patience(lambda: self._ledger.trained_among([window_id])))
+        return bool(self._patience(lambda: self._ledger.finished_among([window_id])))
 
     def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
         self._tally.count("duplicate_windows")
@@ -240,7 +243,7 @@ class Inbox:
     def _source_has_ended(self) -> bool:
         """Exhausted is asked first: once it is true nothing new is written, so an empty stream then stays empty."""
         source = self._settings.documents
-        extent = self._ledger.extent(max_epochs=source.max_epochs)
+        extent = self._run.extent(max_epochs=source.max_epochs)
         ended = self._coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and self._stream.backlog().unread == 0
 
@@ -265,11 +268,6 @@ def commit_finished(
         patience(lambda key=key: ledger.drop(key, reason="non_finite_loss"))  # type: ignore[misc]
     entries = {window.entry_id: window_id for window_id, window in finished.items()}
     patience(lambda: stream.acknowledge(entries))
-
-
-def _applied(begun: PartialWindow) -> Counter[int]:
-    """A checkpoint from before this was counted knows only the last of the updates."""
-    return Counter(begun.pairs_by_step or ({} if begun.step is None else {begun.step: begun.used}))
 
 
 def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:

@@ -22,7 +22,7 @@ from shared import metrics
 from shared.checkpoint_state import CheckpointState, StepFigures
 from shared.coordination import Coordination, TrainerReport, TrainerState
 from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
-from shared.ledger import Ledger
+from shared.runs import Run
 from shared.settings import TrainerSettings
 from trainer.batches import SequenceBatch, micro_batches, suffix_log_probs
 from trainer.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ class Trainer:
     replicas: Replicas
     checkpoints: Checkpoints
     coordination: Coordination
-    ledger: Ledger
+    records: Run
     sinks: Sequence[Sink]
     tally: Tally
     patience: Patience
@@ -154,7 +154,7 @@ class Trainer:
         metrics.skipped_steps_total.inc()
         what = f"step {step} skipped: loss {figures['loss']}, gradient norm {figures['grad_norm']}"
         _log.error("%s (%d in a row)", what, self.bad_steps)
-        self.patience(lambda: self.ledger.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs))
+        self.patience(lambda: self.records.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs))
         if self.bad_steps >= self.settings.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_steps} steps in a row without a finite loss (trainer.max_bad_steps), the last: {what}; "
@@ -232,7 +232,7 @@ class Trainer:
     def _finish(self, message: str, *, source_ended: bool) -> TrainerState:
         _log.info(message)
         about = {"step": self.step, "source_ended": source_ended}
-        self.patience(lambda: self.ledger.record_event("trainer", "finished", message, **about))
+        self.patience(lambda: self.records.record_event("trainer", "finished", message, **about))
         self._report("finished")
         return "finished"
 

@@ -1,7 +1,7 @@
 """Sends the policy's weights to the rollout service: store, announcement, row. Called by the loop.
 
     state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes against the version before
-               -> WeightStore.publish (manifest last) -> WeightVersionRow -> announce
+               -> WeightStore.publish (manifest last) -> row in the database -> announce
 
 Versions only ascend: after a resume from an older checkpoint the loaded weights get a new number, above everything
 that the store, Redis, a living replica or the checkpoint has seen. Where the trainer can't know what was seen, because
@@ -19,16 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import sqlalchemy as sa
 import torch
-from sqlalchemy import Engine
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
-from shared.database import WeightVersionRow, transaction
 from shared.errors import DatabaseError, WeightStoreError
+from shared.runs import Run
 from shared.weights.patches import encode_patches, find_patches, foresee
 from shared.weights.state import State, StateSums, lay_out, parse_state
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
@@ -76,8 +74,7 @@ class _Update:
 class WeightPublisher:
     store: WeightStore
     coordination: Coordination
-    engine: Engine
-    run_id: str
+    run: Run
     dtype: Literal["float32", "bfloat16"]
     full_every: int
     keep_versions: int
@@ -176,29 +173,21 @@ class WeightPublisher:
     def _record_forgotten(self, present: Sequence[int]) -> None:
         """A kill came between a version's manifest and its row. A replica may serve it all the same, so its number is
         used up, and `headwater audit` looks for its row."""
-        recorded = self.patience(self._newest_recorded)
+        recorded = self.patience(self.run.newest_weight_version)
         for version in present:
             if recorded is not None and version > recorded:
                 manifest = self.store.manifest(version)
                 self.patience(lambda manifest=manifest: self._write_row(manifest, seconds=0.0))  # type: ignore[misc]
 
-    def _newest_recorded(self) -> int | None:
-        query = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.run_id)
-        with transaction(self.engine) as session:
-            return session.scalar(query)
-
     def _write_row(self, manifest: Manifest, seconds: float) -> None:
-        row = WeightVersionRow(
-            run_id=self.run_id,
-            version=manifest.version,
+        self.run.record_version(
+            manifest.version,
             step=manifest.step,
             form=manifest.form,
             num_bytes=manifest.num_bytes,
             seconds=seconds,
             created_at=manifest.created_at,
         )
-        with transaction(self.engine) as session:
-            session.merge(row)
 
     def _delete_quietly(self, version: int) -> None:
         try:

@@ -13,7 +13,7 @@ from threading import Event
 
 from shared import metrics
 from shared.coordination import Coordination
-from shared.ledger import Ledger
+from shared.runs import Run
 from trainer.patience import Patience
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _POLL_S = 0.05
 @dataclass
 class Replicas:
     coordination: Coordination
-    ledger: Ledger
+    run: Run
     max_lag: int
     """Versions."""
     max_wait_s: float
@@ -80,4 +80,4 @@ class Replicas:
             "their /status says what is wrong"
         )
         _log.warning(message)
-        self.patience(lambda: self.ledger.record_event("trainer", "late_replicas", message, replicas=dict(late)))
+        self.patience(lambda: self.run.record_event("trainer", "late_replicas", message, replicas=dict(late)))

@@ -41,7 +41,7 @@ class PartWorker:
     gate: Gate
     watch: RunWatch
     extent: str
-    """What the end of a part is true for (Ledger.extent)."""
+    """What the end of a part is true for (Run.extent)."""
     # Not the event loop's threads: it waits for those when it closes, and a source may hang.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))

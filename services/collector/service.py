@@ -33,14 +33,12 @@ from services.collector.storage import Recorder, Storage
 from services.collector.windows import PolicyTokenizer, WindowMaker
 from services.concurrency import first_error
 from shared.api import Readiness
-from shared.configuration import without_passwords
 from shared.coordination import Coordination
-from shared.database import open_database
 from shared.errors import SettingsError
 from shared.http import refuse_open_binding
-from shared.ledger import Ledger
+from shared.identity import Manifest
 from shared.redis import connect
-from shared.runs import Manifest
+from shared.runs import Run
 from shared.settings import Secrets, Settings
 from shared.stream import WindowStream
 
@@ -159,22 +157,22 @@ def _open_source(settings: Settings, vocabulary_size: int) -> Source:
 
 def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-    ledger = Ledger(open_database(settings.database_url), settings.run.name)
+    run = Run.of(settings)
     return Storage(
         stream=WindowStream(client, settings.run.name),
         coordination=Coordination(client, settings.run.name),
-        ledger=ledger,
-        recorder=Recorder(ledger, tokenizer, settings.collector.record_share),
+        run=run,
+        recorder=Recorder(run, tokenizer, settings.collector.record_share),
         max_backoff_s=settings.collector.max_backoff_s,
     )
 
 
 async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    await storage.open_run(without_passwords(settings).model_dump(mode="json"))
+    await storage.open_run(settings)
 
 
 async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
-    """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
+    """The extent of this start (Run.extent). SourceError if the run began with other documents."""
     return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
 
 

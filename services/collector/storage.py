@@ -10,18 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import sqlalchemy as sa
-
 from services.collector.backoff import Backoff
 from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
 from shared.coordination import Coordination, TrainerReport
-from shared.database import CandidateRow, ChunkRow, migrate, transaction
 from shared.errors import DatabaseError, FencedError, StreamError
-from shared.ledger import Balance, Ledger, Position, WindowStart, storable
-from shared.records import Lease, ScoredChunk, ScoredWindow, WindowKey
-from shared.runs import Manifest
+from shared.identity import Manifest
+from shared.ledger import Balance, Position, WindowStart
+from shared.records import Lease, ScoredWindow, WindowKey
+from shared.runs import Run
 from shared.seeds import share_of
+from shared.settings import Settings
 from shared.stream import Backlog, WindowStream, encode
 
 _PREFIX_CHARACTERS = 500
@@ -31,73 +30,21 @@ _PREFIX_TOKENS = 500
 
 @dataclass(frozen=True)
 class Recorder:
-    """Writes the rows of drawn windows; the draw depends on the window id only. Blocking."""
+    """Records a share of all windows for people to read, drawn by window id. Blocking."""
 
-    ledger: Ledger
+    run: Run
     tokenizer: PolicyTokenizer
     share: float
 
     def record(self, window: ScoredWindow, lease: Lease) -> None:
-        """Replaces the rows of an earlier, unfinished try. Raises FencedError as the ledger does."""
+        """Raises FencedError as the ledger does."""
         if share_of(window.key, "record") >= self.share:
             return
         prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
-        with transaction(self.ledger.engine) as session:
-            self.ledger.refuse_if_fenced(session, lease)
-            old = sa.select(ChunkRow.id).where(ChunkRow.run_id == window.run_id, ChunkRow.window_id == window.window_id)
-            session.execute(sa.delete(CandidateRow).where(CandidateRow.chunk_id.in_(old)))
-            session.execute(sa.delete(ChunkRow).where(ChunkRow.id.in_(old)))
-            for chunk, prefix in zip(window.chunks, prefixes, strict=True):
-                row = _chunk_row(window, chunk, prefix)
-                session.add(row)
-                session.flush()
-                session.add_all(_candidate_rows(chunk, row.id))
-            session.add_all(_dropped_row(window, lost.start, lost.reason) for lost in window.dropped_chunks)
+        self.run.record_chunks(window, prefixes, lease)
 
     def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
         return self.tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
-
-
-def _chunk_row(window: ScoredWindow, chunk: ScoredChunk, prefix: str) -> ChunkRow:
-    judgement = chunk.judgement
-    return ChunkRow(
-        run_id=window.run_id,
-        window_id=window.window_id,
-        start=chunk.start,
-        prefix=storable(prefix),
-        fingerprint=judgement.fingerprint if judgement else "",
-        reasoning=storable(judgement.reasoning) if judgement else "",
-        num_calls=judgement.num_calls if judgement else 0,
-        num_failures=judgement.num_failures if judgement else 0,
-        scored_at=window.scored_at,
-    )
-
-
-def _dropped_row(window: ScoredWindow, start: int, reason: str) -> ChunkRow:
-    return ChunkRow(
-        run_id=window.run_id,
-        window_id=window.window_id,
-        start=start,
-        prefix="",
-        dropped_reason=storable(reason),
-        scored_at=window.scored_at,
-    )
-
-
-def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
-    judgement = chunk.judgement
-    return [
-        CandidateRow(
-            chunk_id=chunk_id,
-            kinds=",".join(candidate.kinds),
-            text=storable(candidate.text),
-            num_tokens=len(candidate.token_ids),
-            weight_version=candidate.weight_version,
-            reward=judgement.rewards[index] if judgement else None,
-            scores={name: scores[index] for name, scores in judgement.scores.items()} if judgement else {},
-        )
-        for index, candidate in enumerate(chunk.candidates)
-    ]
 
 
 _log = logging.getLogger(__name__)
@@ -122,14 +69,15 @@ class Storage:
         self,
         stream: WindowStream,
         coordination: Coordination,
-        ledger: Ledger,
+        run: Run,
         recorder: Recorder,
         *,
         max_backoff_s: float,
     ) -> None:
         self._stream = stream
         self._coordination = coordination
-        self._ledger = ledger
+        self._run = run
+        self._ledger = run.ledger
         self._recorder = recorder
         self._max_backoff_s = max_backoff_s
         self.trouble: dict[str, str] = {}
@@ -141,19 +89,18 @@ class Storage:
         # Its own thread: a lease would end while its renewal waits behind other calls.
         self._lease_thread = ThreadPoolExecutor(1, "leases")
 
-    async def open_run(self, settings: dict[str, Any]) -> None:
+    async def open_run(self, settings: Settings) -> None:
         """Schema, run and stream are there; SettingsError if the run began with other settings."""
-        await self._database(lambda: migrate(self._ledger.engine))
-        await self._database(lambda: self._ledger.open_run(settings))
+        await self._database(lambda: self._run.open(settings))
         await self._redis(self._stream.create)
 
     async def adopt_source(self, manifest: Manifest, *, max_epochs: int) -> str:
-        """The extent of this start (Ledger.extent). SourceError if the run began with other documents."""
-        await self._database(lambda: self._ledger.adopt_source(manifest))
-        return await self._database(lambda: self._ledger.extent(max_epochs=max_epochs))
+        """The extent of this start (Run.extent). SourceError if the run began with other documents."""
+        await self._database(lambda: self._run.adopt_source(manifest))
+        return await self._database(lambda: self._run.extent(max_epochs=max_epochs))
 
     async def newest_weight_version(self) -> int:
-        return await self._database(self._ledger.newest_weight_version)
+        return await self._database(self._run.newest_weight_version) or 0
 
     async def look(self) -> Sight:
         """One attempt. Raises StreamError."""
@@ -281,7 +228,7 @@ class Storage:
         await self._redis(lambda: self._coordination.mark_exhausted(lease, extent=extent))
 
     async def record_event(self, kind: str, message: str, **data: Any) -> None:
-        await self._database(lambda: self._ledger.record_event("collector", kind, message, **data))
+        await self._database(lambda: self._run.record_event("collector", kind, message, **data))
 
     def close(self) -> None:
         """Does not wait for calls under way: the clients' timeouts bound them."""

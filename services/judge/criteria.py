@@ -11,11 +11,12 @@ from typing import Protocol
 
 from services.concurrency import all_of
 from services.engine.base import Engine
-from services.judge.verdicts import Answer, CallCount, VerdictSource, derived_seed
+from services.judge.verdicts import Answer, CallCount, VerdictSource
 from services.prompts import Prompt, opened
 from shared.api import JudgedText, JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
 from shared.records import TokenIds
+from shared.seeds import question_seed
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Pointwise:
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         texts = chunk.distinct_texts
         answers = await all_of(
-            self._ask(chunk, text, seed=derived_seed(seed, place), count=count) for place, text in enumerate(texts)
+            self._ask(chunk, text, seed=question_seed(seed, place), count=count) for place, text in enumerate(texts)
         )
         value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
         return Scores([value_of[text] for text in chunk.texts], _first_reasoning(answers))
@@ -137,7 +138,7 @@ class Pairwise:
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         pairs = list(combinations(enumerate(chunk.distinct_texts), 2))
         answers = await all_of(
-            self._compare(chunk, first, second, seed=derived_seed(seed, place, other), count=count)
+            self._compare(chunk, first, second, seed=question_seed(seed, place, other), count=count)
             for (place, first), (other, second) in pairs
         )
         wins: dict[tuple[str, str], float] = {}
@@ -154,7 +155,7 @@ class Pairwise:
         asked = [order for order in orders if order[-1]]
         answers = await all_of(
             self._source.ask(
-                self._prompt.fill(chunk, a=a, b=b), num_samples=number, seed=derived_seed(seed, order), count=count
+                self._prompt.fill(chunk, a=a, b=b), num_samples=number, seed=question_seed(seed, order), count=count
             )
             for order, a, b, number in asked
         )

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from services.concurrency import all_of
 from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores
-from services.judge.verdicts import CallCount, derived_seed
+from services.judge.verdicts import CallCount
 from shared.api import JudgementFailure, JudgementRequest, JudgementResponse
 from shared.errors import PromptError, RequestError, TokenIdsNeededError, VerdictError
 from shared.records import Judgement
+from shared.seeds import question_seed
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Judge:
                 "item its `token_start` and its candidates' `token_ids`"
             )
         judgements = await all_of(
-            self._in_turn(JudgedChunk(request, item), seed=derived_seed(request.seed, place))
+            self._in_turn(JudgedChunk(request, item), seed=question_seed(request.seed, place))
             for place, item in enumerate(request.items)
         )
         return JudgementResponse(judgements=tuple(judgements), wants_token_ids=self._wants_token_ids)
@@ -67,7 +68,7 @@ class Judge:
 
     async def _judge_chunk(self, chunk: JudgedChunk, *, seed: int, counts: Mapping[str, CallCount]) -> Judgement:
         results: list[Scores] = await all_of(
-            entry.criterion.score(chunk, seed=derived_seed(seed, name), count=counts[name])
+            entry.criterion.score(chunk, seed=question_seed(seed, name), count=counts[name])
             for name, entry in self._criteria.items()
         )
         scores = {name: tuple(result.values) for name, result in zip(self._criteria, results, strict=True)}

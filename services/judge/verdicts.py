@@ -8,7 +8,6 @@ An answer without a readable verdict is asked for again. It is never a score.
 """
 
 import asyncio
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Protocol
 from services.engine.base import Engine, Generation, Sampling
 from shared import metrics
 from shared.errors import VerdictError
+from shared.seeds import question_seed
 from shared.settings import CriterionSettings
 
 CHARACTERS_PER_TOKEN = 4
@@ -106,7 +106,7 @@ class AnswerVerdict:
         reasoning = ""
         for attempt in range(self._max_retries + 1):
             num_missing = num_samples - len(values)
-            texts = await self._sample(prompt, num_missing, seed=derived_seed(seed, attempt), count=count)
+            texts = await self._sample(prompt, num_missing, seed=question_seed(seed, attempt), count=count)
             read = [(text, read_verdict(text, self._verdicts)) for text in texts]
             values += [value for _, value in read if value is not None]
             reasoning = reasoning or next((text for text, value in read if value is not None), "")
@@ -200,9 +200,3 @@ def label_expectation(log_probs: Sequence[Sequence[float]], values: Sequence[flo
         return None
     odds = [math.exp(total - highest) for total in totals]
     return math.fsum(odd * value for odd, value in zip(odds, values, strict=True)) / math.fsum(odds)
-
-
-def derived_seed(seed: int, *place: int | str) -> int:
-    """31 bits that depend only on the request's seed and the question's place in the request."""
-    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1

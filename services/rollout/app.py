@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from services.rollout.weight_copy import WeightCopy
 from shared.api import Readiness, Rollout, RolloutRequest, RolloutResponse
 from shared.coordination import Coordination
 from shared.redis import connect
+from shared.seeds import derive_seed
 from shared.settings import RolloutSettings, Secrets, Settings
 from shared.weights.store import WeightStore
 
@@ -131,17 +131,11 @@ async def sample_rollouts(engine: Engine, request: RolloutRequest) -> RolloutRes
         num_samples=request.num_rollouts,
         temperature=request.temperature,
         top_p=request.top_p,
-        seed=spread_seed(request.seed, request.starts[0]),
+        seed=derive_seed(request.seed, request.starts[0], bits=48),
     )
     prompts = [request.token_ids[:start] for start in request.starts]
     answers = await engine.generate(prompts, sampling)
     return RolloutResponse(rollouts=tuple(tuple(map(_rollout, generations)) for generations in answers))
-
-
-def spread_seed(*parts: int) -> int:
-    """A seed of 48 bits. Engines count on from it row by row, so neighbouring seeds must not lie side by side."""
-    digest = hashlib.blake2b(".".join(map(str, parts)).encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _rollout(generation: Generation) -> Rollout:

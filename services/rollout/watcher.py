@@ -22,11 +22,9 @@ from typing import Any, Protocol
 from services.engine.base import Engine, PatchableEngine
 from services.rollout.weight_copy import CopyState, Staged, WeightCopy
 from shared import metrics
-from shared.configuration import without_passwords
 from shared.coordination import AnnouncedWeights
-from shared.database import migrate, open_database
 from shared.errors import DatabaseError, EngineError, HeadwaterError, SettingsError, StreamError, WeightStoreError
-from shared.ledger import Ledger
+from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.weights.store import Manifest, WeightStore
 
@@ -295,21 +293,14 @@ class RunEvents:
     def __init__(self, settings: Settings, *, role: str) -> None:
         self._settings = settings
         self._role = role
-        self._ledger: Ledger | None = None
+        self._run: Run | None = None
 
     def record(self, kind: str, message: str, **data: Any) -> None:
         """A database that is away, or that has the run with another identity, costs the event, not the service: the
         log has it too."""
         try:
-            if self._ledger is None:
-                self._ledger = self._open()
-            self._ledger.record_event(self._role, kind, message, **data)
+            if self._run is None:
+                self._run = open_run(self._settings)
+            self._run.record_event(self._role, kind, message, **data)
         except (DatabaseError, SettingsError) as exc:
             _log.warning("event %s is not in the database: %s", kind, exc)
-
-    def _open(self) -> Ledger:
-        engine = open_database(self._settings.database_url)
-        migrate(engine)
-        ledger = Ledger(engine, self._settings.run.name)
-        ledger.open_run(without_passwords(self._settings).model_dump(mode="json"))
-        return ledger

@@ -12,9 +12,10 @@ from sqlalchemy import Engine
 from cli.run_folder import RunFolder
 from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow, PartialWindow
 from shared.configuration import load_settings
-from shared.database import StepRow, WeightVersionRow, migrate, open_database, transaction
+from shared.database import StepRow, WeightVersionRow, transaction
 from shared.ledger import Ledger, WindowStart
 from shared.records import WindowKey
+from shared.runs import Run, open_run
 from shared.settings import Settings
 
 
@@ -28,8 +29,15 @@ class MadeRun:
 
     folder: RunFolder
     settings: Settings
-    engine: Engine
-    ledger: Ledger
+    run: Run
+
+    @property
+    def engine(self) -> Engine:
+        return self.run.database
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.run.ledger
 
     def read(self, *keys: WindowKey) -> None:
         self.ledger.begin([WindowStart(one, f"a.jsonl:{one.position}", 100) for one in keys])
@@ -67,11 +75,6 @@ class MadeRun:
         self.write_state(step, line.model_dump(mode="json"))
         self.evidence.append(line)
 
-    def checkpoint_from_before(self, step: int, finished: dict[str, int | None]) -> None:
-        """As trainers wrote them that left no evidence."""
-        documents = {one: {"entry_id": f"{step}-{n}", "step": at} for n, (one, at) in enumerate(finished.items())}
-        self.write_state(step, {"step": step, "finished": documents, "partial": {}})
-
     def write_state(self, step: int, state: dict[str, Any]) -> None:
         folder = self.folder.checkpoints / f"step-{step:08d}"
         folder.mkdir(parents=True)
@@ -97,9 +100,6 @@ def made(tmp_path: Path) -> Iterator[MadeRun]:
     folder = RunFolder(settings.run.folder)
     folder.create()
     folder.adopt(settings)
-    engine = open_database(settings.database_url)
-    migrate(engine)
-    ledger = Ledger(engine, "made")
-    ledger.open_run(settings.model_dump(mode="json"))
-    yield MadeRun(folder, settings, engine, ledger)
-    engine.dispose()
+    run = open_run(settings)
+    yield MadeRun(folder, settings, run)
+    run.close()

@@ -19,6 +19,7 @@ from cli.run_folder import RunFolder
 from shared.database import open_database
 from shared.ledger import WindowStart
 from shared.records import ScoredWindow, WindowKey
+from shared.redis import windows_key
 from shared.settings import Settings
 from tests.trainer.conftest import RedisServer, Stack, make_stack, policy_folder, redis_server
 from tests.trainer.windows import candidate, chunk, plain_window, window
@@ -103,7 +104,7 @@ def good_run(
     make = make_stack.__wrapped__(redis_server, policy_folder, folder)  # type: ignore[attr-defined]
     stack = make("run", num_parts=2, steps=7, pairs_per_step=4, checkpoint_every=2, keep_checkpoints=1)
     train_a_run(stack)
-    stack.ledger.engine.dispose()
+    stack.records.close()
     return stack.settings, folder
 
 
@@ -138,16 +139,16 @@ def at(part: int, epoch: int, position: int, window: int | None = None) -> str:
     return where if window is None else f"{where} AND window = {window}"
 
 
-TRAINED = "UPDATE documents SET state = 'trained', reason = '', trained_step = 3, num_pairs = 3 WHERE "
+TRAINED = "UPDATE windows SET state = 'trained', reason = '', trained_step = 3, num_pairs = 3 WHERE "
 SQL = {
-    "the first window of a document": (f"DELETE FROM documents WHERE {at(0, 0, 1, 0)}", "window 0.0.1.0 has no row"),
-    "a middle window": (f"DELETE FROM documents WHERE {at(0, 0, 1, 1)}", "window 0.0.1.1 has no row"),
-    "the last window": (f"DELETE FROM documents WHERE {at(0, 0, 1, 2)}", "window 0.0.1.2 has no row"),
-    "the last window of one being read": (f"DELETE FROM documents WHERE {at(1, 0, 2, 1)}", "window 1.0.2.1 has no row"),
-    "all rows of a document": (f"DELETE FROM documents WHERE {at(0, 0, 1)}", "document 0.0.1 has no row"),
-    "a refused line": (f"DELETE FROM documents WHERE {at(0, 0, 2)}", "document 0.0.2 has no row"),
-    "the last document of a part": (f"DELETE FROM documents WHERE {at(1, 0, 2)}", "document 1.0.2 has no row"),
-    "the last document of an epoch": (f"DELETE FROM documents WHERE {at(0, 1, 2)}", "document 0.1.2 has no row"),
+    "the first window of a document": (f"DELETE FROM windows WHERE {at(0, 0, 1, 0)}", "window 0.0.1.0 has no row"),
+    "a middle window": (f"DELETE FROM windows WHERE {at(0, 0, 1, 1)}", "window 0.0.1.1 has no row"),
+    "the last window": (f"DELETE FROM windows WHERE {at(0, 0, 1, 2)}", "window 0.0.1.2 has no row"),
+    "the last window of one being read": (f"DELETE FROM windows WHERE {at(1, 0, 2, 1)}", "window 1.0.2.1 has no row"),
+    "all rows of a document": (f"DELETE FROM windows WHERE {at(0, 0, 1)}", "document 0.0.1 has no row"),
+    "a refused line": (f"DELETE FROM windows WHERE {at(0, 0, 2)}", "document 0.0.2 has no row"),
+    "the last document of a part": (f"DELETE FROM windows WHERE {at(1, 0, 2)}", "document 1.0.2 has no row"),
+    "the last document of an epoch": (f"DELETE FROM windows WHERE {at(0, 1, 2)}", "document 0.1.2 has no row"),
     "a cursor": ("DELETE FROM cursors WHERE part = 1", "document 1.0.0 has rows: part 1, epoch 0 has no cursor"),
     "a cursor set back": ("UPDATE cursors SET num_positions = 1 WHERE part = 1", "document 1.0.2 has rows"),
     "a step": ("DELETE FROM steps WHERE step = 3", "step 3 has no row"),
@@ -176,39 +177,39 @@ SQL = {
         "window 1.0.1.0 is trained, the checkpoint of step 7 has only begun it",
     ),
     "a trained one is called dropped": (
-        f"UPDATE documents SET state = 'dropped', reason = 'stale' WHERE {at(0, 0, 1, 1)}",
+        f"UPDATE windows SET state = 'dropped', reason = 'stale' WHERE {at(0, 0, 1, 1)}",
         "window 0.0.1.1 is dropped (stale), the checkpoint of step 2 says trained",
     ),
     "a trained one is called scored": (
-        f"UPDATE documents SET state = 'scored' WHERE {at(1, 0, 0, 0)}",
+        f"UPDATE windows SET state = 'scored' WHERE {at(1, 0, 0, 0)}",
         "window 1.0.0.0 is scored, the checkpoint of step",
     ),
     "one is called non-finite": (
-        f"UPDATE documents SET state = 'dropped', reason = 'non_finite_loss' WHERE {at(1, 0, 2, 0)}",
+        f"UPDATE windows SET state = 'dropped', reason = 'non_finite_loss' WHERE {at(1, 0, 2, 0)}",
         "window 1.0.2.0 is dropped as non_finite_loss, no checkpoint says so",
     ),
     "a state that no rule knows": (
-        f"UPDATE documents SET state = 'lost' WHERE {at(1, 0, 2, 0)}",
+        f"UPDATE windows SET state = 'lost' WHERE {at(1, 0, 2, 0)}",
         "window 1.0.2.0 is 'lost'",
     ),
     "another step": (
-        f"UPDATE documents SET trained_step = 1 WHERE {at(0, 0, 1, 1)}",
+        f"UPDATE windows SET trained_step = 1 WHERE {at(0, 0, 1, 1)}",
         "window 0.0.1.1 is marked trained at step 1, the checkpoint of step 2 says step 2",
     ),
     "a step beyond the newest checkpoint": (
-        f"UPDATE documents SET trained_step = 9 WHERE {at(0, 0, 1, 1)}",
+        f"UPDATE windows SET trained_step = 9 WHERE {at(0, 0, 1, 1)}",
         "window 0.0.1.1 is marked trained at step 9, the newest checkpoint is of 7",
     ),
     "another number of pairs": (
-        f"UPDATE documents SET num_pairs = 2 WHERE {at(0, 0, 1, 1)}",
+        f"UPDATE windows SET num_pairs = 2 WHERE {at(0, 0, 1, 1)}",
         "window 0.0.1.1 is marked as giving 2 pairs, the checkpoint of step 2 says 3",
     ),
     "fewer scored chunks than pairs": (
-        f"UPDATE documents SET num_chunks = 2 WHERE {at(0, 0, 1, 1)}",
+        f"UPDATE windows SET num_chunks = 2 WHERE {at(0, 0, 1, 1)}",
         "window 0.0.1.1 gave 3 pairs, it has 2 scored chunks",
     ),
     "another number of windows": (
-        f"UPDATE documents SET num_windows = 4 WHERE {at(0, 0, 1)}",
+        f"UPDATE windows SET num_windows = 4 WHERE {at(0, 0, 1)}",
         "window 0.0.1.3 has no row: its document has 4",
     ),
 }
@@ -279,7 +280,7 @@ def test_a_torn_last_line_is_none(run: CopiedRun) -> None:
 
 
 def test_an_entry_that_the_stream_lost_is_found(run: CopiedRun) -> None:
-    stream = f"headwater:{run.settings.run.name}:documents"
+    stream = windows_key(run.settings.run.name)
     entry, fields = next(one for one in run.client.xrange(stream) if one[1][b"id"] == b"0.1.2.1")
     run.client.xdel(stream, entry)
     try:

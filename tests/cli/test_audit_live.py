@@ -40,7 +40,7 @@ def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
         while True:
             looks += 1
             is_over = all(work.done() for work in working)
-            result = audit_run(stack.ledger.engine, stack.settings, folder)
+            result = audit_run(stack.records.database, stack.settings, folder)
             assert [check for check in result.checks if check.outcome == "fails"] == []
             if is_over:
                 break
@@ -56,7 +56,7 @@ def test_the_database_is_read_as_of_one_moment(database: Engine, database_url: s
     other = open_database(database_url)
 
     def interrupt(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "FROM documents" in statement:
+        if "FROM windows" in statement:
             Ledger(other, "run").begin([WindowStart(key(1), "d", 16)])
 
     sa.event.listen(database, "after_cursor_execute", interrupt)

@@ -9,8 +9,8 @@ from cli.check import check
 from cli.init_model import ModelShape, init_model
 from shared.configuration import load_settings
 from shared.database import migrate, open_database
-from shared.ledger import Ledger
-from shared.runs import Manifest
+from shared.identity import Manifest
+from shared.runs import open_run
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "real-text.toml"
 
@@ -115,13 +115,12 @@ def test_documents_and_settings_of_a_run_in_the_database_are_compared(
     (documents / "a.jsonl").write_text('{"text": "the sea"}')
     url = f"sqlite:///{tmp_path / 'runs.db'}"
     options = ["--documents.path", str(documents), "--database.url", url, "--run.name", "known"]
+    settings = load_settings(CONFIG, [*_words(folder), *options])
     engine = open_database(url)
     migrate(engine)
     assert _check(folder, *options) == 0, "it does not have the run"
-    settings = load_settings(CONFIG, [*_words(folder), *options])
-    ledger = Ledger(engine, "known")
-    ledger.open_run(settings.model_dump(mode="json"))
-    ledger.adopt_source(Manifest({"a.jsonl": 19}))
+    run = open_run(settings)
+    run.adopt_source(Manifest({"a.jsonl": 19}))
     assert _check(folder, *options) == 0
     (documents / "b.jsonl").write_text('{"text": "the hills"}')
     assert _check(folder, *options) == 1
@@ -129,15 +128,3 @@ def test_documents_and_settings_of_a_run_in_the_database_are_compared(
     assert _check(folder, *options, "--documents.num_parts", "2") == 1
     assert "documents.num_parts was 1 and is now 2" in capsys.readouterr().out
     engine.dispose()
-
-
-def test_a_database_of_an_older_schema_is_read(folder: Path, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'runs.db'}"
-    engine = open_database(url)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("CREATE TABLE runs (id VARCHAR PRIMARY KEY, created_at FLOAT, settings JSON)")
-        connection.exec_driver_sql("INSERT INTO runs VALUES ('old', 0, '{}')")
-    start = Ledger(engine, "old").began_with()
-    engine.dispose()
-    assert start is not None
-    assert (start.settings, start.source) == ({}, None)

@@ -53,7 +53,7 @@ def test_drops_audit_and_events_stand_in_the_page(made: MadeRun, capsys: pytest.
     made.step(1, loss=1.0)
     made.read(key(0))
     made.ledger.drop(key(0), reason="not_json")
-    made.ledger.record_event("judge", "died", "judge was killed | by signal 9")
+    made.run.record_event("judge", "died", "judge was killed | by signal 9")
     assert report(str(made.folder.path)) == 0
     text = Path(capsys.readouterr().out.strip()).read_text()
     assert "| not_json | 1 |" in text

@@ -47,12 +47,15 @@ def test_other_settings_may_change_and_are_kept(folder: RunFolder) -> None:
     assert load_settings(folder.settings_file, environ={}) == changed
 
 
-def test_a_run_from_before_a_setting_keeps_what_it_did_then(folder: RunFolder) -> None:
-    content = folder.settings_file.read_text().replace("shuffle_bytes = 128000000\n", "")
-    folder.settings_file.write_text(content)
-    with pytest.raises(SettingsError, match=r"documents\.shuffle_bytes was 0 and is now 128000000"):
+def test_a_run_of_an_earlier_version_is_refused_with_one_sentence(folder: RunFolder) -> None:
+    """Its settings have names that this version does not know."""
+    now, then = "max_windows_in_flight", "max_documents_in_flight"
+    folder.settings_file.write_text(folder.settings_file.read_text().replace(now, then))
+    sentence = "^run 'run' was begun by an earlier version of Headwater, .* start a new run with --run.name NAME$"
+    with pytest.raises(SettingsError, match=sentence):
         folder.adopt(_settings())
-    folder.adopt(_settings("--documents.shuffle_bytes", "0"))
+    with pytest.raises(SettingsError, match=sentence):
+        find_run(str(folder.path))
 
 
 def test_a_secret_is_no_part_of_a_runs_identity(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import redis
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
 from shared.database import migrate, open_database
 from shared.redis import connect
@@ -48,12 +47,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Engine]:
+def database(database_url: str) -> Iterator[sa.Engine]:
     """Migrated."""
-    engine = open_database(database_url)
-    migrate(engine)
-    yield engine
-    engine.dispose()
+    opened = open_database(database_url)
+    migrate(opened)
+    yield opened
+    opened.dispose()
 
 
 @pytest.fixture(scope="session")

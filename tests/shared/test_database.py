@@ -11,19 +11,31 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine
 
 from shared import migrations
-from shared.database import Base, CandidateRow, ChunkRow, RunRow, migrate, open_database, transaction, translated
+from shared.database import (
+    Base,
+    CandidateRow,
+    ChunkRow,
+    CursorRow,
+    RunRow,
+    StepRow,
+    WeightVersionRow,
+    WindowRow,
+    migrate,
+    open_database,
+    transaction,
+    translated,
+)
 from shared.errors import DatabaseError
 
 
-def test_migrations_make_exactly_the_models(database: Engine) -> None:
+def test_migrations_make_exactly_the_models(database: sa.Engine) -> None:
     with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
-def test_migrating_again_changes_nothing(database: Engine) -> None:
+def test_migrating_again_changes_nothing(database: sa.Engine) -> None:
     with transaction(database) as session:
         session.add(RunRow(id="a", created_at=1.0, settings={"deep": [1, None]}))
     migrate(database)
@@ -31,23 +43,65 @@ def test_migrating_again_changes_nothing(database: Engine) -> None:
         assert session.scalars(sa.select(RunRow)).one().settings == {"deep": [1, None]}
 
 
-def test_the_kinds_of_candidates_survive_the_second_migration(database_url: str) -> None:
-    engine = open_database(database_url)
+FIRST_ROWS = (
+    "INSERT INTO runs VALUES ('r', 1.0, '{}')",
+    "INSERT INTO documents VALUES ('r', 0, 0, 3, 0, 'd', 'scored', '', '', 32, 3, 1, 2, NULL, 1.0, NULL)",
+    "INSERT INTO chunks VALUES (1, 'r', '0.0.3.0', 8, 'p', '', '', 0, 0, '', 1.0)",
+    "INSERT INTO candidates VALUES (1, 1, 'rollout', 't', 3, 2, 0.5, '{}')",
+    "INSERT INTO steps VALUES ('r', 1, 1.0, 2, '{}')",
+    "INSERT INTO weight_versions VALUES ('r', 2, 1, 'full', 5000, 0.5, 1.0)",
+)
+
+
+def rows_of_models(database: sa.Engine) -> dict[str, tuple[object, ...]]:
+    """Of each table its one row, in the columns that migrations have changed or added."""
+    columns = (
+        (RunRow.id, RunRow.form),
+        (WindowRow.position, WindowRow.source_id, WindowRow.weight_version, WindowRow.num_windows),
+        (ChunkRow.id, ChunkRow.window_id),
+        (CandidateRow.chunk_id, CandidateRow.kinds, CandidateRow.weight_version),
+        (StepRow.step, StepRow.weight_version),
+        (WeightVersionRow.version, WeightVersionRow.num_bytes),
+        (CursorRow.epoch, CursorRow.num_positions),
+    )
+    with transaction(database) as session:
+        return {one[0].class_.__tablename__: tuple(session.execute(sa.select(*one)).one()) for one in columns}
+
+
+def test_rows_survive_every_migration_and_the_way_back(database_url: str) -> None:
+    database = open_database(database_url)
+    migrate(database, revision="0001")
+    with database.begin() as connection:
+        for row in FIRST_ROWS:
+            connection.exec_driver_sql(row)
+    migrate(database)
+    expected = {
+        "runs": ("r", 1),
+        "windows": (3, "d", 2, 0),
+        "chunks": (1, "0.0.3.0"),
+        "candidates": (1, "rollout", 2),
+        "steps": (1, 2),
+        "weight_versions": (2, 5000),
+        "cursors": (0, 4),
+    }
+    assert rows_of_models(database) == expected
+    downgrade(database, "0002")
+    assert "documents" in sa.inspect(database).get_table_names()
+    assert {index["name"] for index in sa.inspect(database).get_indexes("chunks")} >= {"ix_chunks_document_id"}
+    migrate(database)
+    assert rows_of_models(database) == expected
+    database.dispose()
+
+
+def downgrade(database: sa.Engine, revision: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    with engine.begin() as connection:
+    with database.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-        connection.execute(sa.text("INSERT INTO chunks VALUES (1, 'r', '0.0.0.0', 8, 'p', '', '', 0, 0, '', 1.0)"))
-        connection.execute(sa.text("INSERT INTO candidates VALUES (1, 1, 'rewrite', 't', 3, NULL, 0.5, '{}')"))
-    migrate(engine)
-    with transaction(engine) as session:
-        row = session.scalars(sa.select(CandidateRow)).one()
-        assert (row.kinds, row.text, row.reward) == ("rewrite", "t", 0.5)
-    engine.dispose()
+        command.downgrade(config, revision)
 
 
-def test_a_failing_transaction_leaves_nothing(database: Engine) -> None:
+def test_a_failing_transaction_leaves_nothing(database: sa.Engine) -> None:
     def fail() -> None:
         with transaction(database) as session:
             session.add(RunRow(id="a", created_at=1.0, settings={}))
@@ -72,11 +126,11 @@ def test_postgresql_ends_the_transaction_of_a_frozen_process(
         waiting.execute(lock)
         with pytest.raises(DatabaseError, match="idle-in-transaction timeout"), translated():
             holding.execute(sa.text("SELECT 1"))
-    for engine in (frozen, other):
-        engine.dispose()
+    for database in (frozen, other):
+        database.dispose()
 
 
-def test_candidates_go_with_their_chunk(database: Engine) -> None:
+def test_candidates_go_with_their_chunk(database: sa.Engine) -> None:
     with transaction(database) as session:
         chunk = ChunkRow(run_id="r", window_id="0.0.0.0", start=8, prefix="p", scored_at=1.0)
         session.add(chunk)
@@ -90,7 +144,7 @@ def test_candidates_go_with_their_chunk(database: Engine) -> None:
         assert session.scalars(sa.select(CandidateRow)).all() == []
 
 
-def test_several_threads_write_at_once(database: Engine) -> None:
+def test_several_threads_write_at_once(database: sa.Engine) -> None:
     def write(name: int) -> None:
         for number in range(5):
             with transaction(database) as session:
@@ -119,9 +173,9 @@ def test_a_database_without_tables_is_a_database_error(database_url: str) -> Non
 
 
 def test_an_unreachable_server_is_a_database_error() -> None:
-    engine = open_database("postgresql://nobody@127.0.0.1:1/none")
+    database = open_database("postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(DatabaseError, match="database: "):
-        migrate(engine)
+        migrate(database)
 
 
 def test_a_url_that_is_none_is_named() -> None:
@@ -130,14 +184,14 @@ def test_a_url_that_is_none_is_named() -> None:
 
 
 def test_sqlite_keeps_a_write_ahead_log_and_syncs(tmp_path: Path) -> None:
-    engine = open_database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'h.db'}")
-    with engine.connect() as connection:
+    database = open_database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'h.db'}")
+    with database.connect() as connection:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(sa.text("PRAGMA synchronous")).scalar() == 2
-    engine.dispose()
+    database.dispose()
 
 
-def test_what_the_database_refuses_is_no_outage(database: Engine) -> None:
+def test_what_the_database_refuses_is_no_outage(database: sa.Engine) -> None:
     """A constraint, and a wrong statement (SQLite calls that an operational error)."""
     with transaction(database) as session:
         session.add(RunRow(id="a", created_at=1.0, settings={}))

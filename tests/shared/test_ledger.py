@@ -5,23 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
-from shared.database import EventRow, RunRow, WeightVersionRow, WindowRow, transaction
-from shared.errors import FencedError, SettingsError, SourceError
-from shared.ledger import Balance, Ledger, Position, RunStart, WindowStart
+from shared.database import EventRow, WindowRow, transaction
+from shared.errors import FencedError
+from shared.ledger import Balance, Ledger, Position, WindowStart
 from shared.records import Lease, WindowKey
-from shared.runs import Manifest
 
 
 def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> WindowKey:
     return WindowKey(part=part, epoch=epoch, position=position, window=window)
 
 
-def opened(database: Engine) -> Ledger:
-    ledger = Ledger(database, "run")
-    ledger.open_run({"seed": 1})
-    return ledger
+@pytest.fixture
+def ledger(database: sa.Engine) -> Ledger:
+    return Ledger(database, "run")
 
 
 def begin(ledger: Ledger, *keys: WindowKey) -> None:
@@ -37,15 +34,14 @@ def take(ledger: Ledger, part: int) -> int:
     return ledger.take_part(part, after=ledger.lease_epoch(part))
 
 
-def rows(database: Engine) -> Sequence[WindowRow]:
+def rows(database: sa.Engine) -> Sequence[WindowRow]:
     with transaction(database) as session:
         found = session.scalars(sa.select(WindowRow).order_by(WindowRow.position, WindowRow.window)).all()
         session.expunge_all()
     return found
 
 
-def test_a_window_goes_from_reading_over_scored_to_trained(database: Engine) -> None:
-    ledger = opened(database)
+def test_a_window_goes_from_reading_over_scored_to_trained(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0))
     assert rows(database)[0].state == "reading"
     score(ledger, key(0))
@@ -56,8 +52,7 @@ def test_a_window_goes_from_reading_over_scored_to_trained(database: Engine) -> 
     assert row.finished_at is not None
 
 
-def test_balance_counts_every_state(database: Engine) -> None:
-    ledger = opened(database)
+def test_balance_counts_every_state(ledger: Ledger) -> None:
     begin(ledger, *(key(position) for position in range(6)))
     score(ledger, key(1), key(2), key(3))
     ledger.mark_trained({"0.0.2.0": 1})
@@ -69,16 +64,14 @@ def test_balance_counts_every_state(database: Engine) -> None:
     assert balance.in_flight == 3
 
 
-def test_begin_repeated_keeps_the_rows_as_they_are(database: Engine) -> None:
-    ledger = opened(database)
+def test_begin_repeated_keeps_the_rows_as_they_are(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(0, window=1))
     score(ledger, key(0))
     begin(ledger, key(0), key(0, window=1), key(1))
     assert [row.state for row in rows(database)] == ["scored", "reading", "reading"]
 
 
-def test_finished_windows_stay_finished(database: Engine) -> None:
-    ledger = opened(database)
+def test_finished_windows_stay_finished(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1))
     ledger.mark_trained({"0.0.0.0": 3})
     ledger.drop(key(1), reason="stale")
@@ -87,8 +80,7 @@ def test_finished_windows_stay_finished(database: Engine) -> None:
     assert [(row.state, row.trained_step) for row in rows(database)] == [("trained", 3), ("dropped", None)]
 
 
-def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(database: Engine) -> None:
-    ledger = opened(database)
+def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0))
     ledger.mark_trained({"0.0.0.0": 3})
     lease = Lease(0, "me", take(ledger, 0))
@@ -98,21 +90,19 @@ def test_a_trained_window_that_is_dropped_stays_trained_and_an_event_tells(datab
     with transaction(database) as session:
         events = session.scalars(sa.select(EventRow).order_by(EventRow.id)).all()
         assert [(event.role, event.kind, event.data) for event in events] == [
-            ("trainer", "kept_trained", {"document": "0.0.0.0", "reason": "stale"}),
-            ("collector", "kept_trained", {"document": "0.0.0.0", "reason": "judge_refused"}),
+            ("trainer", "kept_trained", {"window": "0.0.0.0", "reason": "stale"}),
+            ("collector", "kept_trained", {"window": "0.0.0.0", "reason": "judge_refused"}),
         ]
 
 
-def test_a_dropped_window_keeps_its_first_reason(database: Engine) -> None:
-    ledger = opened(database)
+def test_a_dropped_window_keeps_its_first_reason(ledger: Ledger) -> None:
     begin(ledger, key(0))
     assert ledger.drop(key(0), reason="stale")
     assert ledger.drop(key(0), reason="broken_entry")
     assert ledger.balance().dropped == {"stale": 1}
 
 
-def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
-    ledger = opened(database)
+def test_a_lease_that_was_followed_writes_nothing(database: sa.Engine, ledger: Ledger) -> None:
     first = Lease(0, "a", take(ledger, 0))
     ledger.begin([WindowStart(key(0), "d0", 32)], first)
     ledger.begin([WindowStart(key(1), "d1", 32)], first)
@@ -137,14 +127,12 @@ def test_a_lease_that_was_followed_writes_nothing(database: Engine) -> None:
     assert [(row.state, row.lease_epoch) for row in rows(database)] == [("scored", 2), ("dropped", 2)]
 
 
-def test_numbers_of_parts_and_runs_are_their_own(database: Engine) -> None:
-    ledger = opened(database)
+def test_numbers_of_parts_and_runs_are_their_own(database: sa.Engine, ledger: Ledger) -> None:
     assert [take(ledger, part) for part in (0, 0, 1, 0)] == [1, 2, 1, 3]
     assert take(Ledger(database, "other"), 0) == 1
 
 
-def test_a_part_that_was_taken_since_it_was_looked_at_is_not_taken(database: Engine) -> None:
-    ledger = opened(database)
+def test_a_part_that_was_taken_since_it_was_looked_at_is_not_taken(ledger: Ledger) -> None:
     before = ledger.lease_epoch(0)
     assert take(ledger, 0) == 1
     with pytest.raises(FencedError, match="part 0 was taken by another collector after lease number 0"):
@@ -152,9 +140,8 @@ def test_a_part_that_was_taken_since_it_was_looked_at_is_not_taken(database: Eng
     assert ledger.lease_epoch(0) == 1
 
 
-def test_a_part_is_not_taken_between_the_check_and_the_write(database: Engine) -> None:
+def test_a_part_is_not_taken_between_the_check_and_the_write(database: sa.Engine, ledger: Ledger) -> None:
     """The write is under way when another takes the part: it is complete before the number rises."""
-    ledger = opened(database)
     lease = Lease(0, "a", take(ledger, 0))
     with ThreadPoolExecutor(1) as another:
         with transaction(database) as session:
@@ -168,27 +155,14 @@ def test_a_part_is_not_taken_between_the_check_and_the_write(database: Engine) -
         ledger.refuse_if_fenced(session, lease)
 
 
-def test_the_newest_weight_version_is_known(database: Engine) -> None:
-    ledger = opened(database)
-    assert ledger.newest_weight_version() == 0
-    with transaction(database) as session:
-        for run_id, version in (("run", 4), ("run", 11), ("other", 30)):
-            row = WeightVersionRow(run_id=run_id, version=version, step=version, form="full")
-            row.num_bytes, row.seconds, row.created_at = 1, 1.0, 1.0
-            session.add(row)
-    assert ledger.newest_weight_version() == 11
-
-
-def test_trained_among_names_trained_and_dropped(database: Engine) -> None:
-    ledger = opened(database)
+def test_finished_among_names_trained_and_dropped(ledger: Ledger) -> None:
     begin(ledger, key(0), key(1), key(2))
     ledger.mark_trained({"0.0.0.0": 1})
     ledger.drop(key(1), reason="stale")
-    assert ledger.trained_among(["0.0.0.0", "0.0.1.0", "0.0.2.0", "0.0.8.0"]) == {"0.0.0.0", "0.0.1.0"}
+    assert ledger.finished_among(["0.0.0.0", "0.0.1.0", "0.0.2.0", "0.0.8.0"]) == {"0.0.0.0", "0.0.1.0"}
 
 
-def test_next_position_follows_the_newest_of_the_part(database: Engine) -> None:
-    ledger = opened(database)
+def test_next_position_follows_the_newest_of_the_part(ledger: Ledger) -> None:
     assert ledger.next_position(0) == Position(0, 0)
     begin(ledger, key(4), key(4, window=1), key(9, part=1))
     assert ledger.next_position(0) == Position(0, 5)
@@ -198,8 +172,7 @@ def test_next_position_follows_the_newest_of_the_part(database: Engine) -> None:
     assert ledger.next_position(1) == Position(0, 10)
 
 
-def test_the_cursor_stays_where_rows_are_lost(database: Engine) -> None:
-    ledger = opened(database)
+def test_the_cursor_stays_where_rows_are_lost(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1))
     begin(ledger, key(2), key(2, window=1))
     with transaction(database) as session:
@@ -208,15 +181,13 @@ def test_the_cursor_stays_where_rows_are_lost(database: Engine) -> None:
     assert [row.num_windows for row in rows(database)] == [1, 1]
 
 
-def test_each_window_knows_how_many_its_document_has(database: Engine) -> None:
-    ledger = opened(database)
+def test_each_window_knows_how_many_its_document_has(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), *(key(1, window=window) for window in range(3)))
     ledger.drop(key(2), reason="not_json", source_id="f:3")
     assert [row.num_windows for row in rows(database)] == [1, 3, 3, 3, 1]
 
 
-def test_unfinished_are_those_neither_finished_nor_on_the_stream(database: Engine) -> None:
-    ledger = opened(database)
+def test_unfinished_are_those_neither_finished_nor_on_the_stream(ledger: Ledger) -> None:
     begin(ledger, key(0), key(1), key(2), key(2, window=1), key(3), key(4), key(5, part=1))
     score(ledger, key(1), key(3))
     ledger.mark_trained({"0.0.4.0": 1})
@@ -224,83 +195,33 @@ def test_unfinished_are_those_neither_finished_nor_on_the_stream(database: Engin
     assert found == {Position(0, 0): {0}, Position(0, 2): {1}, Position(0, 3): {0}}
 
 
-def test_windows_found_on_the_stream_become_scored(database: Engine) -> None:
-    ledger = opened(database)
+def test_windows_found_on_the_stream_become_scored(database: sa.Engine, ledger: Ledger) -> None:
     begin(ledger, key(0), key(1), key(2), key(0, part=1))
     ledger.drop(key(2), reason="stale")
     assert ledger.mark_found(0, on_stream={"0.0.0.0", "0.0.2.0", "1.0.0.0"}) == 1
     assert [row.state for row in rows(database) if row.part == 0] == ["scored", "reading", "dropped"]
 
 
-def test_runs_do_not_see_each_other(database: Engine) -> None:
-    begin(opened(database), key(0))
+def test_runs_do_not_see_each_other(database: sa.Engine, ledger: Ledger) -> None:
+    begin(ledger, key(0))
     other = Ledger(database, "other")
     assert other.next_position(0) == Position(0, 0)
     assert other.balance().read == 0
 
 
-def test_texts_with_nul_and_very_long_details_are_kept(database: Engine) -> None:
-    ledger = opened(database)
+def test_texts_with_nul_and_very_long_details_are_kept(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="not_json", detail="\x00" + "x" * 5000, source_id="a\x00b")
     (row,) = rows(database)
     assert row.source_id == "a\ufffdb"
     assert row.detail == "\ufffd" + "x" * 1999
 
 
-@pytest.mark.parametrize("section", [{"num_parts": 2}, {"path": "b"}, {"shuffle_bytes": 5}])
-def test_another_identity_is_refused_by_whoever_opens_the_run(database: Engine, section: dict[str, object]) -> None:
-    ledger, began_with = Ledger(database, "run"), {"documents": {"path": "a"}, "run": {"seed": 3}}
-    ledger.open_run(began_with)
-    ledger.open_run({"documents": {"path": "a", "max_epochs": 4}, "run": {"seed": 3}, "trainer": {"steps": 7}})
-    changed = {"documents": {"path": "a"} | section, "run": {"seed": 3}}
-    with pytest.raises(SettingsError, match=rf"documents\.{next(iter(section))} was .* Put them back, or start a new"):
-        ledger.open_run(changed)
-    assert ledger.began_with() == RunStart(began_with, None)
-
-
-def test_the_first_manifest_is_kept_and_others_are_refused(database: Engine) -> None:
-    ledger = opened(database)
-    ledger.adopt_source(Manifest({"a": 1}, {"num_rows": 5}))
-    ledger.adopt_source(Manifest({"a": 1}, {"num_rows": 5}))
-    for other, words in (
-        (Manifest({"a": 1, "b": 2}, {"num_rows": 5}), r"1 file was added \(b\)"),
-        (Manifest({"a": 1}, {"num_rows": 6}), "num_rows was 5 and is now 6"),
-    ):
-        with pytest.raises(SourceError, match=words):
-            ledger.adopt_source(other)
-
-
-def test_an_extent_tells_epochs_and_documents_apart(database: Engine) -> None:
-    one, other = opened(database), Ledger(database, "other")
-    other.open_run({})
-    before = one.extent(max_epochs=1)
-    one.adopt_source(Manifest({"a": 1}))
-    other.adopt_source(Manifest({"a": 2}))
-    found = [before, one.extent(max_epochs=1), one.extent(max_epochs=2), other.extent(max_epochs=1)]
-    assert len(set(found)) == 4
-    assert one.extent(max_epochs=2) == found[2]
-
-
-def test_names_that_are_not_utf8_are_kept(database: Engine) -> None:
-    ledger = opened(database)
+def test_names_that_are_not_utf8_are_kept(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="not_json", detail="caf\udce9", source_id="caf\udce9")
-    ledger.record_event("collector", "failed", "caf\udce9 \x00")
     assert [(row.source_id, row.detail) for row in rows(database)] == [("caf\\udce9", "caf\\udce9")]
 
 
-def test_no_secret_of_a_url_becomes_a_row(database: Engine) -> None:
-    ledger = opened(database)
+def test_no_secret_of_a_url_becomes_a_row(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
-    ledger.record_event("rollout", "refused_weights", "no s3://id:hUsh@bucket/run")
     with transaction(database) as session:
         assert session.scalars(sa.select(WindowRow)).one().detail == "judge at http://judge/v1: no"
-        assert session.scalars(sa.select(EventRow)).one().message == "no s3://bucket/run"
-
-
-def test_a_run_is_opened_once_and_events_are_kept(database: Engine) -> None:
-    opened(database).open_run({"seed": 2})
-    opened(database).record_event("trainer", "resume", "from step 4", step=4)
-    with transaction(database) as session:
-        assert session.scalars(sa.select(RunRow)).one().settings == {"seed": 1}
-        event = session.scalars(sa.select(EventRow)).one()
-        assert (event.role, event.kind, event.data) == ("trainer", "resume", {"step": 4})

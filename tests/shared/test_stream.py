@@ -169,14 +169,12 @@ def test_entries_of_another_version_stop_the_reader_and_stay(
         stream.window_ids,
     ]
     for ask in asked:
-        with pytest.raises(
-            StreamSchemaError, match=rf"documents has entries {named}.* reads schema 1: let the version"
-        ):
+        with pytest.raises(StreamSchemaError, match=rf"windows has entries {named}.* reads schema 2: let the version"):
             ask()
     assert stream.backlog() == Backlog(unread=0, pending=1)
 
 
-def test_the_form_of_schema_1() -> None:
+def test_the_form_of_schema_2() -> None:
     """Where this fails because a record has changed, raise `SCHEMA` with it: other versions can't read the new form."""
     body = zstandard.ZstdDecompressor().decompress(encode(scored_window()), max_output_size=1_000_000)
     candidate = {"kinds": ["original"], "token_ids": [3, 4], "text": " river", "weight_version": None}
@@ -188,7 +186,7 @@ def test_the_form_of_schema_1() -> None:
         "judgement": judgement | {"num_failures": 0, "fingerprint": "f"},
     }
     assert (SCHEMA, msgpack.unpackb(body)) == (
-        1,
+        2,
         {
             "run_id": "run",
             "key": {"part": 0, "epoch": 0, "position": 0, "window": 0},

@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from cli.audit import audit_run
 from cli.run_folder import RunFolder
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
 from shared.ledger import Ledger, WindowStart
 from shared.records import Lease, ScoredWindow
+from shared.runs import Run, open_run
 from shared.settings import Settings
 from shared.stream import WindowStream
 from tests import tiny_llama as llama
@@ -116,11 +116,15 @@ class Stack:
     settings: Settings
     stream: WindowStream
     coordination: Coordination
-    ledger: Ledger
+    records: Run
 
     @property
     def run(self) -> str:
         return self.settings.run.name
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.records.ledger
 
     def write(self, windows: Iterable[ScoredWindow]) -> None:
         for window in windows:
@@ -134,11 +138,11 @@ class Stack:
         lease = Lease(0, "collector", 1)
         self.coordination.acquire_leases([0], lease.owner, room=1, lease_s=60)
         assert self.coordination.raise_fence(lease)
-        self.coordination.mark_exhausted(lease, extent=self.ledger.extent(max_epochs=max_epochs))
+        self.coordination.mark_exhausted(lease, extent=self.records.extent(max_epochs=max_epochs))
 
     def contradictions(self) -> list[str]:
         """What `headwater audit` finds."""
-        result = audit_run(self.ledger.engine, self.settings, RunFolder(self.settings.run.folder))
+        result = audit_run(self.records.database, self.settings, RunFolder(self.settings.run.folder))
         return [problem for check in result.checks for problem in check.problems]
 
     def with_trainer(self, **trainer: Any) -> "Stack":
@@ -151,7 +155,7 @@ class Stack:
     def _with(self, section: str, changes: dict[str, Any]) -> "Stack":
         data = self.settings.model_dump()
         data[section] |= changes
-        return Stack(Settings.model_validate(data), self.stream, self.coordination, self.ledger)
+        return Stack(Settings.model_validate(data), self.stream, self.coordination, self.records)
 
     def prepare(self, stop: Event | None = None) -> Trainer:
         trainer = prepare(self.settings, stop or Event())
@@ -178,13 +182,9 @@ def make_stack(redis_server: RedisServer, policy_folder: Path, tmp_path: Path) -
                 "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
             }
         )
-        engine = open_database(settings.database_url)
-        migrate(engine)
-        ledger = Ledger(engine, run)
-        ledger.open_run(settings.model_dump(mode="json"))
         client = redis.Redis.from_url(redis_server.url)
         stream = WindowStream(client, run)
         stream.create()
-        return Stack(settings, stream, Coordination(client, run), ledger)
+        return Stack(settings, stream, Coordination(client, run), open_run(settings))
 
     return make

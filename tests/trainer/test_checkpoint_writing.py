@@ -11,7 +11,7 @@ from tests.trainer.conftest import Stack
 from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
 
-STATE = CheckpointState(step=3, weight_version=3)
+STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
 
 
 def test_a_disk_that_refuses_leaves_earlier_checkpoints_and_nothing_half(

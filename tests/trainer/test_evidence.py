@@ -2,27 +2,18 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from threading import Event
 from typing import Any
 
-import pytest
 import sqlalchemy as sa
 import torch
 
-from shared.checkpoint_state import Evidence, EvidenceFile, FinishedWindow
 from shared.database import WindowRow, transaction
-from shared.errors import TrainingError
 from tests.trainer.conftest import Stack
 from tests.trainer.windows import candidate, chunk, plain_window, window
 from trainer.assembly import train
 
 MakeStack = Callable[..., Stack]
-
-
-def line(number: int, *windows: str) -> Evidence:
-    finished = {one: FinishedWindow(entry_id=f"{number}-0", step=number, pairs_by_step={number: 1}) for one in windows}
-    return Evidence(number=number, after=number - 1, step=number, finished=finished, partial={})
 
 
 def lines_of(stack: Stack) -> list[dict[str, Any]]:
@@ -41,7 +32,7 @@ def test_a_run_tells_which_updates_each_document_is_in_and_keeps_it(make_stack: 
     assert {name: one["pairs_by_step"] for name, one in first["finished"].items()} == {"0.0.0.0": {"1": 3}}
     assert {name: one["pairs_by_step"] for name, one in second["finished"].items()} == {"0.0.1.0": {"1": 1, "2": 2}}
     assert second["partial"] == {"0.0.2.0": {"used": 2, "step": 2, "pairs_by_step": {"2": 2}}}
-    with transaction(stack.ledger.engine) as session:
+    with transaction(stack.records.database) as session:
         rows = session.execute(sa.select(WindowRow.num_pairs).order_by(WindowRow.position)).scalars().all()
     assert rows == [3, 3, None]
 
@@ -78,63 +69,4 @@ def test_a_document_in_the_middle_that_comes_back_with_fewer_pairs_is_trained_no
     stack.write([plain_window(1, run=stack.run)])
     train(stack.with_trainer(steps=2).settings, Event())
     assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
-    assert stack.contradictions() == []
-
-
-def test_a_torn_last_line_is_cut_off_and_written_again(tmp_path: Path) -> None:
-    file = EvidenceFile(tmp_path / "finished.jsonl")
-    file.append(line(1, "0.0.0.0"))
-    whole = file.path.read_bytes()
-    file.append(line(2, "0.0.1.0"))
-    both = file.path.read_bytes()
-    for end in range(len(whole), len(both)):
-        file.path.write_bytes(both[:end])
-        assert file.read() == ([line(1, "0.0.0.0")], [])
-        file.append(line(2, "0.0.1.0"))
-        assert file.path.read_bytes() == both
-
-
-def test_a_first_line_that_was_torn_is_written_again(tmp_path: Path) -> None:
-    file = EvidenceFile(tmp_path / "finished.jsonl")
-    file.path.write_text('{"number":1,"aft')
-    file.append(line(1, "0.0.0.0"))
-    assert file.read() == ([line(1, "0.0.0.0")], [])
-
-
-def test_a_line_is_written_once_however_long_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.evidence._BLOCK_BYTES", 16)
-    file = EvidenceFile(tmp_path / "finished.jsonl")
-    for number in (1, 1, 2, 2, 1):
-        file.append(line(number, *(f"0.0.{n}.{number}" for n in range(20))))
-    assert [one.number for one in file.read()[0]] == [1, 2]
-
-
-def test_a_damaged_line_is_named_and_never_written_over(tmp_path: Path) -> None:
-    file = EvidenceFile(tmp_path / "finished.jsonl")
-    file.append(line(1, "0.0.0.0"))
-    file.path.write_bytes(file.path.read_bytes() + b"{}\n")
-    assert file.read()[1] == ["line 2 can't be read: Field required"]
-    with pytest.raises(TrainingError, match="move a damaged file away"):
-        file.append(line(2, "0.0.1.0"))
-    assert file.path.read_bytes().endswith(b"{}\n")
-
-
-def test_a_run_from_before_goes_on_and_leaves_evidence_from_there(make_stack: MakeStack) -> None:
-    """Its checkpoint knows neither numbers nor pairs by step."""
-    stack = make_stack(steps=1, pairs_per_step=4)
-    stack.write(plain_window(number, run=stack.run) for number in range(3))
-    train(stack.settings, Event())
-    folder = stack.settings.run.folder / "checkpoints"
-    (folder / "finished.jsonl").unlink()
-    state = json.loads((folder / "step-00000001/state.json").read_text())
-    for name in ("number", "after", "row"):
-        del state[name]
-    for finished in state["finished"].values():
-        del finished["pairs_by_step"], finished["num_skipped"]
-    del state["partial"]["0.0.1.0"]["pairs_by_step"]
-    (folder / "step-00000001/state.json").write_text(json.dumps(state))
-    train(stack.with_trainer(steps=2).settings, Event())
-    (only,) = lines_of(stack)
-    assert (only["number"], only["after"], only["step"]) == (1, 1, 2)
-    assert only["finished"]["0.0.1.0"]["pairs_by_step"] == {"1": 1, "2": 2}
     assert stack.contradictions() == []

@@ -20,7 +20,7 @@ MakeStack = Callable[..., Stack]
 def replicas_of(stack: Stack, *, max_wait_s: float, stop: Event | None = None) -> Replicas:
     stop = stop or Event()
     return Replicas(
-        stack.coordination, stack.ledger, max_lag=2, max_wait_s=max_wait_s, patience=Patience(stop), stop=stop
+        stack.coordination, stack.records, max_lag=2, max_wait_s=max_wait_s, patience=Patience(stop), stop=stop
     )
 
 
@@ -110,7 +110,7 @@ def test_the_wait_is_bounded_told_and_not_repeated_until_the_replica_moves(make_
     assert waits("given_up") == before + 1
     say(stack, "stuck", 1)
     assert seconds_of(lambda: replicas.keep_up(8)) >= 0.3
-    with transaction(stack.ledger.engine) as session:
+    with transaction(stack.records.database) as session:
         events = session.execute(sa.select(EventRow.kind, EventRow.data)).all()
         assert [tuple(event) for event in events] == [
             ("late_replicas", {"replicas": {"stuck": 0}}),

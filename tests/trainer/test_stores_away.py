@@ -12,9 +12,8 @@ import redis
 import torch
 
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
 from shared.errors import DatabaseError, DatabaseRefusalError, HeadwaterError, StreamError, WeightStoreError
-from shared.ledger import Ledger
+from shared.runs import open_run
 from shared.settings import Settings
 from shared.stream import WindowStream
 from tests.trainer.conftest import RedisServer, Stack, free_port
@@ -41,10 +40,8 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 def on_redis(stack: Stack, server: RedisServer) -> Stack:
     settings = Settings.model_validate(stack.settings.model_dump() | {"redis": {"url": server.url}})
-    engine = open_database(settings.database_url)
-    migrate(engine)
     client = redis.Redis.from_url(server.url)
-    return Stack(settings, WindowStream(client, stack.run), Coordination(client, stack.run), Ledger(engine, stack.run))
+    return Stack(settings, WindowStream(client, stack.run), Coordination(client, stack.run), open_run(settings))
 
 
 def write(stack: Stack, numbers: range) -> None:
@@ -125,7 +122,9 @@ def test_a_process_that_is_stopped_while_redis_is_away_loses_no_step(
 def break_at(trainer: Trainer, place: str, happen: Callable[[], None]) -> None:
     """`happen` in the moment before `place` is called, once step 4 is applied."""
     component, name = place.split(".")
-    owner = {"stream": trainer.inbox._stream, "sinks": trainer.sinks[0]}.get(component) or getattr(trainer, component)
+    inbox = trainer.inbox
+    owners = {"stream": inbox._stream, "ledger": inbox._ledger, "sinks": trainer.sinks[0]}
+    owner = owners.get(component) or getattr(trainer, component)
     original = getattr(owner, name)
 
     def breaking(*arguments: Any, **options: Any) -> Any:
@@ -172,7 +171,7 @@ def test_a_stop_while_redis_is_away_leaves_a_checkpoint_wherever_the_trainer_is(
     ("place", "error"),
     [
         ("stream.read", StreamError),
-        ("ledger.trained_among", DatabaseError),
+        ("ledger.finished_among", DatabaseError),
         ("sinks.write", DatabaseError),
         ("publisher._write_row", DatabaseRefusalError),
         ("publisher._write", WeightStoreError),

@@ -31,7 +31,7 @@ def documents_of(stack: Stack, numbers: Iterable[int], *, num_chunks: int = 3) -
 
 
 def rows_of(stack: Stack) -> list[StepRow]:
-    with transaction(stack.ledger.engine) as session:
+    with transaction(stack.records.database) as session:
         rows = list(session.scalars(sa.select(StepRow).order_by(StepRow.step)))
         session.expunge_all()
         return rows

@@ -31,7 +31,7 @@ def store_of(stack: Stack) -> WeightStore:
 
 
 def version_rows(stack: Stack) -> list[WeightVersionRow]:
-    with transaction(stack.ledger.engine) as session:
+    with transaction(stack.records.database) as session:
         rows = list(session.scalars(sa.select(WeightVersionRow).order_by(WeightVersionRow.version)))
         session.expunge_all()
     return rows

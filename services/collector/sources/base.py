@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from shared.runs import Manifest
+from shared.identity import Manifest
 
 RefusalReason = Literal[
     "not_json",

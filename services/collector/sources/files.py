@@ -16,7 +16,7 @@ import zstandard
 
 from services.collector.sources.base import RawRecord, RefusedError
 from shared.errors import SourceError, SourceReadError
-from shared.runs import Manifest
+from shared.identity import Manifest
 
 CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """What a damaged compressed file raises: its rest is refused. Another OSError is tried again (retrying.py)."""

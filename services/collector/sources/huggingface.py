@@ -7,7 +7,7 @@ from typing import Any
 
 from services.collector.sources.base import RawRecord, row_record
 from shared.errors import SourceReadError
-from shared.runs import Manifest
+from shared.identity import Manifest
 from shared.secret_urls import without_secrets
 
 

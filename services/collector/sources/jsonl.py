@@ -10,7 +10,7 @@ import orjson
 from services.collector.sources.base import RawRecord, RefusedError, refuse
 from services.collector.sources.files import CORRUPT, SourceFile, bounded_lines, find_files, manifest_of, open_lines
 from shared.errors import SourceReadError
-from shared.runs import Manifest
+from shared.identity import Manifest
 
 SUFFIXES = tuple(
     f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst", ".zstd")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from services.collector.sources.base import RawRecord, refuse, row_record
 from services.collector.sources.files import SourceFile, find_files, manifest_of
 from shared.errors import SourceError, SourceReadError
-from shared.runs import Manifest
+from shared.identity import Manifest
 
 _BATCH_ROWS = 64
 """Few: one row may be a document of megabytes."""

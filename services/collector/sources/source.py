@@ -11,7 +11,6 @@ A read that fails for the moment (a broken connection, a disk error) is retried 
 skipped or repeated. A source that fails before its first record is a wrong setting, and fails at once.
 """
 
-import hashlib
 import logging
 import random
 import time
@@ -26,7 +25,8 @@ from services.collector.backoff import Backoff
 from services.collector.sources.base import Document, Fields, RawRecord, Reader, Refusal, Source
 from shared import metrics
 from shared.errors import SettingsError, SourceError, SourceReadError
-from shared.runs import Manifest
+from shared.identity import Manifest
+from shared.seeds import shuffle_seed
 from shared.settings import DocumentsSettings
 
 _log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class DealtSource:
         records = self.retries.records(self.reader, start=part + position * self.num_parts, step=self.num_parts)
         while held := self._next_piece(records, room=(block + 1) * self.shuffle_buffer - position):
             end = position + len(held)
-            self._shuffle(held, f"{self.seed}.{part}.{epoch}.{block}" + (f".{piece}" if piece else ""))
+            self._shuffle(held, shuffle_seed(self.seed, part, epoch, block, *([piece] if piece else [])))
             waiting = deque(held[max(0, start - position) :])
             held.clear()  # what was given is held no longer, least of all while the next piece is read
             while waiting:
@@ -235,7 +235,6 @@ class DealtSource:
                 break
         return held
 
-    def _shuffle(self, held: list[RawRecord], name: str) -> None:
+    def _shuffle(self, held: list[RawRecord], seed: int) -> None:
         if self.shuffle_buffer > 1:
-            digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-            random.Random(int.from_bytes(digest, "big")).shuffle(held)
+            random.Random(seed).shuffle(held)

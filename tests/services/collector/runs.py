@@ -11,10 +11,11 @@ from cli import audit_checks
 from cli.audit_account import read_account
 from services.collector.service import run_collector
 from shared.coordination import Coordination
-from shared.database import migrate, open_database
-from shared.ledger import Balance, Ledger
+from shared.database import migrate
+from shared.ledger import Balance
 from shared.records import ScoredWindow
 from shared.redis import connect
+from shared.runs import Run
 from shared.settings import Secrets, Settings
 from shared.stream import BrokenEntry, WindowStream
 
@@ -37,13 +38,14 @@ class Seen:
         self.stream = WindowStream(client, settings.run.name)
         self.stream.create()
         self.coordination = Coordination(client, settings.run.name)
-        self.ledger = Ledger(open_database(settings.database_url), settings.run.name)
-        migrate(self.ledger.engine)
+        self.run = Run.of(settings)
+        migrate(self.run.database)
+        self.ledger = self.run.ledger
 
     @property
     def exhausted(self) -> bool:
         documents = self._settings.documents
-        extent = self.ledger.extent(max_epochs=documents.max_epochs)
+        extent = self.run.extent(max_epochs=documents.max_epochs)
         return self.coordination.source_exhausted(num_parts=documents.num_parts, extent=extent)
 
     @property
@@ -53,7 +55,7 @@ class Seen:
     @property
     def contradictions(self) -> list[str]:
         """Windows that cursors and numbers of windows tell of and that have no row, or the other way round."""
-        account = read_account(self.ledger.engine, self.ledger.run_id)
+        account = read_account(self.run.database, self.run.name)
         return [*audit_checks.positions(account), *audit_checks.windows(account), *audit_checks.states(account)]
 
     def take_all(self) -> list[ScoredWindow]:

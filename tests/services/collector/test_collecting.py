@@ -37,7 +37,7 @@ def kinds(document: ScoredWindow) -> set[tuple[str, ...]]:
 
 
 def reasons(seen: Seen) -> list[tuple[str, str]]:
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         rows = session.scalars(sa.select(WindowRow).where(WindowRow.state == "dropped"))
         return [(row.reason, row.detail) for row in rows]
 
@@ -303,7 +303,7 @@ def test_parts_and_windows_are_all_collected_once(make_settings: MakeSettings, t
 
 def test_a_share_of_windows_is_kept_for_people(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
     seen, found = collected(StubServices(), make_settings, documents=documents, collector={"record_share": 1.0})
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         chunks = session.scalars(sa.select(ChunkRow)).all()
         assert len(chunks) == sum(len(document.chunks) for document in found)
         first = next(chunk for chunk in chunks if chunk.start == 8)
@@ -317,5 +317,5 @@ def test_a_share_of_windows_is_kept_for_people(make_settings: MakeSettings, docu
 
 def test_a_small_share_keeps_few_and_none_keeps_none(make_settings: MakeSettings, documents: dict[str, Any]) -> None:
     seen, _ = collected(StubServices(), make_settings, documents=documents, collector={"record_share": 0.0})
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         assert session.scalars(sa.select(ChunkRow)).all() == []

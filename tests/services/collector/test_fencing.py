@@ -31,7 +31,7 @@ NUM_DOCUMENTS = 8
 def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
     """Everything that a collector may change: rows, stream, facts in Redis."""
     found: dict[str, Any] = {}
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         for table in (WindowRow, CursorRow, ChunkRow, CandidateRow):
             found[table.__tablename__] = session.execute(sa.select(*table.__table__.columns)).all()
     client = redis.Redis.from_url(settings.redis.url)
@@ -41,7 +41,7 @@ def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
 
 
 def events(seen: Seen, kind: str) -> list[str]:
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         return list(session.scalars(sa.select(EventRow.message).where(EventRow.kind == kind)))
 
 
@@ -102,13 +102,13 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
 def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
     """The part may be taken between a window's row and its chunks."""
     seen = Seen(make_settings("http://127.0.0.1:1"))
-    recorder = Recorder(seen.ledger, tokenizer, 1.0)
+    recorder = Recorder(seen.run, tokenizer, 1.0)
     first, second = (Lease(0, owner, seen.ledger.take_part(0, after=after)) for after, owner in enumerate("ab"))
     with pytest.raises(FencedError):
         recorder.record(scored_window(0), first)
     recorder.record(scored_window(0, text=" kept"), second)
     with pytest.raises(FencedError):
         recorder.record(scored_window(0, text=" late"), first)
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         texts = session.scalars(sa.select(CandidateRow.text).order_by(CandidateRow.id)).all()
     assert texts == [" kept", " hill"]

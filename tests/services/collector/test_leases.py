@@ -35,7 +35,7 @@ def make_storage(make_settings: MakeSettings, seen: Seen, tokenizer: PolicyToken
 
     def make(coordination: type[Coordination] = Coordination) -> Storage:
         own = coordination(connect(settings.redis.url, timeout_s=2), settings.run.name)
-        return Storage(seen.stream, own, seen.ledger, Recorder(seen.ledger, tokenizer, 0.0), max_backoff_s=0.01)
+        return Storage(seen.stream, own, seen.run, Recorder(seen.run, tokenizer, 0.0), max_backoff_s=0.01)
 
     return make
 

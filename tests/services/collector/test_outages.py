@@ -232,8 +232,8 @@ def test_a_write_whose_answer_was_lost_is_repeated_and_there_once(
 
     seen = Seen(settings := make_settings("http://127.0.0.1:1"))
     stream = AnswerLost(connect(settings.redis.url, timeout_s=2), settings.run.name)
-    recorder = Recorder(seen.ledger, tokenizer, 0.0)
-    storage = Storage(stream, seen.coordination, seen.ledger, recorder, max_backoff_s=0.01)
+    recorder = Recorder(seen.run, tokenizer, 0.0)
+    storage = Storage(stream, seen.coordination, seen.run, recorder, max_backoff_s=0.01)
     assert seen.coordination.acquire_leases([0], "me", room=1, lease_s=30)
 
     async def write() -> None:
@@ -279,7 +279,7 @@ def test_a_locked_database_is_waited_for(make_settings: MakeSettings, documents:
         async def run() -> None:
             async with collecting(settings) as task:
                 await until(lambda: seen.balance.scored >= 1, task=task)
-                with seen.ledger.engine.connect() as other:
+                with seen.run.database.connect() as other:
                     other.exec_driver_sql("BEGIN EXCLUSIVE")
                     await asyncio.sleep(1)
                     other.rollback()
@@ -348,7 +348,7 @@ def test_what_the_database_refuses_ends_the_collector_at_once(
     with served(StubServices().app) as url:
         settings = make_settings(url, documents=documents)
         refusal = "BEGIN SELECT RAISE(ABORT, 'no such documents here'); END"
-        with Seen(settings).ledger.engine.begin() as connection:
+        with Seen(settings).run.database.begin() as connection:
             connection.exec_driver_sql(f"CREATE TRIGGER refuse BEFORE INSERT ON documents {refusal}")
 
         async def run() -> None:

@@ -63,7 +63,7 @@ def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
 
         asyncio.run(run())
     assert len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, "what was judged is not judged again"
-    with transaction(seen.ledger.engine) as session:
+    with transaction(seen.run.database) as session:
         assert session.scalars(sa.select(PartRow.lease_epoch)).all() == [1], "no part was taken twice"
     client = redis.Redis.from_url(server.url)
     calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
@@ -110,7 +110,7 @@ def test_a_collector_that_starts_on_an_empty_redis_takes_the_stage_of_the_newest
         seen = Seen(settings)
         row = WeightVersionRow(run_id=settings.run.name, version=3, step=3, form="full", num_bytes=1, seconds=1.0)
         row.created_at = 1.0
-        with transaction(seen.ledger.engine) as session:
+        with transaction(seen.run.database) as session:
             session.add(row)
         collect_all(settings)
     assert [body["num_rollouts"] for body in stub.bodies("/v1/rollouts")] == [5, 5, 5]

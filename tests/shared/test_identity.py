@@ -3,7 +3,7 @@
 import json
 import random
 
-from shared.runs import Manifest
+from shared.identity import Manifest
 
 
 def test_changes_are_counted_and_the_first_few_named() -> None:

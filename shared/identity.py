@@ -1,0 +1,143 @@
+"""What a run keeps for life: its form, the settings that make it what it is, and its documents.
+
+A process that would continue a run under other settings, or over other documents, is refused with the differences:
+
+    refuse_changed_identity(settings_then, settings_now, run="'web' of this database")
+    refuse_changed_source(manifest_then, source.manifest(), run="web")
+
+Called by shared/runs.py for the database, and by the command line for the run folder. Settings are compared as they
+were written, not parsed, so that a setting that is gone can still be named.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import zstandard
+
+from shared.errors import SettingsError, SourceError
+from shared.records import FORM
+from shared.settings import Settings
+
+IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks", "trainer.objective")
+"""Settings that decide which documents a position means and what was trained: a resumed run must keep them."""
+FREE = frozenset({"documents.max_epochs"})
+"""Settings within those that may change: more of the same documents."""
+_FORM_1_SETTINGS = (("collector", "max_documents_in_flight"), ("chunks", "chunks_per_document"))
+"""Every run of form 1 has written them down; later versions have other names for them."""
+
+
+def form_of(settings: Mapping[str, Any]) -> int:
+    """The form of a run by the settings that it wrote down."""
+    is_first = any(name in settings.get(section, {}) for section, name in _FORM_1_SETTINGS)
+    return 1 if is_first else FORM
+
+
+def refuse_other_form(form: int, *, run: str) -> None:
+    """Raise SettingsError unless this version reads and writes `form`. `run` is its name or folder."""
+    if form != FORM:
+        version = "an earlier" if form < FORM else "a later"
+        raise SettingsError(
+            f"run {run!r} was begun by {version} version of Headwater, whose stream and checkpoints this version can't "
+            "read: finish it with that version, or start a new run with --run.name NAME"
+        )
+
+
+def refuse_changed_identity(old: Mapping[str, Any], new: Mapping[str, Any], *, run: str) -> None:
+    """Raise SettingsError naming every identity setting that differs, old and new. `run` completes "the run ..."."""
+    before, after = _identity(old), _identity(new)
+    changes = [
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changes:
+        raise SettingsError(
+            f"the run {run} can't be resumed with other settings: {'; '.join(changes)}. "
+            "Put them back, or start a new run with --run.name NAME"
+        )
+
+
+def _identity(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of every identity setting in the dump or the TOML of a `Settings`."""
+    defaults = Settings().model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for place in IDENTITY:
+        section, _, key = place.partition(".")
+        given = data.get(section, {})
+        for name in [key] if key else sorted(defaults[section].keys() | given.keys()):
+            found[f"{section}.{name}"] = given.get(name, defaults[section].get(name))
+    return {name: value for name, value in found.items() if name not in FREE}
+
+
+_MAX_BYTES = 1 << 30
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The documents of a run as a process found them."""
+
+    files: Mapping[str, int]
+    """Size in bytes by name, relative to the folder that `documents.path` means."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else identifies the documents, such as a data set's name and number of rows."""
+
+    def stored(self) -> dict[str, Any]:
+        """As `runs.source` keeps it."""
+        packed = orjson.dumps([sorted(self.files.items()), dict(self.facts)], option=orjson.OPT_SORT_KEYS)
+        return {
+            "digest": hashlib.blake2b(packed, digest_size=16).hexdigest(),
+            "num_files": len(self.files),
+            "num_bytes": sum(self.files.values()),
+            "content": base64.b64encode(zstandard.ZstdCompressor(level=9).compress(packed)).decode(),
+        }
+
+    @classmethod
+    def load(cls, stored: Mapping[str, Any]) -> "Manifest":
+        packed = zstandard.ZstdDecompressor().decompress(
+            base64.b64decode(stored["content"]), max_output_size=_MAX_BYTES
+        )
+        files, facts = orjson.loads(packed)
+        return cls(files=dict(files), facts=facts)
+
+    def differences(self, now: "Manifest") -> list[str]:
+        """In words how `now` differs from this one; each kind of change names its first few files."""
+        added = sorted(now.files.keys() - self.files.keys())
+        gone = sorted(self.files.keys() - now.files.keys())
+        kept = sorted(self.files.keys() & now.files.keys())
+        resized = [
+            f"{name}: {self.files[name]} bytes, now {now.files[name]}"
+            for name in kept
+            if self.files[name] != now.files[name]
+        ]
+        facts = [
+            f"{name} was {self.facts.get(name)!r} and is now {now.facts.get(name)!r}"
+            for name in sorted(self.facts.keys() | now.facts.keys())
+            if self.facts.get(name) != now.facts.get(name)
+        ]
+        changes = [
+            ("was", "were", "added", added),
+            ("is", "are", "gone", gone),
+            ("has", "have", "another size", resized),
+        ]
+        return [_counted(*change) for change in changes if change[3]] + facts
+
+
+def refuse_changed_source(kept: Mapping[str, Any], now: Manifest, *, run: str) -> None:
+    """Raise SourceError naming what changed since `kept` (from `Manifest.stored`) was written."""
+    if kept["digest"] == now.stored()["digest"]:
+        return
+    changes = "; ".join(Manifest.load(kept).differences(now))
+    raise SourceError(
+        f"the documents of run {run!r} have changed since it began, so its positions would mean other records: "
+        f"{changes}. Put them back, or start a new run with --run.name NAME"
+    )
+
+
+def _counted(one: str, many: str, what: str, names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
+    return f"{len(names)} {f'file {one}' if len(names) == 1 else f'files {many}'} {what} ({shown})"
