@@ -1,6 +1,6 @@
 """Builds the engine of a service and runs it beside the server, so that /healthz answers while a model loads.
 
-    engine = build_engine(settings.rollout.engine)
+    engine = build_engine(settings.judge.engine)
     life = EngineLife(engine, build=lambda: open_judge(engine))
     app = create_app(..., readiness=lambda: Readiness(ready=life.ready, detail=life.detail),
                      summary=lambda: life.summary, lifespan=life.lifespan)
@@ -71,7 +71,7 @@ class EngineLife(Generic[T]):
 
     @property
     def service(self) -> T:
-        """What `build` returned. Raises EngineError until it is ready."""
+        """What `build` returned. EngineError until the service is ready."""
         self.check_ready()
         return self._service
 

@@ -1,5 +1,5 @@
-"""Tests of the engine seam with real engines. Those of vLLM itself are collected where vLLM is installed only:
-`make test-vllm` makes the environment for CPUs and runs this folder in it."""
+"""Tests of the engine seam with real engines. Those of vLLM are collected only if vLLM is installed: `make test-vllm`
+makes an environment for CPUs and runs this folder in it."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """True: not even looked at."""
+    """True: do not import it."""
     is_run = collection_path.name == "test_vllm_run.py"
     wanted = HAS_VLLM and (not is_run or config.getoption("--run-vllm", default=False))
     return None if wanted or not collection_path.name.startswith("test_vllm_") else True
@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """vLLM and its dependencies warn of each other's ways when they are imported: not ours to mend."""
+    """vLLM and its dependencies emit warnings when imported, which we can't fix."""
     if HAS_VLLM:
         for item in items:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with heads of 32 dimensions: vLLM's attention for CPUs takes no smaller ones."""
+    """The tiny Llama with heads of 32 dimensions: the minimum of vLLM's CPU attention."""
     folder = tmp_path_factory.mktemp("model") / "first"
     build_tiny_model(folder, width=128)
     return folder
@@ -89,5 +89,5 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 @pytest.fixture(scope="session")
 def seen() -> dict[str, str]:
-    """What was seen and measured; shown at the end."""
+    """Results and measurements, shown at the end of the run."""
     return _SEEN

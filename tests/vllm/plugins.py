@@ -1,5 +1,5 @@
-"""Plug-ins for vLLM that only tests install, in a folder that Python imports from. vLLM finds them by entry points,
-in every process that it spawns."""
+"""vLLM plugins for tests, installed in a folder on Python's path. vLLM loads them in every process it spawns, by their
+entry points."""
 
 from pathlib import Path
 
@@ -9,8 +9,7 @@ def register():
 
     vllm._custom_ops._supports_onednn = False
 """
-"""On a CPU vLLM packs linear weights, and nothing can be written into them or read from them. With this one weights lie
-in memory as on a GPU."""
+"""On a CPU vLLM packs linear weights, which can then be neither patched nor read. This keeps them as on a GPU."""
 
 RECORDED = """
 import os
@@ -32,11 +31,11 @@ def register():
 
     FileTransferEngine.receive_weights = receive_weights
 """
-"""After each weight update what lies in the model's memory goes to a file in the folder RECORDED_WEIGHTS."""
+"""Saves the model's weights to a file in the folder RECORDED_WEIGHTS after each update."""
 
 
 def install(folder: Path, **plugins: str) -> Path:
-    """A module with its code for each plug-in. `folder`, made where it is missing, is returned, for PYTHONPATH."""
+    """Write each plugin's code as an installed module into `folder`; returns it, for PYTHONPATH."""
     folder.mkdir(exist_ok=True)
     for name, code in plugins.items():
         (folder / f"{name}_weights.py").write_text(code)

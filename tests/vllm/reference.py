@@ -1,4 +1,4 @@
-"""What the model itself says: plain forward passes of transformers, one sequence at a time, no cache."""
+"""Reference answers: plain forward passes of transformers, one sequence at a time, no cache."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,7 +16,7 @@ def _module(model: Path) -> Any:
 
 
 def greedy(model: Path, prompt: Sequence[int], num_tokens: int, *, eos: int = 0) -> tuple[int, ...]:
-    """The likeliest continuation, up to and with the end of sequence."""
+    """The likeliest continuation, up to and including the end of sequence."""
     found: list[int] = []
     while len(found) < num_tokens and eos not in found:
         found.append(int(_module(model)(torch.tensor([[*prompt, *found]])).logits[0, -1].argmax()))

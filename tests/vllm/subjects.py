@@ -1,4 +1,4 @@
-"""Engines under test: each on an event loop in a thread of its own, so that one started engine serves many tests."""
+"""Engines under test, each on an event loop in its own thread, so that one started engine serves many tests."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ START_S, CALL_S = 300.0, 120.0
 
 
 class Loop:
-    """Runs coroutines, one after the other or at once, on a loop that outlives them."""
+    """An event loop in a thread, which runs coroutines for tests."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -75,7 +75,7 @@ def transformers_subject(model: Path) -> AbstractContextManager[Subject]:
 
 @contextmanager
 def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
-    """A client of our own completions route. KEY_VARIABLE must hold its token."""
+    """A client of our completions route. KEY_VARIABLE must hold its token."""
     with running(build_app(make_settings(model, folder), SECRETS)) as url:
         settings = EngineSettings(
             kind="openai",
@@ -98,7 +98,7 @@ def vllm_subject(model: Path, *, constrains: bool = False, **settings: object) -
 
 
 async def until_running(num_rows: int) -> None:
-    """Wait until one step of the engine had so many rows, at most 20 s."""
+    """Wait, at most 20 s, for an engine step with at least `num_rows` rows."""
     async with asyncio.timeout(20):
         while running_rows() < num_rows:  # noqa: ASYNC110 (another process fills the batch)
             await asyncio.sleep(0.005)

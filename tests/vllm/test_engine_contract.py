@@ -1,4 +1,4 @@
-"""What every engine means by a request: the same tests against `transformers`, `openai` and real vLLM."""
+"""The contract of every engine: the same tests against `transformers`, `openai` and real vLLM."""
 
 import asyncio
 import time
@@ -74,7 +74,7 @@ def test_scores_are_the_models_log_probabilities(subject: Subject) -> None:
 
 
 def test_a_long_prompt_scores_like_a_short_one_and_again(subject: Subject) -> None:
-    """Longer than several blocks of the prefix cache; the second time all of it has been seen before."""
+    """Longer than several blocks of the prefix cache; the second time all of it is cached."""
     prompt, continuations = list(range(20, 120)), [list(range(30, 100)), [3] * 64]
     expected = [reference.log_probs(subject.model, prompt, continuation) for continuation in continuations]
     for _ in range(2):

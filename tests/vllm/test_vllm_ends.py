@@ -1,4 +1,4 @@
-"""The ways in which an engine ends: each test has one of its own and does not leave it alive."""
+"""The ways an engine can end."""
 
 import asyncio
 import json

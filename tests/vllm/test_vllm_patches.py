@@ -1,7 +1,6 @@
 """Changed elements written in place, through vLLM's own loaders of fused tensors.
 
-On a CPU vLLM packs linear weights; a plug-in that only tests install keeps it from that, so that vLLM's checksums see
-all of them.
+A test plugin keeps vLLM from packing linear weights on a CPU, so that they can be patched and its checksums cover them.
 """
 
 import json

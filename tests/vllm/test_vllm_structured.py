@@ -1,4 +1,4 @@
-"""Answers that vLLM holds to a pattern, and verdicts that can't be unreadable by that."""
+"""Answers that vLLM constrains to a pattern, so that every verdict can be read."""
 
 import re
 from collections.abc import Iterator
@@ -64,5 +64,5 @@ def test_the_judge_reads_every_structured_answer(constrained: Subject, tmp_path:
 
 def test_an_engine_that_was_not_started_for_it_says_so(vllm_engine: Subject) -> None:
     assert not vllm_engine.engine.can_constrain
-    with pytest.raises(PromptError, match="was not started for answers that are held to a pattern"):
+    with pytest.raises(PromptError, match="was not started for answers that follow a pattern"):
         vllm_engine.do(vllm_engine.engine.generate([PROMPT], Sampling(max_tokens=4, pattern="a")))

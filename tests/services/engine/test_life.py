@@ -1,4 +1,4 @@
-"""Which engine settings name, and what an engine that fails for good does to its service."""
+"""Which engine settings name, and what a service has while its engine starts, runs and fails for good."""
 
 import asyncio
 from dataclasses import dataclass
