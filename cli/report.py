@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _NEWEST_EVENTS = 30
 _KIND_COLOURS = {"original": "#4c72b0", "rewrite": "#dd8452", "rollout": "#2f9e6e"}
 _ROLE_COLOURS = {
-    "generate": "#2f9e6e", "rewrite": "#dd8452", "judge": "#8172b3", "wait": "#bbbbbb",
+    "rollout": "#2f9e6e", "rewrite": "#dd8452", "judge": "#8172b3", "wait": "#bbbbbb",
     "forward_backward": "#4c72b0", "optimizer": "#937860", "push": "#da8bc3", "checkpoint": "#ccb974",
 }  # fmt: skip
 _BLUE, _RED = "#4c72b0", "#c44e52"
