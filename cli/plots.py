@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _KIND_COLOURS = {"original": "#4c72b0", "rewrite": "#dd8452", "rollout": "#2f9e6e"}
 _ROLE_COLOURS = {
-    "generate": "#2f9e6e",
+    "rollout": "#2f9e6e",
     "rewrite": "#dd8452",
     "judge": "#8172b3",
     "wait": "#bbbbbb",

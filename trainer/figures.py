@@ -93,7 +93,7 @@ class Tally:
         for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
-        for role in ("generate", "rewrite", "judge"):
+        for role in ("rollout", "rewrite", "judge"):
             if role in window.seconds:
                 self.add_seconds(role, window.seconds[role])
 

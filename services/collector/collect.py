@@ -265,7 +265,7 @@ class _Asking:
             top_p=self.settings.rollout.top_p,
             seed=self._seed("rollout"),
         )
-        with self._timed("generate"):
+        with self._timed("rollout"):
             answer = await self.services.roll_out(request)
         _expect("rollout", "chunks", len(answer.rollouts), len(self.window.chunks))
         for group in answer.rollouts:

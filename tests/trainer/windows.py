@@ -35,7 +35,7 @@ def window(
         chunks=tuple(chunks),
         read_at=0.0,
         scored_at=1.0,
-        seconds={"generate": 0.5, "judge": 0.25},
+        seconds={"rollout": 0.5, "judge": 0.25},
     )
 
 

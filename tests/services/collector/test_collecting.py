@@ -52,7 +52,7 @@ def test_every_document_reaches_the_stream_with_all_its_candidates(make_settings
     for document in documents:
         assert kinds(document) == {("original", "rewrite", "rollout", "rollout")}
         assert {chunk.judgement.rewards for chunk in document.chunks if chunk.judgement} == {(1.0, 0.75, 0.5, 0.25)}
-        assert set(document.seconds) == {"generate", "rewrite", "judge"}
+        assert set(document.seconds) == {"rollout", "rewrite", "judge"}
     assert seen.balance.scored == 6
     assert seen.contradictions == []
     assert {headers["authorization"] for headers in stub.headers} == {"Bearer word"}
