@@ -243,7 +243,9 @@ class Killed(BaseException):
 def kill_at(trainer: Trainer, place: str) -> None:
     """Die in the moment before `place` is done, at step 4."""
     component, name = place.split(".")
-    owner = {"stream": trainer.inbox._stream, "sinks": trainer.sinks[0]}.get(component) or getattr(trainer, component)
+    inbox = trainer.inbox
+    owners = {"stream": inbox._stream, "ledger": inbox._ledger, "sinks": trainer.sinks[0]}
+    owner = owners.get(component) or getattr(trainer, component)
     original = getattr(owner, name)
 
     def dying(*arguments: Any, **options: Any) -> Any:
