@@ -108,7 +108,6 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
         _conserved(account),
         *_of_reading(account),
         *_of_training(account, earlier, later),
-        _ended(account, earlier),
         *_of_flight(waiting, stream, trouble),
     )
     return AuditResult(run_id, audit_checks.windows_read(account), account.balance, checks), bool(
@@ -119,33 +118,26 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
 def _conserved(account: Account) -> Check:
     equation = equation_line(audit_checks.windows_read(account), account.balance)
     wrong = [] if _balances(audit_checks.windows_read(account), account.balance) else [equation]
-    check = _check("documents are conserved", wrong, unknown=account.is_from_before)
-    return check if wrong or account.is_from_before else Check(check.name, "holds", equation)
+    check = _check("documents are conserved", wrong)
+    return check if wrong else Check(check.name, "holds", equation)
 
 
 def _of_reading(account: Account) -> Iterable[Check]:
-    unknown = account.is_from_before
-    yield _check("every position of each part has its document", audit_checks.positions(account), unknown=unknown)
-    yield _check("every document has all its windows", audit_checks.windows(account), unknown=unknown)
+    yield _check("every position of each part has its document", audit_checks.positions(account))
+    yield _check("every document has all its windows", audit_checks.windows(account))
     yield _check("every window is in a known state", audit_checks.states(account))
 
 
 def _of_training(account: Account, earlier: Testimony, later: Testimony) -> Iterable[Check]:
-    unknown = earlier.is_from_before
-    yield _check("every checkpoint left its evidence", audit_checks.lines(earlier, account), unknown=unknown)
-    yield _check("no window is in two checkpoints", audit_checks.in_two_checkpoints(earlier), unknown=unknown)
-    yield _check("trained windows are in a checkpoint", audit_checks.unproved(account, later), unknown=unknown)
+    yield _check("every checkpoint left its evidence", audit_checks.lines(earlier, account))
+    yield _check("no window is in two checkpoints", audit_checks.in_two_checkpoints(earlier))
+    yield _check("trained windows are in a checkpoint", audit_checks.unproved(account, later))
     marked = [*audit_checks.unmarked(account, earlier), *audit_checks.begun(account, later)]
-    yield _check("windows of the checkpoints are marked so", marked, unknown=unknown)
+    yield _check("windows of the checkpoints are marked so", marked)
     yield _check("steps have no gap up to the newest checkpoint", audit_checks.steps(account, earlier))
-    yield _check("pairs of each step came from its windows", audit_checks.pairs(account, earlier), unknown=unknown)
-    wrong = [] if unknown else audit_checks.versions(account)
-    yield _check("weight versions have no gap", wrong, unknown=unknown)
-
-
-def _ended(account: Account, testimony: Testimony) -> Check:
-    name = "nothing is in flight when the source has ended"
-    return _check(name, audit_checks.left_over(account), unknown=testimony.is_from_before)
+    yield _check("pairs of each step came from its windows", audit_checks.pairs(account, earlier))
+    yield _check("weight versions have no gap", audit_checks.versions(account))
+    yield _check("nothing is in flight when the source has ended", audit_checks.left_over(account))
 
 
 def _of_flight(waiting: Mapping[str, Window], stream: OnStream | None, trouble: str) -> Iterable[Check]:
@@ -206,11 +198,10 @@ def _balances(read: int, balance: Balance) -> bool:
     return read == balance.trained + sum(balance.dropped.values()) + balance.in_flight
 
 
-def _check(name: str, problems: Iterable[str], *, unknown: str = "") -> Check:
-    """`unknown`: why what was not found to be wrong is not proved either."""
+def _check(name: str, problems: Iterable[str]) -> Check:
     found = tuple(problems)
     if not found:
-        return Check(name, "not checked", unknown) if unknown else Check(name, "holds", "all of them")
+        return Check(name, "holds", "all of them")
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return Check(name, "fails", "; ".join(found[:_SHOWN]) + more, found)
 

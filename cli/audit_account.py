@@ -27,7 +27,7 @@ class Window(NamedTuple):
     state: str
     reason: str
     num_windows: int
-    """Of its document; 0 in rows from before this was kept."""
+    """Of its document."""
     num_chunks: int
     weight_version: int | None
     trained_step: int | None
@@ -87,12 +87,6 @@ class Account:
             reading=states[READING],
             scored=states[SCORED],
         )
-
-    @cached_property
-    def is_from_before(self) -> str:
-        """Why the number of windows can't be proved; empty where it can."""
-        number = sum(not window.num_windows for window in self.windows.values())
-        return f"{number} windows were read before their number was kept" if number else ""
 
 
 def read_account(engine: Engine, run_id: str) -> Account:

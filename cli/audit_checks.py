@@ -18,7 +18,7 @@ NON_FINITE = "non_finite_loss"
 
 def windows_read(account: Account) -> int:
     """How many there must be by cursors and numbers of windows; a document of which nothing is left counts once."""
-    sizes = (max(row.num_windows for row in rows) or len(rows) for rows in account.documents.values())
+    sizes = (max(row.num_windows for row in rows) for rows in account.documents.values())
     end = sum(account.cursors.values())
     below = sum(place[2] < account.cursors.get(place[:2], 0) for place in account.documents)
     return sum(sizes) + end - below
@@ -46,7 +46,7 @@ def windows(account: Account) -> Iterator[str]:
     """Windows that a document must have and has not, or has and must not have."""
     for (part, epoch, position), rows in account.documents.items():
         name = f"{part}.{epoch}.{position}"
-        numbers = {row.num_windows for row in rows} - {0} or {rows[-1].window + 1}
+        numbers = {row.num_windows for row in rows}
         if len(numbers) > 1:
             yield f"document {name}: its rows disagree on how many windows it has, {sorted(numbers)}"
         found, size = {row.window for row in rows}, max(numbers)
@@ -73,7 +73,7 @@ def lines(testimony: Testimony, account: Account) -> Iterator[str]:
         elif line.number > number + 1:
             missing = number + 1 if line.number == number + 2 else f"{number + 1} to {line.number - 1}"
             yield f"the evidence of checkpoint number {missing}, between steps {step} and {line.after}, is missing"
-        elif number and line.after != step:
+        elif line.after != step:
             yield f"the evidence of step {line.step} goes on from step {line.after}, the one before it ends at {step}"
         number, step = line.number, line.step
     yield from _disagreeing_states(testimony, account)
@@ -83,8 +83,6 @@ def _disagreeing_states(testimony: Testimony, account: Account) -> Iterator[str]
     by_step = {line.step: line for line in testimony.lines}
     newest = max(testimony.states, default=0)
     for step, state in sorted(testimony.states.items()):
-        if not state.number:
-            continue
         line = by_step.get(step)
         if line is None:
             if step != newest or account.in_state(TRAINED).keys() & state.finished.keys():
@@ -97,7 +95,7 @@ def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
     """Windows that two checkpoints finished, and entries of the stream that two windows came from."""
     documents: dict[str, int] = {}
     entries: dict[str, str] = {}
-    for line in testimony.witnesses:
+    for line in testimony.lines:
         for document, finished in line.finished.items():
             if document in documents:
                 both = f"{documents[document]} and {line.step}"
@@ -110,17 +108,15 @@ def in_two_checkpoints(testimony: Testimony) -> Iterator[str]:
 
 def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
     """Windows that the database calls finished by the trainer, and no checkpoint says so."""
-    before, finished_step = testimony.covered_after, account.finished_step
+    finished_step = account.finished_step
     if finished_step is not None and finished_step > testimony.newest_step:
         yield f"the trainer finished at step {finished_step}, the newest checkpoint is of {testimony.newest_step}"
     for name, row in account.in_state(TRAINED).items():
         step = row.trained_step
         if step is None or step > testimony.newest_step:
             yield f"window {name} is marked trained at step {step}, the newest checkpoint is of {testimony.newest_step}"
-        elif name not in testimony.finished and step > before:
+        elif name not in testimony.finished:
             yield f"window {name} is marked trained at step {step}, no checkpoint contains it"
-    if before:
-        return
     for name, row in account.in_state(DROPPED).items():
         if row.reason == NON_FINITE and name not in testimony.finished:
             yield f"window {name} is dropped as {NON_FINITE}, no checkpoint says so"
@@ -128,7 +124,7 @@ def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
 
 def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
     """Windows that a checkpoint finished, and the database says something else."""
-    for line in testimony.witnesses:
+    for line in testimony.lines:
         is_settled = testimony.is_settled(line, account)
         for document, finished in line.finished.items():
             row = account.windows.get(document)
@@ -146,13 +142,13 @@ def _disagreement(row: Window, finished: FinishedWindow, line: Evidence) -> Iter
         yield f"window {row} is {state}, {says} {wanted if finished.step else NON_FINITE}"
     elif finished.step is not None and row.trained_step != finished.step:
         yield f"window {row} is marked trained at step {row.trained_step}, {says} step {finished.step}"
-    elif finished.pairs_by_step and row.num_pairs != finished.num_pairs:
+    elif finished.step is not None and row.num_pairs != finished.num_pairs:
         yield f"window {row} is marked as giving {row.num_pairs} pairs, {says} {finished.num_pairs}"
 
 
 def begun(account: Account, testimony: Testimony) -> Iterator[str]:
     """Windows of which the newest checkpoint used some pairs only, and the database calls them finished."""
-    for line in testimony.witnesses[-1:]:
+    for line in testimony.lines[-1:]:
         for document in line.partial:
             row = account.windows.get(document)
             if row is None:
@@ -181,7 +177,7 @@ def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
             given.update(partial.pairs_by_step)
     last = testimony.lines[-1].step if testimony.lines else 0
     for step, row in account.steps.items():
-        if testimony.covered_after < step <= last and row.num_pairs != given[step]:
+        if step <= last and row.num_pairs != given[step]:
             yield f"step {step} took {row.num_pairs} pairs by its row, {given[step]} by the checkpoints"
     for name, finished in testimony.finished.items():
         window = account.windows.get(name)

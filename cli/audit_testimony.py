@@ -27,47 +27,18 @@ class Testimony:
     num_bytes: int
     """Of the lines' file, before they were read."""
 
-    @property
-    def is_from_before(self) -> str:
-        """Why the lines are not the whole history; empty where they are."""
-        if not self.lines and self._old_states:
-            return f"this run's checkpoints are from before they left evidence ({EVIDENCE_FILE})"
-        if self.lines and self.lines[0].number == 1 and self.lines[0].after:
-            return f"steps 1 to {self.lines[0].after} are from before checkpoints left evidence ({EVIDENCE_FILE})"
-        return ""
-
-    @property
-    def covered_after(self) -> int:
-        """Updates up to this one are from before."""
-        if not self.lines:
-            return max(self._old_states, default=0)
-        return self.lines[0].after if self.lines[0].number == 1 else 0
-
     @cached_property
     def newest_step(self) -> int:
         return max([*self.states, *(line.step for line in self.lines)], default=0)
 
     @cached_property
-    def witnesses(self) -> tuple[Evidence, ...]:
-        """The lines; of checkpoints from before, what their own states say, which is less."""
-        old = sorted(self._old_states.items())
-        return self.lines or tuple(
-            Evidence(number=n, after=0, step=step, finished=state.finished, partial=state.partial)
-            for n, (step, state) in enumerate(old, start=1)
-        )
-
-    @cached_property
     def finished(self) -> dict[str, FinishedWindow]:
-        return {document: finished for line in self.witnesses for document, finished in line.finished.items()}
-
-    @property
-    def _old_states(self) -> dict[int, CheckpointState]:
-        return {step: state for step, state in self.states.items() if not state.number}
+        return {document: finished for line in self.lines for document, finished in line.finished.items()}
 
     def is_settled(self, line: Evidence, account: Account) -> bool:
         """Whether the ledger knows of it. Only of the newest it may not: its trainer works on that at this moment, or
         ended in between and will do it at the next start. The ledger marks all windows of a line or none."""
-        if line is not self.witnesses[-1] or (account.finished_step or 0) >= line.step:
+        if line is not self.lines[-1] or (account.finished_step or 0) >= line.step:
             return True
         rows = (account.windows.get(document) for document in line.finished)
         return any(row is not None and row.state == TRAINED for row in rows)

@@ -61,7 +61,7 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
         "",
         "## Plots",
         "",
-        "Pale: each step. Full: the mean of the last tenth of the steps. Seconds of generate, rewrite and judge are",
+        "Pale: each step. Full: the mean of the last tenth of the steps. Seconds of rollout, rewrite and judge are",
         "the collector's waits, summed over the step's documents; it waits for several documents at once.",
         "",
         *[f"![{plot.title}]({plot.file})\n" for plot in plots],

@@ -79,17 +79,11 @@ class StepFigures(Record):
     figures: dict[str, float]
 
 
-class CheckpointState(Record):
+class CheckpointState(Evidence):
     """The content of state.json."""
 
-    step: int = Field(ge=0)
     weight_version: int
     """The newest when it was written."""
-    finished: dict[str, FinishedWindow] = Field(default_factory=dict)
-    partial: dict[str, PartialWindow] = Field(default_factory=dict)
-    number: int = Field(default=0, ge=0)
-    after: int = Field(default=0, ge=0)
-    """As in Evidence; 0 in checkpoints from before they left evidence."""
     reference_step: int = 0
     """After which step the reference was last refreshed; 0 if never."""
     row: StepFigures | None = None

@@ -146,7 +146,7 @@ class ScoredWindow(Record):
     scored_at: float
     """Unix seconds."""
     seconds: dict[str, float] = {}
-    """Wall seconds of waiting by role: generate, rewrite, judge."""
+    """Wall seconds of waiting by role: rollout, rewrite, judge."""
 
     @property
     def window_id(self) -> str:

@@ -88,9 +88,8 @@ class Checkpoints:
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
-        if state.number:
-            EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
-            _sync(self._root)
+        EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
+        _sync(self._root)
 
     def prune(self) -> None:
         """Delete all but the newest `keep`, and what a crash left half written. They are renamed first, so a crash

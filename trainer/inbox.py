@@ -145,7 +145,8 @@ class Inbox:
         self._partial.pop(window.window_id, None)
         held = _Held(entry.entry_id, deque(selection.pairs))
         if begun:
-            held = _Held(entry.entry_id, deque(selection.pairs[begun.used :]), begun.used, begun.step, _applied(begun))
+            unused, pairs_by_step = deque(selection.pairs[begun.used :]), Counter(begun.pairs_by_step)
+            held = _Held(entry.entry_id, unused, begun.used, begun.step, pairs_by_step)
         self._held[window.window_id] = held
         self.num_pairs += len(held.unused)
         return None
@@ -222,11 +223,6 @@ def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connect
 def _lag(window: ScoredWindow, weight_version: int) -> int:
     oldest = window.oldest_weight_version
     return 0 if oldest is None else weight_version - oldest
-
-
-def _applied(begun: PartialWindow) -> Counter[int]:
-    """A checkpoint written before these were counted knows only the last of the updates."""
-    return Counter(begun.pairs_by_step or ({} if begun.step is None else {begun.step: begun.used}))
 
 
 def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:

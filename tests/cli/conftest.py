@@ -75,11 +75,6 @@ class MadeRun:
         self.write_state(step, line.model_dump(mode="json"))
         self.evidence.append(line)
 
-    def checkpoint_from_before(self, step: int, finished: dict[str, int | None]) -> None:
-        """As trainers wrote them that left no evidence."""
-        documents = {one: {"entry_id": f"{step}-{n}", "step": at} for n, (one, at) in enumerate(finished.items())}
-        self.write_state(step, {"step": step, "finished": documents, "partial": {}})
-
     def write_state(self, step: int, state: dict[str, Any]) -> None:
         folder = self.folder.checkpoints / f"step-{step:08d}"
         folder.mkdir(parents=True)

@@ -1,7 +1,6 @@
 """The audit holds for an honest run, and names each kind of contradiction."""
 
 import json
-import shutil
 
 import pytest
 import sqlalchemy as sa
@@ -11,7 +10,7 @@ from cli.plan import child_environ
 from cli.ports import Ports
 from cli.processes import Child
 from cli.redis_server import HOST, find_redis_server, redis_url, server_configuration, wait_until_it_answers
-from shared.checkpoint_state import Evidence, FinishedWindow
+from shared.checkpoint_state import Evidence
 from shared.coordination import Coordination
 from shared.database import WindowRow, transaction
 from shared.redis import connect
@@ -154,51 +153,6 @@ def test_nothing_may_be_in_flight_when_the_source_has_ended(made: MadeRun) -> No
     assert "window 0.0.2.0 is reading, though the source had ended" in str(_fails(_audit(made)))
     made.run.record_event("trainer", "resumed", "with more epochs")
     assert _fails(_audit(made)) == {}
-
-
-def test_a_run_from_before_evidence_was_kept_is_not_said_to_hold(made: MadeRun) -> None:
-    _honest(made)
-    shutil.rmtree(made.folder.checkpoints)
-    made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
-    with transaction(made.engine) as session:
-        session.execute(sa.update(WindowRow).values(num_windows=0, num_pairs=None))
-    result = _audit(made)
-    assert _fails(result) == {}
-    unknown = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
-    assert "4 windows were read before their number was kept" in unknown["every document has all its windows"]
-    assert "from before they left evidence" in unknown["trained windows are in a checkpoint"]
-    assert {check.name for check in result.checks if check.outcome == "holds"} == {
-        "every window is in a known state",
-        "where collectors work, windows being read are in their hands",
-        "steps have no gap up to the newest checkpoint",
-        "scored windows are on the stream",
-    }
-
-
-def test_what_is_wrong_in_a_run_from_before_is_still_found(made: MadeRun) -> None:
-    _honest(made)
-    shutil.rmtree(made.folder.checkpoints)
-    made.checkpoint_from_before(1, {"0.0.0.0": 1, "0.0.2.0": 1})
-    made.checkpoint_from_before(2, {"0.0.0.1": 2})
-    assert "window 0.0.2.0 is reading, the checkpoint of step 1 says trained" in str(_fails(_audit(made)))
-
-
-def test_a_run_that_went_on_from_before_is_checked_from_there(made: MadeRun) -> None:
-    _honest(made)
-    shutil.rmtree(made.folder.checkpoints)
-    made.checkpoint_from_before(2, {"0.0.0.0": 1, "0.0.0.1": 2})
-    made.step(3, pairs=1)
-    finished = {"0.0.2.0": FinishedWindow(entry_id="9-1", step=3, pairs_by_step={3: 1})}
-    made.evidence.append(Evidence(number=1, after=2, step=3, finished=finished, partial={}))
-    made.ledger.mark_trained({"0.0.2.0": 3}, num_pairs={"0.0.2.0": 1})
-    result = _audit(made)
-    assert _fails(result) == {}
-    details = {check.name: check.detail for check in result.checks if check.outcome == "not checked"}
-    assert details["pairs of each step came from its windows"].startswith("steps 1 to 2 are from before")
-    made.ledger.mark_trained({"0.0.2.0": 3})
-    with transaction(made.engine) as session:
-        session.execute(sa.update(WindowRow).where(WindowRow.position == 2).values(num_pairs=4))
-    assert "window 0.0.2.0 is marked as giving 4 pairs" in str(_fails(_audit(made)))
 
 
 def _put_on_stream(made: MadeRun, *documents: str, leased: tuple[int, ...] = ()) -> None:

@@ -44,7 +44,7 @@ def test_states_are_read_by_step(tmp_path: Path) -> None:
 def test_a_damaged_state_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_state(tmp_path, line(1))
     (tmp_path / "step-00000001/state.json").write_text('{"step": 1}')
-    with pytest.raises(TrainingError, match=r"state\.json can't be read \(weight_version: .*delete its folder"):
+    with pytest.raises(TrainingError, match=r"state\.json can't be read \(number: .*delete its folder"):
         read_states(tmp_path)
 
 

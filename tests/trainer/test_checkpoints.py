@@ -1,6 +1,5 @@
 """Checkpoints on disk, and the evidence that each leaves in finished.jsonl."""
 
-import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
 
 MakeStack = Callable[..., Stack]
-STATE = CheckpointState(step=3, weight_version=3)
+STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
 
 
 def evidence_of(stack: Stack) -> list[Evidence]:
@@ -107,27 +106,6 @@ def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkp
     with transaction(stack.records.database) as session:
         rows = session.execute(sa.select(WindowRow.num_pairs).order_by(WindowRow.position)).scalars().all()
     assert rows == [3, 3, None]
-
-
-def test_a_run_from_before_evidence_resumes_and_leaves_it_from_there(make_stack: MakeStack) -> None:
-    """Its checkpoint has neither numbers nor pairs by step."""
-    stack = make_stack(steps=1, pairs_per_step=4)
-    stack.write_plain(range(3))
-    stack.train()
-    (stack.checkpoints / "finished.jsonl").unlink()
-    path = stack.checkpoints / "step-00000001/state.json"
-    state = json.loads(path.read_text())
-    for name in ("number", "after", "row"):
-        del state[name]
-    for finished in state["finished"].values():
-        del finished["pairs_by_step"], finished["num_skipped"]
-    del state["partial"]["0.0.1.0"]["pairs_by_step"]
-    path.write_text(json.dumps(state))
-    stack.with_trainer(steps=2).train()
-    (only,) = evidence_of(stack)
-    assert (only.number, only.after, only.step) == (1, 1, 2)
-    assert only.finished["0.0.1.0"].pairs_by_step == {1: 1, 2: 2}
-    assert stack.contradictions() == []
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

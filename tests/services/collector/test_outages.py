@@ -347,13 +347,13 @@ def test_what_the_database_refuses_ends_the_collector_at_once(
     """An outage is waited out; a refusal stays one however often it is asked."""
     with served(StubServices().app) as url:
         settings = make_settings(url, documents=documents)
-        refusal = "BEGIN SELECT RAISE(ABORT, 'no such documents here'); END"
+        refusal = "BEGIN SELECT RAISE(ABORT, 'no such windows here'); END"
         with Seen(settings).run.database.begin() as connection:
-            connection.exec_driver_sql(f"CREATE TRIGGER refuse BEFORE INSERT ON documents {refusal}")
+            connection.exec_driver_sql(f"CREATE TRIGGER refuse BEFORE INSERT ON windows {refusal}")
 
         async def run() -> None:
             async with collecting(settings) as task:
                 await asyncio.wait_for(task, 20)
 
-        with pytest.raises(DatabaseRefusalError, match="no such documents here"):
+        with pytest.raises(DatabaseRefusalError, match="no such windows here"):
             asyncio.run(run())
