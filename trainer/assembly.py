@@ -28,7 +28,6 @@ from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
 
 _GIVE_UP_S = 900.0
-_NO_CHECKPOINT = CheckpointState(number=0, after=0, step=0, weight_version=-1, finished={}, partial={})
 _log = logging.getLogger(__name__)
 
 
@@ -85,17 +84,18 @@ def _build(
     settings: Settings, connections: Connections, checkpoints: Checkpoints, checkpoint: Checkpoint | None
 ) -> Trainer:
     _set_up_torch(settings)
-    last, run = checkpoint.state if checkpoint else _NO_CHECKPOINT, connections.run
+    last, run = checkpoint.state if checkpoint else None, connections.run
+    step = last.step if last else 0
     policy, optimizer = _load(settings, checkpoint)
-    run.delete_steps_beyond(last.step)
-    run.record_event("trainer", "resumed" if checkpoint else "started", f"at step {last.step}")
-    telemetry = open_telemetry(settings, run, resume_step=last.step)
+    run.delete_steps_beyond(step)
+    run.record_event("trainer", "resumed" if last else "started", f"at step {step}")
+    telemetry = open_telemetry(settings, run, resume_step=step)
     return Trainer(
         settings=settings.trainer,
         policy=policy,
         optimizer=optimizer,
         loss=build_loss(settings.trainer),
-        inbox=Inbox(settings, connections, partial=last.partial, tally=telemetry.tally),
+        inbox=Inbox(settings, connections, partial=last.partial if last else {}, tally=telemetry.tally),
         publisher=_publisher(settings, connections, last),
         replicas=_replicas(settings, connections),
         checkpoints=checkpoints,
@@ -120,7 +120,7 @@ def _load(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Policy, Po
     return policy, optimizer
 
 
-def _publisher(settings: Settings, connections: Connections, last: CheckpointState) -> WeightPublisher:
+def _publisher(settings: Settings, connections: Connections, last: CheckpointState | None) -> WeightPublisher:
     publisher = WeightPublisher(
         store=WeightStore(settings.weight_store_url),
         coordination=connections.coordination,
@@ -128,7 +128,7 @@ def _publisher(settings: Settings, connections: Connections, last: CheckpointSta
         settings=settings.weights,
         dtype=settings.weights_dtype,
     )
-    publisher.continue_after(last.weight_version)
+    publisher.continue_after(last.weight_version if last else -1)
     return publisher
 
 

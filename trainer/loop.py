@@ -52,8 +52,8 @@ class Trainer:
     checkpoints: Checkpoints
     connections: Connections
     telemetry: Telemetry
-    last: CheckpointState
-    """The newest checkpoint. Of step 0 before the first: the model that the run began with needs none."""
+    last: CheckpointState | None
+    """The newest checkpoint; None before the first: the model that the run began with needs none."""
     step: int = field(init=False)
     """Updates applied."""
     bad_steps: int = field(default=0, init=False)
@@ -62,7 +62,11 @@ class Trainer:
     """Figures of the newest step until the database has its row."""
 
     def __post_init__(self) -> None:
-        self.step = self.last.step
+        self.step = self.checkpointed_step
+
+    @property
+    def checkpointed_step(self) -> int:
+        return self.last.step if self.last else 0
 
     def run(self) -> TrainerState:
         """Train until `settings.steps`, the end of the source, or `stop`; a checkpoint is on disk when it returns.
@@ -153,7 +157,7 @@ class Trainer:
         if self.bad_steps >= self.settings.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_steps} steps in a row without a finite loss (trainer.max_bad_steps), the last: {what}; "
-                f"the checkpoint of step {self.last.step} is intact: lower learning_rate and start again"
+                f"the checkpoint of step {self.checkpointed_step} is intact: lower learning_rate and start again"
             )
 
     def _publish(self) -> None:
@@ -172,14 +176,14 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """In this order: checkpoint and evidence on disk, ledger, acknowledgement, older ones deleted."""
-        if self.last.step == self.step:
+        if self.checkpointed_step == self.step:
             return
         with self.telemetry.tally.spending("checkpoint"):
-            self._write_checkpoint()
-            self.inbox.commit(self.last.finished)
+            state = self._write_checkpoint()
+            self.inbox.commit(state.finished)
             self.checkpoints.prune()
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self) -> CheckpointState:
         """Needs neither Redis nor the database. Raises TrainingError."""
         state = CheckpointState(
             step=self.step,
@@ -187,14 +191,15 @@ class Trainer:
             reference_step=self.policy.reference_step,
             finished=self.inbox.finished(),
             partial=self.inbox.partial(),
-            number=self.last.number + 1,
-            after=self.last.step,
+            number=self.last.number + 1 if self.last else 1,
+            after=self.checkpointed_step,
             row=self._owed_row(),
         )
         folder = self.checkpoints.write(state, self.policy, self.optimizer)
         self.last = state
         self.checkpoints.keep_evidence(state)
         _log.info("checkpoint %s: %d windows finished", folder, len(state.finished))
+        return state
 
     def _owed_row(self) -> StepFigures | None:
         """None unless the newest step's row could not be written."""
@@ -205,7 +210,7 @@ class Trainer:
 
     def _save_before_leaving(self) -> None:
         """If this fails too, the caller still raises the first error."""
-        if self.last.step == self.step:
+        if self.checkpointed_step == self.step:
             return
         try:
             self._write_checkpoint()

@@ -105,6 +105,7 @@ def test_a_half_used_window_stays_pending_and_resumes_where_it_was(make_stack: M
         stack.write_plain(range(4))
     trainer = cut.prepare()
     trainer.run()
+    assert trainer.last is not None
     assert trainer.last.partial == {"0.0.1.0": PartialWindow(used=1, step=1, pairs_by_step={1: 1})}
     assert cut.ledger.balance().trained == 1
     cut.with_trainer(steps=3).train()

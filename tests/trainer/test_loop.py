@@ -157,6 +157,7 @@ def test_pairs_of_a_skipped_step_are_told_apart(make_stack: MakeStack) -> None:
     trainer.take_step(trainer.next_pairs())  # three pairs of the first window, one of the second
     mend()
     trainer.run()
+    assert trainer.last is not None
     finished = trainer.last.finished
     assert (finished["0.0.0.0"].pairs_by_step, finished["0.0.0.0"].num_skipped) == ({}, 3)
     assert (finished["0.0.1.0"].pairs_by_step, finished["0.0.1.0"].num_skipped) == ({1: 2}, 1)

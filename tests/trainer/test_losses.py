@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.configuration import load_settings
+from shared.errors import SettingsError
 from shared.objectives import OBJECTIVES
 from shared.settings import TrainerSettings
 from tests.trainer.windows import candidate
@@ -86,3 +88,8 @@ def test_the_documentation_has_the_table_of_objectives() -> None:
     assert {name: (loss.lower(), set(needed.split(", "))) for name, loss, needed in table} == {
         name: (row.loss, needs[name]) for name, row in OBJECTIVES.items()
     }
+
+
+def test_an_unknown_objective_names_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"trainer\.objective.*no objective is called 'dpoo': choose one of dpo"):
+        load_settings(None, ["--trainer.objective", "dpoo"], {})
