@@ -189,9 +189,11 @@ def listen(host: str, port: int, *, setting: str) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
-        return [socket.create_server(address, family=family) for family, address in addresses]
+        sockets = [socket.create_server(address, family=family) for family, address in addresses]
     except OSError as exc:
         raise SettingsError(f"{setting}: can't listen on {host}:{port}: {exc}; choose another port") from exc
+    _log.info("listening on http://%s:%d", host, port)
+    return sockets
 
 
 def build_server(app: "ASGIApp", *, has_failed: Callable[[], bool] = lambda: False) -> "uvicorn.Server":
@@ -232,7 +234,6 @@ def serving_metrics(role: "Role", host: str, port: int, secrets_: "Secrets") -> 
     server = build_server(operations_app(role, secrets=secrets_))
     thread = Thread(target=server.run, args=(sockets,), name="metrics", daemon=True)
     thread.start()
-    _log.info("metrics on http://%s:%d/metrics", host, port)
     try:
         yield port
     finally:

@@ -10,9 +10,8 @@ import pytest
 
 from cli.main import main
 from cli.swap_judge import READY_URL
+from shared.metrics import ROLES
 from tests.compose.stack import PROJECT, ROOT, SERVICES, Stack
-
-OURS = ("rollout", "rewriter", "judge", "collector", "trainer")
 
 
 def test_containers_have_nothing_that_they_do_not_need(stack: Stack) -> None:
@@ -111,9 +110,9 @@ def test_a_judge_that_can_not_start_is_told_with_its_log_and_the_way_back(
 def test_a_stop_drains(stack: Stack, figures: dict[str, str]) -> None:
     """Every process ends by itself, the trainer's work is in a checkpoint, and no file is half-written."""
     stack.wait_for_steps(1)
-    stop_s = stack.timed("stop", *OURS)
+    stop_s = stack.timed("stop", *ROLES)
     figures["stop of all five in mid-run"] = f"{stop_s:.0f} s"
-    assert {service: stack.state(service)["ExitCode"] for service in OURS} == dict.fromkeys(OURS, 0)
+    assert {service: stack.state(service)["ExitCode"] for service in ROLES} == dict.fromkeys(ROLES, 0)
     checkpoints = "ls -d runs/starter/checkpoints/step-* | tail -n 1"
     leftovers = "find runs weights -name '*.tmp'"
     versions = "for v in weights/starter/v*; do test -e $v/manifest.json || echo $v; done"

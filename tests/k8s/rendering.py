@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(file.parent.name for file in K8S.glob("overlays/*/kustomization.yaml"))
 COMPONENTS = sorted(file.parent.name for file in K8S.glob("components/*/kustomization.yaml"))
-ROLES = ("rollout", "rewriter", "judge", "collector", "trainer")
 COMPONENT = "app.kubernetes.io/component"
 _RENDER_S = 60
 

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from shared.metrics import ROLES, SERVICES
 from shared.settings import Settings
-from tests.k8s.rendering import K8S, ROLES, ROOT, Manifest, container, find, overlay, workload
+from tests.k8s.rendering import K8S, ROOT, Manifest, container, find, overlay, workload
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-SERVICES = ("rollout", "rewriter", "judge", "collector")
 STORES = ("redis", "postgres")
 OPTIONAL_SECRETS = {"models": {"HF_TOKEN"}, "endpoint": {"OPENAI_API_KEY"}}
 """Their files may be empty: k8s/secrets/kustomization.yaml says what they may hold."""

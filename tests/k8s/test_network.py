@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from shared.metrics import ROLES
 from tests.k8s.rendering import (
     COMPONENT,
     OVERLAYS,
-    ROLES,
     Manifest,
     find,
     of_kind,

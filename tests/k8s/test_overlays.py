@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from shared.configuration import load_settings
+from shared.metrics import ROLES
 from tests.k8s.rendering import (
     COMPONENT,
     COMPONENTS,
     K8S,
     OVERLAYS,
-    ROLES,
     Manifest,
     all_containers,
     find,

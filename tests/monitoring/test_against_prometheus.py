@@ -21,6 +21,7 @@ import yaml
 
 from cli.demo import world_options
 from shared.http import authorization_header
+from shared.metrics import ROLES
 from starter.documents import documents, write_documents
 from starter.world import World
 from tests.monitoring.queries import ROOT, RULES_FILE, Query, alerts, all_queries, dashboard_queries
@@ -33,7 +34,6 @@ pytestmark = [
     ),
 ]
 
-ROLES = ("rollout", "rewriter", "judge", "collector", "trainer")
 WAIT_S = 300.0
 QUIET_IN_A_HEALTHY_RUN = {
     "headwater-run: Dropped documents by reason",

@@ -8,9 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from shared.metrics import ROLES
 from tests.monitoring.queries import DASHBOARDS, MONITORING, PROMETHEUS_FILE, ROOT, dashboard
-
-ROLES = ("rollout", "rewriter", "judge", "collector", "trainer")
 
 
 def load(path: str) -> Any:

@@ -12,10 +12,9 @@ from shared.records import CANDIDATE_KINDS
 from tests.monitoring.queries import DASHBOARDS, Query, all_queries, dashboard, selectors
 from trainer.figures import FIGURES
 
-ROLES = ("rollout", "rewriter", "judge", "collector", "trainer")
 PROMETHEUS_OWN = {"up": {"job", "instance"}}
 ADDED_BY_SCRAPING = {"job", "instance", "namespace"}
-VALUES: dict[str, set[str]] = {"job": set(ROLES), "kind": set(CANDIDATE_KINDS), "name": set(FIGURES)}
+VALUES: dict[str, set[str]] = {"job": set(metrics.ROLES), "kind": set(CANDIDATE_KINDS), "name": set(FIGURES)}
 
 
 def served() -> dict[str, set[str]]:
