@@ -21,20 +21,21 @@ def store(tmp_path: Path) -> WeightStore:
     return WeightStore(str(tmp_path / "store"))
 
 
+def folder(store: WeightStore, version: int) -> Path:
+    return Path(store.root) / f"v{version:08d}"
+
+
 def test_what_is_published_can_be_fetched(store: WeightStore, tmp_path: Path) -> None:
+    assert store.versions() == []
     store.publish(FILES, version=3, step=2)
     manifest = store.manifest(3)
     assert (manifest.version, manifest.step, manifest.form, manifest.num_bytes) == (3, 2, "full", 9)
     assert fetched(store, 3, tmp_path / "local") == FILES
 
 
-def test_an_empty_store_has_no_versions(store: WeightStore) -> None:
-    assert store.versions() == []
-
-
 def test_a_version_without_its_manifest_is_not_there(store: WeightStore, tmp_path: Path) -> None:
     store.publish(FILES, version=1, step=1)
-    (tmp_path / "store" / "v00000001" / MANIFEST).unlink()
+    (folder(store, 1) / MANIFEST).unlink()
     assert store.versions() == []
     with pytest.raises(WeightStoreError, match="no complete weight version 1"):
         store.fetch(store.manifest(1), tmp_path / "local")
@@ -47,9 +48,8 @@ def test_a_version_is_never_overwritten(store: WeightStore) -> None:
 
 
 def test_a_half_written_version_may_be_written_again(store: WeightStore, tmp_path: Path) -> None:
-    leftover = tmp_path / "store" / "v00000001"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_bytes(b"half")
+    folder(store, 1).mkdir(parents=True)
+    (folder(store, 1) / "model.safetensors").write_bytes(b"half")
     store.publish(FILES, version=1, step=1)
     assert fetched(store, 1, tmp_path / "local") == FILES
 
@@ -57,7 +57,7 @@ def test_a_half_written_version_may_be_written_again(store: WeightStore, tmp_pat
 @pytest.mark.parametrize("content", [b"weight", b"weighty", b"wEights"])
 def test_a_corrupt_file_is_refused_and_leaves_nothing(store: WeightStore, tmp_path: Path, content: bytes) -> None:
     store.publish(FILES, version=1, step=1)
-    (tmp_path / "store" / "v00000001" / "model.safetensors").write_bytes(content)
+    (folder(store, 1) / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightStoreError, match="is corrupt"):
         store.fetch(store.manifest(1), tmp_path / "local")
     assert not (tmp_path / "local" / "model.safetensors").exists()
@@ -65,14 +65,14 @@ def test_a_corrupt_file_is_refused_and_leaves_nothing(store: WeightStore, tmp_pa
 
 def test_a_missing_file_is_refused(store: WeightStore, tmp_path: Path) -> None:
     store.publish(FILES, version=1, step=1)
-    (tmp_path / "store" / "v00000001" / "extra.json").unlink()
+    (folder(store, 1) / "extra.json").unlink()
     with pytest.raises(WeightStoreError, match="named in its manifest but missing"):
         store.fetch(store.manifest(1), tmp_path / "local")
 
 
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(store: WeightStore, tmp_path: Path) -> None:
     store.publish(FILES, version=1, step=1)
-    manifest = tmp_path / "store" / "v00000001" / MANIFEST
+    manifest = folder(store, 1) / MANIFEST
     manifest.write_text(manifest.read_text().replace("extra.json", "../../outside.json"))
     with pytest.raises(WeightStoreError, match="is not a manifest"):
         store.fetch(store.manifest(1), tmp_path / "local")
@@ -85,8 +85,9 @@ def test_pruning_keeps_the_newest(store: WeightStore) -> None:
     assert store.versions() == [3, 4]
 
 
-def sparse(store: WeightStore, version: int, *, base: int) -> None:
-    store.publish({"changes.zst": b"changes"}, version=version, step=version, base=base, state_checksum="sum")
+def sparse(store: WeightStore, version: int, *, base: int, epoch: str = "") -> None:
+    files = {"changes.zst": b"changes"}
+    store.publish(files, version=version, step=version, epoch=epoch, base=base, state_checksum="sum")
 
 
 def test_a_chain_leads_from_the_last_full_version(store: WeightStore) -> None:
@@ -103,12 +104,12 @@ def test_a_chain_leads_from_the_last_full_version(store: WeightStore) -> None:
 
 def test_a_chain_stays_in_its_epoch(store: WeightStore) -> None:
     store.publish(FILES, version=1, step=1, epoch="first")
-    store.publish({"changes.zst": b""}, version=2, step=2, epoch="second", base=1, state_checksum="sum")
+    sparse(store, 2, base=1, epoch="second")
     with pytest.raises(WeightStoreError, match="version 2 rests on 1, which is of another epoch"):
         store.chain(2)
 
 
-def test_pruning_keeps_what_a_kept_version_rests_on(store: WeightStore, tmp_path: Path) -> None:
+def test_pruning_keeps_what_a_kept_version_rests_on(store: WeightStore) -> None:
     for version in (0, 1):
         store.publish(FILES, version=version, step=version)
     for version in (2, 3, 4):
@@ -119,11 +120,11 @@ def test_pruning_keeps_what_a_kept_version_rests_on(store: WeightStore, tmp_path
     assert store.prune(keep=1) == [1, 2, 3, 4]
 
 
-def test_nothing_is_deleted_while_a_chain_cannot_be_read(store: WeightStore, tmp_path: Path) -> None:
+def test_nothing_is_deleted_while_a_chain_cannot_be_read(store: WeightStore) -> None:
     for version in (0, 1):
         store.publish(FILES, version=version, step=version)
     sparse(store, 2, base=1)
-    (tmp_path / "store" / "v00000002" / MANIFEST).write_text("{")
+    (folder(store, 2) / MANIFEST).write_text("{")
     with pytest.raises(WeightStoreError, match="is not a manifest"):
         WeightStore(store.root).prune(keep=1)
     assert store.versions() == [0, 1, 2]
@@ -146,29 +147,27 @@ def test_a_chain_with_a_missing_link_says_which(store: WeightStore) -> None:
         {"form": "dense"},
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(
-    store: WeightStore, tmp_path: Path, wrong: dict[str, object]
-) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(store: WeightStore, wrong: dict[str, object]) -> None:
     store.publish(FILES, version=7, step=7)
-    manifest = tmp_path / "store" / "v00000007" / MANIFEST
+    manifest = folder(store, 7) / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | wrong))
     with pytest.raises(WeightStoreError, match="manifest"):
         store.manifest(7)
 
 
-def test_other_folders_are_no_versions(store: WeightStore, tmp_path: Path) -> None:
-    (tmp_path / "store" / "v1").mkdir(parents=True)
-    (tmp_path / "store" / "notes").mkdir()
+def test_other_folders_are_no_versions(store: WeightStore) -> None:
+    for name in ("v1", "notes"):
+        (Path(store.root) / name).mkdir(parents=True)
     store.publish(FILES, version=2, step=0)
     assert store.versions() == [2]
 
 
-def test_any_file_system_of_fsspec_serves(tmp_path: Path) -> None:
-    store = WeightStore("memory://weights-of-a-test")
+@pytest.mark.parametrize("root", ["memory://weights-of-a-test", "dir::memory://chained/run"])
+def test_any_file_system_of_fsspec_serves(tmp_path: Path, root: str) -> None:
+    store = WeightStore(root)
     store.publish(FILES, version=0, step=0)
     assert store.versions() == [0]
     assert fetched(store, 0, tmp_path / "local") == FILES
-    store.prune(keep=1)
 
 
 @pytest.mark.parametrize("root", ["s3://id:hUsh@bucket/run", "s3://bucket/run?token=hUsh", "memory://run#hUsh"])
@@ -177,9 +176,3 @@ def test_a_key_that_would_become_part_of_the_path_is_refused(root: str) -> None:
     with pytest.raises(SettingsError, match="takes no keys or options") as caught:
         WeightStore(root)
     assert "hUsh" not in str(caught.value)
-
-
-def test_chained_file_systems_are_stores_too() -> None:
-    store = WeightStore("dir::memory://chained/run")
-    store.publish(FILES, version=1, step=1)
-    assert store.versions() == [1]
