@@ -58,7 +58,7 @@ class PartialWindow(Record):
 class Evidence(Record):
     """One checkpoint's windows."""
 
-    number: int = Field(ge=0)
+    number: int = Field(ge=1)
     """1, 2, ... in the order of checkpoints."""
     after: int = Field(ge=0)
     """Step of the checkpoint before it, 0 if there was none: the line accounts for the updates since."""
