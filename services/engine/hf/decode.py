@@ -1,6 +1,5 @@
 """The decode loop: rows of different length, temperature and end, continued in one batch. Called by engine.py."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +12,7 @@ from services.engine.base import Tokens
 from services.engine.hf.model import CausalModel
 from services.engine.hf.prefill import PrefilledPrompt, RowCache, pack
 from shared import metrics
+from shared.seeds import derive_seed
 
 
 @dataclass(eq=False)
@@ -137,13 +137,9 @@ class RowSampling:
 
 def draw_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
     """`count` float32 numbers in [0, 1 - 2^-20]; a longer draw begins with the shorter one."""
-    drawn = np.random.Generator(np.random.Philox(_row_seed(seed, sample))).random(count, dtype=np.float32)
+    drawn = np.random.Generator(np.random.Philox(derive_seed(seed, sample, bits=64))).random(count, dtype=np.float32)
     # Above this, rounding of the cumulative sum could select a token of probability 0.
     return np.minimum(drawn, np.float32(1 - 2**-20))
-
-
-def _row_seed(seed: int, sample: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}.{sample}".encode(), digest_size=8).digest(), "little")
 
 
 def _keep_nucleus(probs: Tensor, top_p: Tensor) -> Tensor:

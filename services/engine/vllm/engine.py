@@ -10,7 +10,6 @@ is undone, by loading the last good files again, before anything is sampled.
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -37,6 +36,7 @@ from services.engine.vllm.core import (
 from services.engine.weights import check_patches, read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
+from shared.seeds import derive_seed
 from shared.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
@@ -183,7 +183,8 @@ class VllmEngine(LocalEngine):
             max_tokens=min(sampling.bound(row), self._core.max_tokens - len(prompt)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=_spread_seed(sampling.seed + row),
+            # vLLM seeds sample n with `seed + n`: seeds of neighbouring rows must lie far apart.
+            seed=derive_seed(sampling.seed + row, bits=56),
             stop_token_ids=sorted(self._started.eos_token_ids),
             **pattern_options(sampling.pattern),
         )
@@ -304,13 +305,6 @@ class VllmEngine(LocalEngine):
     @property
     def _max_tokens(self) -> int:
         return self._core.max_tokens
-
-
-def _spread_seed(seed: int) -> int:
-    """vLLM gives sample n of a request the seed `seed + n`, so seeds of rows must not be consecutive: sample 1 of row 0
-    would draw like sample 0 of row 1."""
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True)
