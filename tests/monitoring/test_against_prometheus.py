@@ -36,7 +36,7 @@ pytestmark = [
 
 WAIT_S = 300.0
 QUIET_IN_A_HEALTHY_RUN = {
-    "headwater-run: Dropped documents by reason",
+    "headwater-run: Dropped windows by reason",
     "headwater-run: Absent candidates",
     "headwater-run: Dropped chunks",
     "headwater-services: Retries a second",
