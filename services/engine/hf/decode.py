@@ -60,9 +60,7 @@ def _continue(model: CausalModel, group: Sequence[Row], prefilled: dict[Tokens, 
     rows = list(group)
     max_tokens = max(row.max_tokens for row in rows)
     sampling = RowSampling.of(
-        [(row.temperature, row.top_p, row.seed, row.sample) for row in rows],
-        max_tokens=max_tokens,
-        device=model.device,
+        [(row.temperature, row.top_p, row.seed, row.sample) for row in rows], max_tokens=max_tokens, device=model.device
     )
     logits = torch.stack([prefilled[row.prompt].logits for row in rows])
     cache = RowCache([prefilled[row.prompt] for row in rows], room=max_tokens)

@@ -23,14 +23,7 @@ from services.engine.hf.decode import Row, generate
 from services.engine.hf.model import CausalModel, load_model
 from services.engine.hf.queue import Batch, GenerateJob, JobQueue, LoadJob, ScoreJob, fail
 from services.engine.local import LocalEngine
-from services.engine.weights import (
-    Patch,
-    apply_patches,
-    apply_weights,
-    check_patches,
-    read_patches,
-    read_weights,
-)
+from services.engine.weights import Patch, apply_patches, apply_weights, check_patches, read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, PromptError
 from shared.settings import EngineSettings

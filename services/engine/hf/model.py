@@ -78,10 +78,7 @@ class CausalModel:
         return max(1, MAX_LOGITS // (len(_logit_positions(branches)) * self.vocab_size))
 
     def _run_together(
-        self,
-        branches: Sequence[Branch],
-        found: dict[Tokens, PrefilledPrompt],
-        stems: dict[Tokens, PrefilledPrompt],
+        self, branches: Sequence[Branch], found: dict[Tokens, PrefilledPrompt], stems: dict[Tokens, PrefilledPrompt]
     ) -> None:
         """Run branches of one level; adds their prompts to `found`, and the branches to `stems` for the next level."""
         branches = sorted(branches, key=lambda branch: branch.stem)  # equal stems are copied once if neighbours

@@ -252,14 +252,7 @@ def test_each_prompt_has_its_own_bound(tiny_model: Path) -> None:
     with_engine(tiny_model, work)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ([1] * 256, "256 tokens"),
-        ([], "empty"),
-        ([300], "0..299"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "words"), [([1] * 256, "256 tokens"), ([], "empty"), ([300], "0..299")])
 def test_hopeless_prompts_are_refused_for_good(tiny_model: Path, prompt: list[int], words: str) -> None:
     async def work(engine: TransformersEngine) -> None:
         with pytest.raises(PromptError, match=words) as caught:
