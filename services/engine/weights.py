@@ -1,6 +1,6 @@
 """Reads a weight version's safetensors files and validates them against a model before anything changes.
 
-`read_weights` and `check_patches` may run on any thread (they read names, shapes and dtypes only);
+`read_weights` and `read_patches` may run on any thread (they read names, shapes and dtypes only);
 `apply_weights` and `apply_patches` must run on the thread that owns the model.
 """
 
@@ -43,18 +43,18 @@ def apply_weights(module: Any, tensors: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Patch:
-    """The changed elements of one tensor."""
-
     name: str
     shape: tuple[int, ...]
     indices: Tensor
     """(N,) int64 into the flattened tensor, ascending, distinct."""
     values: Tensor
-    """(N,)"""
 
 
-def read_patches(file: Path) -> list[Patch]:
-    """Read a file in the form of `PatchableEngine.patch_weights`. EngineError if it is in another form."""
+def read_patches(file: Path, *, module: Any = None) -> list[Patch]:
+    """Read a file in the form of `PatchableEngine.patch_weights`. EngineError if it is in another form.
+
+    Checked against the model `module`, if there is one; EngineError names the first patch that does not fit.
+    """
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
@@ -67,14 +67,11 @@ def read_patches(file: Path) -> list[Patch]:
         raise EngineError(f"{file} does not hold readable patches: {exc!r}") from exc
     for patch in patches:
         _check_indices(patch, file)
+    if module is not None:
+        own = module.state_dict()
+        for patch in patches:
+            _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
     return patches
-
-
-def check_patches(module: Any, patches: Sequence[Patch]) -> None:
-    """Raise EngineError, naming the first patch that does not fit the model."""
-    own = module.state_dict()
-    for patch in patches:
-        _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from services.collector.collect import DroppedWindow, collect
 from services.collector.sources.base import Document
 from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
-from services.engine.local import LocalEngine
+from services.engine.local import LocalEngine, LocalModel
 from services.rewriter import app as rewriter
 from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
@@ -53,12 +53,7 @@ class Sampler(LocalEngine):
     def __init__(self, folder: Path) -> None:
         super().__init__(tokenizer=str(folder))
         self._size = len(load_tokenizer(str(folder), setting="policy.model"))
-        self.bounds: list[tuple[int, int]] = []
-        """Most tokens of a sample, and how many were sampled."""
-
-    _vocab_size = property(lambda self: self._size)
-    _max_tokens = property(lambda self: 256)
-    _eos_token_ids = property(lambda self: frozenset({2}))
+        self._model = LocalModel(None, self._size, 256, frozenset({2}))
 
     async def start(self) -> None:
         await self._load_tokenizer()

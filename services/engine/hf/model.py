@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from services.engine.base import Tokens, TokenScore
 from services.engine.hf.prefill import Branch, PrefilledPrompt, RowCache, pack, plan_branches
-from services.engine.local import end_token_ids
+from services.engine.local import LocalModel, end_token_ids
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
@@ -19,14 +19,9 @@ MAX_LOGITS = 64 * 1024 * 1024
 """Per forward pass: 256 MB in float32."""
 
 
-@dataclass
-class CausalModel:
-    module: Any
-    """A transformers causal language model in eval mode."""
+@dataclass(frozen=True)
+class CausalModel(LocalModel):
     device: torch.device
-    vocab_size: int
-    max_positions: int
-    eos_token_ids: frozenset[int]
     max_batch_tokens: int
 
     def prefill(self, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
@@ -150,7 +145,7 @@ def load_model(settings: EngineSettings) -> CausalModel:
         module=module,
         device=device,
         vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        max_tokens=getattr(config, "max_position_embeddings", None) or 2**31,
         eos_token_ids=end_token_ids(getattr(module, "generation_config", None), module.config),
         max_batch_tokens=settings.max_batch_tokens,
     )

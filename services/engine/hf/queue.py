@@ -10,21 +10,34 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from services.engine.base import Generation, Sampling, Tokens, TokenScore
 from shared import metrics
 from shared.errors import EngineError, OverloadedError
 
-Scores = tuple[list[list[TokenScore]], int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job(Generic[T]):
+    future: "Future[T]" = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+    def finish(self, result: T) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Pass the error to the caller, unless it has cancelled or has its answer."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 @dataclass(frozen=True, eq=False)
-class GenerateJob:
+class GenerateJob(Job[list[list[Generation]]]):
     prompts: Sequence[Tokens]
     sampling: Sampling
-    future: "Future[list[list[Generation]]]" = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_rows(self) -> int:
@@ -36,11 +49,9 @@ class GenerateJob:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreJob:
+class ScoreJob(Job[tuple[list[list[TokenScore]], int]]):
     prompt: Tokens
     continuations: Sequence[Tokens]
-    future: "Future[Scores]" = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_rows(self) -> int:
@@ -53,15 +64,12 @@ class ScoreJob:
 
 
 @dataclass(frozen=True, eq=False)
-class LoadJob:
-    """Validated weights, to be written into the model between two batches."""
-
+class LoadJob(Job[None]):
     write: Callable[[Any], None]
-    """Called with the model's module, on the thread that owns it."""
+    """Puts checked weights into the model's module, on the thread that owns it."""
     version: int
     base: int | None = None
     """The version that must be loaded; None if `write` replaces all weights."""
-    future: "Future[None]" = field(default_factory=Future)
 
 
 Batch = list[GenerateJob] | list[ScoreJob] | LoadJob
@@ -79,7 +87,7 @@ class JobQueue:
         self._closed = ""
         self._changed = threading.Condition()
 
-    def put(self, job: GenerateJob | ScoreJob | LoadJob) -> None:
+    def put(self, job: Job[Any]) -> None:
         """Raises OverloadedError when full, EngineError when closed."""
         with self._changed:
             if self._closed:
@@ -90,7 +98,7 @@ class JobQueue:
                 raise OverloadedError(
                     f"{len(self._waiting)} requests wait for the engine, engine.max_queued_requests allows no more"
                 )
-            else:
+            elif isinstance(job, GenerateJob | ScoreJob):
                 self._waiting.append(job)
             metrics.engine_queued_requests.set(len(self._waiting))
             self._changed.notify()
@@ -114,12 +122,12 @@ class JobQueue:
         """Refuse new jobs and fail the waiting ones."""
         with self._changed:
             self._closed = self._closed or reason
-            left: list[GenerateJob | ScoreJob | LoadJob] = [*self._waiting, *self._loads]
+            left: list[Job[Any]] = [*self._waiting, *self._loads]
             self._waiting.clear()
             self._loads.clear()
             self._changed.notify_all()
         for job in left:
-            fail(job, EngineError(reason))
+            job.fail(EngineError(reason))
 
     def _wait_for_more(self) -> None:
         if self._waiting:
@@ -151,9 +159,3 @@ class JobQueue:
                 rest.append(job)
         self._waiting = rest
         return taken
-
-
-def fail(job: GenerateJob | ScoreJob | LoadJob, error: BaseException) -> None:
-    """Pass the error to the caller, unless it has cancelled or has its answer."""
-    if not job.future.done() and job.future.set_running_or_notify_cancel():
-        job.future.set_exception(error)

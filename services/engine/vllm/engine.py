@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
-from services.engine.local import LocalEngine, end_token_ids
+from services.engine.local import LocalEngine, LocalModel, end_token_ids
 from services.engine.vllm.core import (
     MAX_SCORED_TOKENS,
     VllmCore,
@@ -33,7 +33,7 @@ from services.engine.vllm.core import (
     pattern_options,
     prompt_token_scores,
 )
-from services.engine.weights import check_patches, read_patches, read_weights
+from services.engine.weights import read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.seeds import derive_seed
@@ -55,7 +55,6 @@ class VllmEngine(LocalEngine):
         self._settings = settings
         self._constrains = constrains
         self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
-        self._outline: _ModelOutline | None = None
         self._served: tuple[Path, ...] = ()
         """What restores the weights in service: a folder of all tensors, then patches in order."""
         self._requests: set[asyncio.Timeout] = set()
@@ -95,7 +94,7 @@ class VllmEngine(LocalEngine):
         outline = await asyncio.to_thread(_read_outline, source)
         await self._core.start()
         self._served = (await asyncio.to_thread(_local_folder, source),)
-        self._outline = outline
+        self._model = replace(outline, max_tokens=self._core.max_tokens)
         _log.info("model loaded", extra={"model": source, "vllm": self._installed, "max_tokens": self._core.max_tokens})
 
     async def close(self) -> None:
@@ -140,7 +139,7 @@ class VllmEngine(LocalEngine):
         async def patch() -> None:
             if base != self._version:
                 raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
-            await asyncio.to_thread(lambda: check_patches(self._started.module, read_patches(patches)))
+            await asyncio.to_thread(read_patches, patches, module=self._started.module)
             self._served = tuple(last_good)
             await self._switch("patch", patches, version=version)
 
@@ -180,7 +179,7 @@ class VllmEngine(LocalEngine):
         answer = await self._ask(
             prompt,
             n=num_asked,
-            max_tokens=min(sampling.bound(row), self._core.max_tokens - len(prompt)),
+            max_tokens=min(sampling.bound(row), self._started.max_tokens - len(prompt)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             # vLLM seeds sample n with `seed + n`: seeds of neighbouring rows must lie far apart.
@@ -283,42 +282,15 @@ class VllmEngine(LocalEngine):
     def _check_replaceable(self) -> None:
         if self.failure:
             raise EngineError(self.failure)
-        if self._outline is None:
+        if self._model is None:
             raise self._starting()
         if self._settings.lora_adapter:
             raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
 
-    @property
-    def _started(self) -> "_ModelOutline":
-        if self._outline is None:
-            raise self._starting()
-        return self._outline
 
-    @property
-    def _vocab_size(self) -> int:
-        return self._started.vocab_size
-
-    @property
-    def _eos_token_ids(self) -> frozenset[int]:
-        return self._started.eos_token_ids
-
-    @property
-    def _max_tokens(self) -> int:
-        return self._core.max_tokens
-
-
-@dataclass(frozen=True)
-class _ModelOutline:
-    """What a model's configuration files tell; the weights are in another process."""
-
-    module: Any
-    """A transformers causal language model on the meta device: names, shapes and ties, no memory."""
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-
-
-def _read_outline(model: str) -> _ModelOutline:
-    """Of a Hugging Face folder or name. EngineError gives the reason."""
+def _read_outline(model: str) -> LocalModel:
+    """What the configuration files of a Hugging Face folder or name tell; `max_tokens` is left 0. EngineError if they
+    can't be read."""
     try:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
@@ -326,7 +298,7 @@ def _read_outline(model: str) -> _ModelOutline:
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise EngineError(f"engine.model {model!r} can't be loaded: {exc}") from exc
     decoder = config.get_text_config(decoder=True)
-    return _ModelOutline(module, decoder.vocab_size, end_token_ids(_generation_config(model), decoder))
+    return LocalModel(module, decoder.vocab_size, 0, end_token_ids(_generation_config(model), decoder))
 
 
 def _generation_config(model: str) -> GenerationConfig | None:
