@@ -19,7 +19,7 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first exception in the group that is no cancellation."""
-    leaves = list(_leaves(group))
+    leaves = _leaves(group)
     return next((leaf for leaf in leaves if not isinstance(leaf, asyncio.CancelledError)), leaves[0])
 
 

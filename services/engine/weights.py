@@ -29,7 +29,13 @@ def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
             tensors.update(load_file(file))
         except (SafetensorError, OSError, ValueError) as exc:
             raise EngineError(f"{file} is not a readable safetensors file: {exc}") from exc
-    _check(module.state_dict(keep_vars=True), tensors, folder)
+    own = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
+    # Tied names share one parameter: one of them is enough.
+    written = {id(own[name]) for name in tensors}
+    if missing := [name for name, tensor in own.items() if id(tensor) not in written]:
+        raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
     return tensors
 
 
@@ -91,16 +97,6 @@ def _check_indices(patch: Patch, file: Path) -> None:
         raise EngineError(f"{file}: the indices of {patch.name} are not int64, one per value")
     if len(indices) and (int(indices[0]) < 0 or int(indices[-1]) >= count or not bool((indices.diff() > 0).all())):
         raise EngineError(f"{file}: the indices of {patch.name} do not ascend within its {count} elements")
-
-
-def _check(own: dict[str, Tensor], given: dict[str, Tensor], folder: Path) -> None:
-    for name, tensor in given.items():
-        _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
-    # Tied names share one parameter: one of them is enough.
-    written = {id(own[name]) for name in given}
-    missing = [name for name, tensor in own.items() if id(tensor) not in written]
-    if missing:
-        raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
 
 
 def _check_fit(own: dict[str, Tensor], name: str, shape: tuple[int, ...], values: Tensor, where: str) -> None:

@@ -36,14 +36,18 @@ class CausalModel(LocalModel):
 
     def step(self, token_ids: Tensor, rows: RowCache) -> Tensor:
         """Next-token logits (R, V) float32 after one more token (R,) on each row."""
-        logits: Tensor = self.module(
-            input_ids=token_ids[:, None],
-            attention_mask=rows.mask(1),
-            position_ids=rows.positions(1),
-            past_key_values=rows.cache,
-            use_cache=True,
-        ).logits
-        return logits[:, -1].float()
+        return self._forward(token_ids[:, None], rows)[:, -1]
+
+    def _forward(self, token_ids: Tensor, rows: RowCache | None, **options: Any) -> Tensor:
+        """Logits (R, T, V) float32 for T more tokens (R, T) on each row; `rows` is None for rows that begin here."""
+        num_new = token_ids.shape[1]
+        if rows:
+            # Padding on the right needs no mask: causal attention never looks at it.
+            mask = rows.mask(num_new)
+            options["attention_mask"] = mask if mask is None or num_new == 1 else mask.long()
+            options |= {"position_ids": rows.positions(num_new), "past_key_values": rows.cache}
+        logits: Tensor = self.module(input_ids=token_ids, use_cache=True, **options).logits
+        return logits.float()
 
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[list[TokenScore]]:
         """For each (prompt, continuation) one score per token of the continuation."""
@@ -80,17 +84,9 @@ class CausalModel(LocalModel):
         new = _pad([branch.token_ids[len(branch.stem) :] for branch in branches], self.device)
         positions = _logit_positions(branches)
         wanted = torch.tensor(positions, device=self.device)
-        # Padding on the right needs no mask: causal attention never looks at it.
         rows = RowCache([stems[branch.stem] for branch in branches], room=new.shape[1]) if branches[0].stem else None
         fresh = DynamicCache()
-        logits = self.module(
-            input_ids=new,
-            attention_mask=_widened(rows.mask(new.shape[1])) if rows else None,
-            position_ids=rows.positions(new.shape[1]) if rows else None,
-            past_key_values=rows.cache if rows else fresh,
-            use_cache=True,
-            logits_to_keep=wanted,
-        ).logits.float()
+        logits = self._forward(new, rows, past_key_values=fresh, logits_to_keep=wanted)
         metrics.engine_prompt_tokens_total.inc(sum(len(branch.token_ids) - len(branch.stem) for branch in branches))
         column = {position: index for index, position in enumerate(positions)}
         for row, branch in enumerate(branches):
@@ -107,15 +103,8 @@ class CausalModel(LocalModel):
         inputs = _pad([continuation[:-1] for _, continuation in pairs], self.device)
         targets = _pad([continuation[1:] for _, continuation in pairs], self.device)
         rows = RowCache([prompt for prompt, _ in pairs], room=inputs.shape[1])
-        logits = self.module(
-            input_ids=inputs,
-            attention_mask=_widened(rows.mask(inputs.shape[1])),
-            position_ids=rows.positions(inputs.shape[1]),
-            past_key_values=rows.cache,
-            use_cache=True,
-        ).logits.float()
+        log_probs = torch.log_softmax(self._forward(inputs, rows), dim=-1)
         metrics.engine_prompt_tokens_total.inc(sum(len(continuation) - 1 for _, continuation in pairs))
-        log_probs = torch.log_softmax(logits, dim=-1)
         given = log_probs.gather(-1, targets[..., None])[..., 0].tolist()
         best, best_ids = (part.tolist() for part in log_probs.max(dim=-1))
         return [
@@ -125,14 +114,16 @@ class CausalModel(LocalModel):
 
 
 def _logit_positions(branches: Sequence[Branch]) -> list[int]:
-    """Ends of prompts and branches, counted from the end of the stem."""
-    ends = {len(end) - len(branch.stem) - 1 for branch in branches for end in (*branch.prompts, branch.token_ids)}
-    return sorted(ends)
+    """Last tokens of prompts and branches, counted from the end of the stem."""
+    return sorted({len(end) - len(one.stem) - 1 for one in branches for end in (*one.prompts, one.token_ids)})
 
 
 def load_model(settings: EngineSettings) -> CausalModel:
     """Load `engine.model` onto its device. EngineError gives the reason."""
-    device = _device(settings.device)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("engine.device = 'cuda', but torch sees no CUDA device: use 'auto' or 'cpu'")
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu else "cpu")
     try:
         module = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
@@ -151,19 +142,7 @@ def load_model(settings: EngineSettings) -> CausalModel:
     )
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EngineError("engine.device = 'cuda', but torch sees no CUDA device: use 'auto' or 'cpu'")
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
-
-
 def _pad(rows: Sequence[Tokens], device: torch.device) -> Tensor:
     """(R, longest) int64, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
-
-
-def _widened(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.long()

@@ -1,7 +1,6 @@
 """The bounded queue between the event loop and the thread that owns a model, and the jobs in it.
 
-The event loop puts jobs and never blocks: a full queue raises OverloadedError. The model's thread blocks in `take`
-until there is a batch of jobs or a weight update, or the queue is closed.
+The event loop puts jobs and never blocks: a full queue raises OverloadedError. The model's thread blocks in `take`.
 """
 
 import threading
@@ -95,9 +94,8 @@ class JobQueue:
             if isinstance(job, LoadJob):
                 self._loads.append(job)
             elif len(self._waiting) >= self._max_queued:
-                raise OverloadedError(
-                    f"{len(self._waiting)} requests wait for the engine, engine.max_queued_requests allows no more"
-                )
+                found = f"{len(self._waiting)} requests wait for the engine"
+                raise OverloadedError(f"{found}, engine.max_queued_requests allows no more")
             elif isinstance(job, GenerateJob | ScoreJob):
                 self._waiting.append(job)
             metrics.engine_queued_requests.set(len(self._waiting))
@@ -131,10 +129,8 @@ class JobQueue:
 
     def _wait_for_more(self) -> None:
         if self._waiting:
-            until = self._waiting[0].queued_at + self._batch_wait_s
-            self._changed.wait_for(
-                lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, until - time.monotonic())
-            )
+            left_s = self._waiting[0].queued_at + self._batch_wait_s - time.monotonic()
+            self._changed.wait_for(lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, left_s))
 
     def _is_full(self) -> bool:
         return sum(job.num_rows for job in self._waiting) * self._waiting[0].row_tokens >= self._max_batch_tokens

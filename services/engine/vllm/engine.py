@@ -3,9 +3,9 @@
     generate, score --core.py--> AsyncLLM --> engine core (another process: scheduler and model)
     load_weights: check -> pause, requests kept -> transfer (plugin.py) -> resume
 
-The prefix cache never serves keys of old weights: the pause clears it, and every request carries the number of weight
-loads so far as salt. Requests in flight continue after an update with recomputed keys. An update that fails half way
-is undone, by loading the last good files again, before anything is sampled.
+The prefix cache never serves keys of old weights: the pause clears it, and each request carries the number of weight
+loads as salt. Requests in flight continue after an update with recomputed keys. An update that fails half way is
+undone by loading the last good files again before anything is sampled.
 """
 
 import asyncio
@@ -46,10 +46,7 @@ class VllmEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
-        """`tokenizer`: folder or name, if not the model's; `constrains`: `Sampling.pattern` will be used.
-
-        SettingsError if vLLM is missing or of an unsupported version.
-        """
+        """As in `build_engine`. SettingsError if vLLM is missing or of an unsupported version."""
         super().__init__(tokenizer=tokenizer or settings.model)
         self._installed = installed_version()
         self._settings = settings
@@ -147,7 +144,7 @@ class VllmEngine(LocalEngine):
 
     @contextlib.asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
-        """One place in the bounded queue, for a bounded time. Leaving early aborts the work in the engine core."""
+        """One place in the bounded queue, for a bounded time. Leaving aborts the work in the engine core."""
         if self.failure:
             raise EngineError(self.failure)
         if len(self._requests) >= self._settings.max_queued_requests:
@@ -243,9 +240,8 @@ class VllmEngine(LocalEngine):
             if form == "patch":
                 self._core.can_patch = False
             await self._go_back(exc)
-            raise EngineError(
-                f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
-            ) from exc
+            back = f"version {self._version} is back in service"
+            raise EngineError(f"weight version {version} could not be applied, {back}: {exc}") from exc
         self._served = (path,) if form == "full" else (*self._served, path)
         await self._resume(version)
         metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
@@ -282,15 +278,13 @@ class VllmEngine(LocalEngine):
     def _check_replaceable(self) -> None:
         if self.failure:
             raise EngineError(self.failure)
-        if self._model is None:
-            raise self._starting()
+        _ = self._started
         if self._settings.lora_adapter:
             raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
 
 
 def _read_outline(model: str) -> LocalModel:
-    """What the configuration files of a Hugging Face folder or name tell; `max_tokens` is left 0. EngineError if they
-    can't be read."""
+    """From the configuration files of a folder or name; `max_tokens` is left 0. EngineError if they can't be read."""
     try:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
@@ -298,18 +292,14 @@ def _read_outline(model: str) -> LocalModel:
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise EngineError(f"engine.model {model!r} can't be loaded: {exc}") from exc
     decoder = config.get_text_config(decoder=True)
-    return LocalModel(module, decoder.vocab_size, 0, end_token_ids(_generation_config(model), decoder))
-
-
-def _generation_config(model: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return None  # the file is optional
+    generation = None
+    with contextlib.suppress(OSError):  # the file is optional
+        generation = GenerationConfig.from_pretrained(model)
+    return LocalModel(module, decoder.vocab_size, 0, end_token_ids(generation, decoder))
 
 
 def _local_folder(model: str) -> Path:
-    """Where the safetensors files of a loaded model are."""
+    """Of a loaded model's safetensors files."""
     if Path(model).is_dir():
         return Path(model).resolve()
     return Path(snapshot_download(model, allow_patterns=["*.safetensors"], local_files_only=True))
