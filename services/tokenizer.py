@@ -1,4 +1,4 @@
-"""Tokenizers: loading and comparing them, and what token ids say as text. Used by all services.
+"""Tokenizers: loading and comparing them, and what token ids say as text.
 
     tokenizer = load_tokenizer("starter/models/policy", setting="policy.model")
     codec = TokenCodec(tokenizer)
@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.tokenizer_files import NeedsTransformersError, TokenizerFiles, read_files
+from services.tokenizer_files import NeedsTransformersError, read_files
 from shared.api import TextFlaw
 from shared.errors import SettingsError
 
@@ -71,7 +71,7 @@ def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
     if not source:
         raise SettingsError(f"{setting} is empty: name the folder or model whose tokenizer to use")
     try:
-        return _from_files(read_files(source))
+        return _from_files(*read_files(source))
     except NeedsTransformersError as exc:
         _log.info("loading the tokenizer %s with transformers, which takes some 300 MB of memory: %s", source, exc)
     from transformers import AutoTokenizer
@@ -82,17 +82,14 @@ def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
         raise SettingsError(f"{setting} = {source!r} has no tokenizer that can be loaded: {exc}") from exc
 
 
-def _from_files(files: TokenizerFiles) -> Tokenizer:
-    core, named = files.core, files.special_ids
-
+def _from_files(core: Any, named: dict[str, int]) -> Tokenizer:
     def encode(text: str, splits_special: bool) -> list[int]:
         core.encode_special_tokens = splits_special
         return list(core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
-    special = {token_id for token_id, token in core.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
         vocabulary=core.get_vocab,
-        control_ids=_control_ids(special, named),
+        control_ids=_control_ids(core.get_added_tokens_decoder(), [], named),
         beginning=_beginning(core.encode("a").ids, named),
         end=named.get("eos_token"),
         is_byte_level=_is_byte_level(core),
@@ -113,10 +110,9 @@ def from_transformers(found: Any) -> Tokenizer:
         return str(found.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False))
 
     named = {name: getattr(found, f"{name}_id") for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
-    special = {token_id for token_id, token in found.added_tokens_decoder.items() if token.special}
     return Tokenizer(
         vocabulary=found.get_vocab,
-        control_ids=_control_ids(special | set(found.all_special_ids), named),
+        control_ids=_control_ids(found.added_tokens_decoder, found.all_special_ids, named),
         beginning=_beginning(found.encode("a"), named),
         end=named["eos_token"],
         is_byte_level=_is_byte_level(getattr(found, "backend_tokenizer", None)),
@@ -125,7 +121,8 @@ def from_transformers(found: Any) -> Tokenizer:
     )
 
 
-def _control_ids(special: set[int], named: Mapping[str, int | None]) -> frozenset[int]:
+def _control_ids(added: Mapping[int, Any], others: Collection[int], named: Mapping[str, int | None]) -> frozenset[int]:
+    special = {*others, *(token_id for token_id, token in added.items() if token.special)}
     # One token may be both unknown and end-of-text, as GPT-2's is: then it is a control token.
     never_text = {named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     return frozenset(special - {named.get("unk_token")} | {found for found in never_text if found is not None})

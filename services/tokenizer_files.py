@@ -14,7 +14,6 @@ Anything else raises NeedsTransformersError.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,11 @@ class NeedsTransformersError(HeadwaterError):
     """Only AutoTokenizer knows the ids of this tokenizer; the message says why."""
 
 
-@dataclass(frozen=True)
-class TokenizerFiles:
-    core: Tokenizer
-    special_ids: dict[str, int]
-    """The special tokens of tokenizer_config.json by name, such as `{"eos_token": 2}`; those without one by text."""
+def read_files(source: str) -> tuple[Tokenizer, dict[str, int]]:
+    """A folder's tokenizer and its special tokens by name, such as `{"eos_token": 2}`, or by text without a name.
 
-
-def read_files(source: str) -> TokenizerFiles:
-    """From a folder, or from a Hugging Face name through its cache. Raises NeedsTransformersError."""
+    `source` may also be a Hugging Face name. Raises NeedsTransformersError.
+    """
     folder = _folder(source)
     if not (folder / "tokenizer.json").is_file():
         raise NeedsTransformersError("it has no tokenizer.json")
@@ -75,7 +70,7 @@ def read_files(source: str) -> TokenizerFiles:
     _check_added_tokens(core, config, _read(folder / "added_tokens.json"))
     if class_name not in _AS_IS:
         _check_rebuilt(core, config, class_name, special_ids)
-    return TokenizerFiles(core, special_ids)
+    return core, special_ids
 
 
 def _folder(source: str) -> Path:

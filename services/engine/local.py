@@ -30,8 +30,11 @@ class LocalModel:
 class LocalEngine(ABC):
     """The part of `Engine` and `TokenScorer` that needs only the tokenizer. Encodes and decodes on any thread."""
 
-    def __init__(self, *, tokenizer: str) -> None:
+    can_score = True
+
+    def __init__(self, *, name: str, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
+        self.name = name
         self._tokenizer_source = tokenizer
         self._chat: Any = None
         self._codec: TokenCodec | None = None
@@ -39,18 +42,10 @@ class LocalEngine(ABC):
         """Set by `start`, as the two above."""
         self._encode_label = lru_cache(maxsize=1024)(self._encode_text)
 
-    @property
-    @abstractmethod
-    def name(self) -> str: ...
-
     @abstractmethod
     async def score_tokens(
         self, prompt: Prompt, continuations: Sequence[Prompt]
     ) -> tuple[list[list[TokenScore]], int]: ...
-
-    @property
-    def can_score(self) -> bool:
-        return True
 
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
         scores, _ = await self.score_tokens(prompt, continuations)

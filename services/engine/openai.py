@@ -9,8 +9,7 @@ import asyncio
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,14 +39,18 @@ class ChatPrompt(str):
 
 
 class OpenAIEngine:
-    """See `Engine`. It has no tokenizer and no weights of its own."""
+    """See `Engine`. It has no tokenizer and no weights."""
+
+    weight_version = 0
+    has_chat_template = True
 
     def __init__(self, settings: EngineSettings, *, constrains: bool = False) -> None:
-        """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`."""
+        """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`; vLLM's do."""
+        self.name = f"openai:{settings.model}@{without_secrets(settings.endpoint)}"
         self._settings = settings
         self._constrains = constrains
         self._in_flight = 0
-        self._echoes = self._gives_top = self._follows_patterns = False
+        self._echoes = self._gives_top = self.can_constrain = False
         self._client = AsyncOpenAI(
             base_url=settings.endpoint,
             api_key=os.environ.get(settings.key_variable) or "none",
@@ -56,29 +59,16 @@ class OpenAIEngine:
         )
 
     @property
-    def name(self) -> str:
-        return f"openai:{self._settings.model}@{without_secrets(self._settings.endpoint)}"
-
-    @property
-    def weight_version(self) -> int:
-        return 0
-
-    @property
     def can_score(self) -> bool:
         """As probed by `start`: one-token labels at least can be scored."""
         return self._echoes or self._gives_top
-
-    @property
-    def can_constrain(self) -> bool:
-        """As probed by `start`; vLLM's endpoints can."""
-        return self._follows_patterns
 
     async def start(self) -> None:
         """Wait until the endpoint answers, then probe what it supports."""
         await self._wait_until_reachable()
         self._echoes = await self._supports(self._probe_echo)
         self._gives_top = await self._supports(self._probe_top)
-        self._follows_patterns = self._constrains and await self._supports(self._probe_pattern)
+        self.can_constrain = self._constrains and await self._supports(self._probe_pattern)
 
     async def close(self) -> None:
         await self._client.close()
@@ -90,7 +80,9 @@ class OpenAIEngine:
         if not continuations:
             return []
         if isinstance(prompt, ChatPrompt) or not self._echoes:
-            return await self._score_labels(prompt, continuations)
+            if not self._gives_top:
+                self._refuse("gives no log-probs: use verdict = 'answer'")
+            return read_label_scores(await self._next_token(prompt), continuations, name=self.name)
         answer = await self._ask([_join(prompt, continuation) for continuation in continuations], **_ECHO)
         return read_echoed_scores(answer, prompt, continuations)
 
@@ -99,10 +91,6 @@ class OpenAIEngine:
 
     def decode(self, token_ids: TokenSequence) -> str:
         self._refuse("has no tokenizer here")
-
-    @property
-    def has_chat_template(self) -> bool:
-        return True
 
     def render_chat(self, prompt: str) -> str:
         """The endpoint applies the template itself."""
@@ -126,31 +114,34 @@ class OpenAIEngine:
         )
         if len(answer.choices) != sampling.num_samples:
             raise EngineError(f"{self.name} gave {len(answer.choices)} samples, {sampling.num_samples} were asked for")
-        is_chat = isinstance(prompt, ChatPrompt)
-        return [
-            Generation(
-                token_ids=(),
-                text=(choice.message.content or "") if is_chat else choice.text,
-                finish_reason="length" if choice.finish_reason == "length" else "stop",
-                weight_version=0,
-            )
-            for choice in answer.choices
-        ]
+        generations = []
+        for choice in answer.choices:
+            text = (choice.message.content or "") if isinstance(prompt, ChatPrompt) else choice.text
+            generations.append(Generation((), text, "length" if choice.finish_reason == "length" else "stop", 0))
+        return generations
 
     async def _ask(self, prompt: Any, **options: Any) -> Any:
-        """What the route for the prompt answers. Translates the client's errors."""
+        """What the route for the prompt answers: one place in the bounded queue, for a bounded time."""
+        if self._in_flight >= self._settings.max_queued_requests:
+            raise OverloadedError(f"{self._in_flight} requests wait for {self.name}: engine.max_queued_requests")
+        self._in_flight += 1
         options["model"] = self._settings.model
-        async with self._request():
-            if isinstance(prompt, ChatPrompt):
-                messages: Any = [{"role": "user", "content": str(prompt)}]
-                return await self._client.chat.completions.create(messages=messages, **options)
-            plain = prompt if isinstance(prompt, str) else list(prompt)
-            return await self._client.completions.create(prompt=plain, **options)
-
-    async def _score_labels(self, prompt: Prompt, labels: Sequence[Prompt]) -> list[list[float]]:
-        if not self._gives_top:
-            self._refuse("gives no log-probs: use verdict = 'answer'")
-        return read_label_scores(await self._next_token(prompt), labels, name=self.name)
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                if isinstance(prompt, ChatPrompt):
+                    messages: Any = [{"role": "user", "content": str(prompt)}]
+                    return await self._client.chat.completions.create(messages=messages, **options)
+                plain = prompt if isinstance(prompt, str) else list(prompt)
+                return await self._client.completions.create(prompt=plain, **options)
+        except TimeoutError as exc:
+            late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            raise EngineError(late) from exc
+        except openai.APIStatusError as exc:
+            raise self._translate(exc) from exc
+        except openai.OpenAIError as exc:
+            raise EngineError(f"{self.name} did not answer: {exc}") from exc
+        finally:
+            self._in_flight -= 1
 
     async def _next_token(self, prompt: Prompt) -> dict[str, float]:
         """Log-probs of the likeliest next tokens, by text."""
@@ -163,30 +154,10 @@ class OpenAIEngine:
             return {token.token: token.logprob for token in content[0].top_logprobs} if content else {}
         return dict(logprobs.top_logprobs[0]) if logprobs and logprobs.top_logprobs else {}
 
-    @asynccontextmanager
-    async def _request(self) -> AsyncIterator[None]:
-        """One place in the bounded queue, for a bounded time."""
-        if self._in_flight >= self._settings.max_queued_requests:
-            raise OverloadedError(f"{self._in_flight} requests wait for {self.name}: engine.max_queued_requests")
-        self._in_flight += 1
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                yield
-        except TimeoutError as exc:
-            late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
-            raise EngineError(late) from exc
-        except openai.APIStatusError as exc:
-            raise self._translate(exc) from exc
-        except openai.OpenAIError as exc:
-            raise EngineError(f"{self.name} did not answer: {exc}") from exc
-        finally:
-            self._in_flight -= 1
-
     def _translate(self, exc: openai.APIStatusError) -> HeadwaterError:
         if exc.status_code in (401, 403):
-            return EngineError(
-                f"{self.name} refused the key in the environment variable {self._settings.key_variable}: {exc.message}"
-            )
+            variable = self._settings.key_variable
+            return EngineError(f"{self.name} refused the key in the environment variable {variable}: {exc.message}")
         if exc.status_code in (408, 409, 429) or exc.status_code >= 500:
             return EngineError(f"{self.name} failed with status {exc.status_code}: {exc.message}")
         return RequestError(f"{self.name} refused the request with status {exc.status_code}: {exc.message}")
@@ -254,9 +225,8 @@ def read_label_scores(top: Mapping[str, float], labels: Sequence[Prompt], *, nam
             raise PromptError(f"{name} can score text labels of one token only, got token ids")
         forms = {label, label.lstrip(" ")} & top.keys()
         if not forms:
-            raise PromptError(
-                f"{name}: {label!r} is not among the {len(top)} likeliest next tokens, so it has no score"
-            )
+            found = f"not among the {len(top)} likeliest next tokens"
+            raise PromptError(f"{name}: {label!r} is {found}, so it has no score")
         scores.append([math.log(sum(math.exp(top[form]) for form in forms))])
     return scores
 

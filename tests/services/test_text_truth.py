@@ -46,12 +46,11 @@ def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Sampler(LocalEngine):
     """A policy that samples anything: ids at random, cut pieces of texts, control tokens anywhere."""
 
-    name = "sampler"
     weight_version = 0
     can_constrain = False
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(tokenizer=str(folder))
+        super().__init__(name="sampler", tokenizer=str(folder))
         self._size = len(load_tokenizer(str(folder), setting="policy.model"))
         self._model = LocalModel(None, self._size, 256, frozenset({2}))
 

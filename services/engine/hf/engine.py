@@ -41,28 +41,20 @@ _MakeGeneration = Callable[[Tokens, Tokens, Literal["length", "stop"], int], Gen
 class TransformersEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer` and a `PatchableEngine`."""
 
+    can_constrain = False
+    can_patch = True
+
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, if not the model's."""
-        super().__init__(tokenizer=tokenizer or settings.model)
+        super().__init__(name=f"transformers:{settings.model}", tokenizer=tokenizer or settings.model)
         self._settings = settings
-        self._queue = JobQueue(
-            max_queued=settings.max_queued_requests,
-            max_batch_tokens=settings.max_batch_tokens,
-            batch_wait_s=settings.batch_wait_s,
-        )
+        bounds = {"max_queued": settings.max_queued_requests, "max_batch_tokens": settings.max_batch_tokens}
+        self._queue = JobQueue(**bounds, batch_wait_s=settings.batch_wait_s)
         self._worker = _Worker(settings, self._queue, self._generation)
-
-    @property
-    def name(self) -> str:
-        return f"transformers:{self._settings.model}"
 
     @property
     def weight_version(self) -> int:
         return self._worker.weight_version
-
-    @property
-    def can_constrain(self) -> bool:
-        return False
 
     async def start(self) -> None:
         await self._load_tokenizer()
@@ -89,10 +81,6 @@ class TransformersEngine(LocalEngine):
     async def load_weights(self, folder: Path, version: int) -> None:
         tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
         await self._answer(LoadJob(lambda module: apply_weights(module, tensors), version))
-
-    @property
-    def can_patch(self) -> bool:
-        return True
 
     async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
         found = await asyncio.to_thread(read_patches, patches, module=self._started.module)
@@ -149,16 +137,10 @@ class _Worker:
             torch.set_num_threads(self._settings.num_threads)
         started = time.perf_counter()
         model = load_model(self._settings)
-        _log.info(
-            "model loaded",
-            extra={
-                "model": self._settings.model,
-                "device": str(model.device),
-                "dtype": self._settings.dtype,
-                "num_parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-                "seconds": round(time.perf_counter() - started, 2),
-            },
-        )
+        seconds = round(time.perf_counter() - started, 2)
+        num_parameters = sum(parameter.numel() for parameter in model.module.parameters())
+        shown = {"model": self._settings.model, "device": str(model.device), "dtype": self._settings.dtype}
+        _log.info("model loaded", extra=shown | {"num_parameters": num_parameters, "seconds": seconds})
         return model
 
     def _answer(self, model: CausalModel, batch: Batch) -> None:

@@ -154,13 +154,9 @@ class VllmCore:
             raise EngineError(f"this build of vLLM runs on {current_platform.device_type}, set engine.device to 'auto'")
         # On a CPU vLLM keeps linear weights in packed form only, which can't be patched.
         self.can_patch = not on_cpu and not settings.lora_adapter
-        options: dict[str, Any] = {
-            "model": settings.model,
-            "dtype": settings.dtype,
+        same = {"model", "dtype", "gpu_memory_utilization", "tensor_parallel_size", "data_parallel_size"}
+        options: dict[str, Any] = settings.model_dump(include=same) | {
             "max_model_len": settings.max_model_tokens or None,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "data_parallel_size": settings.data_parallel_size,
             # Token ids in, token ids out; the caller names end tokens and sampling settings.
             "skip_tokenizer_init": not self._tokenizer,
             "tokenizer": self._tokenizer or None,
@@ -254,8 +250,7 @@ def _metrics_logger() -> Any:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class MetricsLogger(StatLoggerBase):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            return
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *_rest: Any, **_more: Any) -> None:
             if scheduler_stats is not None:
@@ -265,8 +260,7 @@ def _metrics_logger() -> Any:
                 metrics.engine_prompt_tokens_total.inc(iteration_stats.prompt_token_stats.computed)
                 metrics.engine_generated_tokens_total.inc(iteration_stats.num_generation_tokens)
 
-        def log_engine_initialized(self) -> None:
-            return
+        def log_engine_initialized(self) -> None: ...
 
     return MetricsLogger
 

@@ -47,32 +47,20 @@ class VllmEngine(LocalEngine):
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
         """As in `build_engine`. SettingsError if vLLM is missing or of an unsupported version."""
-        super().__init__(tokenizer=tokenizer or settings.model)
+        adapter = f"+{settings.lora_adapter}" if settings.lora_adapter else ""
+        super().__init__(name=f"vllm:{settings.model}{adapter}", tokenizer=tokenizer or settings.model)
         self._installed = installed_version()
         self._settings = settings
-        self._constrains = constrains
+        self.can_constrain = constrains
         self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
         self._served: tuple[Path, ...] = ()
         """What restores the weights in service: a folder of all tensors, then patches in order."""
         self._requests: set[asyncio.Timeout] = set()
-        self._version = 0
+        self.weight_version = 0
         self._num_loads = 0
         self._updating = asyncio.Lock()
         self._updates: set[asyncio.Task[None]] = set()
         self._failure = ""
-
-    @property
-    def name(self) -> str:
-        adapter = f"+{self._settings.lora_adapter}" if self._settings.lora_adapter else ""
-        return f"vllm:{self._settings.model}{adapter}"
-
-    @property
-    def weight_version(self) -> int:
-        return self._version
-
-    @property
-    def can_constrain(self) -> bool:
-        return self._constrains
 
     @property
     def can_patch(self) -> bool:
@@ -101,7 +89,7 @@ class VllmEngine(LocalEngine):
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         if not prompts:
             return []
-        if sampling.pattern and not self._constrains:
+        if sampling.pattern and not self.can_constrain:
             raise PromptError(f"{self.name} was not started for answers that follow a pattern")
         encoded = [self._prepare(prompt, room=1) for prompt in prompts]
         async with self._request():
@@ -134,8 +122,10 @@ class VllmEngine(LocalEngine):
             raise EngineError(f"{self.name} takes no patches in place: load the whole of version {version}")
 
         async def patch() -> None:
-            if base != self._version:
-                raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
+            if base != self.weight_version:
+                raise EngineError(
+                    f"{patches} changes version {base}, but {self.name} serves version {self.weight_version}"
+                )
             await asyncio.to_thread(read_patches, patches, module=self._started.module)
             self._served = tuple(last_good)
             await self._switch("patch", patches, version=version)
@@ -240,7 +230,7 @@ class VllmEngine(LocalEngine):
             if form == "patch":
                 self._core.can_patch = False
             await self._go_back(exc)
-            back = f"version {self._version} is back in service"
+            back = f"version {self.weight_version} is back in service"
             raise EngineError(f"weight version {version} could not be applied, {back}: {exc}") from exc
         self._served = (path,) if form == "full" else (*self._served, path)
         await self._resume(version)
@@ -250,7 +240,7 @@ class VllmEngine(LocalEngine):
         try:
             await self._core.pause()
         except EngineError:
-            await self._resume(self._version)  # nothing has changed, but it may still come to pause
+            await self._resume(self.weight_version)  # nothing has changed, but it may still come to pause
             raise
 
     async def _go_back(self, cause: EngineError) -> None:
@@ -258,16 +248,16 @@ class VllmEngine(LocalEngine):
         folder, *patches = self._served
         try:
             await asyncio.to_thread(read_weights, self._started.module, folder)
-            await self._core.transfer("full", folder, version=self._version)
+            await self._core.transfer("full", folder, version=self.weight_version)
             for patch in patches:
-                await self._core.transfer("patch", patch, version=self._version)
+                await self._core.transfer("patch", patch, version=self.weight_version)
         except EngineError as exc:
             self._fail(f"{self.name} lost its weights: an update failed ({cause}), and so did going back ({exc})")
             raise EngineError(self._failure) from exc
-        await self._resume(self._version)
+        await self._resume(self.weight_version)
 
     async def _resume(self, version: int) -> None:
-        self._version = version
+        self.weight_version = version
         self._num_loads += 1
         try:
             await self._core.resume()
