@@ -1,7 +1,7 @@
 """What is judged is what is trained: whole windows through the real collector, rollout service and rewriter, with a
-judge that remembers what it was shown. Every candidate's ids, decoded after the ids of its prefix, say what was shown.
+judge that remembers what it was shown. Every candidate's ids, decoded after those of its prefix, say what was shown.
 
-The decoding here is done by the tokenizer on whole sequences; the code under test decodes stretches.
+Here the tokenizer decodes whole sequences; the code under test decodes stretches.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from services.rewriter import app as rewriter
 from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
 from shared import metrics
-from shared.records import Candidate, ScoredWindow
+from shared.records import ScoredWindow
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
 from tests.services.fakes import FakeEngine
@@ -58,7 +58,6 @@ class Sampler(LocalEngine):
         await self._load_tokenizer()
 
     async def close(self) -> None: ...
-
     async def load_weights(self, folder: Path, version: int) -> None: ...
 
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
@@ -87,10 +86,8 @@ class Sampler(LocalEngine):
 def teach(prompt: str, index: int) -> str:
     """A copy, a repair, or broken text, by the suffix."""
     suffix = prompt.partition("\x1e")[2].partition("\x1e")[0]
-    kind = len(suffix) % 4
-    return {0: suffix, 1: suffix, 2: f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", 3: f"{suffix[:2]}\ufffd\ufffd"}[
-        kind
-    ]
+    repair, broken = f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", f"{suffix[:2]}\ufffd\ufffd"
+    return (suffix, suffix, repair, broken)[len(suffix) % 4]
 
 
 @dataclass
@@ -130,16 +127,15 @@ async def _until_ready(routed: Routed, role: str) -> None:
 def make_settings(policy: Path, folder: Path, *, overlap: int) -> Settings:
     prompt = folder / "prompt.txt"
     prompt.write_text("{prefix}\x1e{suffix}\x1e")
-    return Settings.model_validate(
-        {
-            "run": {"name": "truth", "directory": str(folder)},
-            "policy": {"model": str(policy)},
-            "chunks": SIZES | {"window_overlap_tokens": overlap},
-            "rollout": {"url": "http://rollout", "poll_interval_s": 5, "engine": {"device": "cpu"}},
-            "rewriter": {"url": "http://rewriter", "prompt": str(prompt)},
-            "judge": {"url": "http://judge"},
-        }
-    )
+    sections: dict[str, Any] = {
+        "run": {"name": "truth", "directory": str(folder)},
+        "policy": {"model": str(policy)},
+        "chunks": SIZES | {"window_overlap_tokens": overlap},
+        "rollout": {"url": "http://rollout", "poll_interval_s": 5, "engine": {"device": "cpu"}},
+        "rewriter": {"url": "http://rewriter", "prompt": str(prompt)},
+        "judge": {"url": "http://judge"},
+    }
+    return Settings.model_validate(sections)
 
 
 @dataclass
@@ -209,19 +205,14 @@ def check(seen: Seen, truth: Truth) -> Counter[str]:
     for chunk, (prefix, texts) in zip(seen.document.chunks, shown(seen.judged), strict=True):
         before = seen.document.token_ids[: chunk.start]
         assert truth.decode(before) == prefix
-        assert "\ufffd" not in prefix
         assert [candidate.text for candidate in chunk.candidates] == texts
         for candidate, text in zip(chunk.candidates, texts, strict=True):
-            check_candidate(candidate, prefix + text, before=before, truth=truth)
+            assert truth.says(before + candidate.token_ids, prefix + text), (candidate.kinds, candidate.token_ids, text)
+            assert not {truth.bos, truth.eos} & set(candidate.token_ids[:-1]), "a control token was shown as nothing"
+            assert "\ufffd" not in prefix + text
             assert len(candidate.token_ids) <= ends[chunk.start] - chunk.start
             kinds.update(candidate.kinds)
     return kinds
-
-
-def check_candidate(candidate: Candidate, text: str, *, before: tuple[int, ...], truth: Truth) -> None:
-    assert truth.says(before + candidate.token_ids, text), (candidate.kinds, candidate.token_ids, text)
-    assert not {truth.bos, truth.eos} & set(candidate.token_ids[:-1]), "a control token was shown as nothing"
-    assert "\ufffd" not in text
 
 
 def documents() -> list[Document]:
@@ -229,14 +220,9 @@ def documents() -> list[Document]:
 
 
 def absent() -> Counter[str]:
-    samples = [sample for metric in metrics.candidates_absent_total.collect() for sample in metric.samples]
-    return Counter(
-        {
-            f"{sample.labels['kind']} {sample.labels['reason']}": int(sample.value)
-            for sample in samples
-            if sample.name.endswith("_total")
-        }
-    )
+    (metric,) = metrics.candidates_absent_total.collect()
+    samples = [(one.labels, int(one.value)) for one in metric.samples if one.name.endswith("_total")]
+    return Counter({f"{labels['kind']} {labels['reason']}": count for labels, count in samples})
 
 
 def test_what_the_judge_was_shown_is_what_the_ids_say(policy: Path, tmp_path: Path) -> None:

@@ -82,12 +82,6 @@ def test_a_long_prompt_scores_like_a_short_one_and_again(subject: Subject) -> No
         assert [pytest.approx(row, abs=1e-3) for row in expected] == scores
 
 
-def test_a_hopeless_prompt_is_refused_for_good(subject: Subject) -> None:
-    with pytest.raises(HeadwaterError) as caught:
-        subject.do(subject.engine.generate([[1] * 256], Sampling(max_tokens=4)))
-    assert not caught.value.retryable
-
-
 def test_more_requests_than_allowed_are_refused_at_once(subject: Subject) -> None:
     async def work() -> list[object]:
         sampling = Sampling(max_tokens=64, num_samples=8)
@@ -114,3 +108,34 @@ def test_a_caller_that_gives_up_leaves_the_engine_free(subject: Subject) -> None
         return time.monotonic() - began
 
     assert subject.do(work()) < 20
+
+
+@pytest.mark.parametrize(("prompt", "words"), [([1] * 256, "256 tokens"), ([], "empty"), ([300], r"0\.\.299")])
+def test_hopeless_prompts_are_refused_for_good(subject: Subject, prompt: list[int], words: str) -> None:
+    with pytest.raises(HeadwaterError, match=words) as caught:
+        subject.do(subject.engine.generate([prompt], Sampling(max_tokens=4)))
+    assert not caught.value.retryable
+
+
+def test_end_of_sequence_stops_a_sample_and_is_its_last_token(local: Subject) -> None:
+    sampling = Sampling(max_tokens=200, num_samples=64, temperature=2.0)
+    (generations,) = local.do(local.engine.generate([[9, 8, 7]], sampling))
+    stopped = [generation for generation in generations if generation.finish_reason == "stop"]
+    assert 0 < len(stopped) < len(generations)
+    assert all(generation.token_ids[-1] == 0 for generation in stopped)
+    assert all(0 not in generation.token_ids[:-1] for generation in generations)
+    assert all("<|end|>" not in generation.text for generation in stopped)
+    assert all(len(generation.token_ids) == 200 for generation in generations if generation not in stopped)
+
+
+def test_the_end_of_the_context_ends_a_sample(local: Subject) -> None:
+    ((generation,),) = local.do(local.engine.generate([[9] * 250], Sampling(max_tokens=50, seed=4)))
+    assert (len(generation.token_ids), generation.finish_reason) == (6, "length")
+
+
+def test_token_scores_name_the_likeliest_token(local: Subject) -> None:
+    likeliest = reference.greedy(local.model, FIRST, 5)
+    ((*scores,),), version = local.do(local.scorer.score_tokens(FIRST, [likeliest]))
+    assert tuple(score.best_token_id for score in scores) == likeliest
+    assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
+    assert version == 0

@@ -123,9 +123,8 @@ class VllmEngine(LocalEngine):
 
         async def patch() -> None:
             if base != self.weight_version:
-                raise EngineError(
-                    f"{patches} changes version {base}, but {self.name} serves version {self.weight_version}"
-                )
+                served = f"{self.name} serves version {self.weight_version}"
+                raise EngineError(f"{patches} changes version {base}, but {served}")
             await asyncio.to_thread(read_patches, patches, module=self._started.module)
             self._served = tuple(last_good)
             await self._switch("patch", patches, version=version)

@@ -13,7 +13,7 @@ import pytest
 from services.engine.base import Generation, Sampling
 from services.engine.hf.engine import TransformersEngine
 from shared import metrics
-from shared.errors import EngineError, PromptError
+from shared.errors import EngineError
 from shared.settings import EngineSettings
 from tests.vllm.reference import log_probs
 
@@ -109,16 +109,6 @@ def test_chunks_share_one_prefill_and_continue_as_if_each_had_its_own(engine: Tr
     run(work())
 
 
-def test_end_of_sequence_stops_a_row_and_is_its_last_token(engine: TransformersEngine) -> None:
-    (generations,) = run(engine.generate([PROMPT], Sampling(max_tokens=200, num_samples=64, temperature=2.0)))
-    stopped = [generation for generation in generations if generation.finish_reason == "stop"]
-    assert 0 < len(stopped) < len(generations)
-    assert all(0 not in generation.token_ids[:-1] for generation in generations)
-    assert all(generation.token_ids[-1] == 0 for generation in stopped)
-    assert all("<|end|>" not in generation.text for generation in stopped)
-    assert all(len(generation.token_ids) == 200 for generation in generations if generation not in stopped)
-
-
 def test_concurrent_scores_share_batches_and_stay_right(patient: TransformersEngine, tiny_model: Path) -> None:
     requests = [(DOCUMENT[:n], [[n], [n, n + 1]]) for n in (5, 20, 60)] + [(other, [[3]]) for other in OTHERS]
 
@@ -142,14 +132,6 @@ def test_questions_that_begin_alike_run_what_they_share_once(patient: Transforme
         check_scores(tiny_model, prompt, [[5], [6, 7]], scores)
 
 
-def test_token_scores_name_the_best_token(engine: TransformersEngine) -> None:
-    ((generation,),) = run(engine.generate([PROMPT], Sampling(max_tokens=3, temperature=0)))
-    ((*scores,),), version = run(engine.score_tokens(PROMPT, [generation.token_ids]))
-    assert [score.best_token_id for score in scores] == list(generation.token_ids)
-    assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
-    assert version == 0
-
-
 def test_texts_are_encoded_without_special_tokens(engine: TransformersEngine) -> None:
     assert engine.encode("The moon") == PROMPT
     assert engine.decode(PROMPT) == "The moon"
@@ -162,21 +144,9 @@ def test_cut_characters_are_trimmed_from_a_continuations_text(engine: Transforme
     assert engine._generation((), tuple(engine.encode(" moon")), "length", 0).text == " moon"
 
 
-@pytest.mark.parametrize(("prompt", "words"), [([1] * 256, "256 tokens"), ([], "empty"), ([300], "0..299")])
-def test_hopeless_prompts_are_refused_for_good(engine: TransformersEngine, prompt: list[int], words: str) -> None:
-    with pytest.raises(PromptError, match=words) as caught:
-        run(engine.generate([prompt], Sampling(max_tokens=4)))
-    assert not caught.value.retryable
-
-
 def test_an_empty_continuation_has_no_score(engine: TransformersEngine) -> None:
     with pytest.raises(EngineError, match="continuation 1 is empty"):
         run(engine.score(PROMPT, [[1], []]))
-
-
-def test_the_end_of_the_context_ends_a_row(engine: TransformersEngine) -> None:
-    ((generation,),) = run(engine.generate([[9] * 250], Sampling(max_tokens=50, seed=4)))
-    assert (len(generation.token_ids), generation.finish_reason) == (6, "length")
 
 
 def test_a_late_answer_is_an_error_and_a_cancelled_one_is_skipped_and_a_closed_engine_refuses(tiny_model: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,77 +79,64 @@ def test_patched_weights_are_those_of_a_whole_load(tiny_model: Path, tmp_path: P
 
 
 def _spoil(tensors: Tensors, shapes: dict[str, list[int]], kind: str) -> None:
-    indices = tensors[f"{NORM}.indices"]
+    indices, values = tensors[f"{NORM}.indices"], tensors[f"{NORM}.values"]
     match kind:
         case "the model has no tensor":
-            for part in ("indices", "values"):
-                tensors[f"x.{part}"] = tensors[f"{NORM}.{part}"].clone()
+            tensors |= {"x.indices": indices.clone(), "x.values": values.clone()}
             shapes["x"] = shapes[NORM]
         case "has shape":
             shapes[NORM] = [64]
         case "has dtype":
             tensors[f"{NORM}.values"] = torch.ones(len(indices), dtype=torch.int16)
         case "holds NaN":
-            tensors[f"{NORM}.values"][0] = float("nan")
+            values[0] = float("nan")
         case "do not ascend within its 32 elements":
             indices[-1] = 32
+        case "do not ascend":
+            tensors[f"{NORM}.indices"] = indices.flip(0).contiguous()
+        case "ascend within":
+            tensors[f"{NORM}.indices"] = indices[:1].repeat(len(indices))
         case "not int64, one per value":
             tensors[f"{NORM}.indices"] = indices.to(torch.int32)
-        case _:
+        case "does not hold readable patches":
             del tensors[f"{NORM}.values"]
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[TransformersEngine]:
+    """At version 0, which no refused patch may change."""
+    engine = engine_of(tiny_model)
+    asyncio.run(engine.start())
+    yield engine
+    asyncio.run(engine.close())
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("base", "words"),
     [
-        "the model has no tensor",
-        "has shape",
-        "has dtype",
-        "holds NaN",
-        "do not ascend within its 32 elements",
-        "not int64, one per value",
-        "does not hold readable patches",
+        (0, "the model has no tensor"),
+        (0, "has shape"),
+        (0, "has dtype"),
+        (0, "holds NaN"),
+        (0, "do not ascend within its 32 elements"),
+        (0, "do not ascend"),  # in the other order
+        (0, "ascend within"),  # the same one again and again
+        (0, "not int64, one per value"),
+        (0, "does not hold readable patches"),
+        (3, "changes since version 3 do not fit version 0"),
     ],
 )
-def test_patches_that_do_not_fit_change_nothing(tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "good", base, changed(base))
-    tensors = load_file(tmp_path / "good")
-    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
-    _spoil(tensors, shapes, kind)
-    save_file(tensors, tmp_path / "patches", {"shapes": json.dumps(shapes)})
-    _refused(tiny_model, tmp_path / "patches", base=0, words=kind)
-
-
-def test_patches_of_another_base_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "patches", base, changed(base))
-    _refused(tiny_model, tmp_path / "patches", base=3, words="changes since version 3 do not fit version 0")
-
-
-@pytest.mark.parametrize("order", [lambda indices: indices.flip(0), lambda indices: indices[:1].expand(len(indices))])
-def test_indices_out_of_order_or_twice_are_refused(
-    tiny_model: Path, tmp_path: Path, order: Callable[[Tensor], Tensor]
+def test_patches_that_do_not_fit_change_nothing(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path, base: int, words: str
 ) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "good", base, changed(base))
-    tensors = load_file(tmp_path / "good")
-    tensors[f"{NORM}.indices"] = order(tensors[f"{NORM}.indices"]).contiguous()
-    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
-    save_file(tensors, tmp_path / "patches", {"shapes": json.dumps(shapes)})
-    _refused(tiny_model, tmp_path / "patches", base=0, words="do not ascend")
-
-
-def _refused(model: Path, patches: Path, *, base: int, words: str) -> None:
-    async def run() -> None:
-        engine = engine_of(model)
-        await engine.start()
-        before = weights_of(engine)
-        with pytest.raises(EngineError, match=words):
-            await engine.patch_weights(patches, base=base, version=1, last_good=[])
-        after = weights_of(engine)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert engine.weight_version == 0
-        await engine.close()
-
-    asyncio.run(run())
+    weights = bfloat16_weights(tiny_model)
+    write_patches(tmp_path / "patches", weights, changed(weights))
+    tensors, shapes = load_file(tmp_path / "patches"), {name: list(tensor.shape) for name, tensor in weights.items()}
+    _spoil(tensors, shapes, words)
+    save_file(tensors, tmp_path / "spoilt", {"shapes": json.dumps(shapes)})
+    before = weights_of(engine)
+    with pytest.raises(EngineError, match=words):
+        asyncio.run(engine.patch_weights(tmp_path / "spoilt", base=base, version=1, last_good=[]))
+    after = weights_of(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.weight_version == 0
