@@ -32,14 +32,8 @@ GREEDY = Sampling(max_tokens=12, temperature=0)
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter in PEFT's form: rank 4 on the query projections, strong enough to change answers."""
     folder = tmp_path_factory.mktemp("adapter")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj"],
-        "bias": "none",
-    }
+    kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    settings = kind | {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     drawn = torch.Generator().manual_seed(0)
     tensors = {}

@@ -172,13 +172,9 @@ class VllmCore:
     def _cpu_options(self) -> dict[str, Any]:
         """Without compilation, which needs a compiler, and 20 s at the first request for scores."""
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        # A prefill in parts rewinds the generator of a seeded request, which kills the engine core: torch's CPU
-        # generators can't do it.
-        options: dict[str, Any] = {
-            "enforce_eager": True,
-            "block_size": _CPU_BLOCK_TOKENS,
-            "enable_chunked_prefill": False,
-        }
+        options: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK_TOKENS}
+        # A prefill in parts rewinds a seeded request's generator. Torch's CPU generators can't: the engine core dies.
+        options["enable_chunked_prefill"] = False
         if self._settings.tensor_parallel_size == 1:
             # With the model in the engine core's process there is one process less.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
