@@ -187,7 +187,7 @@ class OpenAIEngine:
         answer = await self._ask("a b c", **_ECHO)
         choice = answer.choices[0] if answer.choices else None
         found = choice.logprobs.token_logprobs if choice and choice.logprobs else None
-        return len(found or []) > 1 and choice.text.startswith("a b c")
+        return len(found or []) > 1 and bool(answer.choices[0].text.startswith("a b c"))
 
     async def _probe_top(self) -> bool:
         return bool(await self._next_token(ChatPrompt("Say yes or no.")))

@@ -89,11 +89,6 @@ def test_errors_have_one_form(client: TestClient, kind: str, status: int, error_
     assert (answer.headers.get("retry-after") is not None) == (status == 503)
 
 
-def test_a_bug_is_500_in_the_same_form(client: TestClient) -> None:
-    answer = client.post("/v1/fail/bug", headers=TOKEN)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalError")
-
-
 def test_an_invalid_body_is_422_naming_the_place(client: TestClient) -> None:
     answer = client.post("/v1/echo/a", headers=TOKEN, json=BODY | {"num_rollouts": 0})
     assert answer.status_code == 422
@@ -101,9 +96,10 @@ def test_an_invalid_body_is_422_naming_the_place(client: TestClient) -> None:
     assert client.post("/v1/echo/a", headers=TOKEN, content=b"{not json").status_code == 422
 
 
-def test_an_unknown_route_is_404_in_the_same_form(client: TestClient) -> None:
-    answer = client.get("/nowhere", headers=TOKEN)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFound")
+def test_bugs_and_unknown_routes_have_the_same_form(client: TestClient) -> None:
+    for path, status, kind in (("/v1/fail/bug", 500, "InternalError"), ("/nowhere", 404, "NotFound")):
+        answer = client.post(path, headers=TOKEN)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
 
 
 def test_a_long_body_is_413_with_and_without_its_length(client: TestClient) -> None:

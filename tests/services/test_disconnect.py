@@ -34,8 +34,6 @@ CASES: dict[str, tuple[Callable[..., FastAPI], str, dict[str, Any]]] = {
 
 @dataclass
 class EndlessEngine(FakeEngine):
-    """Answers nobody, and notes who gives up."""
-
     asked: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 

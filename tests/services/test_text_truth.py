@@ -92,8 +92,6 @@ def teach(prompt: str, index: int) -> str:
 
 @dataclass
 class Routed(httpx.AsyncBaseTransport):
-    """Requests to `http://ROLE` go to that role's app."""
-
     apps: dict[str, httpx.ASGITransport] = field(default_factory=dict)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -143,7 +141,6 @@ class Seen:
     window: Window
     document: ScoredWindow
     judged: Any
-    """The body of the request to the judge."""
 
 
 def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]) -> list[Seen]:
@@ -191,15 +188,12 @@ class Truth:
 
 
 def shown(judged: Any) -> list[tuple[str, list[str]]]:
-    """Per chunk that was judged its prefix and the texts of its candidates."""
-    return [
-        (judged["text"][: item["start"]], [candidate["text"] for candidate in item["candidates"]])
-        for item in judged["items"]
-    ]
+    """Of each chunk its prefix and the texts of its candidates."""
+    return [(judged["text"][: item["start"]], [one["text"] for one in item["candidates"]]) for item in judged["items"]]
 
 
 def check(seen: Seen, truth: Truth) -> Counter[str]:
-    """That all of one window is true. Gives the kinds of its candidates."""
+    """That all of one window is true; the kinds of its candidates."""
     kinds: Counter[str] = Counter()
     ends = {chunk.start: chunk.end for chunk in seen.window.chunks}
     for chunk, (prefix, texts) in zip(seen.document.chunks, shown(seen.judged), strict=True):
@@ -246,7 +240,7 @@ def test_a_real_models_rollouts_are_shown_as_they_are(policy: Path, tmp_path: Pa
 
 
 def test_a_copy_has_the_very_ids_of_its_original(policy: Path, tmp_path: Path) -> None:
-    """Also where a document ends, with its end-of-text; a tail of fewer than three tokens is no chunk."""
+    """Also where a document ends, with its end-of-text."""
     truth, copied, num_ends = Truth(policy), Counter[bool](), 0
     documents = [Document(number, "d", MOON * (10 + number)) for number in range(4)]
     for seen in run(make_settings(policy, tmp_path, overlap=0), Sampler(policy), documents):

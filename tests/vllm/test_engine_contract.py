@@ -51,9 +51,8 @@ def test_samples_of_one_prompt_and_equal_rows_differ(subject: Subject) -> None:
 
 
 def test_greedy_samples_are_the_models_likeliest_continuation(subject: Subject) -> None:
-    answers = subject.do(
-        subject.engine.generate([FIRST, SECOND], Sampling(max_tokens=12, num_samples=2, temperature=0))
-    )
+    sampling = Sampling(max_tokens=12, num_samples=2, temperature=0)
+    answers = subject.do(subject.engine.generate([FIRST, SECOND], sampling))
     for prompt, of_prompt in zip((FIRST, SECOND), answers, strict=True):
         expected = reference.greedy(subject.model, prompt, 12)
         assert [generation.token_ids or expected for generation in of_prompt] == [expected] * 2
@@ -96,9 +95,8 @@ def test_more_requests_than_allowed_are_refused_at_once(subject: Subject) -> Non
 
 def test_a_caller_that_gives_up_leaves_the_engine_free(subject: Subject) -> None:
     async def work() -> float:
-        long = asyncio.ensure_future(
-            subject.engine.generate([FIRST] * 4, Sampling(max_tokens=240, num_samples=64, seed=2))
-        )
+        sampling = Sampling(max_tokens=240, num_samples=64, seed=2)
+        long = asyncio.ensure_future(subject.engine.generate([FIRST] * 4, sampling))
         await asyncio.sleep(0.2)
         long.cancel()
         with pytest.raises(asyncio.CancelledError):

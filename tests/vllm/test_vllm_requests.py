@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from services.engine.base import Generation, Sampling
+from services.engine.base import Sampling
 from shared import metrics
 from shared.errors import EngineError
 from tests.services.serving import wait_until
@@ -65,9 +65,8 @@ def test_many_labels_are_scored_after_one_prefill(vllm_engine: Subject) -> None:
 
 def test_a_cancelled_request_is_taken_out_of_the_batch(vllm_engine: Subject) -> None:
     async def work() -> float:
-        request = asyncio.ensure_future(
-            vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=32, seed=9))
-        )
+        sampling = Sampling(max_tokens=240, num_samples=32, seed=9)
+        request = asyncio.ensure_future(vllm_engine.engine.generate([[5, 6]] * 4, sampling))
         await until_running(64)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -84,7 +83,6 @@ def test_a_late_answer_is_an_error_and_leaves_the_batch(vllm_engine: Subject, mo
     with pytest.raises(EngineError, match=r"engine.timeout_s = 0.3"):
         vllm_engine.do(vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=64)))
     monkeypatch.undo()
-    generation: Generation
     ((generation,),) = vllm_engine.do(vllm_engine.engine.generate([[5]], Sampling(max_tokens=1)))
     assert len(generation.token_ids) == 1
     wait_until(lambda: running_rows() <= 1, what="the batch to be empty")

@@ -1,6 +1,5 @@
 """The transformers engine takes changed elements in place: the same weights as a whole load, or nothing at all."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from services.engine.base import PatchableEngine, Sampling
 from services.engine.hf.engine import TransformersEngine
 from shared.errors import EngineError
-from shared.settings import EngineSettings
+from tests.services.engine.test_hf_engine import run, started
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 Tensors = dict[str, Tensor]
@@ -41,10 +40,6 @@ def changed(weights: Tensors) -> Tensors:
     return moved
 
 
-def engine_of(model: Path, dtype: str = "float32") -> TransformersEngine:
-    return TransformersEngine(EngineSettings.model_validate({"model": str(model), "device": "cpu", "dtype": dtype}))
-
-
 def weights_of(engine: TransformersEngine) -> Tensors:
     return {name: tensor.clone() for name, tensor in engine._started.module.state_dict().items()}
 
@@ -58,24 +53,17 @@ def test_patched_weights_are_those_of_a_whole_load(tiny_model: Path, tmp_path: P
         save_file(weights, tmp_path / name / "model.safetensors")
     write_patches(tmp_path / "patches", base, new)
 
-    async def run() -> None:
-        patched, loaded = engine_of(tiny_model, dtype), engine_of(tiny_model, dtype)
+    with started(tiny_model, dtype=dtype) as patched, started(tiny_model, dtype=dtype) as loaded:
         assert isinstance(patched, PatchableEngine)
         assert patched.can_patch
-        for engine in (patched, loaded):
-            await engine.start()
-        await patched.load_weights(tmp_path / "base", 4)
-        await patched.patch_weights(tmp_path / "patches", base=4, version=5, last_good=[tmp_path / "base"])
-        await loaded.load_weights(tmp_path / "new", 5)
+        run(patched.load_weights(tmp_path / "base", 4))
+        run(patched.patch_weights(tmp_path / "patches", base=4, version=5, last_good=[tmp_path / "base"]))
+        run(loaded.load_weights(tmp_path / "new", 5))
         one, other = weights_of(patched), weights_of(loaded)
         assert all(torch.equal(one[name], other[name]) for name in other)
         assert torch.equal(one["lm_head.weight"], one[EMBEDDING])
-        (generations,) = await patched.generate([[5, 6, 7]], Sampling(max_tokens=4, temperature=0))
-        assert generations[0].weight_version == 5
-        for engine in (patched, loaded):
-            await engine.close()
-
-    asyncio.run(run())
+        ((generation,),) = run(patched.generate([[5, 6, 7]], Sampling(max_tokens=4, temperature=0)))
+        assert generation.weight_version == 5
 
 
 def _spoil(tensors: Tensors, shapes: dict[str, list[int]], kind: str) -> None:
@@ -105,10 +93,8 @@ def _spoil(tensors: Tensors, shapes: dict[str, list[int]], kind: str) -> None:
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Iterator[TransformersEngine]:
     """At version 0, which no refused patch may change."""
-    engine = engine_of(tiny_model)
-    asyncio.run(engine.start())
-    yield engine
-    asyncio.run(engine.close())
+    with started(tiny_model) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize(
@@ -136,7 +122,7 @@ def test_patches_that_do_not_fit_change_nothing(
     save_file(tensors, tmp_path / "spoilt", {"shapes": json.dumps(shapes)})
     before = weights_of(engine)
     with pytest.raises(EngineError, match=words):
-        asyncio.run(engine.patch_weights(tmp_path / "spoilt", base=base, version=1, last_good=[]))
+        run(engine.patch_weights(tmp_path / "spoilt", base=base, version=1, last_good=[]))
     after = weights_of(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert engine.weight_version == 0
