@@ -158,7 +158,6 @@ class TokenCodec:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.encode = tokenizer.encode
-        self._decode = tokenizer.decode
         self.beginning = tokenizer.beginning
         self.end = tokenizer.end
         self._bytes = _token_bytes(tokenizer)
@@ -248,13 +247,15 @@ class TokenCodec:
         return True
 
     def _whole_text(self, token_ids: Sequence[int]) -> str:
-        """Up to the last whole character."""
         opened = self._opened(token_ids)
         if not self.tokenizer.is_byte_level:
             # Each of these bytes is a token, and a cut character would break the whole ones before it.
             return self._decode(token_ids[: len(token_ids) - len(opened)])
         text = self._decode(token_ids)
         return text[:-1] if opened else text
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids)
 
 
 def _token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:

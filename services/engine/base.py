@@ -61,8 +61,6 @@ class TokenScore:
 
 @runtime_checkable
 class TokenScorer(Protocol):
-    """An engine that also names the likeliest tokens, for `echo` with `logprobs`."""
-
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
         """One score per token of each continuation, and the weight version they were computed under."""
 
