@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,12 @@ def _cut_and_padded(folder: Path) -> None:
     save_tokenizer(core, folder, pad_token="<|pad|>")
 
 
+def _save_made(make: Callable[[], Tokenizer], folder: Path) -> None:
+    save_tokenizer(make(), folder)
+
+
 FOLDERS: dict[str, Callable[[Path], Any]] = {
-    **{name: lambda folder, make=make: save_tokenizer(make(), folder) for name, make in TOKENIZERS.items()},
+    **{name: partial(_save_made, make) for name, make in TOKENIZERS.items()},
     "cut and padded": _cut_and_padded,
     "older files": _with_older_files,
     "GPT-2": _gpt2,
