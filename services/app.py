@@ -1,8 +1,7 @@
 """What every service's HTTP side shares: health, readiness, metrics, tokens, size bound, one form of errors.
 
-`create_app` is called by each service's own app.py, which then adds its routes. Every route but `/healthz` and
-`/readyz` needs the bearer token, the documentation (`/docs`, `/openapi.json`) included. What the open ones say names
-no address and repeats nobody's error.
+Each service's app.py calls `create_app` and adds its routes. Every route but `/healthz` and `/readyz` needs the bearer
+token, the documentation (`/docs`, `/openapi.json`) included. The open ones name no address and repeat no error.
 """
 
 import asyncio
@@ -37,6 +36,7 @@ from shared.settings import Secrets
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -53,8 +53,8 @@ def create_app(
 ) -> FastAPI:
     """An app with everything but the service's own routes.
 
-    `readiness` has its detail in full, for callers with the token; `summary` is what everybody may read in its place.
-    Both must answer at once, without I/O.
+    `readiness` has its detail in full, for callers with the token; `summary` is what everybody may read instead. Both
+    must answer without I/O.
     """
     app = FastAPI(title=title, description=description, lifespan=lifespan, redoc_url=None)
     _add_operations_routes(app, readiness, summary)
@@ -106,13 +106,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response("InternalError", f"{type(exc).__name__}: see the service's log", status=500)
 
 
-def _explain(exc: RequestValidationError, *, max_errors: int = 5) -> str:
-    """The first few mistakes, each with its place; a bad token list could hold a million of them."""
+def _explain(exc: RequestValidationError) -> str:
+    """The first five mistakes, each with its place; a bad token list could hold a million."""
     errors = exc.errors()
-    lines = [f"{'.'.join(str(piece) for piece in error['loc'])}: {error['msg']}" for error in errors[:max_errors]]
-    if len(errors) > max_errors:
-        lines.append(f"and {len(errors) - max_errors} more")
-    return "; ".join(lines)
+    lines = [f"{'.'.join(str(piece) for piece in error['loc'])}: {error['msg']}" for error in errors[:5]]
+    return "; ".join([*lines, f"and {len(errors) - 5} more"] if len(errors) > 5 else lines)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -126,9 +124,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schema["paths"][path]["get"]["security"] = []
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-T = TypeVar("T")
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -19,11 +19,8 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first exception in the group that is no cancellation."""
-    leaves = list(_leaves(group))
-    return next((leaf for leaf in leaves if not isinstance(leaf, asyncio.CancelledError)), leaves[0])
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]
+    _, others = group.split(asyncio.CancelledError)
+    found: BaseException = others or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

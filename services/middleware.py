@@ -35,7 +35,9 @@ class MetricsMiddleware:
             await self._app(scope, receive, send_noting_status)
         finally:
             metrics.requests_in_flight.dec(is_work)
-            route = _template(scope)
+            path = scope["path"]
+            # The template, with its placeholders: labels stay few whatever is asked for.
+            route = path if path in OPERATIONS_PATHS else str(getattr(scope.get("route"), "path", "unmatched"))
             metrics.requests_total.labels(route, str(status)).inc()
             metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
 
@@ -73,9 +75,3 @@ class SizeMiddleware:
 
     def _message(self, num_bytes: int) -> str:
         return f"the request has {num_bytes} bytes or more, at most {self._max_bytes} are accepted: send fewer items"
-
-
-def _template(scope: Scope) -> str:
-    """The route's path with its placeholders, so that labels stay few whatever is asked for."""
-    path = scope["path"]
-    return path if path in OPERATIONS_PATHS else str(getattr(scope.get("route"), "path", "unmatched"))

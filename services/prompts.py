@@ -22,11 +22,8 @@ class Prompt:
 
     @classmethod
     def load(cls, path: Path, *, required: Collection[str], allowed: Collection[str] = ()) -> "Prompt":
-        """Read `path` (UTF-8). One newline at the very end is dropped, so that a prompt can end exactly where the
-        answer begins.
-
-        Raises SettingsError for an unreadable file, and for an unknown or missing placeholder.
-        """
+        """Read `path` (UTF-8) without one last newline. SettingsError for an unreadable file and for an unknown or
+        missing placeholder."""
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as exc:
@@ -34,9 +31,8 @@ class Prompt:
         prompt = cls(text)
         known = {*required, *allowed}
         if unknown := sorted(prompt.placeholders - known):
-            raise SettingsError(
-                f"prompt file {path}: nothing fills {_braced(unknown)}; known here: {_braced(sorted(known))}"
-            )
+            known_here = _braced(sorted(known))
+            raise SettingsError(f"prompt file {path}: nothing fills {_braced(unknown)}; known here: {known_here}")
         if missing := sorted(set(required) - prompt.placeholders):
             raise SettingsError(f"prompt file {path} lacks {_braced(missing)}: without it the model can't see it")
         return prompt
@@ -52,15 +48,13 @@ class Prompt:
         return self.text.endswith(f"{{{name}}}")
 
     def without_end(self, name: str) -> "Prompt":
-        """The same prompt without a placeholder `name` at its very end."""
         return Prompt(self.text.removesuffix(f"{{{name}}}"))
 
 
 def opened(rendered: str, opening: str) -> str:
     """A chat prompt from `Engine.render_chat`, followed by the start of the model's answer.
 
-    Keeps the type of `rendered`, by which the endpoint engine recognises chat prompts. An endpoint applies the
-    template itself, so there `opening` ends the user's message instead.
+    Keeps the type of `rendered`: by it the endpoint engine knows chat prompts. There `opening` ends the user's message.
     """
     return type(rendered)(rendered + opening)
 

@@ -1,16 +1,11 @@
-"""Tokenizers: loading and comparing them, and what token ids say as text. Used by all services.
+"""Tokenizers: loading and comparing them, and what token ids say as text.
 
     tokenizer = load_tokenizer("starter/models/policy", setting="policy.model")
     codec = TokenCodec(tokenizer)
     codec.continuation(codec.encode("The cat"), codec.encode(" sat")).text    # " sat"
 
-Ids that can't be shown as text:
-
-- *control tokens*: all special tokens but the unknown token (which is shown by its name), and ids without a token,
-- *broken bytes*: token bytes that are not UTF-8. A character cut at the beginning or at the end is not broken; it is
-  left out of the text.
-
-Loading blocks: call it from a thread.
+Ids that can't be shown as text are *control tokens* (all special tokens but the unknown one, and ids without a token)
+and *broken bytes* that are not UTF-8. A character cut at the beginning or the end is not broken: it is left out.
 """
 
 import codecs
@@ -22,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.tokenizer_files import NeedsTransformersError, TokenizerFiles, read_files
+from services.tokenizer_files import NeedsTransformersError, read_files
 from shared.api import TextFlaw
 from shared.errors import SettingsError
 
@@ -30,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 _PROBE = "The naïve fox:\n\n\t3,141 — “jumps” over 犬, 🦊.  def f(x): return x**2"
 _ANCHORS = (":", "a", "0")
-"""Texts to put before a continuation that is encoded; the first one that does not merge with it is taken."""
+"""Texts to put before a continuation that is encoded: the first that does not merge with it."""
 _CONTEXT_TOKENS = 8
-"""Decoders look at one token before at most; more of them do no harm."""
+"""Decoders look at one token before at most; more do no harm."""
 _MAX_CONTEXT_TOKENS = 64
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -42,7 +37,7 @@ class Tokenizer:
     """One tokenizer, whichever library it was loaded with. Safe from several threads."""
 
     vocabulary: Callable[[], dict[str, int]]
-    """Token ids by token, added tokens included; built on each call."""
+    """Ids by token, added tokens included; built on each call."""
     control_ids: frozenset[int]
     beginning: int | None
     """The BOS id, where the tokenizer puts one before every text."""
@@ -51,7 +46,6 @@ class Tokenizer:
     is_byte_level: bool
     """Tokens are spelled in GPT-2's letters for bytes."""
     encode_unlocked: Callable[[str, bool], list[int]]
-    """See `encode`; the bool is `splits_special`."""
     decode_unlocked: Callable[[list[int], bool], str]
     # Whether special tokens are split is state of the library's object: only one thread at a time may change it.
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,14 +64,14 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
-    """From a folder or a Hugging Face name; `setting` is where it was given. SettingsError if there is none.
+    """From a folder or a Hugging Face name, given in `setting`. SettingsError if there is none.
 
-    Imports transformers only for a tokenizer that needs it (tokenizer_files.py says which do).
+    Imports transformers only for a tokenizer that needs it (see tokenizer_files.py).
     """
     if not source:
         raise SettingsError(f"{setting} is empty: name the folder or model whose tokenizer to use")
     try:
-        return _from_files(read_files(source))
+        return _from_files(*read_files(source))
     except NeedsTransformersError as exc:
         _log.info("loading the tokenizer %s with transformers, which takes some 300 MB of memory: %s", source, exc)
     from transformers import AutoTokenizer
@@ -88,27 +82,19 @@ def load_tokenizer(source: str, *, setting: str) -> Tokenizer:
         raise SettingsError(f"{setting} = {source!r} has no tokenizer that can be loaded: {exc}") from exc
 
 
-def _from_files(files: TokenizerFiles) -> Tokenizer:
-    core, named = files.core, files.special_ids
-
+def _from_files(core: Any, named: dict[str, int]) -> Tokenizer:
     def encode(text: str, splits_special: bool) -> list[int]:
         core.encode_special_tokens = splits_special
-        ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
+        return list(core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
-    def decode(token_ids: list[int], skips_special: bool) -> str:
-        text: str = core.decode(token_ids, skip_special_tokens=skips_special)
-        return text
-
-    special = {token_id for token_id, token in core.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
         vocabulary=core.get_vocab,
-        control_ids=_control_ids(special, named),
+        control_ids=_control_ids(core.get_added_tokens_decoder(), [], named),
         beginning=_beginning(core.encode("a").ids, named),
         end=named.get("eos_token"),
         is_byte_level=_is_byte_level(core),
         encode_unlocked=encode,
-        decode_unlocked=decode,
+        decode_unlocked=lambda ids, skips: str(core.decode(ids, skip_special_tokens=skips)),
     )
 
 
@@ -116,25 +102,17 @@ def from_transformers(found: Any) -> Tokenizer:
     """`found`: a `PreTrainedTokenizerBase`. Nothing else may encode with it."""
 
     def encode(text: str, splits_special: bool) -> list[int]:
-        ids: list[int] = found(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=splits_special or None,  # None: as its own settings say
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        return ids
+        splits = splits_special or None  # None: as its own settings say
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        return list(found(text, add_special_tokens=False, split_special_tokens=splits, **options)["input_ids"])
 
     def decode(token_ids: list[int], skips_special: bool) -> str:
-        text: str = found.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False)
-        return text
+        return str(found.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False))
 
     named = {name: getattr(found, f"{name}_id") for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
-    special = {token_id for token_id, token in found.added_tokens_decoder.items() if token.special}
     return Tokenizer(
         vocabulary=found.get_vocab,
-        control_ids=_control_ids(special | set(found.all_special_ids), named),
+        control_ids=_control_ids(found.added_tokens_decoder, found.all_special_ids, named),
         beginning=_beginning(found.encode("a"), named),
         end=named["eos_token"],
         is_byte_level=_is_byte_level(getattr(found, "backend_tokenizer", None)),
@@ -143,14 +121,15 @@ def from_transformers(found: Any) -> Tokenizer:
     )
 
 
-def _control_ids(special: set[int], named: Mapping[str, int | None]) -> frozenset[int]:
+def _control_ids(added: Mapping[int, Any], others: Collection[int], named: Mapping[str, int | None]) -> frozenset[int]:
+    special = {*others, *(token_id for token_id, token in added.items() if token.special)}
     # One token may be both unknown and end-of-text, as GPT-2's is: then it is a control token.
     never_text = {named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     return frozenset(special - {named.get("unk_token")} | {found for found in never_text if found is not None})
 
 
 def _beginning(token_ids: Sequence[int], named: Mapping[str, int | None]) -> int | None:
-    """The BOS id, if `token_ids`, a text encoded with special tokens, begin with it."""
+    """The BOS id, if a text encoded with special tokens begins with it."""
     bos = named.get("bos_token")
     return bos if token_ids and token_ids[0] == bos else None
 
@@ -168,8 +147,6 @@ def same_tokens(first: Tokenizer, second: Tokenizer) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What ids say after other ids."""
-
     text: str
     flaw: TextFlaw
     """Why `text` is not all that they say; empty if it is."""
@@ -179,7 +156,7 @@ class TokenCodec:
     """Between ids and text of one tokenizer. Safe from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.encode = tokenizer.encode
         self.beginning = tokenizer.beginning
         self.end = tokenizer.end
@@ -191,8 +168,7 @@ class TokenCodec:
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that continues another one.
 
-        SentencePiece-like tokenizers put a space before every text that they encode, and drop it when they decode;
-        after a known token neither happens.
+        SentencePiece-like tokenizers put a space before every text that they encode; not so after a known token.
         """
         plain = self.encode(text)
         if self.continuation(self.anchor, plain).text == text:
@@ -210,10 +186,8 @@ class TokenCodec:
     def continuation(self, before: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int] = ()) -> Shown:
         """What `token_ids` say after `before`.
 
-        Left out are control tokens, the bytes that complete a character of `before`, and a character that is cut at
-        the end. As last token, the tokenizer's end-of-text or one of `ends` is no flaw.
-
-        Example: "é" is the bytes c3 a9; after [.. c3], [a9, " moon", c3] says " moon".
+        Left out are control tokens and characters cut at either end. As last token, the tokenizer's end-of-text or one
+        of `ends` is no flaw. Example: "é" is the bytes c3 a9; after [.. c3], [a9, " moon", c3] says " moon".
         """
         return self._say(reversed(before), token_ids, ends)
 
@@ -241,14 +215,10 @@ class TokenCodec:
         return not (0 <= token_id < len(self._begins_inside) and self._begins_inside[token_id])
 
     def is_text(self, token_id: int) -> bool:
-        """False for control tokens."""
         return 0 <= token_id < len(self._bytes) and self._bytes[token_id] is not None
 
     def _context(self, backwards: Iterable[int]) -> list[int]:
-        """The tokens before that decide how the next ones are decoded, from a whole character on.
-
-        `backwards`: all tokens before, the last one first.
-        """
+        """The tokens before that decide how the next ones are decoded; `backwards` has all of them, the last first."""
         found: list[int] = []
         for token_id in backwards:
             if not self.is_text(token_id):
@@ -264,8 +234,9 @@ class TokenCodec:
 
     def _opened(self, token_ids: Sequence[int]) -> bytes:
         """The bytes of a character that is cut at the end: at most 3, so they lie in the last 3 tokens."""
-        said = self._said_bytes(token_ids[-3:])
-        return next((said[-size:] for size in (3, 2, 1) if size <= len(said) and _is_beginning(said[-size:])), b"")
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        decoder.decode(self._said_bytes(token_ids[-3:]))
+        return decoder.getstate()[0]
 
     def _is_utf8(self, opened: bytes, token_ids: Sequence[int]) -> bool:
         """A character may be cut at the end."""
@@ -276,48 +247,35 @@ class TokenCodec:
         return True
 
     def _whole_text(self, token_ids: Sequence[int]) -> str:
-        """Up to the last whole character."""
         opened = self._opened(token_ids)
-        if not self._tokenizer.is_byte_level:
+        if not self.tokenizer.is_byte_level:
             # Each of these bytes is a token, and a cut character would break the whole ones before it.
             return self._decode(token_ids[: len(token_ids) - len(opened)])
         text = self._decode(token_ids)
         return text[:-1] if opened else text
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
-
-def _is_beginning(said: bytes) -> bool:
-    """Whether these bytes are the beginning of one character."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        return decoder.decode(said) == "" and said[0] >= 0xC0
-    except UnicodeDecodeError:
-        return False
+        return self.tokenizer.decode(token_ids)
 
 
 def _token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """By id: a token's bytes, or `x` for a piece of whole characters; None for control tokens and unused ids."""
+    """By id: a token's bytes, or `x` for whole characters; None for control tokens and unused ids."""
     vocabulary = tokenizer.vocabulary()
     found: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     letters = _byte_letters() if tokenizer.is_byte_level else {}
     for token, token_id in vocabulary.items():
         if token_id not in tokenizer.control_ids:
-            found[token_id] = _bytes_by_letters(token, letters) if letters else _byte_by_name(token)
+            named = _BYTE_TOKEN.fullmatch(token)
+            by_name = bytes([int(named[1], 16)]) if named else b"x"
+            found[token_id] = _bytes_by_letters(token, letters) if letters else by_name
     return found
 
 
 def _bytes_by_letters(token: str, letters: dict[str, int]) -> bytes:
     """As byte-level decoders do it: a token with any other letter, such as an added token, stands for itself."""
-    if all(letter in letters for letter in token):
+    if letters.keys() >= set(token):
         return bytes(letters[letter] for letter in token)
     return token.encode("utf-8", "surrogatepass")
-
-
-def _byte_by_name(token: str) -> bytes:
-    named = _BYTE_TOKEN.fullmatch(token)
-    return bytes([int(named[1], 16)]) if named else b"x"
 
 
 def _byte_letters() -> dict[str, int]:

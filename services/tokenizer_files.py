@@ -1,22 +1,19 @@
 """Reads a tokenizer with the `tokenizers` library alone, where that gives the ids of transformers' AutoTokenizer.
 
-Engines and the trainer load AutoTokenizer, which imports torch (340 MB, 3 s of CPU). `tokenizers` needs 16 MB, but
-AutoTokenizer does not always use tokenizer.json as it is. A folder is read here only if all of this holds:
+AutoTokenizer imports torch (340 MB, 3 s of CPU), `tokenizers` needs 16 MB; but AutoTokenizer does not always use
+tokenizer.json as it is. A folder is read here only if all of this holds:
 
 - It has tokenizer.json, and a tokenizer_config.json that names a `tokenizer_class` and no code of the repository.
 - For that class, transformers uses tokenizer.json as it is (TokenizersBackend, formerly PreTrainedTokenizerFast), or
-  it builds the tokenizer from vocabulary and merges (GPT2Tokenizer, Qwen2Tokenizer) with the same normalizer,
-  pre-tokenizer, decoder and BPE options that tokenizer.json has. For some model types in config.json transformers
-  takes another class: see `_CLASS_BY_MODEL`.
-- tokenizer_config.json and the older special_tokens_map.json and added_tokens.json add no token to tokenizer.json and
-  change none.
+  builds the tokenizer from vocabulary and merges (GPT2Tokenizer, Qwen2Tokenizer) with the same normalizer,
+  pre-tokenizer, decoder and BPE options that tokenizer.json has.
+- tokenizer_config.json, special_tokens_map.json and added_tokens.json add and change no token.
 
-Anything else raises NeedsTransformersError. tests/services/test_tokenizer_files.py compares both loaders.
+Anything else raises NeedsTransformersError.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,9 @@ _CONFIG = "tokenizer_config.json"
 _FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
 _AS_IS = {"TokenizersBackend", "PreTrainedTokenizerFast"}
 _QWEN2 = "Qwen2Tokenizer"
-_CLASS_BY_MODEL = dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"), "Qwen3_5Tokenizer") | {
-    "qwen2": _QWEN2,
-    "hyperclovax_vision_v2": "GPT2Tokenizer",
-}
+_CLASS_BY_MODEL = {"qwen2": _QWEN2, "hyperclovax_vision_v2": "GPT2Tokenizer"} | dict.fromkeys(
+    ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"), "Qwen3_5Tokenizer"
+)
 """Model types for which transformers ignores the `tokenizer_class` of the files and takes this one."""
 _MISTRAL = ("mistral", "ministral", "mixtral", "pixtral", "voxtral")
 """Model types that begin so are read by mistral_common where that is installed."""
@@ -52,17 +48,11 @@ class NeedsTransformersError(HeadwaterError):
     """Only AutoTokenizer knows the ids of this tokenizer; the message says why."""
 
 
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """What the files of a tokenizer say."""
+def read_files(source: str) -> tuple[Tokenizer, dict[str, int]]:
+    """A folder's tokenizer and its special tokens by name, such as `{"eos_token": 2}`, or by text without a name.
 
-    core: Tokenizer
-    special_ids: dict[str, int]
-    """The special tokens of tokenizer_config.json by name, such as `{"eos_token": 2}`; those without one by text."""
-
-
-def read_files(source: str) -> TokenizerFiles:
-    """From a folder, or from a Hugging Face name through its cache. Raises NeedsTransformersError."""
+    `source` may also be a Hugging Face name. Raises NeedsTransformersError.
+    """
     folder = _folder(source)
     if not (folder / "tokenizer.json").is_file():
         raise NeedsTransformersError("it has no tokenizer.json")
@@ -80,7 +70,7 @@ def read_files(source: str) -> TokenizerFiles:
     _check_added_tokens(core, config, _read(folder / "added_tokens.json"))
     if class_name not in _AS_IS:
         _check_rebuilt(core, config, class_name, special_ids)
-    return TokenizerFiles(core, special_ids)
+    return core, special_ids
 
 
 def _folder(source: str) -> Path:
@@ -129,8 +119,8 @@ def _special_tokens(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and texts; a token is written as its text or as `{"content": text, ...}`."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     named = {name: token for name, token in config.items() if name.endswith("_token")}
-    unnamed = {} if isinstance(extra, dict) else {_text(token): token for token in extra}
-    for name, token in (named | unnamed | (extra if isinstance(extra, dict) else {})).items():
+    more = extra if isinstance(extra, dict) else {_text(token): token for token in extra}
+    for name, token in (named | more).items():
         if content := _text(token):
             yield name, content
 
@@ -169,7 +159,7 @@ def _check_rebuilt(core: Tokenizer, config: dict[str, Any], class_name: str, spe
 
 
 def _piece(component: Any) -> dict[str, Any]:
-    """A normalizer, pre-tokenizer or decoder, but for `trim_offsets`, which changes no ids."""
+    """A normalizer, pre-tokenizer or decoder without `trim_offsets`, which changes no ids."""
     if component is None:
         return {}
     found: dict[str, Any] = json.loads(

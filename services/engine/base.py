@@ -1,7 +1,4 @@
-"""The seam between services and language models: the `Engine` protocol and what goes in and out of it.
-
-A service holds one `Engine` and reaches models through it only; tests fake it here and nowhere else.
-"""
+"""The seam between services and language models: the `Engine` protocol and what goes in and out of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +15,6 @@ Prompt = str | TokenSequence
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue a prompt."""
-
     max_tokens: int
     bounds: tuple[int, ...] = ()
     """`max_tokens` of each prompt; empty: the same for all."""
@@ -31,8 +26,7 @@ class Sampling:
     seed: int = 0
     """The same prompt, sampling and weights give the same samples, whatever else is in the batch."""
     pattern: str = ""
-    """A regular expression that each sample's whole text must match, unless it is cut short; empty: any text.
-    Engines without `can_constrain` raise PromptError."""
+    """A regular expression that a whole text must match unless it is cut short. PromptError without `can_constrain`."""
 
     @classmethod
     def bounded(cls, bounds: Sequence[int], **options: Any) -> "Sampling":
@@ -40,16 +34,13 @@ class Sampling:
         return cls(max_tokens=max(bounds), bounds=tuple(bounds), **options)
 
     def bound(self, row: int) -> int:
-        """`max_tokens` of prompt `row`."""
         return self.bounds[row] if self.bounds else self.max_tokens
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled continuation."""
-
     token_ids: tuple[int, ...]
-    """A sampled end-of-sequence token is included, as the last one. Empty if an endpoint returns text only."""
+    """With a sampled end-of-sequence token at the end. Empty if an endpoint returns text only."""
     text: str
     """The tokens decoded after the prompt, without special tokens and without characters cut at either end."""
     finish_reason: Literal["length", "stop"]
@@ -70,47 +61,38 @@ class TokenScore:
 
 @runtime_checkable
 class TokenScorer(Protocol):
-    """An engine that also names the likeliest tokens, as `echo` with `logprobs` of /v1/completions needs."""
-
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
         """One score per token of each continuation, and the weight version they were computed under."""
-        ...
 
 
 @runtime_checkable
 class PatchableEngine(Protocol):
-    """An engine that can apply the changed elements of a version in place instead of loading all of it."""
+    """An engine that can apply the changed elements of a version in place."""
 
     @property
     def can_patch(self) -> bool:
         """Whether `patch_weights` works with the loaded model; asked before every update."""
-        ...
 
     async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
-        """Turn the weights of version `base`, which must be in service, into those of `version`.
+        """Turn the weights of version `base`, which must be in service, into those of `version`, as `load_weights`.
 
-        `patches` is a verified safetensors file. For each changed tensor NAME (a checkpoint name) it holds
-        `NAME.indices` (int64, into the flattened tensor, ascending, distinct) and `NAME.values` (new elements, in the
-        published dtype); its metadata `shapes` is a JSON object {NAME: shape}. `read_patches` (weights.py) reads it.
+        `patches` is a safetensors file. For each changed tensor NAME (a checkpoint name) it holds `NAME.indices`
+        (int64, into the flattened tensor, ascending, distinct) and `NAME.values` (in the published dtype); its metadata
+        `shapes` is a JSON object {NAME: shape}.
 
         `last_good` restores version `base`: a folder of safetensors files, then files of patches to apply in order.
-        The caller keeps them, and `patches`, until the next update has succeeded.
-
-        Names and shapes are checked before anything changes. Requests in flight continue, as with `load_weights`.
-        On EngineError version `base` stays in service, loaded again from `last_good` if the update failed half way:
-        half-patched weights never answer. The caller may then load the whole of `version`.
+        The caller keeps them, and `patches`, until the next update has succeeded. On EngineError version `base` stays
+        in service, loaded again from `last_good` if need be, and the caller may load the whole of `version`.
         """
-        ...
 
 
 @runtime_checkable
 class FallibleEngine(Protocol):
-    """An engine that can fail for good, such as one whose model runs in another process."""
+    """An engine that can fail for good, such as one with the model in another process."""
 
     @property
     def failure(self) -> str:
         """Why it can never answer again; empty while it can. The service then ends (life.py)."""
-        ...
 
 
 class Engine(Protocol):
@@ -119,55 +101,42 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Kind and model, such as "vllm:meta-llama/Llama-3.2-1B"; shown in fingerprints and /readyz."""
-        ...
 
     @property
     def weight_version(self) -> int:
         """The version that new requests are answered under; 0 until one is loaded."""
-        ...
 
     @property
     def can_score(self) -> bool:
         """Whether `score` works: some endpoints give no log-probs of given tokens."""
-        ...
 
     @property
     def can_constrain(self) -> bool:
         """Whether `Sampling.pattern` works."""
-        ...
 
     async def start(self) -> None:
         """Load the model. Returns once the engine can answer."""
-        ...
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
-        """`sampling.num_samples` continuations per prompt, in the order of the prompts.
-
-        Prompt i is sampled with seed `sampling.seed + i`.
-        """
-        ...
+        """`sampling.num_samples` continuations per prompt, in order; prompt i has seed `sampling.seed + i`."""
 
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
         """Log-probabilities (natural) of each continuation's tokens after the prompt, which is prefilled once.
 
         Text continuations are tokenised separately from the prompt, without special tokens.
         """
-        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids without added special tokens. EngineError if the engine has no tokenizer."""
-        ...
 
     def decode(self, token_ids: TokenSequence) -> str:
         """Text without special tokens."""
-        ...
 
     @property
     def has_chat_template(self) -> bool: ...
 
     def render_chat(self, prompt: str) -> str:
         """One user message in the model's chat template, ready for the assistant's answer."""
-        ...
 
     async def load_weights(self, folder: Path, version: int) -> None:
         """Switch to the safetensors files in `folder` between batches, without losing requests in flight.
@@ -175,6 +144,5 @@ class Engine(Protocol):
         Names, shapes and dtypes are checked before anything changes. On EngineError the last good weights stay in
         service. The caller keeps `folder` until the next update has succeeded: the engine may have to load it again.
         """
-        ...
 
     async def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Builds the engine of a service and runs it beside the server, so that /healthz answers while a model loads.
+"""Builds a service's engine and runs it beside the server, so that /healthz answers while a model loads.
 
     engine = build_engine(settings.judge.engine)
     life = EngineLife(engine, build=lambda: open_judge(engine))
@@ -32,12 +32,10 @@ def build_engine(
 ) -> Engine:
     """The engine for `settings.kind`; its model loads later, in `Engine.start`.
 
-    `default_model` replaces an empty `engine.model`. `tokenizer` is a folder or name, if not the model's own.
-    `constrains`: samples will be constrained to patterns, which an engine must know at its start.
-    SettingsError names the key to change.
+    `default_model` replaces an empty `engine.model`. `tokenizer`: folder or name, if not the model's own.
+    `constrains`: `Sampling.pattern` will be used. SettingsError names the key to change.
     """
-    if not settings.model:
-        settings = settings.model_copy(update={"model": default_model})
+    settings = settings.model_copy(update={"model": settings.model or default_model})
     if not settings.model:
         raise SettingsError("engine.model is empty: name a Hugging Face folder or name, or the endpoint's model")
     if settings.kind == "transformers":
@@ -65,7 +63,7 @@ class EngineLife(Generic[T]):
         """`summary` is public: it repeats no error."""
 
     def check_ready(self) -> None:
-        """Raise EngineError (503, retryable) until the engine can answer."""
+        """EngineError (503, retryable) until the engine can answer."""
         if not self.ready:
             raise EngineError(f"not ready: {self.detail}")
 

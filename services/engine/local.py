@@ -2,85 +2,99 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
 from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence
-from services.tokenizer import Shown, TokenCodec, from_transformers
+from services.tokenizer import TokenCodec, from_transformers
 from shared.errors import EngineError, PromptError
 
 _LABEL_CHARACTERS = 32
 """Texts as short as a judge's labels are encoded again and again: their tokens are remembered."""
 
 
+@dataclass(frozen=True)
+class LocalModel:
+    module: Any
+    """A transformers causal language model; on the meta device if its weights are in another process."""
+    vocab_size: int
+    max_tokens: int
+    """Longest prompt plus answer."""
+    eos_token_ids: frozenset[int]
+
+
 class LocalEngine(ABC):
-    """The part of `Engine` and `TokenScorer` that needs only the tokenizer."""
+    """The part of `Engine` and `TokenScorer` that needs only the tokenizer. Encodes and decodes on any thread."""
 
-    def __init__(self, *, tokenizer: str) -> None:
+    can_score = True
+
+    def __init__(self, *, name: str, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
+        self.name = name
         self._tokenizer_source = tokenizer
-        self._tokenizer: ChatTokenizer | None = None
-
-    @property
-    @abstractmethod
-    def name(self) -> str: ...
-
-    @property
-    @abstractmethod
-    def _vocab_size(self) -> int:
-        """EngineError before the model is loaded; the same goes for the two below."""
-
-    @property
-    @abstractmethod
-    def _max_tokens(self) -> int:
-        """Longest prompt plus answer."""
-
-    @property
-    @abstractmethod
-    def _eos_token_ids(self) -> frozenset[int]: ...
+        self._chat: Any = None
+        self._codec: TokenCodec | None = None
+        self._model: LocalModel | None = None
+        """Set by `start`, as the two above."""
+        self._encode_label = lru_cache(maxsize=1024)(self._encode_text)
 
     @abstractmethod
     async def score_tokens(
         self, prompt: Prompt, continuations: Sequence[Prompt]
     ) -> tuple[list[list[TokenScore]], int]: ...
 
-    @property
-    def can_score(self) -> bool:
-        return True
-
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
         scores, _ = await self.score_tokens(prompt, continuations)
         return [[token.log_prob for token in of_continuation] for of_continuation in scores]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokens.encode(text)
+        """Special tokens in the text, such as a chat template's, are encoded as such."""
+        return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode_text(text))
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokens.tokenizer.encode(text, splits_special=False)
 
     def decode(self, token_ids: TokenSequence) -> str:
-        return self._tokens.decode(token_ids)
+        return self._tokens.tokenizer.decode(token_ids, skips_special=True)
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer is not None and self._tokenizer.has_chat_template
+        return self._chat is not None and bool(self._chat.chat_template)
 
     def render_chat(self, prompt: str) -> str:
-        return self._tokens.render_chat(prompt)
+        _ = self._tokens
+        if not self.has_chat_template:
+            raise EngineError("the model's tokenizer has no chat template: set `chat = false`")
+        messages = [{"role": "user", "content": prompt}]
+        return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     async def _load_tokenizer(self) -> None:
-        self._tokenizer = await asyncio.to_thread(ChatTokenizer, self._tokenizer_source)
+        try:
+            self._chat = await asyncio.to_thread(AutoTokenizer.from_pretrained, self._tokenizer_source)
+        except (OSError, ValueError, KeyError, RuntimeError) as exc:
+            raise EngineError(f"no tokenizer can be loaded from {self._tokenizer_source!r}: {exc}") from exc
+        self._codec = await asyncio.to_thread(lambda: TokenCodec(from_transformers(self._chat)))
 
     @property
-    def _tokens(self) -> "ChatTokenizer":
-        if self._tokenizer is None:
+    def _tokens(self) -> TokenCodec:
+        if self._codec is None:
             raise self._starting()
-        return self._tokenizer
+        return self._codec
+
+    @property
+    def _started(self) -> LocalModel:
+        if self._model is None:
+            raise self._starting()
+        return self._model
 
     def _generation(
         self, prompt: Tokens, token_ids: Tokens, finish_reason: Literal["length", "stop"], version: int
     ) -> Generation:
-        shown = self._tokens.continuation(prompt, token_ids, ends=self._eos_token_ids)
+        shown = self._tokens.continuation(prompt, token_ids, ends=self._started.eos_token_ids)
         return Generation(token_ids, shown.text, finish_reason, version, shown.flaw)
 
     def _starting(self) -> EngineError:
@@ -88,10 +102,10 @@ class LocalEngine(ABC):
 
     def _encode(self, prompt: Prompt) -> Tokens:
         """Possibly empty. PromptError if a token is outside the vocabulary."""
-        token_ids = tuple(self._tokens.encode(prompt) if isinstance(prompt, str) else prompt)
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            found = f"{min(token_ids)}..{max(token_ids)}"
-            raise PromptError(f"token ids must lie in 0..{self._vocab_size - 1}, got {found}")
+        token_ids = tuple(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        last = self._started.vocab_size - 1
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) <= last:
+            raise PromptError(f"token ids must lie in 0..{last}, got {min(token_ids)}..{max(token_ids)}")
         return token_ids
 
     def _encode_scored(self, continuations: Sequence[Prompt]) -> list[Tokens]:
@@ -106,51 +120,12 @@ class LocalEngine(ABC):
         token_ids = self._encode(prompt)
         if not token_ids:
             raise PromptError("the prompt is empty: the model needs at least one token to continue")
-        if len(token_ids) + room > self._max_tokens:
+        if len(token_ids) + room > self._started.max_tokens:
             raise PromptError(
                 f"the prompt has {len(token_ids)} tokens and needs room for {room} more, "
-                f"but {self.name} takes {self._max_tokens} in all"
+                f"but {self.name} takes {self._started.max_tokens} in all"
             )
         return token_ids
-
-
-class ChatTokenizer:
-    """From a folder or a Hugging Face name; EngineError if there is none. Safe from several threads."""
-
-    def __init__(self, source: str) -> None:
-        try:
-            self._found: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError, RuntimeError) as exc:
-            raise EngineError(f"no tokenizer can be loaded from {source!r}: {exc}") from exc
-        self._tokenizer = from_transformers(self._found)
-        self._encode_label = lru_cache(maxsize=1024)(self._encode)
-        self._codec = TokenCodec(self._tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        """No special tokens added; those in the text, such as a chat template's, are encoded as such."""
-        return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode(text))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, splits_special=False)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skips_special=True)
-
-    def continuation(self, prompt: Sequence[int], token_ids: Sequence[int], *, ends: Collection[int]) -> Shown:
-        """What sampled tokens say after their prompt; `ends`: the model's end-of-sequence tokens."""
-        return self._codec.continuation(prompt, token_ids, ends=ends)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._found.chat_template)
-
-    def render_chat(self, prompt: str) -> str:
-        if not self.has_chat_template:
-            raise EngineError("the model's tokenizer has no chat template: set `chat = false`")
-        text: str = self._found.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return text
 
 
 def end_token_ids(*configs: Any) -> frozenset[int]:

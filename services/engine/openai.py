@@ -2,17 +2,16 @@
 
 Plain prompts (text or token ids) go to /completions, prompts from `render_chat` to /chat/completions. Scores come from
 `echo` with log-probs if the endpoint supports that, otherwise from the top log-probs of the next token, which is enough
-for one-token labels. What cannot be read with certainty is an error: a guess would look like a score.
+for one-token labels. An unclear answer is an error: a guess would look like a score.
 """
 
 import asyncio
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import openai
 from openai import AsyncOpenAI
@@ -28,9 +27,9 @@ MAX_RETRIES = 3
 """By the client, with back-off or as Retry-After says: failed connections, 408, 409, 429 and 5xx."""
 TOP_LOGPROBS = 20
 """The maximum of chat endpoints; that of OpenAI's /completions is 5."""
-
 _UNTIL_TIMEOUT = 1_000_000
 """Retries: more than fit into any timeout."""
+_ECHO: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
 
 
 class ChatPrompt(str):
@@ -40,14 +39,18 @@ class ChatPrompt(str):
 
 
 class OpenAIEngine:
-    """See `Engine`. It has no tokenizer and no weights of its own."""
+    """See `Engine`. It has no tokenizer and no weights."""
+
+    weight_version = 0
+    has_chat_template = True
 
     def __init__(self, settings: EngineSettings, *, constrains: bool = False) -> None:
-        """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`."""
+        """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`; vLLM's do."""
+        self.name = f"openai:{settings.model}@{without_secrets(settings.endpoint)}"
         self._settings = settings
         self._constrains = constrains
         self._in_flight = 0
-        self._echoes = self._gives_top = self._follows_patterns = False
+        self._echoes = self._gives_top = self.can_constrain = False
         self._client = AsyncOpenAI(
             base_url=settings.endpoint,
             api_key=os.environ.get(settings.key_variable) or "none",
@@ -56,29 +59,16 @@ class OpenAIEngine:
         )
 
     @property
-    def name(self) -> str:
-        return f"openai:{self._settings.model}@{without_secrets(self._settings.endpoint)}"
-
-    @property
-    def weight_version(self) -> int:
-        return 0
-
-    @property
     def can_score(self) -> bool:
         """As probed by `start`: one-token labels at least can be scored."""
         return self._echoes or self._gives_top
-
-    @property
-    def can_constrain(self) -> bool:
-        """As probed by `start`; vLLM's endpoints can."""
-        return self._follows_patterns
 
     async def start(self) -> None:
         """Wait until the endpoint answers, then probe what it supports."""
         await self._wait_until_reachable()
         self._echoes = await self._supports(self._probe_echo)
         self._gives_top = await self._supports(self._probe_top)
-        self._follows_patterns = self._constrains and await self._supports(self._probe_pattern)
+        self.can_constrain = self._constrains and await self._supports(self._probe_pattern)
 
     async def close(self) -> None:
         await self._client.close()
@@ -90,12 +80,10 @@ class OpenAIEngine:
         if not continuations:
             return []
         if isinstance(prompt, ChatPrompt) or not self._echoes:
-            return await self._score_labels(prompt, continuations)
-        joined = [_join(prompt, continuation) for continuation in continuations]
-        async with self._request():
-            answer = await self._client.completions.create(
-                model=self._settings.model, prompt=joined, max_tokens=1, temperature=0, echo=True, logprobs=1
-            )
+            if not self._gives_top:
+                self._refuse("gives no log-probs: use verdict = 'answer'")
+            return read_label_scores(await self._next_token(prompt), continuations, name=self.name)
+        answer = await self._ask([_join(prompt, continuation) for continuation in continuations], **_ECHO)
         return read_echoed_scores(answer, prompt, continuations)
 
     def encode(self, text: str) -> list[int]:
@@ -103,10 +91,6 @@ class OpenAIEngine:
 
     def decode(self, token_ids: TokenSequence) -> str:
         self._refuse("has no tokenizer here")
-
-    @property
-    def has_chat_template(self) -> bool:
-        return True
 
     def render_chat(self, prompt: str) -> str:
         """The endpoint applies the template itself."""
@@ -119,59 +103,39 @@ class OpenAIEngine:
         raise EngineError(f"{self.name} {what}")
 
     async def _generate(self, prompt: Prompt, sampling: Sampling, row: int) -> list[Generation]:
-        options: dict[str, Any] = {
-            "model": self._settings.model,
-            "n": sampling.num_samples,
-            "max_tokens": sampling.bound(row),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": (sampling.seed + row) % 2**63,
-        }
-        if sampling.pattern:
-            options["extra_body"] = {"structured_outputs": {"regex": sampling.pattern}}
-        async with self._request():
-            if isinstance(prompt, ChatPrompt):
-                chat = await self._client.chat.completions.create(messages=_message(prompt), **options)
-                found = [(choice.message.content or "", choice.finish_reason) for choice in chat.choices]
-            else:
-                plain = await self._client.completions.create(prompt=_plain(prompt), **options)
-                found = [(choice.text, choice.finish_reason) for choice in plain.choices]
-        if len(found) != sampling.num_samples:
-            raise EngineError(f"{self.name} gave {len(found)} samples, {sampling.num_samples} were asked for")
-        return [Generation((), text, _finish_reason(reason), 0) for text, reason in found]
+        answer = await self._ask(
+            prompt,
+            n=sampling.num_samples,
+            max_tokens=sampling.bound(row),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=(sampling.seed + row) % 2**63,
+            extra_body={"structured_outputs": {"regex": sampling.pattern}} if sampling.pattern else None,
+        )
+        if len(answer.choices) != sampling.num_samples:
+            raise EngineError(f"{self.name} gave {len(answer.choices)} samples, {sampling.num_samples} were asked for")
+        generations = []
+        for choice in answer.choices:
+            text = (choice.message.content or "") if isinstance(prompt, ChatPrompt) else choice.text
+            generations.append(Generation((), text, "length" if choice.finish_reason == "length" else "stop", 0))
+        return generations
 
-    async def _score_labels(self, prompt: Prompt, labels: Sequence[Prompt]) -> list[list[float]]:
-        if not self._gives_top:
-            self._refuse("gives no log-probs: use verdict = 'answer'")
-        return read_label_scores(await self._next_token(prompt), labels, name=self.name)
-
-    async def _next_token(self, prompt: Prompt) -> dict[str, float]:
-        """Log-probs of the likeliest next tokens, by text."""
-        options: dict[str, Any] = {"model": self._settings.model, "max_tokens": 1, "temperature": 0}
-        async with self._request():
-            if isinstance(prompt, ChatPrompt):
-                chat = await self._client.chat.completions.create(
-                    messages=_message(prompt), logprobs=True, top_logprobs=TOP_LOGPROBS, **options
-                )
-                content = chat.choices[0].logprobs.content if chat.choices and chat.choices[0].logprobs else None
-                return {token.token: token.logprob for token in content[0].top_logprobs} if content else {}
-            plain = await self._client.completions.create(prompt=_plain(prompt), logprobs=5, **options)
-            tops = plain.choices[0].logprobs.top_logprobs if plain.choices and plain.choices[0].logprobs else None
-            return dict(tops[0]) if tops else {}
-
-    @asynccontextmanager
-    async def _request(self) -> AsyncIterator[None]:
-        """One place in the bounded queue, for a bounded time. Translates the client's errors."""
+    async def _ask(self, prompt: Any, **options: Any) -> Any:
+        """What the route for the prompt answers: one place in the bounded queue, for a bounded time."""
         if self._in_flight >= self._settings.max_queued_requests:
             raise OverloadedError(f"{self._in_flight} requests wait for {self.name}: engine.max_queued_requests")
         self._in_flight += 1
+        options["model"] = self._settings.model
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                yield
+                if isinstance(prompt, ChatPrompt):
+                    messages: Any = [{"role": "user", "content": str(prompt)}]
+                    return await self._client.chat.completions.create(messages=messages, **options)
+                plain = prompt if isinstance(prompt, str) else list(prompt)
+                return await self._client.completions.create(prompt=plain, **options)
         except TimeoutError as exc:
-            raise EngineError(
-                f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
-            ) from exc
+            late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            raise EngineError(late) from exc
         except openai.APIStatusError as exc:
             raise self._translate(exc) from exc
         except openai.OpenAIError as exc:
@@ -179,11 +143,21 @@ class OpenAIEngine:
         finally:
             self._in_flight -= 1
 
+    async def _next_token(self, prompt: Prompt) -> dict[str, float]:
+        """Log-probs of the likeliest next tokens, by text."""
+        is_chat = isinstance(prompt, ChatPrompt)
+        wanted = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if is_chat else {"logprobs": 5}
+        answer = await self._ask(prompt, max_tokens=1, temperature=0, **wanted)
+        logprobs = answer.choices[0].logprobs if answer.choices else None
+        if is_chat:
+            content = logprobs.content if logprobs else None
+            return {token.token: token.logprob for token in content[0].top_logprobs} if content else {}
+        return dict(logprobs.top_logprobs[0]) if logprobs and logprobs.top_logprobs else {}
+
     def _translate(self, exc: openai.APIStatusError) -> HeadwaterError:
         if exc.status_code in (401, 403):
-            return EngineError(
-                f"{self.name} refused the key in the environment variable {self._settings.key_variable}: {exc.message}"
-            )
+            variable = self._settings.key_variable
+            return EngineError(f"{self.name} refused the key in the environment variable {variable}: {exc.message}")
         if exc.status_code in (408, 409, 429) or exc.status_code >= 500:
             return EngineError(f"{self.name} failed with status {exc.status_code}: {exc.message}")
         return RequestError(f"{self.name} refused the request with status {exc.status_code}: {exc.message}")
@@ -210,30 +184,18 @@ class OpenAIEngine:
             return False
 
     async def _probe_echo(self) -> bool:
-        async with self._request():
-            answer = await self._client.completions.create(
-                model=self._settings.model, prompt="a b c", max_tokens=1, temperature=0, echo=True, logprobs=1
-            )
+        answer = await self._ask("a b c", **_ECHO)
         choice = answer.choices[0] if answer.choices else None
         found = choice.logprobs.token_logprobs if choice and choice.logprobs else None
-        return bool(found) and len(found or []) > 1 and bool(choice and choice.text.startswith("a b c"))
+        return len(found or []) > 1 and bool(answer.choices[0].text.startswith("a b c"))
 
     async def _probe_top(self) -> bool:
         return bool(await self._next_token(ChatPrompt("Say yes or no.")))
 
     async def _probe_pattern(self) -> bool:
-        pattern = "[0-9]{3}"
-        sampling = Sampling(max_tokens=8, temperature=0, pattern=pattern)
+        sampling = Sampling(max_tokens=8, temperature=0, pattern="[0-9]{3}")
         ((answer,),) = await self.generate([ChatPrompt("Say yes or no.")], sampling)
-        return re.fullmatch(pattern, answer.text.strip()) is not None
-
-
-def _message(prompt: str) -> Any:
-    return [{"role": "user", "content": str(prompt)}]
-
-
-def _plain(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else list(prompt)
+        return re.fullmatch(sampling.pattern, answer.text.strip()) is not None
 
 
 def _join(prompt: Prompt, continuation: Prompt) -> Any:
@@ -242,10 +204,6 @@ def _join(prompt: Prompt, continuation: Prompt) -> Any:
     if isinstance(prompt, str) or isinstance(continuation, str):
         raise RequestError("prompt and continuation must both be text or both token ids")
     return [*prompt, *continuation]
-
-
-def _finish_reason(given: str) -> Literal["length", "stop"]:
-    return "length" if given == "length" else "stop"
 
 
 def read_echoed_scores(answer: Completion, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
@@ -267,9 +225,8 @@ def read_label_scores(top: Mapping[str, float], labels: Sequence[Prompt], *, nam
             raise PromptError(f"{name} can score text labels of one token only, got token ids")
         forms = {label, label.lstrip(" ")} & top.keys()
         if not forms:
-            raise PromptError(
-                f"{name}: {label!r} is not among the {len(top)} likeliest next tokens, so it has no score"
-            )
+            found = f"not among the {len(top)} likeliest next tokens"
+            raise PromptError(f"{name}: {label!r} is {found}, so it has no score")
         scores.append([math.log(sum(math.exp(top[form]) for form in forms))])
     return scores
 
@@ -280,10 +237,9 @@ def _of_choice(choice: CompletionChoice, prompt: Prompt, continuation: Prompt) -
         raise EngineError("the endpoint echoed no log-probs")
     if not len(continuation):
         raise PromptError("a continuation is empty: there is no token to score")
-    if isinstance(prompt, str) and isinstance(continuation, str):
-        begin, end = _token_range(choice, len(prompt), len(prompt) + len(continuation))
-    else:
-        begin, end = len(prompt), len(prompt) + len(continuation)
+    begin, end = len(prompt), len(prompt) + len(continuation)
+    if isinstance(prompt, str):
+        begin, end = _token_range(choice, begin, end)
     found = log_probs[begin:end]
     if len(found) < end - begin or any(value is None for value in found):
         raise EngineError(f"the endpoint gave {len(found)} log-probs for {end - begin} tokens of a continuation")

@@ -1,6 +1,6 @@
 """Reads a weight version's safetensors files and validates them against a model before anything changes.
 
-`read_weights` and `check_patches` may run on any thread (they read names, shapes and dtypes only);
+`read_weights` and `read_patches` may run on any thread (they read names, shapes and dtypes only);
 `apply_weights` and `apply_patches` must run on the thread that owns the model.
 """
 
@@ -29,7 +29,13 @@ def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
             tensors.update(load_file(file))
         except (SafetensorError, OSError, ValueError) as exc:
             raise EngineError(f"{file} is not a readable safetensors file: {exc}") from exc
-    _check(module.state_dict(keep_vars=True), tensors, folder)
+    own = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
+    # Tied names share one parameter: one of them is enough.
+    written = {id(own[name]) for name in tensors}
+    if missing := [name for name, tensor in own.items() if id(tensor) not in written]:
+        raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
     return tensors
 
 
@@ -43,18 +49,18 @@ def apply_weights(module: Any, tensors: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Patch:
-    """The changed elements of one tensor."""
-
     name: str
     shape: tuple[int, ...]
     indices: Tensor
     """(N,) int64 into the flattened tensor, ascending, distinct."""
     values: Tensor
-    """(N,)"""
 
 
-def read_patches(file: Path) -> list[Patch]:
-    """Read a file in the form of `PatchableEngine.patch_weights`. EngineError if it is in another form."""
+def read_patches(file: Path, *, module: Any = None) -> list[Patch]:
+    """Read a file in the form of `PatchableEngine.patch_weights`. EngineError if it is in another form.
+
+    Checked against the model `module`, if there is one; EngineError names the first patch that does not fit.
+    """
     try:
         tensors = load_file(file)
         with safe_open(file, framework="pt") as opened:
@@ -67,14 +73,11 @@ def read_patches(file: Path) -> list[Patch]:
         raise EngineError(f"{file} does not hold readable patches: {exc!r}") from exc
     for patch in patches:
         _check_indices(patch, file)
+    if module is not None:
+        own = module.state_dict()
+        for patch in patches:
+            _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
     return patches
-
-
-def check_patches(module: Any, patches: Sequence[Patch]) -> None:
-    """Raise EngineError, naming the first patch that does not fit the model."""
-    own = module.state_dict()
-    for patch in patches:
-        _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
 
 
 @torch.no_grad()
@@ -94,16 +97,6 @@ def _check_indices(patch: Patch, file: Path) -> None:
         raise EngineError(f"{file}: the indices of {patch.name} are not int64, one per value")
     if len(indices) and (int(indices[0]) < 0 or int(indices[-1]) >= count or not bool((indices.diff() > 0).all())):
         raise EngineError(f"{file}: the indices of {patch.name} do not ascend within its {count} elements")
-
-
-def _check(own: dict[str, Tensor], given: dict[str, Tensor], folder: Path) -> None:
-    for name, tensor in given.items():
-        _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
-    # Tied names share one parameter: one of them is enough.
-    written = {id(own[name]) for name in given}
-    missing = [name for name, tensor in own.items() if id(tensor) not in written]
-    if missing:
-        raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
 
 
 def _check_fit(own: dict[str, Tensor], name: str, shape: tuple[int, ...], values: Tensor, where: str) -> None:

@@ -22,12 +22,10 @@ class FakeEngine:
     num_generate_calls: int = 0
     num_score_calls: int = 0
     prompts: list[str] = field(default_factory=list)
-    """Every prompt that was generated from or scored, in order."""
     samplings: list[Sampling] = field(default_factory=list)
     started: bool = False
     closed: bool = False
     failing_loads: int = 0
-    """The next so many `load_weights` fail."""
 
     @property
     def can_score(self) -> bool:

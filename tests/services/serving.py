@@ -23,7 +23,7 @@ def running(app: FastAPI, *, wait_ready: bool = True) -> Iterator[str]:
         thread.start()
         try:
             if wait_ready:
-                wait_until(lambda: _is_ready(url), what=f"{url} to be ready")
+                wait_until(lambda: is_ready(url), what=f"{url} to be ready")
             yield url
         finally:
             server.should_exit = True
@@ -39,7 +39,7 @@ def wait_until(condition: object, *, what: str, timeout_s: float = 30.0) -> None
         time.sleep(0.02)
 
 
-def _is_ready(url: str) -> bool:
+def is_ready(url: str) -> bool:
     try:
         return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
     except httpx.TransportError:

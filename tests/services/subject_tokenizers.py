@@ -1,7 +1,7 @@
 """Small tokenizers of all common kinds, made offline, and a random policy for each."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,10 @@ def sentence_piece_bpe() -> Tokenizer:
     learned.pre_tokenizer = pre_tokenizers.Metaspace()  # words only: else it would learn whole sentences
     _train(learned, trainers.BpeTrainer(vocab_size=250, special_tokens=SPECIALS))
     found = json.loads(learned.to_str())["model"]
-    vocabulary = _with_bytes(found["vocab"])
+    vocabulary = found["vocab"] | {name: len(found["vocab"]) + index for index, name in enumerate(_BYTES)}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in found["merges"]]
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
-    core.normalizer = _llama_normalizer()
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -136,13 +136,20 @@ def _with_older_files(folder: Path) -> None:
     edit(folder / "special_tokens_map.json", bos_token={"content": BOS, "lstrip": True}, eos_token=EOS)
 
 
+def _cut_and_padded(folder: Path) -> None:
+    core = byte_level(adds_bos=False)
+    core.enable_truncation(5)
+    core.enable_padding(length=8)
+    save_tokenizer(core, folder, pad_token="<|pad|>")
+
+
 def _save_made(make: Callable[[], Tokenizer], folder: Path) -> None:
     save_tokenizer(make(), folder)
 
 
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     **{name: partial(_save_made, make) for name, make in TOKENIZERS.items()},
-    "cut and padded": lambda folder: save_tokenizer(_cutting(), folder, pad_token="<|pad|>"),
+    "cut and padded": _cut_and_padded,
     "older files": _with_older_files,
     "GPT-2": _gpt2,
     "GPT-2 with BOS": lambda folder: _gpt2(folder, adds_bos=True),
@@ -161,13 +168,11 @@ def _gpt2_with_digits(folder: Path) -> None:
 
 
 def _qwen2_without_class(folder: Path) -> None:
-    """Transformers rebuilds it as a Qwen2Tokenizer because of the model type."""
     save_tokenizer(byte_level(adds_bos=False), folder)
     edit(folder / "config.json", model_type="qwen2")
 
 
 def _gpt2_with_defaults(folder: Path) -> None:
-    """Transformers adds `<|endoftext|>`."""
     _gpt2(folder)
     edit(folder / "tokenizer_config.json", unk_token=...)
 
@@ -208,28 +213,12 @@ def _save_class(kind: Any, core: Tokenizer, folder: Path, **options: Any) -> Non
     tokenizer.save_pretrained(folder)
 
 
-def _cutting() -> Tokenizer:
-    core = byte_level(adds_bos=False)
-    core.enable_truncation(5)
-    core.enable_padding(length=8)
-    return core
-
-
-def _train(core: Tokenizer, trainer: Any, texts: Iterable[str] = _LEARNED) -> None:
+def _train(core: Tokenizer, trainer: Any) -> None:
     trainer.show_progress = False
-    core.train_from_iterator(texts, trainer)
-
-
-def _with_bytes(vocabulary: dict[str, int]) -> dict[str, int]:
-    return vocabulary | {name: len(vocabulary) + index for index, name in enumerate(_BYTES)}
-
-
-def _llama_normalizer() -> Any:
-    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.train_from_iterator(_LEARNED, trainer)
 
 
 def _beginning(core: Tokenizer) -> Tokenizer:
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))]
-    )
+    special = [(BOS, core.token_to_id(BOS))]
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=special)
     return core

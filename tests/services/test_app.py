@@ -16,20 +16,17 @@ from shared.settings import Secrets
 TOKEN = {"Authorization": "Bearer t0ken"}
 
 
-def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes: int = 1000) -> FastAPI:
+def make_app(*, service: Any = "rollout", ready: bool = True) -> FastAPI:
+    detail, summary = ("", "") if ready else ("no model at http://hub:1", "the model is loading")
+    found = Readiness(ready=ready, service=service, model="http://me:word@hub:1/m", detail=detail)
     app = create_app(
         service=service,
         title="Toy",
         description="For tests",
         secrets=Secrets(token="t0ken"),
-        readiness=lambda: Readiness(
-            ready=ready,
-            service=service,
-            model="http://me:word@hub:1/m",
-            detail="" if ready else "no model at http://hub:1",
-        ),
-        summary=lambda: "" if ready else "the model is loading",
-        max_request_bytes=max_request_bytes,
+        readiness=lambda: found,
+        summary=lambda: summary,
+        max_request_bytes=1000,
     )
 
     @app.post("/v1/echo/{name}")
@@ -42,9 +39,8 @@ def make_app(*, service: Any = "rollout", ready: bool = True, max_request_bytes:
 
     @app.post("/v1/fail/{kind}")
     async def fail(kind: str) -> None:
-        raise {"engine": EngineError, "overloaded": OverloadedError, "request": RequestError, "bug": KeyError}[kind](
-            "why and what to do"
-        )
+        errors = {"engine": EngineError, "overloaded": OverloadedError, "request": RequestError, "bug": KeyError}
+        raise errors[kind]("why and what to do")
 
     return app
 
@@ -93,11 +89,6 @@ def test_errors_have_one_form(client: TestClient, kind: str, status: int, error_
     assert (answer.headers.get("retry-after") is not None) == (status == 503)
 
 
-def test_a_bug_is_500_in_the_same_form(client: TestClient) -> None:
-    answer = client.post("/v1/fail/bug", headers=TOKEN)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalError")
-
-
 def test_an_invalid_body_is_422_naming_the_place(client: TestClient) -> None:
     answer = client.post("/v1/echo/a", headers=TOKEN, json=BODY | {"num_rollouts": 0})
     assert answer.status_code == 422
@@ -105,9 +96,10 @@ def test_an_invalid_body_is_422_naming_the_place(client: TestClient) -> None:
     assert client.post("/v1/echo/a", headers=TOKEN, content=b"{not json").status_code == 422
 
 
-def test_an_unknown_route_is_404_in_the_same_form(client: TestClient) -> None:
-    answer = client.get("/nowhere", headers=TOKEN)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "NotFound")
+def test_bugs_and_unknown_routes_have_the_same_form(client: TestClient) -> None:
+    for path, status, kind in (("/v1/fail/bug", 500, "InternalError"), ("/nowhere", 404, "NotFound")):
+        answer = client.post(path, headers=TOKEN)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
 
 
 def test_a_long_body_is_413_with_and_without_its_length(client: TestClient) -> None:
@@ -138,8 +130,8 @@ def test_requests_of_work_are_counted_while_they_are_in_flight_and_no_longer(cli
 
 @pytest.mark.parametrize("role", metrics.SERVICES)
 def test_a_service_shows_the_metrics_of_its_role_only(role: str) -> None:
-    app = make_app(service=role)
-    shown = TestClient(app).get("/metrics", headers=TOKEN).text
+    shown = TestClient(make_app(service=role)).get("/metrics", headers=TOKEN).text
+    assert "\nprocess_resident_memory_bytes " in shown
     owners = {
         "headwater_ready": metrics.SERVICES,
         "headwater_engine_queued_requests": metrics.ENGINES,
@@ -148,10 +140,6 @@ def test_a_service_shows_the_metrics_of_its_role_only(role: str) -> None:
         "headwater_step": (),
     }
     assert {name: f"\n{name} " in shown for name in owners} == {name: role in roles for name, roles in owners.items()}
-
-
-def test_the_process_tells_its_memory(client: TestClient) -> None:
-    assert "\nprocess_resident_memory_bytes " in client.get("/metrics", headers=TOKEN).text
 
 
 def test_the_schema_names_the_token_and_carries_examples(client: TestClient) -> None:

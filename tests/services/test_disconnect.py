@@ -21,29 +21,19 @@ from tests.services.serving import running
 
 SECRETS = Secrets(token="t0ken")
 HEADERS = {"Authorization": "Bearer t0ken"}
+PLACE = {"start": 3, "end": 8}
+ROLLOUTS = {"token_ids": list(range(1, 40)), "starts": [16], "num_rollouts": 1, "max_suffix_tokens": 8}
+REWRITES = {"text": "The moon", "items": [PLACE | {"max_suffix_tokens": 8}]}
+JUDGEMENTS = {"text": "The moon", "items": [{**PLACE, "candidates": [{"text": " moon"}, {"text": " sun"}]}]}
 CASES: dict[str, tuple[Callable[..., FastAPI], str, dict[str, Any]]] = {
-    "rollout": (
-        rollout.build_app,
-        "/v1/rollouts",
-        {"token_ids": list(range(1, 40)), "starts": [16], "num_rollouts": 1, "max_suffix_tokens": 8},
-    ),
-    "rewriter": (
-        rewriter.build_app,
-        "/v1/rewrites",
-        {"text": "The moon", "items": [{"start": 3, "end": 8, "max_suffix_tokens": 8}]},
-    ),
-    "judge": (
-        judge.build_app,
-        "/v1/judgements",
-        {"text": "The moon", "items": [{"start": 3, "end": 8, "candidates": [{"text": " moon"}, {"text": " sun"}]}]},
-    ),
+    "rollout": (rollout.build_app, "/v1/rollouts", ROLLOUTS),
+    "rewriter": (rewriter.build_app, "/v1/rewrites", REWRITES),
+    "judge": (judge.build_app, "/v1/judgements", JUDGEMENTS),
 }
 
 
 @dataclass
 class EndlessEngine(FakeEngine):
-    """Answers nobody, and notes who gives up."""
-
     asked: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 

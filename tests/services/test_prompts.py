@@ -14,31 +14,30 @@ def load(folder: Path, text: str) -> Prompt:
     return Prompt.load(path, required={"a"}, allowed={"b"})
 
 
-def test_placeholders_are_filled(tmp_path: Path) -> None:
-    assert load(tmp_path, "<{a}|{b}|{a}>").fill({"a": "1", "b": "2"}) == "<1|2|1>"
+@pytest.mark.parametrize(
+    ("text", "values", "filled"),
+    [
+        ("<{a}|{b}|{a}>", {"a": "1", "b": "2"}, "<1|2|1>"),
+        ("{a}{b}", {"a": "{b} {a} {x} {} \\1", "b": "{a}"}, "{b} {a} {x} {} \\1{a}"),
+        (" Text: {a}\n\n", {"a": " x \n"}, " Text:  x \n\n"),
+        ('{"text": "{a}"} {} { b }', {"a": "x"}, '{"text": "x"} {} { b }'),
+    ],
+    ids=["filled", "braces in a document", "last newline goes", "other braces stay"],
+)
+def test_placeholders_are_filled_once(tmp_path: Path, text: str, values: dict[str, str], filled: str) -> None:
+    assert load(tmp_path, text).fill(values) == filled
 
 
-def test_braces_in_a_document_are_never_filled(tmp_path: Path) -> None:
-    prompt = load(tmp_path, "{a}{b}")
-    assert prompt.fill({"a": "{b} {a} {x} {} \\1", "b": "{a}"}) == "{b} {a} {x} {} \\1{a}"
-
-
-def test_text_goes_in_unchanged_and_only_the_last_newline_goes(tmp_path: Path) -> None:
-    assert load(tmp_path, " Text: {a}\n\n").fill({"a": " x \n"}) == " Text:  x \n\n"
-
-
-def test_other_braces_in_a_prompt_stay(tmp_path: Path) -> None:
-    assert load(tmp_path, '{"text": "{a}"} {} { b }').fill({"a": "x"}) == '{"text": "x"} {} { b }'
-
-
-def test_an_unknown_placeholder_is_refused_naming_the_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"mine\.txt: nothing fills \{c\}; known here: \{a\}, \{b\}"):
-        load(tmp_path, "{a}{c}")
-
-
-def test_a_missing_placeholder_is_refused_naming_the_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"mine\.txt lacks \{a\}"):
-        load(tmp_path, "{b}")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{a}{c}", r"mine\.txt: nothing fills \{c\}; known here: \{a\}, \{b\}"),
+        ("{b}", r"mine\.txt lacks \{a\}"),
+    ],
+)
+def test_unknown_and_missing_placeholders_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(tmp_path, text)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe {a}"])

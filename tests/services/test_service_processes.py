@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.services.serving import wait_until
+from tests.services.collector.processes import free_port
+from tests.services.serving import is_ready, wait_until
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -25,26 +24,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def is_healthy(url: str, path: str = "/healthz") -> bool:
-    try:
-        return httpx.get(url + path, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_sigterm_ends_it_with_status_zero(tiny_model: Path, tmp_path: Path) -> None:
     port = free_port()
     process = start("--policy.model", str(tiny_model), "--run.directory", str(tmp_path), "--rollout.port", str(port))
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: is_healthy(url, "/readyz"), what="the service", timeout_s=180)
+        wait_until(lambda: is_ready(url), what="the service", timeout_s=180)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     finally:

@@ -1,7 +1,7 @@
 """What is judged is what is trained: whole windows through the real collector, rollout service and rewriter, with a
-judge that remembers what it was shown. Every candidate's ids, decoded after the ids of its prefix, say what was shown.
+judge that remembers what it was shown. Every candidate's ids, decoded after those of its prefix, say what was shown.
 
-The decoding here is done by the tokenizer on whole sequences; the code under test decodes stretches.
+Here the tokenizer decodes whole sequences; the code under test decodes stretches.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from services.collector.collect import DroppedWindow, collect
 from services.collector.sources.base import Document
 from services.collector.windows import PolicyTokenizer, Window, WindowMaker
 from services.engine.base import Engine, Generation, Prompt, Sampling, TokenScore
-from services.engine.local import LocalEngine
+from services.engine.local import LocalEngine, LocalModel
 from services.rewriter import app as rewriter
 from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
 from shared import metrics
-from shared.records import Candidate, ScoredWindow
+from shared.records import ScoredWindow
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
 from tests.services.fakes import FakeEngine
@@ -46,25 +46,18 @@ def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Sampler(LocalEngine):
     """A policy that samples anything: ids at random, cut pieces of texts, control tokens anywhere."""
 
-    name = "sampler"
     weight_version = 0
     can_constrain = False
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(tokenizer=str(folder))
+        super().__init__(name="sampler", tokenizer=str(folder))
         self._size = len(load_tokenizer(str(folder), setting="policy.model"))
-        self.bounds: list[tuple[int, int]] = []
-        """Most tokens of a sample, and how many were sampled."""
-
-    _vocab_size = property(lambda self: self._size)
-    _max_tokens = property(lambda self: 256)
-    _eos_token_ids = property(lambda self: frozenset({2}))
+        self._model = LocalModel(None, self._size, 256, frozenset({2}))
 
     async def start(self) -> None:
         await self._load_tokenizer()
 
     async def close(self) -> None: ...
-
     async def load_weights(self, folder: Path, version: int) -> None: ...
 
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
@@ -93,16 +86,12 @@ class Sampler(LocalEngine):
 def teach(prompt: str, index: int) -> str:
     """A copy, a repair, or broken text, by the suffix."""
     suffix = prompt.partition("\x1e")[2].partition("\x1e")[0]
-    kind = len(suffix) % 4
-    return {0: suffix, 1: suffix, 2: f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", 3: f"{suffix[:2]}\ufffd\ufffd"}[
-        kind
-    ]
+    repair, broken = f"{suffix[: len(suffix) // 2]} 犬 é👩‍👩‍👧 moon", f"{suffix[:2]}\ufffd\ufffd"
+    return (suffix, suffix, repair, broken)[len(suffix) % 4]
 
 
 @dataclass
 class Routed(httpx.AsyncBaseTransport):
-    """Requests to `http://ROLE` go to that role's app."""
-
     apps: dict[str, httpx.ASGITransport] = field(default_factory=dict)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -136,16 +125,15 @@ async def _until_ready(routed: Routed, role: str) -> None:
 def make_settings(policy: Path, folder: Path, *, overlap: int) -> Settings:
     prompt = folder / "prompt.txt"
     prompt.write_text("{prefix}\x1e{suffix}\x1e")
-    return Settings.model_validate(
-        {
-            "run": {"name": "truth", "directory": str(folder)},
-            "policy": {"model": str(policy)},
-            "chunks": SIZES | {"window_overlap_tokens": overlap},
-            "rollout": {"url": "http://rollout", "poll_interval_s": 5, "engine": {"device": "cpu"}},
-            "rewriter": {"url": "http://rewriter", "prompt": str(prompt)},
-            "judge": {"url": "http://judge"},
-        }
-    )
+    sections: dict[str, Any] = {
+        "run": {"name": "truth", "directory": str(folder)},
+        "policy": {"model": str(policy)},
+        "chunks": SIZES | {"window_overlap_tokens": overlap},
+        "rollout": {"url": "http://rollout", "poll_interval_s": 5, "engine": {"device": "cpu"}},
+        "rewriter": {"url": "http://rewriter", "prompt": str(prompt)},
+        "judge": {"url": "http://judge"},
+    }
+    return Settings.model_validate(sections)
 
 
 @dataclass
@@ -153,7 +141,6 @@ class Seen:
     window: Window
     document: ScoredWindow
     judged: Any
-    """The body of the request to the judge."""
 
 
 def run(settings: Settings, engine: Engine | None, documents: Sequence[Document]) -> list[Seen]:
@@ -201,33 +188,25 @@ class Truth:
 
 
 def shown(judged: Any) -> list[tuple[str, list[str]]]:
-    """Per chunk that was judged its prefix and the texts of its candidates."""
-    return [
-        (judged["text"][: item["start"]], [candidate["text"] for candidate in item["candidates"]])
-        for item in judged["items"]
-    ]
+    """Of each chunk its prefix and the texts of its candidates."""
+    return [(judged["text"][: item["start"]], [one["text"] for one in item["candidates"]]) for item in judged["items"]]
 
 
 def check(seen: Seen, truth: Truth) -> Counter[str]:
-    """That all of one window is true. Gives the kinds of its candidates."""
+    """That all of one window is true; the kinds of its candidates."""
     kinds: Counter[str] = Counter()
     ends = {chunk.start: chunk.end for chunk in seen.window.chunks}
     for chunk, (prefix, texts) in zip(seen.document.chunks, shown(seen.judged), strict=True):
         before = seen.document.token_ids[: chunk.start]
         assert truth.decode(before) == prefix
-        assert "\ufffd" not in prefix
         assert [candidate.text for candidate in chunk.candidates] == texts
         for candidate, text in zip(chunk.candidates, texts, strict=True):
-            check_candidate(candidate, prefix + text, before=before, truth=truth)
+            assert truth.says(before + candidate.token_ids, prefix + text), (candidate.kinds, candidate.token_ids, text)
+            assert not {truth.bos, truth.eos} & set(candidate.token_ids[:-1]), "a control token was shown as nothing"
+            assert "\ufffd" not in prefix + text
             assert len(candidate.token_ids) <= ends[chunk.start] - chunk.start
             kinds.update(candidate.kinds)
     return kinds
-
-
-def check_candidate(candidate: Candidate, text: str, *, before: tuple[int, ...], truth: Truth) -> None:
-    assert truth.says(before + candidate.token_ids, text), (candidate.kinds, candidate.token_ids, text)
-    assert not {truth.bos, truth.eos} & set(candidate.token_ids[:-1]), "a control token was shown as nothing"
-    assert "\ufffd" not in text
 
 
 def documents() -> list[Document]:
@@ -235,14 +214,9 @@ def documents() -> list[Document]:
 
 
 def absent() -> Counter[str]:
-    samples = [sample for metric in metrics.candidates_absent_total.collect() for sample in metric.samples]
-    return Counter(
-        {
-            f"{sample.labels['kind']} {sample.labels['reason']}": int(sample.value)
-            for sample in samples
-            if sample.name.endswith("_total")
-        }
-    )
+    (metric,) = metrics.candidates_absent_total.collect()
+    samples = [(one.labels, int(one.value)) for one in metric.samples if one.name.endswith("_total")]
+    return Counter({f"{labels['kind']} {labels['reason']}": count for labels, count in samples})
 
 
 def test_what_the_judge_was_shown_is_what_the_ids_say(policy: Path, tmp_path: Path) -> None:
@@ -266,7 +240,7 @@ def test_a_real_models_rollouts_are_shown_as_they_are(policy: Path, tmp_path: Pa
 
 
 def test_a_copy_has_the_very_ids_of_its_original(policy: Path, tmp_path: Path) -> None:
-    """Also where a document ends, with its end-of-text; a tail of fewer than three tokens is no chunk."""
+    """Also where a document ends, with its end-of-text."""
     truth, copied, num_ends = Truth(policy), Counter[bool](), 0
     documents = [Document(number, "d", MOON * (10 + number)) for number in range(4)]
     for seen in run(make_settings(policy, tmp_path, overlap=0), Sampler(policy), documents):

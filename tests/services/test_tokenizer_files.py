@@ -31,20 +31,6 @@ ODD_TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("tokenizer")
-    FOLDERS[request.param](found)
-    return found
-
-
-@pytest.fixture(scope="module", params=TRANSFORMERS_ONLY)
-def odd_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("tokenizer")
-    TRANSFORMERS_ONLY[request.param](found)
-    return found
-
-
 def check(folder: Path) -> None:
     """That both loaders give the same."""
     ours, theirs = load_tokenizer(str(folder), setting="policy.model"), AutoTokenizer.from_pretrained(folder)
@@ -79,18 +65,22 @@ def check_text(ours: Any, theirs: Any) -> None:
         assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def test_a_folder_is_read_as_transformers_reads_it(folder: Path) -> None:
-    read_files(str(folder))
-    check(folder)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_read_as_transformers_reads_it(tmp_path: Path, name: str) -> None:
+    FOLDERS[name](tmp_path)
+    read_files(str(tmp_path))
+    check(tmp_path)
 
 
-def test_a_folder_that_transformers_reads_otherwise_is_left_to_it(
-    odd_folder: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", TRANSFORMERS_ONLY)
+def test_what_transformers_reads_otherwise_is_left_to_it(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    TRANSFORMERS_ONLY[name](tmp_path)
     with pytest.raises(NeedsTransformersError):
-        read_files(str(odd_folder))
+        read_files(str(tmp_path))
     with caplog.at_level("INFO", "services.tokenizer"):
-        check(odd_folder)
+        check(tmp_path)
     assert "300 MB" in caplog.text
 
 

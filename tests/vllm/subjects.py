@@ -77,13 +77,8 @@ def transformers_subject(model: Path) -> AbstractContextManager[Subject]:
 def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
     """A client of our completions route. KEY_VARIABLE must hold its token."""
     with running(build_app(make_settings(model, folder), SECRETS)) as url:
-        settings = EngineSettings(
-            kind="openai",
-            model="policy",
-            endpoint=f"{url}/v1",
-            key_variable=KEY_VARIABLE,
-            max_queued_requests=MAX_QUEUED,
-        )
+        options = {"kind": "openai", "model": "policy", "endpoint": f"{url}/v1", "key_variable": KEY_VARIABLE}
+        settings = EngineSettings.model_validate(options | {"max_queued_requests": MAX_QUEUED})
         with started(OpenAIEngine(settings), model) as subject:
             yield subject
 

@@ -38,11 +38,11 @@ def test_seeds_decide_and_rows_count_on_from_them(subject: Subject) -> None:
 
 
 def test_each_prompt_has_its_own_bound_and_the_same_samples(subject: Subject) -> None:
-    long = texts(subject.do(subject.engine.generate([FIRST, SECOND], Sampling(max_tokens=12, seed=5))))
+    long = subject.do(subject.engine.generate([FIRST, SECOND], Sampling(max_tokens=12, seed=5)))
     bounded = subject.do(subject.engine.generate([FIRST, SECOND], Sampling.bounded([12, 3], seed=5)))
-    assert texts(bounded)[0] == long[0]
-    assert long[1][0].startswith(texts(bounded)[1][0])
-    assert len(bounded[1][0].token_ids) <= 3
+    assert texts(bounded)[0] == texts(long)[0]
+    assert texts(long)[1][0].startswith(texts(bounded)[1][0])
+    assert bounded[1][0].token_ids == long[1][0].token_ids[:3]
 
 
 def test_samples_of_one_prompt_and_equal_rows_differ(subject: Subject) -> None:
@@ -51,9 +51,8 @@ def test_samples_of_one_prompt_and_equal_rows_differ(subject: Subject) -> None:
 
 
 def test_greedy_samples_are_the_models_likeliest_continuation(subject: Subject) -> None:
-    answers = subject.do(
-        subject.engine.generate([FIRST, SECOND], Sampling(max_tokens=12, num_samples=2, temperature=0))
-    )
+    sampling = Sampling(max_tokens=12, num_samples=2, temperature=0)
+    answers = subject.do(subject.engine.generate([FIRST, SECOND], sampling))
     for prompt, of_prompt in zip((FIRST, SECOND), answers, strict=True):
         expected = reference.greedy(subject.model, prompt, 12)
         assert [generation.token_ids or expected for generation in of_prompt] == [expected] * 2
@@ -82,12 +81,6 @@ def test_a_long_prompt_scores_like_a_short_one_and_again(subject: Subject) -> No
         assert [pytest.approx(row, abs=1e-3) for row in expected] == scores
 
 
-def test_a_hopeless_prompt_is_refused_for_good(subject: Subject) -> None:
-    with pytest.raises(HeadwaterError) as caught:
-        subject.do(subject.engine.generate([[1] * 256], Sampling(max_tokens=4)))
-    assert not caught.value.retryable
-
-
 def test_more_requests_than_allowed_are_refused_at_once(subject: Subject) -> None:
     async def work() -> list[object]:
         sampling = Sampling(max_tokens=64, num_samples=8)
@@ -102,9 +95,8 @@ def test_more_requests_than_allowed_are_refused_at_once(subject: Subject) -> Non
 
 def test_a_caller_that_gives_up_leaves_the_engine_free(subject: Subject) -> None:
     async def work() -> float:
-        long = asyncio.ensure_future(
-            subject.engine.generate([FIRST] * 4, Sampling(max_tokens=240, num_samples=64, seed=2))
-        )
+        sampling = Sampling(max_tokens=240, num_samples=64, seed=2)
+        long = asyncio.ensure_future(subject.engine.generate([FIRST] * 4, sampling))
         await asyncio.sleep(0.2)
         long.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -114,3 +106,34 @@ def test_a_caller_that_gives_up_leaves_the_engine_free(subject: Subject) -> None
         return time.monotonic() - began
 
     assert subject.do(work()) < 20
+
+
+@pytest.mark.parametrize(("prompt", "words"), [([1] * 256, "256 tokens"), ([], "empty"), ([300], r"0\.\.299")])
+def test_hopeless_prompts_are_refused_for_good(subject: Subject, prompt: list[int], words: str) -> None:
+    with pytest.raises(HeadwaterError, match=words) as caught:
+        subject.do(subject.engine.generate([prompt], Sampling(max_tokens=4)))
+    assert not caught.value.retryable
+
+
+def test_end_of_sequence_stops_a_sample_and_is_its_last_token(local: Subject) -> None:
+    sampling = Sampling(max_tokens=200, num_samples=64, temperature=2.0)
+    (generations,) = local.do(local.engine.generate([[9, 8, 7]], sampling))
+    stopped = [generation for generation in generations if generation.finish_reason == "stop"]
+    assert 0 < len(stopped) < len(generations)
+    assert all(generation.token_ids[-1] == 0 for generation in stopped)
+    assert all(0 not in generation.token_ids[:-1] for generation in generations)
+    assert all("<|end|>" not in generation.text for generation in stopped)
+    assert all(len(generation.token_ids) == 200 for generation in generations if generation not in stopped)
+
+
+def test_the_end_of_the_context_ends_a_sample(local: Subject) -> None:
+    ((generation,),) = local.do(local.engine.generate([[9] * 250], Sampling(max_tokens=50, seed=4)))
+    assert (len(generation.token_ids), generation.finish_reason) == (6, "length")
+
+
+def test_token_scores_name_the_likeliest_token(local: Subject) -> None:
+    likeliest = reference.greedy(local.model, FIRST, 5)
+    ((*scores,),), version = local.do(local.scorer.score_tokens(FIRST, [likeliest]))
+    assert tuple(score.best_token_id for score in scores) == likeliest
+    assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
+    assert version == 0

@@ -26,20 +26,15 @@ from tests.vllm.subjects import Subject, vllm_subject
 
 PROMPT = list(range(20, 90))
 GREEDY = Sampling(max_tokens=12, temperature=0)
+Processes = set[multiprocessing.process.BaseProcess]
 
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter in PEFT's form: rank 4 on the query projections, strong enough to change answers."""
     folder = tmp_path_factory.mktemp("adapter")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj"],
-        "bias": "none",
-    }
+    kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    settings = kind | {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     drawn = torch.Generator().manual_seed(0)
     tensors = {}
@@ -51,18 +46,18 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def engine_cores() -> set[multiprocessing.process.BaseProcess]:
+def engine_cores() -> Processes:
     return {child for child in multiprocessing.active_children() if child.name.startswith("EngineCore")}
 
 
 @pytest.fixture(scope="module")
-def other_cores() -> set[multiprocessing.process.BaseProcess]:
+def other_cores() -> Processes:
     """Of engines that other modules share."""
     return engine_cores()
 
 
 @pytest.fixture(scope="module")
-def adapted(model: Path, adapter: Path, other_cores: set[multiprocessing.process.BaseProcess]) -> Iterator[Subject]:
+def adapted(model: Path, adapter: Path, other_cores: Processes) -> Iterator[Subject]:
     with vllm_subject(model, lora_adapter=str(adapter)) as subject:
         yield subject
 
@@ -95,9 +90,7 @@ def test_weights_under_an_adapter_are_not_replaced(adapted: Subject) -> None:
         adapted.do(adapted.engine.load_weights(adapted.model, 1))
 
 
-def test_the_death_of_the_engine_core_fails_requests_and_shows(
-    adapted: Subject, other_cores: set[multiprocessing.process.BaseProcess]
-) -> None:
+def test_the_death_of_the_engine_core_fails_requests_and_shows(adapted: Subject, other_cores: Processes) -> None:
     engine = adapted.engine
     assert isinstance(engine, VllmEngine)
 

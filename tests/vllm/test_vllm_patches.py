@@ -123,11 +123,8 @@ def test_patches_that_do_not_fit_change_nothing(
     norm = {"model.norm.weight": (torch.tensor([0]), torch.tensor([1.0]))}
     shapes = {"model.norm.weight": shape or shapes_of(model)["model.norm.weight"]}
     patch = write_patch(tmp_path / "p", norm, shapes)
+    base = served if base is None else base
     with pytest.raises(EngineError, match=words):
-        unpacked.do(
-            engine.patch_weights(
-                patch, base=served if base is None else base, version=served + 1, last_good=[tmp_path / "unused"]
-            )
-        )
+        unpacked.do(engine.patch_weights(patch, base=base, version=served + 1, last_good=[tmp_path / "unused"]))
     assert checksums(unpacked) == before
     assert engine.weight_version == served

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from services.engine.base import Generation, Sampling
+from services.engine.base import Sampling
 from shared import metrics
-from shared.errors import EngineError, PromptError
+from shared.errors import EngineError
 from tests.services.serving import wait_until
 from tests.vllm import reference
 from tests.vllm.subjects import Subject, running_rows, until_running
@@ -54,31 +54,6 @@ def test_seeded_requests_may_need_more_than_one_batch_to_prefill(vllm_engine: Su
     assert together[:1] == alone
 
 
-def test_end_of_sequence_stops_a_sample_and_is_its_last_token(vllm_engine: Subject) -> None:
-    (generations,) = vllm_engine.do(
-        vllm_engine.engine.generate([[9, 8, 7]], Sampling(max_tokens=200, num_samples=64, temperature=2.0))
-    )
-    stopped = [generation for generation in generations if generation.finish_reason == "stop"]
-    assert 0 < len(stopped) < len(generations)
-    assert all(generation.token_ids[-1] == 0 and 0 not in generation.token_ids[:-1] for generation in stopped)
-    assert all("<|end|>" not in generation.text for generation in stopped)
-    assert all(len(generation.token_ids) == 200 for generation in generations if generation not in stopped)
-
-
-def test_the_end_of_the_context_ends_a_sample(vllm_engine: Subject) -> None:
-    ((generation,),) = vllm_engine.do(vllm_engine.engine.generate([[9] * 250], Sampling(max_tokens=50, seed=4)))
-    assert (len(generation.token_ids), generation.finish_reason) == (6, "length")
-
-
-def test_token_scores_name_the_likeliest_token(vllm_engine: Subject) -> None:
-    prompt = [52, 258, 297, 263]
-    likeliest = reference.greedy(vllm_engine.model, prompt, 5)
-    ((*scores,),), version = vllm_engine.do(vllm_engine.scorer.score_tokens(prompt, [likeliest]))
-    assert tuple(score.best_token_id for score in scores) == likeliest
-    assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
-    assert version == 0
-
-
 def test_many_labels_are_scored_after_one_prefill(vllm_engine: Subject) -> None:
     prompt, labels = list(range(60, 60 + 2 * BLOCK + 1)), [[token] for token in range(100)]
     before = prefilled()
@@ -88,17 +63,10 @@ def test_many_labels_are_scored_after_one_prefill(vllm_engine: Subject) -> None:
         assert score == pytest.approx(reference.log_probs(vllm_engine.model, prompt, label)[0], abs=1e-3)
 
 
-@pytest.mark.parametrize(("prompt", "words"), [([], "empty"), ([300], r"0\.\.299"), ([1] * 256, "256 tokens")])
-def test_hopeless_prompts_are_named(vllm_engine: Subject, prompt: list[int], words: str) -> None:
-    with pytest.raises(PromptError, match=words):
-        vllm_engine.do(vllm_engine.engine.generate([prompt], Sampling(max_tokens=4)))
-
-
 def test_a_cancelled_request_is_taken_out_of_the_batch(vllm_engine: Subject) -> None:
     async def work() -> float:
-        request = asyncio.ensure_future(
-            vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=32, seed=9))
-        )
+        sampling = Sampling(max_tokens=240, num_samples=32, seed=9)
+        request = asyncio.ensure_future(vllm_engine.engine.generate([[5, 6]] * 4, sampling))
         await until_running(64)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -115,7 +83,6 @@ def test_a_late_answer_is_an_error_and_leaves_the_batch(vllm_engine: Subject, mo
     with pytest.raises(EngineError, match=r"engine.timeout_s = 0.3"):
         vllm_engine.do(vllm_engine.engine.generate([[5, 6]] * 4, Sampling(max_tokens=240, num_samples=64)))
     monkeypatch.undo()
-    generation: Generation
     ((generation,),) = vllm_engine.do(vllm_engine.engine.generate([[5]], Sampling(max_tokens=1)))
     assert len(generation.token_ids) == 1
     wait_until(lambda: running_rows() <= 1, what="the batch to be empty")

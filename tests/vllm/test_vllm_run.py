@@ -43,8 +43,6 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass
 class Probes:
-    """What the rollout service answered while the run went on."""
-
     log_probs: dict[int, list[float]] = field(default_factory=dict)
     """By weight version."""
     versions: set[int] = field(default_factory=set)
@@ -96,7 +94,6 @@ def started(command: list[str], log: Path, *, environ: dict[str, str]) -> Iterat
 
 
 def watch(process: subprocess.Popen[bytes], url: str, output: Path) -> Probes:
-    """Ask the rollout service over and over until the run ends."""
     found = Probes()
     deadline = time.monotonic() + RUN_S
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
@@ -127,7 +124,6 @@ def probe(client: httpx.Client, found: Probes) -> None:
 
 
 def audited(folder: Path) -> Settings:
-    """The run's settings, once its audit holds."""
     run, settings = find_run(str(folder / "runs" / "vllm"))
     database = open_database(settings.database_url)
     try:
@@ -172,8 +168,8 @@ def test_a_run_on_three_vllm_services(tmp_path: Path, seen: dict[str, str]) -> N
 
 
 def test_two_replicas_one_late_hold_the_trainers_weights_bit_for_bit(tmp_path: Path, seen: dict[str, str]) -> None:
-    """In bfloat16, with sparse versions, the second replica from half of the run on. What lies in the memory of an
-    engine core after an update has the checksum that the trainer gave that version."""
+    """In bfloat16 with sparse versions, the second replica from half of the run on. After each update the memory of the
+    engine core has the checksum that the trainer gave that version."""
     plugins = install(tmp_path / "plugins", unpacked=UNPACKED, recorded=RECORDED)
     first, again, late = (Replica(tmp_path, name, plugins) for name in ("first", "again", "late"))
     redis_server = RedisProcess(tmp_path)
@@ -236,8 +232,8 @@ class Replica:
 
 
 def unfused(file: Path) -> dict[str, torch.Tensor]:
-    """vLLM's names and tensors of the starter policy as a checkpoint has them: vLLM puts the projections of queries,
-    keys and values side by side, those of gate and up too, and adds rows to the embedding."""
+    """vLLM's tensors of the starter policy as a checkpoint has them: vLLM joins the projections of queries, keys and
+    values, those of gate and up too, and adds rows to the embedding."""
     config = AutoConfig.from_pretrained(MODELS / "policy")
     heads = [config.head_dim * number for number in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
     fused = {
@@ -256,7 +252,6 @@ def unfused(file: Path) -> dict[str, torch.Tensor]:
 
 
 def rolled_until(replica: Replica, *, version: int, run: subprocess.Popen[bytes]) -> None:
-    """Ask for rollouts over and over until the replica serves `version`."""
     deadline = time.monotonic() + RUN_S
     served = -1
     request = RolloutRequest(token_ids=tuple(PROBE), starts=(40,), num_rollouts=2, max_suffix_tokens=64)

@@ -17,8 +17,6 @@ from shared.seeds import derive_seed
 
 @dataclass(eq=False)
 class Row:
-    """One sample of one prompt, in progress."""
-
     prompt: Tokens
     max_tokens: int
     temperature: float
@@ -60,9 +58,7 @@ def _continue(model: CausalModel, group: Sequence[Row], prefilled: dict[Tokens, 
     rows = list(group)
     max_tokens = max(row.max_tokens for row in rows)
     sampling = RowSampling.of(
-        [(row.temperature, row.top_p, row.seed, row.sample) for row in rows],
-        max_tokens=max_tokens,
-        device=model.device,
+        [(row.temperature, row.top_p, row.seed, row.sample) for row in rows], max_tokens=max_tokens, device=model.device
     )
     logits = torch.stack([prefilled[row.prompt].logits for row in rows])
     cache = RowCache([prefilled[row.prompt] for row in rows], room=max_tokens)
@@ -87,14 +83,13 @@ def _continue(model: CausalModel, group: Sequence[Row], prefilled: dict[Tokens, 
 class RowSampling:
     """How R rows sample, on the model's device.
 
-    Unlike `transformers.generate`, a row's randomness depends on its own seed only, not on the rest of the batch, and
-    each token takes one uniform number (inverse of the cumulative distribution).
+    Unlike in `transformers.generate`, a row's randomness depends on its own seed only, not on the rest of the batch.
+    Each token takes one uniform number (inverse of the cumulative distribution).
     """
 
     temperature: Tensor
-    """(R,) float32; 0 is greedy."""
+    """(R,) float32, as `top_p`; 0 is greedy."""
     top_p: Tensor
-    """(R,) float32."""
     uniforms: Tensor
     """(R, S) float32 in [0, 1): one number for each of at most S tokens."""
     any_random: bool
@@ -105,7 +100,6 @@ class RowSampling:
         cls, rows: Sequence[tuple[float, float, int, int]], *, max_tokens: int, device: torch.device
     ) -> "RowSampling":
         """From (temperature, top_p, seed, sample index) of each row."""
-        any_random = any(temperature > 0 for temperature, *_ in rows)
         drawn = [
             draw_uniforms(seed, sample, max_tokens) if temperature > 0 else np.zeros(max_tokens, np.float32)
             for temperature, _, seed, sample in rows
@@ -114,14 +108,13 @@ class RowSampling:
             temperature=torch.tensor([row[0] for row in rows], dtype=torch.float32, device=device),
             top_p=torch.tensor([row[1] for row in rows], dtype=torch.float32, device=device),
             uniforms=torch.from_numpy(np.stack(drawn)).to(device),
-            any_random=any_random,
+            any_random=any(temperature > 0 for temperature, *_ in rows),
             any_nucleus=any(temperature > 0 and top_p < 1 for temperature, top_p, *_ in rows),
         )
 
     def select(self, rows: Tensor) -> "RowSampling":
-        return RowSampling(
-            self.temperature[rows], self.top_p[rows], self.uniforms[rows], self.any_random, self.any_nucleus
-        )
+        kept = (self.temperature[rows], self.top_p[rows], self.uniforms[rows])
+        return RowSampling(*kept, self.any_random, self.any_nucleus)
 
     def pick(self, logits: Tensor, *, step: int) -> Tensor:
         """Token ids (R,) for logits (R, V) float32."""

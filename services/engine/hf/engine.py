@@ -3,7 +3,7 @@
     event loop --put--> JobQueue --take--> worker thread --future--> event loop
 
 Requests that arrive together form a batch (queue.py). Samples of a prompt and chunks of a document share a prefill
-(prefill.py), and rows of any length and temperature decode together, each with its own randomness (decode.py).
+(prefill.py). Rows of any length and temperature decode together, each with its own randomness (decode.py).
 """
 
 import asyncio
@@ -21,16 +21,9 @@ import transformers
 from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
 from services.engine.hf.decode import Row, generate
 from services.engine.hf.model import CausalModel, load_model
-from services.engine.hf.queue import Batch, GenerateJob, JobQueue, LoadJob, ScoreJob, fail
+from services.engine.hf.queue import Batch, GenerateJob, Job, JobQueue, LoadJob, ScoreJob
 from services.engine.local import LocalEngine
-from services.engine.weights import (
-    Patch,
-    apply_patches,
-    apply_weights,
-    check_patches,
-    read_patches,
-    read_weights,
-)
+from services.engine.weights import apply_patches, apply_weights, read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, PromptError
 from shared.settings import EngineSettings
@@ -48,29 +41,20 @@ _MakeGeneration = Callable[[Tokens, Tokens, Literal["length", "stop"], int], Gen
 class TransformersEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer` and a `PatchableEngine`."""
 
-    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
-        """`tokenizer`: folder or name, where it is not the model's."""
-        super().__init__(tokenizer=tokenizer or settings.model)
-        self._settings = settings
-        self._queue = JobQueue(
-            max_queued=settings.max_queued_requests,
-            max_batch_tokens=settings.max_batch_tokens,
-            batch_wait_s=settings.batch_wait_s,
-        )
-        self._worker = _Worker(settings, self._queue, self._generation)
-        self._model: CausalModel | None = None
+    can_constrain = False
+    can_patch = True
 
-    @property
-    def name(self) -> str:
-        return f"transformers:{self._settings.model}"
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
+        """`tokenizer`: folder or name, if not the model's."""
+        super().__init__(name=f"transformers:{settings.model}", tokenizer=tokenizer or settings.model)
+        self._settings = settings
+        bounds = {"max_queued": settings.max_queued_requests, "max_batch_tokens": settings.max_batch_tokens}
+        self._queue = JobQueue(**bounds, batch_wait_s=settings.batch_wait_s)
+        self._worker = _Worker(settings, self._queue, self._generation)
 
     @property
     def weight_version(self) -> int:
         return self._worker.weight_version
-
-    @property
-    def can_constrain(self) -> bool:
-        return False
 
     async def start(self) -> None:
         await self._load_tokenizer()
@@ -85,76 +69,37 @@ class TransformersEngine(LocalEngine):
             return []
         if sampling.pattern:
             raise PromptError(f"{self.name} can't constrain its answers to a pattern: use engine.kind = 'vllm'")
-        job = GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling)
-        self._queue.put(job)
-        return await self._answer(job.future)
+        return await self._answer(GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling))
 
     async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
         if not continuations:
             return [], self.weight_version
         encoded = self._encode_scored(continuations)
         # The last token is predicted but never fed to the model.
-        job = ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded)
-        self._queue.put(job)
-        return await self._answer(job.future)
+        return await self._answer(ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded))
 
     async def load_weights(self, folder: Path, version: int) -> None:
         tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
-        await self._swap(LoadJob(lambda module: apply_weights(module, tensors), version))
-
-    @property
-    def can_patch(self) -> bool:
-        return True
+        await self._answer(LoadJob(lambda module: apply_weights(module, tensors), version))
 
     async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
-        found = await asyncio.to_thread(self._read_patches, patches)
-        await self._swap(LoadJob(lambda module: apply_patches(module, found), version, base))
+        found = await asyncio.to_thread(read_patches, patches, module=self._started.module)
+        await self._answer(LoadJob(lambda module: apply_patches(module, found), version, base))
 
-    def _read_patches(self, file: Path) -> list[Patch]:
-        patches = read_patches(file)
-        check_patches(self._started.module, patches)
-        return patches
-
-    async def _swap(self, job: LoadJob) -> None:
-        self._queue.put(job)
-        await self._answer(job.future)
-
-    @property
-    def _started(self) -> CausalModel:
-        if self._model is None:
-            raise self._starting()
-        return self._model
-
-    @property
-    def _vocab_size(self) -> int:
-        return self._started.vocab_size
-
-    @property
-    def _eos_token_ids(self) -> frozenset[int]:
-        return self._started.eos_token_ids
-
-    @property
-    def _max_tokens(self) -> int:
-        return self._started.max_positions
-
-    async def _answer(self, future: "Future[T]") -> T:
+    async def _answer(self, job: "Job[T]") -> T:
         """Within `timeout_s`; after that the job is cancelled and the worker skips it."""
+        self._queue.put(job)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._settings.timeout_s)
+            return await asyncio.wait_for(asyncio.wrap_future(job.future), self._settings.timeout_s)
         except TimeoutError as exc:
-            raise EngineError(
-                f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
-            ) from exc
+            late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
+            raise EngineError(late) from exc
 
 
 class _Worker:
-    """The thread that owns the model: answers batches from the queue and swaps weights between two of them.
-
-    It blocks on the queue only; callers wait on the event loop, for futures.
-    """
+    """The thread that owns the model: answers batches from the queue and swaps weights between two of them."""
 
     def __init__(self, settings: EngineSettings, queue: JobQueue, make_generation: _MakeGeneration) -> None:
-        """`make_generation` turns prompt, tokens, finish reason and weight version into a `Generation`."""
         self._settings = settings
         self._queue = queue
         self._make_generation = make_generation
@@ -192,16 +137,10 @@ class _Worker:
             torch.set_num_threads(self._settings.num_threads)
         started = time.perf_counter()
         model = load_model(self._settings)
-        _log.info(
-            "model loaded",
-            extra={
-                "model": self._settings.model,
-                "device": str(model.device),
-                "dtype": self._settings.dtype,
-                "num_parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-                "seconds": round(time.perf_counter() - started, 2),
-            },
-        )
+        seconds = round(time.perf_counter() - started, 2)
+        num_parameters = sum(parameter.numel() for parameter in model.module.parameters())
+        shown = {"model": self._settings.model, "device": str(model.device), "dtype": self._settings.dtype}
+        _log.info("model loaded", extra=shown | {"num_parameters": num_parameters, "seconds": seconds})
         return model
 
     def _answer(self, model: CausalModel, batch: Batch) -> None:
@@ -218,18 +157,17 @@ class _Worker:
             _log.exception("a batch of %d requests failed", len(jobs))
             error = f"the model failed on a batch of {len(jobs)} requests: {type(exc).__name__}: {exc}"
             for job in jobs:
-                fail(job, EngineError(error))
+                job.fail(EngineError(error))
         except BaseException as exc:
             for job in jobs:
-                fail(job, EngineError(f"the engine broke down: {type(exc).__name__}: {exc}"))
+                job.fail(EngineError(f"the engine broke down: {type(exc).__name__}: {exc}"))
             raise
 
     def _generate(self, model: CausalModel, jobs: Sequence[GenerateJob]) -> None:
-        rows = [_rows(job, model.max_positions) for job in jobs]
+        rows = [_rows(job, model.max_tokens) for job in jobs]
         generate(model, [row for of_job in rows for of_prompt in of_job for row in of_prompt])
         for job, of_job in zip(jobs, rows, strict=True):
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result([[self._generation(row) for row in of_prompt] for of_prompt in of_job])
+            job.finish([[self._generation(row) for row in of_prompt] for of_prompt in of_job])
 
     @torch.inference_mode()
     def _score(self, model: CausalModel, jobs: Sequence[ScoreJob]) -> None:
@@ -238,33 +176,31 @@ class _Worker:
         scores = iter(model.score(pairs))
         for job in jobs:
             of_job = [next(scores) for _ in job.continuations]
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result((of_job, self.weight_version))
+            job.finish((of_job, self.weight_version))
 
     def _swap_weights(self, model: CausalModel, job: LoadJob) -> None:
         if job.base not in (None, self.weight_version):
-            fail(job, EngineError(f"changes since version {job.base} do not fit version {self.weight_version}"))
+            job.fail(EngineError(f"changes since version {job.base} do not fit version {self.weight_version}"))
             return
         began = time.perf_counter()
         job.write(model.module)
         self.weight_version = job.version
         metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_result(None)
+        job.finish(None)
 
     def _generation(self, row: Row) -> Generation:
         assert row.finish_reason
         return self._make_generation(row.prompt, tuple(row.token_ids), row.finish_reason, self.weight_version)
 
 
-def _rows(job: GenerateJob, max_positions: int) -> list[list[Row]]:
+def _rows(job: GenerateJob, model_tokens: int) -> list[list[Row]]:
     """The samples of each prompt. The end of the context ends a row like `max_tokens` does."""
     sampling = job.sampling
     return [
         [
             Row(
                 prompt=prompt,
-                max_tokens=min(sampling.bound(index), max_positions - len(prompt)),
+                max_tokens=min(sampling.bound(index), model_tokens - len(prompt)),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed + index,

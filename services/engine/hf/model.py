@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from services.engine.base import Tokens, TokenScore
 from services.engine.hf.prefill import Branch, PrefilledPrompt, RowCache, pack, plan_branches
-from services.engine.local import end_token_ids
+from services.engine.local import LocalModel, end_token_ids
 from shared import metrics
 from shared.errors import EngineError
 from shared.settings import EngineSettings
@@ -19,14 +19,9 @@ MAX_LOGITS = 64 * 1024 * 1024
 """Per forward pass: 256 MB in float32."""
 
 
-@dataclass
-class CausalModel:
-    module: Any
-    """A transformers causal language model in eval mode."""
+@dataclass(frozen=True)
+class CausalModel(LocalModel):
     device: torch.device
-    vocab_size: int
-    max_positions: int
-    eos_token_ids: frozenset[int]
     max_batch_tokens: int
 
     def prefill(self, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
@@ -41,14 +36,18 @@ class CausalModel:
 
     def step(self, token_ids: Tensor, rows: RowCache) -> Tensor:
         """Next-token logits (R, V) float32 after one more token (R,) on each row."""
-        logits: Tensor = self.module(
-            input_ids=token_ids[:, None],
-            attention_mask=rows.mask(1),
-            position_ids=rows.positions(1),
-            past_key_values=rows.cache,
-            use_cache=True,
-        ).logits
-        return logits[:, -1].float()
+        return self._forward(token_ids[:, None], rows)[:, -1]
+
+    def _forward(self, token_ids: Tensor, rows: RowCache | None, **options: Any) -> Tensor:
+        """Logits (R, T, V) float32 for T more tokens (R, T) on each row; `rows` is None for rows that begin here."""
+        num_new = token_ids.shape[1]
+        if rows:
+            # Padding on the right needs no mask: causal attention never looks at it.
+            mask = rows.mask(num_new)
+            options["attention_mask"] = mask if mask is None or num_new == 1 else mask.long()
+            options |= {"position_ids": rows.positions(num_new), "past_key_values": rows.cache}
+        logits: Tensor = self.module(input_ids=token_ids, use_cache=True, **options).logits
+        return logits.float()
 
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[list[TokenScore]]:
         """For each (prompt, continuation) one score per token of the continuation."""
@@ -78,27 +77,16 @@ class CausalModel:
         return max(1, MAX_LOGITS // (len(_logit_positions(branches)) * self.vocab_size))
 
     def _run_together(
-        self,
-        branches: Sequence[Branch],
-        found: dict[Tokens, PrefilledPrompt],
-        stems: dict[Tokens, PrefilledPrompt],
+        self, branches: Sequence[Branch], found: dict[Tokens, PrefilledPrompt], stems: dict[Tokens, PrefilledPrompt]
     ) -> None:
         """Run branches of one level; adds their prompts to `found`, and the branches to `stems` for the next level."""
         branches = sorted(branches, key=lambda branch: branch.stem)  # equal stems are copied once if neighbours
         new = _pad([branch.token_ids[len(branch.stem) :] for branch in branches], self.device)
         positions = _logit_positions(branches)
         wanted = torch.tensor(positions, device=self.device)
-        # Padding on the right needs no mask: causal attention never looks at it.
         rows = RowCache([stems[branch.stem] for branch in branches], room=new.shape[1]) if branches[0].stem else None
         fresh = DynamicCache()
-        logits = self.module(
-            input_ids=new,
-            attention_mask=_widened(rows.mask(new.shape[1])) if rows else None,
-            position_ids=rows.positions(new.shape[1]) if rows else None,
-            past_key_values=rows.cache if rows else fresh,
-            use_cache=True,
-            logits_to_keep=wanted,
-        ).logits.float()
+        logits = self._forward(new, rows, past_key_values=fresh, logits_to_keep=wanted)
         metrics.engine_prompt_tokens_total.inc(sum(len(branch.token_ids) - len(branch.stem) for branch in branches))
         column = {position: index for index, position in enumerate(positions)}
         for row, branch in enumerate(branches):
@@ -115,15 +103,8 @@ class CausalModel:
         inputs = _pad([continuation[:-1] for _, continuation in pairs], self.device)
         targets = _pad([continuation[1:] for _, continuation in pairs], self.device)
         rows = RowCache([prompt for prompt, _ in pairs], room=inputs.shape[1])
-        logits = self.module(
-            input_ids=inputs,
-            attention_mask=_widened(rows.mask(inputs.shape[1])),
-            position_ids=rows.positions(inputs.shape[1]),
-            past_key_values=rows.cache,
-            use_cache=True,
-        ).logits.float()
+        log_probs = torch.log_softmax(self._forward(inputs, rows), dim=-1)
         metrics.engine_prompt_tokens_total.inc(sum(len(continuation) - 1 for _, continuation in pairs))
-        log_probs = torch.log_softmax(logits, dim=-1)
         given = log_probs.gather(-1, targets[..., None])[..., 0].tolist()
         best, best_ids = (part.tolist() for part in log_probs.max(dim=-1))
         return [
@@ -133,14 +114,16 @@ class CausalModel:
 
 
 def _logit_positions(branches: Sequence[Branch]) -> list[int]:
-    """Ends of prompts and branches, counted from the end of the stem."""
-    ends = {len(end) - len(branch.stem) - 1 for branch in branches for end in (*branch.prompts, branch.token_ids)}
-    return sorted(ends)
+    """Last tokens of prompts and branches, counted from the end of the stem."""
+    return sorted({len(end) - len(one.stem) - 1 for one in branches for end in (*one.prompts, one.token_ids)})
 
 
 def load_model(settings: EngineSettings) -> CausalModel:
     """Load `engine.model` onto its device. EngineError gives the reason."""
-    device = _device(settings.device)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise EngineError("engine.device = 'cuda', but torch sees no CUDA device: use 'auto' or 'cpu'")
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu else "cpu")
     try:
         module = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
@@ -153,25 +136,13 @@ def load_model(settings: EngineSettings) -> CausalModel:
         module=module,
         device=device,
         vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        max_tokens=getattr(config, "max_position_embeddings", None) or 2**31,
         eos_token_ids=end_token_ids(getattr(module, "generation_config", None), module.config),
         max_batch_tokens=settings.max_batch_tokens,
     )
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EngineError("engine.device = 'cuda', but torch sees no CUDA device: use 'auto' or 'cpu'")
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
 
 
 def _pad(rows: Sequence[Tokens], device: torch.device) -> Tensor:
     """(R, longest) int64, padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
-
-
-def _widened(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.long()

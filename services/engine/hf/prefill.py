@@ -1,8 +1,7 @@
-"""What a model must compute before it can continue prompts, and the cache of keys and values it continues them in.
+"""What a model computes before it continues prompts, and the cache of keys and values it continues them in.
 
-Shared tokens are computed once. If one prompt is the beginning of another (the chunks of one document), only the longer
-one is run. If prompts share a long beginning and then differ (the questions about a chunk's candidates), the beginning
-is run once and each continues from it.
+Shared tokens are computed once. If one prompt is the beginning of another (the chunks of a document), only the longer
+one is run. A long beginning that prompts share (the questions about a chunk's candidates) is run once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,10 +21,8 @@ MIN_SAVED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Branch:
-    """A sequence to run from the end of its stem."""
-
     token_ids: Tokens
-    """Including the stem's."""
+    """To run from the end of the stem on."""
     prompts: tuple[Tokens, ...]
     """The prompts that are beginnings of `token_ids` and longer than the stem."""
     stem: Tokens = ()
@@ -71,7 +68,7 @@ def _grow(prompts: Iterable[Tokens]) -> Iterator[tuple[int, Tokens, Tokens]]:
 
 
 def _common_length(first: Tokens, last: Tokens) -> int:
-    """The length of the beginning shared by everything between two sequences in sorted order."""
+    """How long a beginning all sequences between two in sorted order share."""
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
@@ -82,14 +79,10 @@ def pack(lengths: Sequence[int], *, max_tokens: int, max_rows: int | None = None
     """
     runs: list[range] = []
     start = 0
-    for index in range(1, len(lengths) + 1):
-        rows = index + 1 - start
-        full = index < len(lengths) and (
-            rows * lengths[start] > max_tokens or (max_rows is not None and rows > max_rows)
-        )
-        if index == len(lengths) or full:
-            runs.append(range(start, index))
-            start = index
+    while start < len(lengths):
+        rows = max(1, min(max_tokens // lengths[start], max_rows or len(lengths), len(lengths) - start))
+        runs.append(range(start, start + rows))
+        start += rows
     return runs
 
 
@@ -99,8 +92,6 @@ Layers = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class PrefilledPrompt:
-    """A prompt with its keys, values and next-token logits."""
-
     trunk: Layers
     """Per layer (heads, T, head_dim) of the branch that the prompt begins; T >= length."""
     length: int
@@ -149,10 +140,10 @@ class RowCache:
         device = prompts[0].logits.device
         self.lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
         """(R,) tokens of each row's prompt."""
-        runs = _runs(prompts)
-        layers = [self._lay(runs, layer, len(prompts), room) for layer in range(len(prompts[0].trunk))]
-        self.cache = Cache(layers=list(layers))
-        self._layers = layers
+        # Neighbouring rows that continue the same prompt are copied together.
+        runs = [list(alike) for _, alike in groupby(enumerate(prompts), key=lambda pair: id(pair[1]))]
+        self._layers = [self._lay(runs, layer, len(prompts), room) for layer in range(len(prompts[0].trunk))]
+        self.cache = Cache(layers=list(self._layers))
         columns = torch.arange(self._width + room, device=device)
         self._visible = columns[None, :] >= (self._width - self.lengths)[:, None]
         self._padded = min(prompt.length for prompt in prompts) < self._width
@@ -177,24 +168,14 @@ class RowCache:
         for layer in self._layers:
             layer.select(rows)
 
-    def _lay(self, runs: Sequence[tuple[PrefilledPrompt, range]], layer: int, num_rows: int, room: int) -> RowLayer:
+    def _lay(self, runs: list[list[tuple[int, PrefilledPrompt]]], layer: int, num_rows: int, room: int) -> RowLayer:
         both: list[Tensor] = []
         for which in (0, 1):
-            like = runs[0][0].trunk[layer][which]
+            like = runs[0][0][1].trunk[layer][which]
             laid = like.new_zeros((num_rows, like.shape[0], self._width + room, like.shape[2]))
-            for prompt, rows in runs:
+            for run in runs:
+                first, prompt = run[0]
                 columns = slice(self._width - prompt.length, self._width)
-                laid[rows.start : rows.stop, :, columns] = prompt.trunk[layer][which][:, : prompt.length]
+                laid[first : first + len(run), :, columns] = prompt.trunk[layer][which][:, : prompt.length]
             both.append(laid)
         return RowLayer(both[0], both[1], self._width)
-
-
-def _runs(prompts: Sequence[PrefilledPrompt]) -> list[tuple[PrefilledPrompt, range]]:
-    """Neighbouring rows that continue the same prompt."""
-    runs: list[tuple[PrefilledPrompt, range]] = []
-    start = 0
-    for index in range(1, len(prompts) + 1):
-        if index == len(prompts) or prompts[index] is not prompts[start]:
-            runs.append((prompts[start], range(start, index)))
-            start = index
-    return runs

@@ -1,7 +1,6 @@
 """The bounded queue between the event loop and the thread that owns a model, and the jobs in it.
 
-The event loop puts jobs and never blocks: a full queue raises OverloadedError. The model's thread blocks in `take`
-until there is a batch of jobs or a weight update, or the queue is closed.
+The event loop puts jobs and never blocks: a full queue raises OverloadedError. The model's thread blocks in `take`.
 """
 
 import threading
@@ -10,21 +9,34 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from services.engine.base import Generation, Sampling, Tokens, TokenScore
 from shared import metrics
 from shared.errors import EngineError, OverloadedError
 
-Scores = tuple[list[list[TokenScore]], int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job(Generic[T]):
+    future: "Future[T]" = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+    def finish(self, result: T) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Pass the error to the caller, unless it has cancelled or has its answer."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 @dataclass(frozen=True, eq=False)
-class GenerateJob:
+class GenerateJob(Job[list[list[Generation]]]):
     prompts: Sequence[Tokens]
     sampling: Sampling
-    future: "Future[list[list[Generation]]]" = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_rows(self) -> int:
@@ -36,11 +48,9 @@ class GenerateJob:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreJob:
+class ScoreJob(Job[tuple[list[list[TokenScore]], int]]):
     prompt: Tokens
     continuations: Sequence[Tokens]
-    future: "Future[Scores]" = field(default_factory=Future)
-    queued_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_rows(self) -> int:
@@ -53,15 +63,12 @@ class ScoreJob:
 
 
 @dataclass(frozen=True, eq=False)
-class LoadJob:
-    """Validated weights, to be written into the model between two batches."""
-
+class LoadJob(Job[None]):
     write: Callable[[Any], None]
-    """Called with the model's module, on the thread that owns it."""
+    """Puts checked weights into the model's module, on the thread that owns it."""
     version: int
     base: int | None = None
     """The version that must be loaded; None if `write` replaces all weights."""
-    future: "Future[None]" = field(default_factory=Future)
 
 
 Batch = list[GenerateJob] | list[ScoreJob] | LoadJob
@@ -79,7 +86,7 @@ class JobQueue:
         self._closed = ""
         self._changed = threading.Condition()
 
-    def put(self, job: GenerateJob | ScoreJob | LoadJob) -> None:
+    def put(self, job: Job[Any]) -> None:
         """Raises OverloadedError when full, EngineError when closed."""
         with self._changed:
             if self._closed:
@@ -87,10 +94,9 @@ class JobQueue:
             if isinstance(job, LoadJob):
                 self._loads.append(job)
             elif len(self._waiting) >= self._max_queued:
-                raise OverloadedError(
-                    f"{len(self._waiting)} requests wait for the engine, engine.max_queued_requests allows no more"
-                )
-            else:
+                found = f"{len(self._waiting)} requests wait for the engine"
+                raise OverloadedError(f"{found}, engine.max_queued_requests allows no more")
+            elif isinstance(job, GenerateJob | ScoreJob):
                 self._waiting.append(job)
             metrics.engine_queued_requests.set(len(self._waiting))
             self._changed.notify()
@@ -114,19 +120,17 @@ class JobQueue:
         """Refuse new jobs and fail the waiting ones."""
         with self._changed:
             self._closed = self._closed or reason
-            left: list[GenerateJob | ScoreJob | LoadJob] = [*self._waiting, *self._loads]
+            left: list[Job[Any]] = [*self._waiting, *self._loads]
             self._waiting.clear()
             self._loads.clear()
             self._changed.notify_all()
         for job in left:
-            fail(job, EngineError(reason))
+            job.fail(EngineError(reason))
 
     def _wait_for_more(self) -> None:
         if self._waiting:
-            until = self._waiting[0].queued_at + self._batch_wait_s
-            self._changed.wait_for(
-                lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, until - time.monotonic())
-            )
+            left_s = self._waiting[0].queued_at + self._batch_wait_s - time.monotonic()
+            self._changed.wait_for(lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, left_s))
 
     def _is_full(self) -> bool:
         return sum(job.num_rows for job in self._waiting) * self._waiting[0].row_tokens >= self._max_batch_tokens
@@ -151,9 +155,3 @@ class JobQueue:
                 rest.append(job)
         self._waiting = rest
         return taken
-
-
-def fail(job: GenerateJob | ScoreJob | LoadJob, error: BaseException) -> None:
-    """Pass the error to the caller, unless it has cancelled or has its answer."""
-    if not job.future.done() and job.future.set_running_or_notify_cancel():
-        job.future.set_exception(error)

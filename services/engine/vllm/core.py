@@ -1,7 +1,6 @@
 """vLLM's AsyncLLM in this process, and the process of its engine core.
 
-vLLM changes its interface every few weeks. All code that touches it is here and in plugin.py, which runs in vLLM's own
-processes; `SUPPORTED` names the versions that both were written for.
+vLLM changes its interface every few weeks: only this module and plugin.py, which runs in vLLM's processes, touch it.
 """
 
 import asyncio
@@ -57,7 +56,7 @@ def installed_version() -> str:
 
 
 class VllmCore:
-    """Requests and weight updates in vLLM's terms. Raises EngineError; PromptError for what vLLM will always refuse."""
+    """Requests and weight updates in vLLM's terms. EngineError, or PromptError for what vLLM will always refuse."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, for samples constrained to patterns; empty: vLLM loads none."""
@@ -97,10 +96,8 @@ class VllmCore:
         llm.shutdown = lambda timeout=None: None  # its finalizer calls it again, when modules may be gone
 
     async def ask(self, prompt: Sequence[int], *, salt: str, **options: Any) -> Any:
-        """vLLM's RequestOutput for `options` of SamplingParams. Cancelling the caller aborts the request.
-
-        Only requests with the same `salt` share keys in the prefix cache.
-        """
+        """vLLM's RequestOutput for `options` of SamplingParams. Cancelling the caller aborts the request. Only requests
+        with the same `salt` share keys in the prefix cache."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError, VLLMError
         from vllm.inputs.engine import tokens_input
@@ -157,13 +154,9 @@ class VllmCore:
             raise EngineError(f"this build of vLLM runs on {current_platform.device_type}, set engine.device to 'auto'")
         # On a CPU vLLM keeps linear weights in packed form only, which can't be patched.
         self.can_patch = not on_cpu and not settings.lora_adapter
-        options: dict[str, Any] = {
-            "model": settings.model,
-            "dtype": settings.dtype,
+        same = {"model", "dtype", "gpu_memory_utilization", "tensor_parallel_size", "data_parallel_size"}
+        options: dict[str, Any] = settings.model_dump(include=same) | {
             "max_model_len": settings.max_model_tokens or None,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "data_parallel_size": settings.data_parallel_size,
             # Token ids in, token ids out; the caller names end tokens and sampling settings.
             "skip_tokenizer_init": not self._tokenizer,
             "tokenizer": self._tokenizer or None,
@@ -177,15 +170,11 @@ class VllmCore:
         return options | (self._cpu_options() if on_cpu else {}) | self._weight_options()
 
     def _cpu_options(self) -> dict[str, Any]:
-        """Nothing is compiled: that needs a compiler, and 20 s at the first request for scores."""
+        """Without compilation, which needs a compiler, and 20 s at the first request for scores."""
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        options: dict[str, Any] = {
-            "enforce_eager": True,
-            "block_size": _CPU_BLOCK_TOKENS,
-            # A prefill in parts rewinds the generator of a seeded request, which torch's CPU generators can't do: the
-            # engine core would die.
-            "enable_chunked_prefill": False,
-        }
+        options: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK_TOKENS}
+        # A prefill in parts rewinds a seeded request's generator. Torch's CPU generators can't: the engine core dies.
+        options["enable_chunked_prefill"] = False
         if self._settings.tensor_parallel_size == 1:
             # With the model in the engine core's process there is one process less.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -261,8 +250,7 @@ def _metrics_logger() -> Any:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class MetricsLogger(StatLoggerBase):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            return
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None: ...
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *_rest: Any, **_more: Any) -> None:
             if scheduler_stats is not None:
@@ -272,8 +260,7 @@ def _metrics_logger() -> Any:
                 metrics.engine_prompt_tokens_total.inc(iteration_stats.prompt_token_stats.computed)
                 metrics.engine_generated_tokens_total.inc(iteration_stats.num_generation_tokens)
 
-        def log_engine_initialized(self) -> None:
-            return
+        def log_engine_initialized(self) -> None: ...
 
     return MetricsLogger
 
@@ -284,11 +271,9 @@ def _in_thread(work: Callable[[], T]) -> "Future[T]":
 
     def run() -> None:
         try:
-            result = work()
+            future.set_result(work())
         except BaseException as exc:  # noqa: BLE001 (raised by the future)
             future.set_exception(exc)
-        else:
-            future.set_result(result)
 
     threading.Thread(target=run, name="vllm-start", daemon=True).start()
     return future

@@ -3,9 +3,9 @@
     generate, score --core.py--> AsyncLLM --> engine core (another process: scheduler and model)
     load_weights: check -> pause, requests kept -> transfer (plugin.py) -> resume
 
-The prefix cache never serves keys of old weights: the pause clears it, and every request carries the number of weight
-loads so far as salt. Requests in flight continue after an update with recomputed keys. An update that fails half way
-is undone, by loading the last good files again, before anything is sampled.
+The prefix cache never serves keys of old weights: the pause clears it, and each request carries the number of weight
+loads as salt. Requests in flight continue after an update with recomputed keys. An update that fails half way is
+undone by loading the last good files again before anything is sampled.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
-from services.engine.local import LocalEngine, end_token_ids
+from services.engine.local import LocalEngine, LocalModel, end_token_ids
 from services.engine.vllm.core import (
     MAX_SCORED_TOKENS,
     VllmCore,
@@ -33,7 +33,7 @@ from services.engine.vllm.core import (
     pattern_options,
     prompt_token_scores,
 )
-from services.engine.weights import check_patches, read_patches, read_weights
+from services.engine.weights import read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.seeds import derive_seed
@@ -46,37 +46,21 @@ class VllmEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
-        """`tokenizer`: folder or name, if not the model's; `constrains`: `Sampling.pattern` will be used.
-
-        SettingsError if vLLM is missing or of an unsupported version.
-        """
-        super().__init__(tokenizer=tokenizer or settings.model)
+        """As in `build_engine`. SettingsError if vLLM is missing or of an unsupported version."""
+        adapter = f"+{settings.lora_adapter}" if settings.lora_adapter else ""
+        super().__init__(name=f"vllm:{settings.model}{adapter}", tokenizer=tokenizer or settings.model)
         self._installed = installed_version()
         self._settings = settings
-        self._constrains = constrains
+        self.can_constrain = constrains
         self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
-        self._outline: _ModelOutline | None = None
         self._served: tuple[Path, ...] = ()
         """What restores the weights in service: a folder of all tensors, then patches in order."""
         self._requests: set[asyncio.Timeout] = set()
-        self._version = 0
+        self.weight_version = 0
         self._num_loads = 0
         self._updating = asyncio.Lock()
         self._updates: set[asyncio.Task[None]] = set()
         self._failure = ""
-
-    @property
-    def name(self) -> str:
-        adapter = f"+{self._settings.lora_adapter}" if self._settings.lora_adapter else ""
-        return f"vllm:{self._settings.model}{adapter}"
-
-    @property
-    def weight_version(self) -> int:
-        return self._version
-
-    @property
-    def can_constrain(self) -> bool:
-        return self._constrains
 
     @property
     def can_patch(self) -> bool:
@@ -95,7 +79,7 @@ class VllmEngine(LocalEngine):
         outline = await asyncio.to_thread(_read_outline, source)
         await self._core.start()
         self._served = (await asyncio.to_thread(_local_folder, source),)
-        self._outline = outline
+        self._model = replace(outline, max_tokens=self._core.max_tokens)
         _log.info("model loaded", extra={"model": source, "vllm": self._installed, "max_tokens": self._core.max_tokens})
 
     async def close(self) -> None:
@@ -105,7 +89,7 @@ class VllmEngine(LocalEngine):
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         if not prompts:
             return []
-        if sampling.pattern and not self._constrains:
+        if sampling.pattern and not self.can_constrain:
             raise PromptError(f"{self.name} was not started for answers that follow a pattern")
         encoded = [self._prepare(prompt, room=1) for prompt in prompts]
         async with self._request():
@@ -138,9 +122,10 @@ class VllmEngine(LocalEngine):
             raise EngineError(f"{self.name} takes no patches in place: load the whole of version {version}")
 
         async def patch() -> None:
-            if base != self._version:
-                raise EngineError(f"{patches} changes version {base}, but {self.name} serves version {self._version}")
-            await asyncio.to_thread(lambda: check_patches(self._started.module, read_patches(patches)))
+            if base != self.weight_version:
+                served = f"{self.name} serves version {self.weight_version}"
+                raise EngineError(f"{patches} changes version {base}, but {served}")
+            await asyncio.to_thread(read_patches, patches, module=self._started.module)
             self._served = tuple(last_good)
             await self._switch("patch", patches, version=version)
 
@@ -148,7 +133,7 @@ class VllmEngine(LocalEngine):
 
     @contextlib.asynccontextmanager
     async def _request(self) -> AsyncIterator[None]:
-        """One place in the bounded queue, for a bounded time. Leaving early aborts the work in the engine core."""
+        """One place in the bounded queue, for a bounded time. Leaving aborts the work in the engine core."""
         if self.failure:
             raise EngineError(self.failure)
         if len(self._requests) >= self._settings.max_queued_requests:
@@ -180,7 +165,7 @@ class VllmEngine(LocalEngine):
         answer = await self._ask(
             prompt,
             n=num_asked,
-            max_tokens=min(sampling.bound(row), self._core.max_tokens - len(prompt)),
+            max_tokens=min(sampling.bound(row), self._started.max_tokens - len(prompt)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             # vLLM seeds sample n with `seed + n`: seeds of neighbouring rows must lie far apart.
@@ -244,9 +229,8 @@ class VllmEngine(LocalEngine):
             if form == "patch":
                 self._core.can_patch = False
             await self._go_back(exc)
-            raise EngineError(
-                f"weight version {version} could not be applied, version {self._version} is back in service: {exc}"
-            ) from exc
+            back = f"version {self.weight_version} is back in service"
+            raise EngineError(f"weight version {version} could not be applied, {back}: {exc}") from exc
         self._served = (path,) if form == "full" else (*self._served, path)
         await self._resume(version)
         metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
@@ -255,7 +239,7 @@ class VllmEngine(LocalEngine):
         try:
             await self._core.pause()
         except EngineError:
-            await self._resume(self._version)  # nothing has changed, but it may still come to pause
+            await self._resume(self.weight_version)  # nothing has changed, but it may still come to pause
             raise
 
     async def _go_back(self, cause: EngineError) -> None:
@@ -263,16 +247,16 @@ class VllmEngine(LocalEngine):
         folder, *patches = self._served
         try:
             await asyncio.to_thread(read_weights, self._started.module, folder)
-            await self._core.transfer("full", folder, version=self._version)
+            await self._core.transfer("full", folder, version=self.weight_version)
             for patch in patches:
-                await self._core.transfer("patch", patch, version=self._version)
+                await self._core.transfer("patch", patch, version=self.weight_version)
         except EngineError as exc:
             self._fail(f"{self.name} lost its weights: an update failed ({cause}), and so did going back ({exc})")
             raise EngineError(self._failure) from exc
-        await self._resume(self._version)
+        await self._resume(self.weight_version)
 
     async def _resume(self, version: int) -> None:
-        self._version = version
+        self.weight_version = version
         self._num_loads += 1
         try:
             await self._core.resume()
@@ -283,42 +267,13 @@ class VllmEngine(LocalEngine):
     def _check_replaceable(self) -> None:
         if self.failure:
             raise EngineError(self.failure)
-        if self._outline is None:
-            raise self._starting()
+        _ = self._started
         if self._settings.lora_adapter:
             raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
 
-    @property
-    def _started(self) -> "_ModelOutline":
-        if self._outline is None:
-            raise self._starting()
-        return self._outline
 
-    @property
-    def _vocab_size(self) -> int:
-        return self._started.vocab_size
-
-    @property
-    def _eos_token_ids(self) -> frozenset[int]:
-        return self._started.eos_token_ids
-
-    @property
-    def _max_tokens(self) -> int:
-        return self._core.max_tokens
-
-
-@dataclass(frozen=True)
-class _ModelOutline:
-    """What a model's configuration files tell; the weights are in another process."""
-
-    module: Any
-    """A transformers causal language model on the meta device: names, shapes and ties, no memory."""
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-
-
-def _read_outline(model: str) -> _ModelOutline:
-    """Of a Hugging Face folder or name. EngineError gives the reason."""
+def _read_outline(model: str) -> LocalModel:
+    """From the configuration files of a folder or name; `max_tokens` is left 0. EngineError if they can't be read."""
     try:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
@@ -326,18 +281,14 @@ def _read_outline(model: str) -> _ModelOutline:
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         raise EngineError(f"engine.model {model!r} can't be loaded: {exc}") from exc
     decoder = config.get_text_config(decoder=True)
-    return _ModelOutline(module, decoder.vocab_size, end_token_ids(_generation_config(model), decoder))
-
-
-def _generation_config(model: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return None  # the file is optional
+    generation = None
+    with contextlib.suppress(OSError):  # the file is optional
+        generation = GenerationConfig.from_pretrained(model)
+    return LocalModel(module, decoder.vocab_size, 0, end_token_ids(generation, decoder))
 
 
 def _local_folder(model: str) -> Path:
-    """Where the safetensors files of a loaded model are."""
+    """Of a loaded model's safetensors files."""
     if Path(model).is_dir():
         return Path(model).resolve()
     return Path(snapshot_download(model, allow_patterns=["*.safetensors"], local_files_only=True))

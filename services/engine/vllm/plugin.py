@@ -1,8 +1,8 @@
 """The transfer engine in vLLM's worker processes that brings new weights into a running model.
 
 vLLM calls `register` in every process it spawns (entry point `headwater`, group `vllm.general_plugins`); core.py
-selects the backend and calls start, update and finish. vLLM's own backends receive tensors over NCCL or CUDA IPC; this
-one reads safetensors files, so that trainer and replica need no common network.
+selects the backend. vLLM's own backends receive tensors over NCCL or CUDA IPC; this one reads safetensors files, so
+that trainer and replica need no common network.
 """
 
 import logging
@@ -16,11 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.checkpoint_weight_patch import (
@@ -79,17 +75,10 @@ class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ign
     init_info_cls = NoInit
     update_info_cls = FileUpdate
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
-        return
-
-    def start_weight_update(self) -> None:
-        return
-
-    def finish_weight_update(self) -> None:
-        return
-
-    def shutdown(self) -> None:
-        return
+    def init_transfer_engine(self, init_info: NoInit) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def finish_weight_update(self) -> None: ...
+    def shutdown(self) -> None: ...
 
     def receive_weights(self, update_info: FileUpdate) -> None:
         if update_info.form == "full":
@@ -102,22 +91,16 @@ class FileTransferEngine(WeightTransferEngine[NoInit, FileUpdate]):  # type: ign
         try:
             self.model.load_weights(_tensors(folder))
         finally:
-            # After a failure too: a half loaded layer would count its tensors twice in the next load and be finished
-            # too early.
+            # After a failure too: a half loaded layer would count its tensors twice in the next load.
             finalize_layerwise_reload(self.model, self.model_config)
         _pack_tied_heads(self.model)
 
     def _patch(self, file: Path) -> None:
-        patches = [
-            CheckpointWeightPatch(
-                name=patch.name,
-                shape=patch.shape,
-                dtype=patch.values.dtype,
-                values=patch.values.to(self.device),
-                indices=patch.indices.to(self.device),
-            )
-            for patch in read_patches(file)
-        ]
+        patches = []
+        for patch in read_patches(file):
+            placed = {"values": patch.values.to(self.device), "indices": patch.indices.to(self.device)}
+            dtype = patch.values.dtype
+            patches.append(CheckpointWeightPatch(name=patch.name, shape=patch.shape, dtype=dtype, **placed))
         with torch.no_grad():
             load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
 

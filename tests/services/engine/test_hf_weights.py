@@ -1,8 +1,7 @@
 """The transformers engine takes changed elements in place: the same weights as a whole load, or nothing at all."""
 
-import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from services.engine.base import PatchableEngine, Sampling
 from services.engine.hf.engine import TransformersEngine
 from shared.errors import EngineError
-from shared.settings import EngineSettings
+from tests.services.engine.test_hf_engine import run, started
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 Tensors = dict[str, Tensor]
@@ -41,10 +40,6 @@ def changed(weights: Tensors) -> Tensors:
     return moved
 
 
-def engine_of(model: Path, dtype: str = "float32") -> TransformersEngine:
-    return TransformersEngine(EngineSettings.model_validate({"model": str(model), "device": "cpu", "dtype": dtype}))
-
-
 def weights_of(engine: TransformersEngine) -> Tensors:
     return {name: tensor.clone() for name, tensor in engine._started.module.state_dict().items()}
 
@@ -58,98 +53,76 @@ def test_patched_weights_are_those_of_a_whole_load(tiny_model: Path, tmp_path: P
         save_file(weights, tmp_path / name / "model.safetensors")
     write_patches(tmp_path / "patches", base, new)
 
-    async def run() -> None:
-        patched, loaded = engine_of(tiny_model, dtype), engine_of(tiny_model, dtype)
+    with started(tiny_model, dtype=dtype) as patched, started(tiny_model, dtype=dtype) as loaded:
         assert isinstance(patched, PatchableEngine)
         assert patched.can_patch
-        for engine in (patched, loaded):
-            await engine.start()
-        await patched.load_weights(tmp_path / "base", 4)
-        await patched.patch_weights(tmp_path / "patches", base=4, version=5, last_good=[tmp_path / "base"])
-        await loaded.load_weights(tmp_path / "new", 5)
+        run(patched.load_weights(tmp_path / "base", 4))
+        run(patched.patch_weights(tmp_path / "patches", base=4, version=5, last_good=[tmp_path / "base"]))
+        run(loaded.load_weights(tmp_path / "new", 5))
         one, other = weights_of(patched), weights_of(loaded)
         assert all(torch.equal(one[name], other[name]) for name in other)
         assert torch.equal(one["lm_head.weight"], one[EMBEDDING])
-        (generations,) = await patched.generate([[5, 6, 7]], Sampling(max_tokens=4, temperature=0))
-        assert generations[0].weight_version == 5
-        for engine in (patched, loaded):
-            await engine.close()
-
-    asyncio.run(run())
+        ((generation,),) = run(patched.generate([[5, 6, 7]], Sampling(max_tokens=4, temperature=0)))
+        assert generation.weight_version == 5
 
 
 def _spoil(tensors: Tensors, shapes: dict[str, list[int]], kind: str) -> None:
-    indices = tensors[f"{NORM}.indices"]
+    indices, values = tensors[f"{NORM}.indices"], tensors[f"{NORM}.values"]
     match kind:
         case "the model has no tensor":
-            for part in ("indices", "values"):
-                tensors[f"x.{part}"] = tensors[f"{NORM}.{part}"].clone()
+            tensors |= {"x.indices": indices.clone(), "x.values": values.clone()}
             shapes["x"] = shapes[NORM]
         case "has shape":
             shapes[NORM] = [64]
         case "has dtype":
             tensors[f"{NORM}.values"] = torch.ones(len(indices), dtype=torch.int16)
         case "holds NaN":
-            tensors[f"{NORM}.values"][0] = float("nan")
+            values[0] = float("nan")
         case "do not ascend within its 32 elements":
             indices[-1] = 32
+        case "do not ascend":
+            tensors[f"{NORM}.indices"] = indices.flip(0).contiguous()
+        case "ascend within":
+            tensors[f"{NORM}.indices"] = indices[:1].repeat(len(indices))
         case "not int64, one per value":
             tensors[f"{NORM}.indices"] = indices.to(torch.int32)
-        case _:
+        case "does not hold readable patches":
             del tensors[f"{NORM}.values"]
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[TransformersEngine]:
+    """At version 0, which no refused patch may change."""
+    with started(tiny_model) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("base", "words"),
     [
-        "the model has no tensor",
-        "has shape",
-        "has dtype",
-        "holds NaN",
-        "do not ascend within its 32 elements",
-        "not int64, one per value",
-        "does not hold readable patches",
+        (0, "the model has no tensor"),
+        (0, "has shape"),
+        (0, "has dtype"),
+        (0, "holds NaN"),
+        (0, "do not ascend within its 32 elements"),
+        (0, "do not ascend"),  # in the other order
+        (0, "ascend within"),  # the same one again and again
+        (0, "not int64, one per value"),
+        (0, "does not hold readable patches"),
+        (3, "changes since version 3 do not fit version 0"),
     ],
 )
-def test_patches_that_do_not_fit_change_nothing(tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "good", base, changed(base))
-    tensors = load_file(tmp_path / "good")
-    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
-    _spoil(tensors, shapes, kind)
-    save_file(tensors, tmp_path / "patches", {"shapes": json.dumps(shapes)})
-    _refused(tiny_model, tmp_path / "patches", base=0, words=kind)
-
-
-def test_patches_of_another_base_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "patches", base, changed(base))
-    _refused(tiny_model, tmp_path / "patches", base=3, words="changes since version 3 do not fit version 0")
-
-
-@pytest.mark.parametrize("order", [lambda indices: indices.flip(0), lambda indices: indices[:1].expand(len(indices))])
-def test_indices_out_of_order_or_twice_are_refused(
-    tiny_model: Path, tmp_path: Path, order: Callable[[Tensor], Tensor]
+def test_patches_that_do_not_fit_change_nothing(
+    engine: TransformersEngine, tiny_model: Path, tmp_path: Path, base: int, words: str
 ) -> None:
-    base = bfloat16_weights(tiny_model)
-    write_patches(tmp_path / "good", base, changed(base))
-    tensors = load_file(tmp_path / "good")
-    tensors[f"{NORM}.indices"] = order(tensors[f"{NORM}.indices"]).contiguous()
-    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
-    save_file(tensors, tmp_path / "patches", {"shapes": json.dumps(shapes)})
-    _refused(tiny_model, tmp_path / "patches", base=0, words="do not ascend")
-
-
-def _refused(model: Path, patches: Path, *, base: int, words: str) -> None:
-    async def run() -> None:
-        engine = engine_of(model)
-        await engine.start()
-        before = weights_of(engine)
-        with pytest.raises(EngineError, match=words):
-            await engine.patch_weights(patches, base=base, version=1, last_good=[])
-        after = weights_of(engine)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert engine.weight_version == 0
-        await engine.close()
-
-    asyncio.run(run())
+    weights = bfloat16_weights(tiny_model)
+    write_patches(tmp_path / "patches", weights, changed(weights))
+    tensors, shapes = load_file(tmp_path / "patches"), {name: list(tensor.shape) for name, tensor in weights.items()}
+    _spoil(tensors, shapes, words)
+    save_file(tensors, tmp_path / "spoilt", {"shapes": json.dumps(shapes)})
+    before = weights_of(engine)
+    with pytest.raises(EngineError, match=words):
+        run(engine.patch_weights(tmp_path / "spoilt", base=base, version=1, last_good=[]))
+    after = weights_of(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.weight_version == 0

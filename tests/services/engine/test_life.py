@@ -42,14 +42,12 @@ def test_a_service_ends_with_the_failure_of_its_engine() -> None:
 
 
 def test_a_service_that_stops_calmly_leaves_no_failure() -> None:
-    app = FastAPI()
-
-    async def run() -> None:
+    async def run(app: FastAPI) -> None:
         async with EngineLife(DyingEngine(), build=built).lifespan(app):
             await asyncio.sleep(0)
+        assert not hasattr(app.state, "failure")
 
-    asyncio.run(asyncio.wait_for(run(), 10))
-    assert not hasattr(app.state, "failure")
+    asyncio.run(asyncio.wait_for(run(FastAPI()), 10))
 
 
 async def _until(condition: object) -> None:

@@ -12,11 +12,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from services.engine.base import Sampling
-from services.engine.hf.engine import TransformersEngine
 from services.engine.openai import OpenAIEngine, read_label_scores
 from services.rollout.app import build_app
 from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
 from shared.settings import EngineSettings
+from tests.services.engine.test_hf_engine import check_scores, run, started
 from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
 from tests.services.serving import running
 
@@ -44,25 +44,14 @@ def with_engine(
     return asyncio.run(run())
 
 
-def with_local(model: Path, work: Callable[[TransformersEngine], Awaitable[T]]) -> T:
-    async def run() -> T:
-        engine = TransformersEngine(EngineSettings(model=str(model), device="cpu"))
-        try:
-            await engine.start()
-            return await work(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run())
-
-
 def test_it_answers_as_the_model_behind_the_endpoint(
     policy_url: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
     sampling = Sampling(max_tokens=6, num_samples=2, seed=3)
     far = with_engine(policy_url, lambda engine: engine.generate(["The moon", [9, 10]], sampling))
-    near = with_local(tiny_model, lambda engine: engine.generate(["The moon", [9, 10]], sampling))
+    with started(tiny_model) as local:
+        near = run(local.generate(["The moon", [9, 10]], sampling))
     texts = [[generation.text for generation in of_prompt] for of_prompt in far]
     assert texts == [[generation.text for generation in of_prompt] for of_prompt in near]
 
@@ -71,8 +60,7 @@ def test_echoed_scores_are_the_models_own(policy_url: str, tiny_model: Path, mon
     monkeypatch.setenv("POLICY_KEY", TOKEN)
     prompt, continuations = [52, 258], [[40], [41, 42, 43]]
     far = with_engine(policy_url, lambda engine: engine.score(prompt, continuations), key_variable="POLICY_KEY")
-    near = with_local(tiny_model, lambda engine: engine.score(prompt, continuations))
-    assert [pytest.approx(scores, abs=1e-4) for scores in near] == far
+    check_scores(tiny_model, prompt, continuations, far)
 
 
 def test_a_wrong_key_names_its_variable(policy_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +77,7 @@ class Endpoint:
     patterned: str = ""
     """Its answer to requests with a pattern; empty: it ignores patterns."""
     status: int = 200
-    retry_after: str = "0"
+    retry_after: str = "0.001"
     num_failures: int = 0
     """The next so many requests fail with `status`."""
     num_starting: int = 0
@@ -127,27 +115,28 @@ class Endpoint:
         text = self.patterned if "structured_outputs" in body else ""
         content = [{**first, "top_logprobs": top} for first in top[:1]]
         logprobs = {"content": content, "refusal": None} if body.get("logprobs") and top else None
-        choices = [
-            {
-                "index": index,
-                "finish_reason": "stop",
-                "logprobs": logprobs,
-                "message": {"role": "assistant", "content": text or f"answer {index}"},
-            }
-            for index in range(body.get("n", 1))
-        ]
+        messages = [{"role": "assistant", "content": text or f"answer {n}"} for n in range(body.get("n", 1))]
+        same = {"finish_reason": "stop", "logprobs": logprobs}
+        choices = [same | {"index": index, "message": message} for index, message in enumerate(messages)]
         return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
 
 
-@pytest.fixture
-def endpoint() -> Endpoint:
-    return Endpoint()
-
-
-@pytest.fixture
-def chat_url(endpoint: Endpoint) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Endpoint, str]]:
+    endpoint = Endpoint()
     with running(endpoint.app()) as url:
-        yield url
+        yield endpoint, url
+
+
+@pytest.fixture
+def endpoint(served: tuple[Endpoint, str]) -> Endpoint:
+    vars(served[0]).update(vars(Endpoint()))
+    return served[0]
+
+
+@pytest.fixture
+def chat_url(served: tuple[Endpoint, str], endpoint: Endpoint) -> str:
+    return served[1]
 
 
 def test_chat_prompts_go_to_the_chat_route(endpoint: Endpoint, chat_url: str) -> None:
@@ -159,17 +148,16 @@ def test_chat_prompts_go_to_the_chat_route(endpoint: Endpoint, chat_url: str) ->
     assert {"n": 2, "max_tokens": 9, "temperature": 0.5, "top_p": 0.6, "seed": 4}.items() <= asked.items()
 
 
-def test_labels_are_scored_by_the_top_log_probs(chat_url: str) -> None:
-    async def work(engine: OpenAIEngine) -> list[list[float]]:
+def test_labels_are_scored_by_the_top_log_probs_and_others_have_no_score(chat_url: str) -> None:
+    async def work(engine: OpenAIEngine) -> None:
         assert engine.can_score
-        return await engine.score(engine.render_chat("So?"), [" yes", " no"])
+        assert await engine.score(engine.render_chat("So?"), [" yes", " no"]) == [[-0.5], [-1.5]]
+        with pytest.raises(PromptError, match="'maybe'"):
+            await engine.score(engine.render_chat("So?"), ["maybe"])
+        with pytest.raises(EngineError, match="no tokenizer"):
+            engine.encode("a")
 
-    assert with_engine(chat_url, work) == [[-0.5], [-1.5]]
-
-
-def test_a_label_that_is_not_listed_has_no_score(chat_url: str) -> None:
-    with pytest.raises(PromptError, match="'maybe'"):
-        with_engine(chat_url, lambda engine: engine.score(engine.render_chat("So?"), ["maybe"]))
+    with_engine(chat_url, work)
 
 
 def test_an_endpoint_without_log_probs_cannot_score(endpoint: Endpoint, chat_url: str) -> None:
@@ -249,11 +237,7 @@ def test_an_endpoint_that_is_loading_is_waited_for(endpoint: Endpoint, chat_url:
 
 
 def test_an_unreachable_endpoint_is_waited_for_and_then_an_error() -> None:
-    with pytest.raises(EngineError, match="can't be reached"):
-        with_engine("http://127.0.0.1:9", lambda engine: engine.score("a", ["b"]), timeout_s=0.5)
-
-
-def test_secrets_of_the_endpoints_url_are_in_no_name_and_no_error() -> None:
+    """Secrets in its URL are in no name and no error."""
     url = "http://me:hUsh@127.0.0.1:9"
     with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1 can't be reached") as caught:
         with_engine(url, lambda engine: engine.score("a", ["b"]), timeout_s=0.5)
@@ -262,18 +246,7 @@ def test_secrets_of_the_endpoints_url_are_in_no_name_and_no_error() -> None:
     assert engine.name == "openai:m@http://127.0.0.1:9/v1"
 
 
-def test_it_has_no_tokenizer(chat_url: str) -> None:
-    async def work(engine: OpenAIEngine) -> None:
-        with pytest.raises(EngineError, match="no tokenizer"):
-            engine.encode("a")
-
-    with_engine(chat_url, work)
-
-
 def test_a_label_counts_with_and_without_its_leading_space() -> None:
     top = {"A": math.log(0.5), " A": math.log(0.2), " B": math.log(0.1)}
-
-    scores = read_label_scores(top, [" A", " B"], name="endpoint")
-
-    assert scores[0] == pytest.approx([math.log(0.7)])
-    assert scores[1] == pytest.approx([math.log(0.1)])
+    (a,), (b,) = read_label_scores(top, [" A", " B"], name="endpoint")
+    assert (a, b) == pytest.approx((math.log(0.7), math.log(0.1)))

@@ -22,10 +22,11 @@ from shared.errors import SettingsError
 from shared.settings import EngineSettings
 from shared.weights.state import map_state, parse_state, state_checksum
 from shared.weights.store import FULL_FILE, WeightStore
+from tests.services.collector.processes import free_port
 from tests.services.rollout.author import BROKEN, Author
 from tests.services.rollout.conftest import HEADERS, SECRETS, counted, events_of, make_settings
 from tests.services.serving import running, wait_until
-from tests.services.test_service_processes import free_port, start
+from tests.services.test_service_processes import start
 
 BODY = {"token_ids": list(range(20, 60)), "starts": [16, 40], "num_rollouts": 2, "max_suffix_tokens": 16, "seed": 3}
 
