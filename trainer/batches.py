@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from shared.records import TokenIds
 from trainer.policy import output_head
 from trainer.preferences import Preference
 
@@ -61,7 +61,7 @@ def sequence_batch(pairs: Sequence[Preference], *, device: torch.device) -> Sequ
     starts = torch.tensor([len(prefix) for prefix, _ in sequences])
     rows = torch.repeat_interleave(torch.arange(len(sequences)), num_targets)
     columns = torch.cat([torch.arange(len(suffix)) for _, suffix in sequences])
-    input_ids = _right_padded(sequences)
+    input_ids = pad_sequence([torch.tensor([*prefix, *suffix]) for prefix, suffix in sequences], batch_first=True)
     return SequenceBatch(
         input_ids=input_ids.to(device),
         rows=rows.to(device),
@@ -87,11 +87,3 @@ def suffix_log_probs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
 
 def _length(pair: Preference) -> int:
     return pair.start + max(len(suffix) for suffix in pair.suffixes)
-
-
-def _right_padded(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Tensor:
-    """(B, T). The padding token does not matter: nothing that is read comes after it."""
-    longest = max(len(prefix) + len(suffix) for prefix, suffix in sequences)
-    return torch.tensor(
-        [[*prefix, *suffix] + [0] * (longest - len(prefix) - len(suffix)) for prefix, suffix in sequences]
-    )
