@@ -33,8 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def train(settings: Settings, stop: Event) -> None:
-    """A whole run: fresh, resumed, or finished already. Returns when it finished or was asked to stop, even if Redis or
-    the database was away then."""
+    """Returns when the run finished or was asked to stop, even if Redis or the database was away then."""
     try:
         trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
         if trainer is not None:

@@ -19,10 +19,8 @@ from trainer.preferences import Preference
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences of up to T tokens; S is the longest suffix, N the number of suffix tokens.
-
-    Rows 0..P-1 are the chosen suffixes of P pairs; for DPO rows P..2P-1 are their rejected ones in the same order.
-    """
+    """B sequences of up to T tokens; S is the longest suffix, N the number of suffix tokens. Rows 0..P-1 are the chosen
+    suffixes of P pairs; for DPO rows P..2P-1 are their rejected ones in the same order."""
 
     input_ids: Tensor
     """(B, T) long."""
@@ -74,10 +72,8 @@ def sequence_batch(pairs: Sequence[Preference], *, device: torch.device) -> Sequ
 
 
 def suffix_log_probs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """(B,) fp32: the log-probability of each suffix given its prefix, summed over its tokens.
-
-    Only the N hidden states that predict suffix tokens go through the head: there are no logits over the prefix.
-    """
+    """(B,) fp32: the log-probability of each suffix given its prefix, summed over its tokens. Only the N hidden states
+    that predict suffix tokens go through the head."""
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     logits = output_head(model)(hidden[batch.rows, batch.positions])  # (N, V)
     token_log_probs = -functional.cross_entropy(logits.float(), batch.targets, reduction="none")  # (N,)

@@ -32,8 +32,8 @@ class Deliveries:
         self._pending: Iterator[StreamEntry | BrokenEntry] | None = self._deliver_again()
 
     def next(self) -> StreamEntry | BrokenEntry | None:
-        """None if no entry came within a second. After an error everything pending is read again: the lost answer may
-        have held an entry, which Redis would never deliver as a new one."""
+        """None if no entry came within a second. After an error all pending entries are read again, since one may have
+        been in the lost answer."""
         try:
             if self._pending is not None:
                 if (entry := next(self._pending, None)) is not None:

@@ -31,8 +31,7 @@ FIGURES: dict[str, str] = {
     "rejected_log_prob": "DPO: the same of the rejected suffixes",
     "reference_chosen_log_prob": "DPO: the chosen suffixes under the reference",
     "reference_rejected_log_prob": "DPO: the rejected suffixes under the reference",
-    "chosen_original_rate": "share of chosen suffixes that are the original; one of several kinds counts for each, so "
-    "the three shares may sum to more than 1",
+    "chosen_original_rate": "share of chosen suffixes that are originals; one of several kinds counts for each of them",
     "chosen_rewrite_rate": "share of chosen suffixes that are rewrites",
     "chosen_rollout_rate": "share of chosen suffixes that are rollouts: the paper's main plot",
     "reward_original": "mean reward of all originals in the windows admitted since the step before",

@@ -51,11 +51,9 @@ class Inbox:
         """Pairs held and not yet taken."""
 
     def fill(self, num_pairs: int, *, weight_version: int) -> None:
-        """Read until `num_pairs` are held, `stop` is set, or the source has ended.
-
-        Drops windows more than `max_policy_lag` versions behind `weight_version`, and those ahead of it.
-        Raises TrainingError when nothing arrives for `trainer.stream_timeout_s`.
-        """
+        """Read until `num_pairs` are held, `stop` is set, or the source has ended. Drops windows more than
+        `max_policy_lag` versions behind `weight_version`, and those ahead of it. Raises TrainingError when nothing
+        arrives for `trainer.stream_timeout_s`."""
         arrived = time.monotonic()
         while self.num_pairs < num_pairs and not self._connections.stop.is_set():
             delivery = self._connections.deliveries.next()
@@ -64,8 +62,11 @@ class Inbox:
                 arrived = time.monotonic()
             elif self._source_has_ended():
                 return
-            else:
-                self._refuse_silence(time.monotonic() - arrived)
+            elif (limit_s := self._settings.trainer.stream_timeout_s) and time.monotonic() - arrived > limit_s:
+                raise TrainingError(
+                    f"no window arrived for {limit_s:g} s (trainer.stream_timeout_s): is a collector running, and are "
+                    "the services that it calls ready?"
+                )
 
     def take(self, num_pairs: int) -> list[Preference]:
         """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says that they were trained."""
@@ -183,14 +184,6 @@ class Inbox:
         extent = connections.run.extent(max_epochs=source.max_epochs)
         ended = connections.coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and connections.stream.backlog().unread == 0
-
-    def _refuse_silence(self, idle_s: float) -> None:
-        limit_s = self._settings.trainer.stream_timeout_s
-        if limit_s and idle_s > limit_s:
-            raise TrainingError(
-                f"no window arrived for {idle_s:.0f} s (trainer.stream_timeout_s = {limit_s:g}): is a collector "
-                "running, and are the services that it calls ready?"
-            )
 
 
 def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connections) -> None:

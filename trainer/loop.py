@@ -21,12 +21,12 @@ from shared.checkpoint_state import CheckpointState, StepFigures
 from shared.coordination import TrainerReport, TrainerState
 from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
 from shared.settings import TrainerSettings
-from trainer.batches import SequenceBatch, micro_batches, suffix_log_probs
+from trainer.batches import micro_batches, suffix_log_probs
 from trainer.checkpoint import Checkpoints
 from trainer.connections import Connections
 from trainer.figures import Telemetry, pair_figures
 from trainer.inbox import Inbox
-from trainer.losses import Loss, LossTerms
+from trainer.losses import Loss
 from trainer.policy import Policy, PolicyOptimizer
 from trainer.preferences import Preference
 from trainer.publisher import WeightPublisher
@@ -128,7 +128,11 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         num_batch_tokens = 0
         for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.device):
-            terms = self._loss_terms(batch)
+            reference = None
+            if self.policy.reference is not None:
+                with torch.no_grad():
+                    reference = suffix_log_probs(self.policy.reference, batch)
+            terms = self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
             (terms.loss_sum / normaliser).backward()  # type: ignore[no-untyped-call]
             for name, value in (terms.figures | {"loss": terms.loss_sum.detach()}).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -136,13 +140,6 @@ class Trainer:
         figures = {name: float(value) / len(pairs) for name, value in sums.items()}
         figures["loss"] = float(sums["loss"]) / normaliser
         return figures | {"batch_tokens": num_batch_tokens}
-
-    def _loss_terms(self, batch: SequenceBatch) -> LossTerms:
-        reference = None
-        if self.policy.reference is not None:
-            with torch.no_grad():
-                reference = suffix_log_probs(self.policy.reference, batch)
-        return self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
 
     def _skip(self, step: int, figures: dict[str, float], *, num_pairs: int) -> None:
         """Nothing is applied; the pairs are used up. Raises TrainingError after `max_bad_steps` in a row."""

@@ -6,13 +6,12 @@
     publisher.continue_after(checkpoint_version)     # once, at the start
     version = publisher.publish(model, step)
 
-Version numbers only ascend: after a resume the loaded weights get a number above everything that the store, Redis, a
-live replica or the checkpoint has seen. If the store or Redis was wiped or restored, the trainer cannot know that and
-begins a new *epoch*: replicas take its versions whatever their numbers.
+Version numbers only ascend: after a resume the loaded weights get a number above all that the store, Redis, a live
+replica or the checkpoint has seen. Where the store or Redis may have been wiped or restored, a new *epoch* begins:
+replicas take its versions whatever their numbers.
 
 A version is full if it is the first of the process, the `full_every`th, or no smaller as changes. The last published
-bits stay in memory for comparison: 2 bytes a parameter in bfloat16, nothing in float32, where every element changes at
-every step and all versions are full.
+bits stay in memory for comparison: 2 bytes a parameter in bfloat16, nothing in float32, where all versions are full.
 """
 
 import logging
@@ -79,7 +78,11 @@ class WeightPublisher:
         self.version = max(checkpoint_version, *stored, *served, announced.version if announced else -1)
         self.epoch = self._continued_epoch(announced, stored) or uuid.uuid4().hex
         _log.info("weight versions continue after %d in epoch %s", self.version, self.epoch)
-        self._record_forgotten(stored)
+        # A kill between manifest and row leaves a version that a replica may serve and `headwater audit` looks for.
+        recorded = self.run.newest_weight_version()
+        for version in stored:
+            if recorded is not None and version > recorded:
+                self._write_row(self.store.manifest(version), seconds=0.0)
 
     def _continued_epoch(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
         """The announced epoch if the store still has the announced version or a newer one of that epoch, else empty.
@@ -144,20 +147,11 @@ class WeightPublisher:
         try:
             self._write_row(manifest, seconds)
         except DatabaseError:
-            version, root = manifest.version, self.store.root
             try:
-                self.store.delete(version)
+                self.store.delete(manifest.version)
             except OSError as exc:
-                _log.warning("weight version %d could not be recorded, and stays in %s: %s", version, root, exc)
+                _log.warning("version %d was not recorded, and stays in %s: %s", manifest.version, self.store.root, exc)
             raise
-
-    def _record_forgotten(self, present: Sequence[int]) -> None:
-        """Rows of versions that lack one because a kill came between manifest and row. A replica may serve such a
-        version, so its number is taken, and `headwater audit` looks for its row."""
-        recorded = self.run.newest_weight_version()
-        for version in present:
-            if recorded is not None and version > recorded:
-                self._write_row(self.store.manifest(version), seconds=0.0)
 
     def _write_row(self, manifest: Manifest, seconds: float) -> None:
         self.run.record_version(
@@ -178,8 +172,7 @@ class WeightPublisher:
 
 
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytearray:
-    """The state as one safetensors file, floating tensors as `dtype`, tied weights once. Each tensor is rounded and
-    copied off its device in one pass."""
+    """The state as one safetensors file: floating tensors rounded to `dtype`, tied weights once."""
     state = untied_state(model)
     dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
     shapes = {name: (_DTYPE_NAMES[dtypes[name]], tuple(tensor.shape)) for name, tensor in state.items()}

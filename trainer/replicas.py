@@ -32,8 +32,8 @@ class Replicas:
     """Replicas that did not catch up in time, with the version they had. They are waited for again once it changes."""
 
     def keep_up(self, version: int) -> None:
-        """While a live replica is more than `max_lag` behind `version`, or ahead of it (on weights of another epoch),
-        wait, at most `max_wait_s`."""
+        """Wait, at most `max_wait_s`, while a live replica is more than `max_lag` behind `version`, or ahead of it (on
+        weights of another epoch)."""
         waited_for = late = self._late(self._look(), version)
         if not late or not self.max_wait_s:
             return

@@ -67,7 +67,7 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
     make_stack: Callable[..., Stack], policy_folder: Path
 ) -> None:
     stack = make_stack(steps=STEPS, pairs_per_step=3, learning_rate=1e-4, replica_wait_s=60.0)
-    stack = stack.with_weights(dtype="bfloat16", full_every=4)
+    stack = stack.with_settings("weights", dtype="bfloat16", full_every=4)
     rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
     settings = stack.settings.model_copy(update={"rollout": rollout})
     stack.write_plain(range(STEPS))
@@ -95,7 +95,7 @@ def test_a_living_replica_follows_a_trainer_that_begins_anew(
 ) -> None:
     """Store and Redis were put back to nothing, and the new trainer has not heard of the replica: its numbers begin
     below the one that is served."""
-    stack = make_stack().with_weights(dtype="bfloat16")
+    stack = make_stack().with_settings("weights", dtype="bfloat16")
     rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
     publisher, model = stack.prepare().publisher, tiny_llama(seed=3)
     publisher.version = 40

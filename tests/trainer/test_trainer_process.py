@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from shared.configuration import write_settings
-from tests.trainer.conftest import Stack, assert_equal_weights
+from tests.trainer.conftest import MakeStack, Stack, assert_equal_weights
 from tests.trainer.windows import plain_window
 
-MakeStack = Callable[..., Stack]
 OPTIONS = {"steps": 12, "pairs_per_step": 4, "checkpoint_every": 3, "stream_timeout_s": 60.0}
 
 

@@ -2,15 +2,13 @@
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import MakeStack, Stack
 from tests.trainer.test_trainer_process import Process
 
-MakeStack = Callable[..., Stack]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--shutdown-timeout=60")
 
 
