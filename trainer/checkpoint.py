@@ -79,7 +79,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _write_into(temporary, state, policy, optimizer)
-            _sync_tree(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             temporary.rename(folder)
             _sync(self.root)
         except (OSError, SafetensorError) as exc:
@@ -112,13 +113,6 @@ def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer:
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, folder / _OPTIMIZER)
     (folder / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
-
-
-def _sync_tree(folder: Path) -> None:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(directory) / name)
-        _sync(Path(directory))
 
 
 def _sync(path: Path) -> None:

@@ -127,7 +127,7 @@ class Trainer:
         normaliser = self.loss.normaliser(pairs)
         sums: dict[str, Tensor] = {}
         num_batch_tokens = 0
-        for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.device):
+        for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.model.device):
             reference = None
             if self.policy.reference is not None:
                 with torch.no_grad():

@@ -30,10 +30,6 @@ class Policy:
     reference_step: int = 0
     """The step after which the reference was copied; 0: it is the model that the run began with."""
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def refresh_reference(self, step: int) -> None:
         """The reference becomes the policy as it is after `step`."""
         if self.reference is not None:
