@@ -45,7 +45,7 @@ def test_a_report_is_refused_before_anything_is_written(made: MadeRun) -> None:
 
 
 def test_no_module_loads_what_only_an_extra_brings() -> None:
-    modules = ["cli.run", "cli.check", "cli.report", "cli.demo", "cli.sweep", "cli.swap_judge", "trainer.sinks"]
+    modules = ["cli.run", "cli.check", "cli.report", "cli.demo", "cli.sweep", "cli.swap_judge", "trainer.figures"]
     modules += ["services.collector.sources.huggingface"]
     program = f"import sys, {', '.join(modules)}; print(*{{name.split('.')[0] for name in sys.modules}})"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
