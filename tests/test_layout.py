@@ -48,46 +48,34 @@ def test_imports_go_downwards_only(package: str) -> None:
         assert not upwards, f"{path.relative_to(ROOT)} imports {sorted(upwards)}"
 
 
-def _loaded_after(statements: str) -> set[str]:
-    program = f"import sys\n{statements}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    return set(answer.stdout.split())
-
-
-def test_shared_loads_no_torch_vllm_or_fastapi() -> None:
-    modules = sorted(path.stem for path in (ROOT / "shared").glob("*.py"))
-    loaded = _loaded_after("\n".join(f"import shared.{name}" for name in modules if name != "__init__"))
-    assert not loaded & {"torch", "vllm", "fastapi", "transformers"}
-
-
-def test_the_launcher_loads_no_torch() -> None:
-    assert not _loaded_after("import cli.run, cli.audit, cli.check, cli.report") & {"torch", "transformers", "fastapi"}
-
-
-def test_a_collector_loads_a_tokenizer_without_torch() -> None:
-    loaded = _loaded_after(
-        f"""
+SHARED = "\n".join(f"import shared.{path.stem}" for path in (ROOT / "shared").glob("[!_]*.py"))
+TOKENIZER = f"""
 import services.collector.service
 from services.collector.windows import PolicyTokenizer
 PolicyTokenizer({str(ROOT / "starter" / "models" / "policy")!r})"""
-    )
-    assert not loaded & {"torch", "transformers"}
-
-
-@pytest.mark.parametrize("role", ["rewriter", "judge"])
-def test_a_service_with_an_endpoint_loads_no_torch(role: str) -> None:
-    loaded = _loaded_after(
-        f"""
+ENDPOINT = """
 from services.{role}.app import build_app
 from shared.settings import Secrets, Settings
 engine = {{"kind": "openai", "model": "m", "endpoint": "http://127.0.0.1:9"}}
 build_app(Settings.model_validate({{"{role}": {{"engine": engine}}}}), Secrets())"""
-    )
-    assert not loaded & {"torch", "transformers"}
 
 
-def test_the_collector_loads_no_fastapi() -> None:
-    assert "fastapi" not in _loaded_after("import services.__main__, services.collector.service")
+@pytest.mark.parametrize(
+    ("statements", "heavy"),
+    [
+        (SHARED, {"torch", "vllm", "fastapi", "transformers"}),
+        ("import cli.run, cli.audit, cli.check, cli.report", {"torch", "transformers", "fastapi"}),
+        ("import services.__main__, services.collector.service", {"fastapi"}),
+        (TOKENIZER, {"torch", "transformers"}),
+        (ENDPOINT.format(role="rewriter"), {"torch", "transformers"}),
+        (ENDPOINT.format(role="judge"), {"torch", "transformers"}),
+    ],
+    ids=["shared", "launcher", "collector", "tokenizer", "rewriter", "judge"],
+)
+def test_light_parts_load_nothing_heavy(statements: str, heavy: set[str]) -> None:
+    program = f"import sys\n{statements}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert not set(answer.stdout.split()) & heavy
 
 
 def test_help_is_quick() -> None:

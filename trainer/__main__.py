@@ -1,7 +1,7 @@
 """`python -m trainer --config FILE [--section.key VALUE ...]`: one trainer process until its run ends.
 
-Exits 0 when the run is finished or when SIGTERM or SIGINT asked it to stop (a checkpoint is written first), and 1 with
-one error line when training can't continue.
+Exits 0 when the run is finished or SIGTERM or SIGINT asked it to stop (a checkpoint is written first), and 1 with one
+error line when training can't continue.
 """
 
 import os
@@ -25,7 +25,6 @@ def _work(settings: Settings, secrets: Secrets) -> None:
 
 
 def _check(settings: Settings) -> None:
-    """What may stay empty elsewhere, but not for the trainer."""
     if not settings.redis.url:
         raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
     if not settings.policy.model:

@@ -7,6 +7,7 @@ What an interrupted checkpoint still owes (row, ledger, acknowledgement) is writ
 """
 
 import logging
+from contextlib import closing
 from threading import Event
 
 import torch
@@ -23,7 +24,7 @@ from trainer.figures import open_telemetry
 from trainer.inbox import Inbox, commit_finished
 from trainer.loop import Trainer
 from trainer.losses import build_loss
-from trainer.policy import Policy, PolicyOptimizer, load_policy
+from trainer.policy import PolicyOptimizer, load_policy
 from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
 
@@ -32,24 +33,16 @@ _log = logging.getLogger(__name__)
 
 
 def train(settings: Settings, stop: Event) -> None:
-    """A whole run: fresh, resumed, or finished already. Returns when it finished or was asked to stop, even if Redis or
-    the database was away then."""
+    """Returns when the run finished or was asked to stop, even if Redis or the database was away then."""
     try:
-        _train(settings, stop)
+        trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
+        if trainer is not None:
+            with closing(trainer.telemetry):
+                trainer.run()
     except (StreamError, DatabaseError) as exc:
         if not (stop.is_set() and exc.retryable):
             raise
         _log.warning("stopped during an outage; the next start writes what the checkpoint owes: %s", exc)
-
-
-def _train(settings: Settings, stop: Event) -> None:
-    trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
-    if trainer is None:
-        return
-    try:
-        trainer.run()
-    finally:
-        trainer.telemetry.close()
 
 
 def prepare(settings: Settings, retries: Retries) -> Trainer | None:
@@ -58,91 +51,59 @@ def prepare(settings: Settings, retries: Retries) -> Trainer | None:
     checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
-        _settle(checkpoint, checkpoints, connections)
-        if checkpoint.state.step >= settings.trainer.steps:
-            _say_finished_already(checkpoint.state, connections)
+        state = checkpoint.state
+        _log.info("resuming from %s", checkpoint.folder)
+        _settle(state, checkpoints, connections)
+        if state.step >= settings.trainer.steps:
+            _log.info("finished already at step %d; raise trainer.steps to train further", state.step)
+            connections.coordination.report_trainer(TrainerReport(state.step, state.weight_version, "finished"))
             return None
     return _build(settings, connections, checkpoints, checkpoint)
 
 
-def _settle(checkpoint: Checkpoint, checkpoints: Checkpoints, connections: Connections) -> None:
+def _settle(state: CheckpointState, checkpoints: Checkpoints, connections: Connections) -> None:
     """Write what is missing if the trainer ended, or Redis or the database was away, right after this checkpoint."""
-    _log.info("resuming from %s", checkpoint.folder)
-    state = checkpoint.state
     checkpoints.keep_evidence(state)
     if state.row is not None:
         connections.run.record_step(state.step, state.row)
     commit_finished(state.finished, connections)
 
 
-def _say_finished_already(state: CheckpointState, connections: Connections) -> None:
-    _log.info("finished already at step %d; raise trainer.steps to train further", state.step)
-    connections.coordination.report_trainer(TrainerReport(state.step, state.weight_version, "finished"))
-
-
 def _build(
     settings: Settings, connections: Connections, checkpoints: Checkpoints, checkpoint: Checkpoint | None
 ) -> Trainer:
-    _set_up_torch(settings)
-    last, run = checkpoint.state if checkpoint else None, connections.run
-    step = last.step if last else 0
-    policy, optimizer = _load(settings, checkpoint)
+    torch.manual_seed(settings.run.seed)
+    if settings.trainer.num_threads:
+        torch.set_num_threads(settings.trainer.num_threads)
+    last, run, trainer = checkpoint.state if checkpoint else None, connections.run, settings.trainer
+    step, loss = last.step if last else 0, build_loss(trainer)
+    policy = load_policy(
+        settings,
+        checkpoint.folder if checkpoint else None,
+        with_reference=loss.needs_reference,
+        reference_step=last.reference_step if last else 0,
+    )
+    optimizer = PolicyOptimizer(policy.model, trainer)
+    if checkpoint is not None:
+        checkpoint.load_optimizer(optimizer)
     run.delete_steps_beyond(step)
     run.record_event("trainer", "resumed" if last else "started", f"at step {step}")
     telemetry = open_telemetry(settings, run, resume_step=step)
+    store = WeightStore(settings.weight_store_url)
+    publisher = WeightPublisher(store, connections.coordination, run, settings.weights, settings.weights_dtype)
+    publisher.continue_after(last.weight_version if last else -1)
     return Trainer(
-        settings=settings.trainer,
+        settings=trainer,
         policy=policy,
         optimizer=optimizer,
-        loss=build_loss(settings.trainer),
+        loss=loss,
         inbox=Inbox(settings, connections, partial=last.partial if last else {}, tally=telemetry.tally),
-        publisher=_publisher(settings, connections, last),
-        replicas=_replicas(settings, connections),
+        publisher=publisher,
+        replicas=Replicas(
+            connections.coordination, run, trainer.max_policy_lag, trainer.replica_wait_s, connections.stop
+        ),
         checkpoints=checkpoints,
         connections=connections,
         telemetry=telemetry,
         last=last,
     )
-
-
-def _load(settings: Settings, checkpoint: Checkpoint | None) -> tuple[Policy, PolicyOptimizer]:
-    policy = load_policy(
-        settings.policy,
-        settings.trainer.device,
-        with_reference=build_loss(settings.trainer).needs_reference,
-        activation_checkpointing=settings.trainer.activation_checkpointing,
-        checkpoint=checkpoint.folder if checkpoint else None,
-        reference_step=checkpoint.state.reference_step if checkpoint else 0,
-    )
-    optimizer = PolicyOptimizer(policy.model, settings.trainer)
-    if checkpoint is not None:
-        checkpoint.load_optimizer(optimizer)
-    return policy, optimizer
-
-
-def _publisher(settings: Settings, connections: Connections, last: CheckpointState | None) -> WeightPublisher:
-    publisher = WeightPublisher(
-        store=WeightStore(settings.weight_store_url),
-        coordination=connections.coordination,
-        run=connections.run,
-        settings=settings.weights,
-        dtype=settings.weights_dtype,
-    )
-    publisher.continue_after(last.weight_version if last else -1)
-    return publisher
-
-
-def _replicas(settings: Settings, connections: Connections) -> Replicas:
-    return Replicas(
-        connections.coordination,
-        connections.run,
-        max_lag=settings.trainer.max_policy_lag,
-        max_wait_s=settings.trainer.replica_wait_s,
-        stop=connections.stop,
-    )
-
-
-def _set_up_torch(settings: Settings) -> None:
-    torch.manual_seed(settings.run.seed)
-    if settings.trainer.num_threads:
-        torch.set_num_threads(settings.trainer.num_threads)

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from shared.records import TokenIds
 from trainer.policy import output_head
 from trainer.preferences import Preference
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences of up to T tokens; S is the longest suffix, N the number of suffix tokens.
-
-    Rows 0..P-1 are the chosen suffixes of P pairs; for DPO rows P..2P-1 are their rejected ones in the same order.
-    """
+    """B sequences of up to T tokens; S is the longest suffix, N the number of suffix tokens. Rows 0..P-1 are the chosen
+    suffixes of P pairs; for DPO rows P..2P-1 are their rejected ones in the same order."""
 
     input_ids: Tensor
     """(B, T) long."""
@@ -61,7 +59,7 @@ def sequence_batch(pairs: Sequence[Preference], *, device: torch.device) -> Sequ
     starts = torch.tensor([len(prefix) for prefix, _ in sequences])
     rows = torch.repeat_interleave(torch.arange(len(sequences)), num_targets)
     columns = torch.cat([torch.arange(len(suffix)) for _, suffix in sequences])
-    input_ids = _right_padded(sequences)
+    input_ids = pad_sequence([torch.tensor([*prefix, *suffix]) for prefix, suffix in sequences], batch_first=True)
     return SequenceBatch(
         input_ids=input_ids.to(device),
         rows=rows.to(device),
@@ -74,10 +72,8 @@ def sequence_batch(pairs: Sequence[Preference], *, device: torch.device) -> Sequ
 
 
 def suffix_log_probs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """(B,) fp32: the log-probability of each suffix given its prefix, summed over its tokens.
-
-    Only the N hidden states that predict suffix tokens go through the head: there are no logits over the prefix.
-    """
+    """(B,) fp32: the log-probability of each suffix given its prefix, summed over its tokens. Only the N hidden states
+    that predict suffix tokens go through the head."""
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
     logits = output_head(model)(hidden[batch.rows, batch.positions])  # (N, V)
     token_log_probs = -functional.cross_entropy(logits.float(), batch.targets, reduction="none")  # (N,)
@@ -87,11 +83,3 @@ def suffix_log_probs(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
 
 def _length(pair: Preference) -> int:
     return pair.start + max(len(suffix) for suffix in pair.suffixes)
-
-
-def _right_padded(sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Tensor:
-    """(B, T). The padding token does not matter: nothing that is read comes after it."""
-    longest = max(len(prefix) + len(suffix) for prefix, suffix in sequences)
-    return torch.tensor(
-        [[*prefix, *suffix] + [0] * (longest - len(prefix) - len(suffix)) for prefix, suffix in sequences]
-    )

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from shared.checkpoint_state import (
     EVIDENCE_FILE,
@@ -45,7 +44,10 @@ class Checkpoint:
         path = self.folder / _OPTIMIZER
         try:
             tensors = load_file(path)
-            _restore_random(tensors)
+            torch.set_rng_state(tensors.pop("random.cpu"))
+            cuda = tensors.pop("random.cuda", None)
+            if cuda is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda)
             optimizer.load_state(tensors)
         except (OSError, SafetensorError, KeyError) as exc:
             raise TrainingError(
@@ -54,33 +56,33 @@ class Checkpoint:
             ) from exc
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, root: Path, *, keep: int) -> None:
-        self._root = root
-        self._keep = keep
+    root: Path
+    keep: int
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step; None before the first. Raises TrainingError if it is damaged:
         an older one lacks the windows that were acknowledged with it."""
-        steps = checkpoint_steps(self._root)
-        if not steps:
+        if not (steps := checkpoint_steps(self.root)):
             return None
-        folder = checkpoint_folder(self._root, steps[-1])
+        folder = checkpoint_folder(self.root, steps[-1])
         return Checkpoint(folder, read_state(folder))
 
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
         """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""
-        folder = checkpoint_folder(self._root, state.step)
+        folder = checkpoint_folder(self.root, state.step)
         temporary = folder.with_suffix(".tmp")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _write_into(temporary, state, policy, optimizer)
-            _sync_tree(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             temporary.rename(folder)
-            _sync(self._root)
+            _sync(self.root)
         except (OSError, SafetensorError) as exc:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(f"checkpoint {folder} can't be written: {exc}; earlier ones are intact") from exc
@@ -88,16 +90,16 @@ class Checkpoints:
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
-        EvidenceFile(self._root / EVIDENCE_FILE).append(state.evidence)
-        _sync(self._root)
+        EvidenceFile(self.root / EVIDENCE_FILE).append(state.evidence)
+        _sync(self.root)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep`, and what a crash left half written. They are renamed first, so a crash
-        never leaves half a checkpoint under a complete one's name."""
-        for step in checkpoint_steps(self._root)[: -self._keep]:
-            folder = checkpoint_folder(self._root, step)
+        """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash never
+        leaves half a checkpoint under a complete one's name."""
+        for step in checkpoint_steps(self.root)[: -self.keep]:
+            folder = checkpoint_folder(self.root, step)
             folder.rename(folder.with_suffix(".tmp"))
-        for leftover in self._root.glob("step-*.tmp"):
+        for leftover in self.root.glob("step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -106,28 +108,11 @@ def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer:
     policy.tokenizer.save_pretrained(folder / "policy")
     if policy.reference is not None and state.reference_step:
         policy.reference.save_pretrained(folder / "reference")
-    save_file(optimizer.state() | _random_state(), folder / _OPTIMIZER)
+    tensors = optimizer.state() | {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / _OPTIMIZER)
     (folder / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"random.cpu": torch.get_rng_state()}
-    return state | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _restore_random(tensors: dict[str, Tensor]) -> None:
-    """Removes the random state from `tensors`."""
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    cuda = tensors.pop("random.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-
-
-def _sync_tree(folder: Path) -> None:
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(directory) / name)
-        _sync(Path(directory))
 
 
 def _sync(path: Path) -> None:

@@ -3,10 +3,10 @@
     connections = Connections.open(settings, Retries(give_up_s=900, stop=stop))
     connections.ledger.mark_trained(...)      # blocks while the database is away
 
-Every method waits out an outage (shared/retries.py), so callers just call. It must therefore be safe to repeat.
+Every method waits out an outage (shared/retries.py), so it must be safe to repeat.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, TypeVar, cast
@@ -32,8 +32,8 @@ class Deliveries:
         self._pending: Iterator[StreamEntry | BrokenEntry] | None = self._deliver_again()
 
     def next(self) -> StreamEntry | BrokenEntry | None:
-        """None if no entry came within a second. After an error everything pending is read again: Redis may have
-        delivered an entry in the answer that was lost, and would never deliver it as a new one."""
+        """None if no entry came within a second. After an error all pending entries are read again, since one may have
+        been in the lost answer."""
         try:
             if self._pending is not None:
                 if (entry := next(self._pending, None)) is not None:
@@ -58,9 +58,7 @@ class Connections:
     """To acknowledge and to count; entries are read from `deliveries`."""
     coordination: Coordination
     run: Run
-    """The run's rows but for its windows."""
     ledger: Ledger
-    """The run's windows."""
     retries: Retries
 
     @property
@@ -92,14 +90,13 @@ def retrying(store: _T, retries: Retries) -> _T:
     return cast(_T, _Retrying(store, retries))
 
 
+@dataclass(frozen=True)
 class _Retrying:
-    def __init__(self, store: object, retries: Retries) -> None:
-        self._store = store
-        self._retries = retries
+    _store: object
+    _retries: Retries
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
-        return self._retried(found) if callable(found) else found
-
-    def _retried(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments, **options: self._retries(lambda: method(*arguments, **options))
+        if not callable(found):
+            return found
+        return lambda *arguments, **options: self._retries(lambda: found(*arguments, **options))

@@ -1,11 +1,13 @@
 """The figures of a step: their names, how they are collected, and where they are written. Used by the loop.
 
 They go to the database (StepRow.figures), TensorBoard, Weights & Biases and the gauge `headwater_training_figure{name}`
-under the names in FIGURES. A figure without a value in a step, such as the mean reward of rollouts where there were
-none, is absent, never zero.
+under the names in FIGURES. A figure without a value in a step, such as the reward of rollouts where there were none, is
+absent, never zero.
 """
 
+import importlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,8 +31,7 @@ FIGURES: dict[str, str] = {
     "rejected_log_prob": "DPO: the same of the rejected suffixes",
     "reference_chosen_log_prob": "DPO: the chosen suffixes under the reference",
     "reference_rejected_log_prob": "DPO: the rejected suffixes under the reference",
-    "chosen_original_rate": "share of chosen suffixes that are the original; one of several kinds counts for each, so "
-    "the three shares may sum to more than 1",
+    "chosen_original_rate": "share of chosen suffixes that are originals; one of several kinds counts for each of them",
     "chosen_rewrite_rate": "share of chosen suffixes that are rewrites",
     "chosen_rollout_rate": "share of chosen suffixes that are rollouts: the paper's main plot",
     "reward_original": "mean reward of all originals in the windows admitted since the step before",
@@ -61,39 +62,27 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-_COUNTS = (
-    "windows",
-    "no_preference_chunks",
-    "missing_chunks",
-    "no_preference_windows",
-    "stale_windows",
-    "duplicate_windows",
-    "broken_windows",
-    "skipped_steps",
-)
+_COUNTS = ("windows", "no_preference_chunks", "missing_chunks", "no_preference_windows", "stale_windows")
+_COUNTS += ("duplicate_windows", "broken_windows", "skipped_steps")
 
 
 @dataclass
 class Tally:
-    """What happened since the last row: counts, rewards by kind, seconds by role. Emptied by `drain`."""
+    """What happened since the last row. Emptied by `drain`."""
 
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    counts: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Sum and number by kind of candidate."""
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def count(self, name: str, number: int = 1) -> None:
-        self.counts[name] += number
+    """By role."""
 
     def add_window(self, window: ScoredWindow, selection: Selection) -> None:
-        self.count("windows")
-        self.count("no_preference_chunks", selection.no_preference)
-        self.count("missing_chunks", selection.missing)
+        self.counts.update(windows=1, no_preference_chunks=selection.no_preference, missing_chunks=selection.missing)
         for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
-        for role in ("rollout", "rewrite", "judge"):
-            if role in window.seconds:
-                self.add_seconds(role, window.seconds[role])
+        for role, seconds in window.seconds.items():
+            self.add_seconds(role, seconds)
 
     def add_seconds(self, role: str, seconds: float) -> None:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
@@ -108,10 +97,11 @@ class Tally:
 
     def drain(self) -> dict[str, float]:
         """All of it as figures; the tally is empty afterwards."""
-        drained: dict[str, float] = {name: float(number) for name, number in self.counts.items()}
+        drained = {name: float(self.counts[name]) for name in _COUNTS}
         drained |= {f"reward_{kind}": total / count for kind, (total, count) in self.rewards.items()}
         drained |= {f"seconds_{role}": seconds for role, seconds in self.seconds.items()}
-        self.counts, self.rewards, self.seconds = dict.fromkeys(_COUNTS, 0), {}, {}
+        for one in (self.counts, self.rewards, self.seconds):
+            one.clear()
         return drained
 
 
@@ -137,10 +127,18 @@ class Sink(Protocol):
 class Telemetry:
     """What the loop counts, and where its figures go."""
 
-    tally: Tally
+    run: Run
     sinks: list[Sink]
+    tally: Tally = field(default_factory=Tally)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
+        """The database first: it is the record, the others are views. A step redone after a crash replaces its row."""
+        self.run.record_step(step, StepFigures(at=time.time(), weight_version=weight_version, figures=dict(figures)))
+        metrics.step.set(step)
+        metrics.weight_version.set(weight_version)
+        metrics.trained_tokens_total.inc(figures.get("target_tokens", 0))
+        for name, value in figures.items():
+            metrics.training_figure.labels(name).set(value)
         for sink in self.sinks:
             sink.write(step, weight_version, figures)
 
@@ -149,46 +147,23 @@ class Telemetry:
             sink.close()
 
 
-class DatabaseSink:
-    """One StepRow a step; a step redone after a crash replaces its row."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
-        self._run.record_step(step, StepFigures(at=time.time(), weight_version=weight_version, figures=dict(figures)))
-
-    def close(self) -> None:
-        """Transactions leave nothing open."""
-
-
-class MetricsSink:
-    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
-        metrics.step.set(step)
-        metrics.weight_version.set(weight_version)
-        metrics.trained_tokens_total.inc(figures.get("target_tokens", 0))
-        for name, value in figures.items():
-            metrics.training_figure.labels(name).set(value)
-
-    def close(self) -> None:
-        """The registry lives as long as the process."""
+def open_telemetry(settings: Settings, run: Run, *, resume_step: int) -> Telemetry:
+    sinks: list[Sink] = []
+    if settings.trainer.log_tensorboard:
+        sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
+    if settings.trainer.log_wandb:
+        sinks.append(WandbSink(settings))
+    return Telemetry(run, sinks)
 
 
 class TensorBoardSink:
     def __init__(self, folder: Path, *, resume_step: int) -> None:
         """Hides events beyond `resume_step`: those steps are redone."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as exc:
-            raise SettingsError(
-                "trainer.log_tensorboard is on but tensorboard is not installed: "
-                "pip install 'headwater[tensorboard]', or turn it off"
-            ) from exc
-        self._writer: Any = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
+        tensorboard = _optional("torch.utils.tensorboard", extra="tensorboard")
+        self._writer = tensorboard.SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
-        self._writer.add_scalar("weight_version", weight_version, step)
-        for name, value in figures.items():
+        for name, value in {"weight_version": weight_version, **figures}.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -197,15 +172,10 @@ class TensorBoardSink:
 
 class WandbSink:
     def __init__(self, settings: Settings) -> None:
-        try:
-            import wandb
-        except ImportError as exc:
-            raise SettingsError(
-                "trainer.log_wandb is on but wandb is not installed: pip install 'headwater[wandb]', or turn it off"
-            ) from exc
         name = settings.run.name
         config = without_passwords(settings).model_dump(mode="json")
-        self._run: Any = wandb.init(project="headwater", id=name, name=name, resume="allow", config=config)
+        wandb = _optional("wandb", extra="wandb")
+        self._run = wandb.init(project="headwater", id=name, name=name, resume="allow", config=config)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
         self._run.log({"weight_version": weight_version, **figures}, step=step)
@@ -214,11 +184,10 @@ class WandbSink:
         self._run.finish()
 
 
-def open_telemetry(settings: Settings, run: Run, *, resume_step: int) -> Telemetry:
-    """The database first: it is the record, the others are views."""
-    sinks: list[Sink] = [DatabaseSink(run), MetricsSink()]
-    if settings.trainer.log_tensorboard:
-        sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
-    if settings.trainer.log_wandb:
-        sinks.append(WandbSink(settings))
-    return Telemetry(Tally(), sinks)
+def _optional(module: str, *, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise SettingsError(
+            f"trainer.log_{extra} is on but {extra} is not installed: pip install 'headwater[{extra}]', or turn it off"
+        ) from exc

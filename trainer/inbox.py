@@ -11,17 +11,17 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shared import metrics
 from shared.checkpoint_state import FinishedWindow, PartialWindow
 from shared.errors import TrainingError
-from shared.records import ScoredWindow, WindowKey
+from shared.records import WindowKey
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry
 from trainer.connections import Connections
 from trainer.figures import Tally
-from trainer.preferences import Preference, Selection, select_pairs
+from trainer.preferences import Preference, select_pairs
 
 _log = logging.getLogger(__name__)
 
@@ -32,36 +32,28 @@ class _Held:
 
     entry_id: str
     unused: deque[Preference]
-    used: int = 0
-    step: int | None = None
+    used: int
+    step: int | None
     """The last applied update that contains one of its pairs."""
-    pairs_by_step: Counter[int] = field(default_factory=Counter)
+    pairs_by_step: Counter[int]
     """Applied update -> how many of its pairs are in it."""
-
-    @property
-    def num_skipped(self) -> int:
-        return self.used - self.pairs_by_step.total()
 
 
 class Inbox:
     def __init__(
         self, settings: Settings, connections: Connections, *, partial: Mapping[str, PartialWindow], tally: Tally
     ) -> None:
-        """`partial`: the windows that were half used at the checkpoint from which the trainer resumes."""
-        self._settings = settings
-        self._connections = connections
-        self._tally = tally
+        """`partial`: the windows that were half used at the checkpoint that the trainer resumes from."""
+        self._settings, self._connections, self._tally = settings, connections, tally
         self._partial = dict(partial)
         self._held: dict[str, _Held] = {}
         self.num_pairs = 0
         """Pairs held and not yet taken."""
 
     def fill(self, num_pairs: int, *, weight_version: int) -> None:
-        """Read until `num_pairs` are held, `stop` is set, or the source has ended.
-
-        Drops windows more than `max_policy_lag` versions behind `weight_version`, and those ahead of it.
-        Raises TrainingError when nothing arrives for `trainer.stream_timeout_s`.
-        """
+        """Read until `num_pairs` are held, `stop` is set, or the source has ended. Drops windows more than
+        `max_policy_lag` versions behind `weight_version`, and those ahead of it. Raises TrainingError when nothing
+        arrives for `trainer.stream_timeout_s`."""
         arrived = time.monotonic()
         while self.num_pairs < num_pairs and not self._connections.stop.is_set():
             delivery = self._connections.deliveries.next()
@@ -70,8 +62,11 @@ class Inbox:
                 arrived = time.monotonic()
             elif self._source_has_ended():
                 return
-            else:
-                self._refuse_silence(time.monotonic() - arrived)
+            elif (limit_s := self._settings.trainer.stream_timeout_s) and time.monotonic() - arrived > limit_s:
+                raise TrainingError(
+                    f"no window arrived for {limit_s:g} s (trainer.stream_timeout_s): is a collector running, and are "
+                    "the services that it calls ready?"
+                )
 
     def take(self, num_pairs: int) -> list[Preference]:
         """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says that they were trained."""
@@ -84,7 +79,6 @@ class Inbox:
         return taken
 
     def mark_applied(self, pairs: list[Preference], step: int) -> None:
-        """These pairs are part of update `step`."""
         for pair in pairs:
             held = self._held[pair.window_id]
             held.step = step
@@ -97,14 +91,14 @@ class Inbox:
                 entry_id=held.entry_id,
                 step=held.step,
                 pairs_by_step=dict(held.pairs_by_step),
-                num_skipped=held.num_skipped,
+                num_skipped=held.used - held.pairs_by_step.total(),
             )
             for window_id, held in self._held.items()
             if not held.unused
         }
 
     def partial(self) -> dict[str, PartialWindow]:
-        """Half-used windows by id, those included that were not redelivered since a resume."""
+        """Half-used windows by id, also those not yet redelivered since a resume."""
         begun = {
             window_id: PartialWindow(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
             for window_id, held in self._held.items()
@@ -126,54 +120,42 @@ class Inbox:
         if held is not None and held.entry_id == delivery.entry_id:
             return None  # the same delivery once more: it must stay pending
         if held is not None or self._is_finished(window.window_id):
-            return self._acknowledge_duplicate(delivery)
+            self._tally.counts["duplicate_windows"] += 1
+            _log.info("window %s came again as entry %s", window.window_id, delivery.entry_id)
+            return self._acknowledge(delivery)
         begun = self._partial.get(window.window_id)
-        # Version 0 is also that of a replica that has loaded nothing yet.
-        if begun is None and max(window.weight_versions, default=0) > max(weight_version, 0):
-            return self._drop_newer(delivery, weight_version)
-        if begun is None and _lag(window, weight_version) > self._settings.trainer.max_policy_lag:
-            return self._drop_stale(delivery, weight_version)
+        if begun is None and window.weight_versions:
+            oldest, newest = min(window.weight_versions), max(window.weight_versions)
+            read = f"read at version {weight_version}"
+            # Version 0 is also that of a replica that has loaded nothing yet.
+            if newest > max(weight_version, 0):  # this trainer has not published it: rollouts of another policy
+                return self._drop(delivery, "newer_than_policy", f"sampled under version {newest}, {read}")
+            if weight_version - oldest > self._settings.trainer.max_policy_lag:
+                self._tally.counts["stale_windows"] += 1
+                return self._drop(delivery, "stale", f"sampled under version {oldest}, {read}")
         return self._hold(delivery, begun)
 
     def _hold(self, entry: StreamEntry, begun: PartialWindow | None) -> None:
-        window = entry.window
-        selection = self._select(window)
+        window, trainer = entry.window, self._settings.trainer
+        seed = self._settings.run.seed
+        selection = select_pairs(window, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=seed)
         self._tally.add_window(window, selection)
         if not selection.pairs and begun is None:
-            self._tally.count("no_preference_windows")
-            return self._drop(entry, "no_preference", _why_no_pair(selection, window))
+            self._tally.counts["no_preference_windows"] += 1
+            why = (
+                f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed "
+                f"candidates, of {len(window.chunks) + len(window.dropped_chunks)}"
+            )
+            return self._drop(entry, "no_preference", why)
         self._partial.pop(window.window_id, None)
-        held = _Held(entry.entry_id, deque(selection.pairs))
-        if begun:
-            unused, pairs_by_step = deque(selection.pairs[begun.used :]), Counter(begun.pairs_by_step)
-            held = _Held(entry.entry_id, unused, begun.used, begun.step, pairs_by_step)
-        self._held[window.window_id] = held
-        self.num_pairs += len(held.unused)
+        used, step, pairs_by_step = (begun.used, begun.step, begun.pairs_by_step) if begun else (0, None, {})
+        unused = deque(selection.pairs[used:])
+        self._held[window.window_id] = _Held(entry.entry_id, unused, used, step, Counter(pairs_by_step))
+        self.num_pairs += len(unused)
         return None
-
-    def _select(self, window: ScoredWindow) -> Selection:
-        trainer = self._settings.trainer
-        return select_pairs(
-            window, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=self._settings.run.seed
-        )
 
     def _is_finished(self, window_id: str) -> bool:
         return bool(self._connections.ledger.finished_among([window_id]))
-
-    def _acknowledge_duplicate(self, entry: StreamEntry) -> None:
-        self._tally.count("duplicate_windows")
-        _log.info("window %s came again as entry %s", entry.window.window_id, entry.entry_id)
-        self._acknowledge(entry)
-
-    def _drop_stale(self, entry: StreamEntry, weight_version: int) -> None:
-        self._tally.count("stale_windows")
-        oldest = entry.window.oldest_weight_version
-        self._drop(entry, "stale", f"sampled under version {oldest}, read at version {weight_version}")
-
-    def _drop_newer(self, entry: StreamEntry, weight_version: int) -> None:
-        """Rollouts of another policy: this trainer has not published that version."""
-        newest = max(entry.window.weight_versions)
-        self._drop(entry, "newer_than_policy", f"sampled under version {newest}, read at version {weight_version}")
 
     def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
         """The ledger first: after a crash in between, the redelivered entry is known as dropped."""
@@ -183,9 +165,12 @@ class Inbox:
         self._acknowledge(entry)
 
     def _drop_broken(self, entry: BrokenEntry) -> None:
-        self._tally.count("broken_windows")
+        self._tally.counts["broken_windows"] += 1
         _log.error("entry %s (window %r) is broken: %s", entry.entry_id, entry.window_id, entry.reason)
-        key = _parsed_key(entry.window_id)
+        try:
+            key = WindowKey.parse(entry.window_id)
+        except ValueError:
+            key = None
         if key is not None and entry.window_id not in self._held and not self._is_finished(entry.window_id):
             self._connections.ledger.drop(key, reason="broken_entry", detail=entry.reason)
         self._acknowledge(entry)
@@ -194,19 +179,11 @@ class Inbox:
         self._connections.stream.acknowledge({entry.entry_id: entry.window_id})
 
     def _source_has_ended(self) -> bool:
-        """Whether it is exhausted is asked first: nothing is written after that, so an empty stream stays empty."""
+        """Nothing is written once the source is exhausted, so that is asked first: an empty stream then stays empty."""
         source, connections = self._settings.documents, self._connections
         extent = connections.run.extent(max_epochs=source.max_epochs)
         ended = connections.coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
         return ended and connections.stream.backlog().unread == 0
-
-    def _refuse_silence(self, idle_s: float) -> None:
-        limit_s = self._settings.trainer.stream_timeout_s
-        if limit_s and idle_s > limit_s:
-            raise TrainingError(
-                f"no window arrived for {idle_s:.0f} s (trainer.stream_timeout_s = {limit_s:g}): is a collector "
-                "running, and are the services that it calls ready?"
-            )
 
 
 def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connections) -> None:
@@ -217,22 +194,3 @@ def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connect
     for window_id in finished.keys() - steps.keys():
         connections.ledger.drop(WindowKey.parse(window_id), reason="non_finite_loss")
     connections.stream.acknowledge({window.entry_id: window_id for window_id, window in finished.items()})
-
-
-def _lag(window: ScoredWindow, weight_version: int) -> int:
-    oldest = window.oldest_weight_version
-    return 0 if oldest is None else weight_version - oldest
-
-
-def _why_no_pair(selection: Selection, window: ScoredWindow) -> str:
-    return (
-        f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
-        f"of {len(window.chunks) + len(window.dropped_chunks)}"
-    )
-
-
-def _parsed_key(window_id: str) -> WindowKey | None:
-    try:
-        return WindowKey.parse(window_id)
-    except ValueError:
-        return None

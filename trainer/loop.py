@@ -6,9 +6,6 @@
 The loop blocks in `inbox.fill` until a collector writes, in `replicas.keep_up` if the settings say so, and in calls
 that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
 written, `run` returns. If an outage lasts too long, a checkpoint is written and its error raised.
-
-There is one process. With several ranks, the normaliser, `num_pairs` and the sums of `_accumulate_gradients` would be
-summed over them.
 """
 
 import logging
@@ -24,12 +21,12 @@ from shared.checkpoint_state import CheckpointState, StepFigures
 from shared.coordination import TrainerReport, TrainerState
 from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
 from shared.settings import TrainerSettings
-from trainer.batches import SequenceBatch, micro_batches, suffix_log_probs
+from trainer.batches import micro_batches, suffix_log_probs
 from trainer.checkpoint import Checkpoints
 from trainer.connections import Connections
 from trainer.figures import Telemetry, pair_figures
 from trainer.inbox import Inbox
-from trainer.losses import Loss, LossTerms
+from trainer.losses import Loss
 from trainer.policy import Policy, PolicyOptimizer
 from trainer.preferences import Preference
 from trainer.publisher import WeightPublisher
@@ -40,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """Everything that a step touches; put together by trainer/assembly.py."""
+    """Put together by trainer/assembly.py."""
 
     settings: TrainerSettings
     policy: Policy
@@ -53,7 +50,7 @@ class Trainer:
     connections: Connections
     telemetry: Telemetry
     last: CheckpointState | None
-    """The newest checkpoint; None before the first: the model that the run began with needs none."""
+    """The newest checkpoint; None before the first."""
     step: int = field(init=False)
     """Updates applied."""
     bad_steps: int = field(default=0, init=False)
@@ -69,17 +66,17 @@ class Trainer:
         return self.last.step if self.last else 0
 
     def run(self) -> TrainerState:
-        """Train until `settings.steps`, the end of the source, or `stop`; a checkpoint is on disk when it returns.
-
-        If Redis, the database or the weight store stays away, it raises their error, also with a checkpoint of the
-        newest step on disk. The next start writes what that checkpoint owes to ledger and stream.
-        """
+        """Train until `settings.steps`, the end of the source, or `stop`. Raises the error of Redis, database or weight
+        store if that stays away. Always leaves a checkpoint of the newest step on disk."""
         if self.connections.stop.is_set():
             return "training"
         try:
             return self._train()
         except (StreamError, DatabaseError, WeightStoreError):
-            self._save_before_leaving()
+            try:
+                self._write_checkpoint()  # the next start writes what it owes to ledger and stream
+            except TrainingError as exc:
+                _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
             raise
 
     def _train(self) -> TrainerState:
@@ -117,9 +114,11 @@ class Trainer:
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
             self.policy.refresh_reference(step)
-        if self.publisher.is_due(step):
+        if step % self.publisher.settings.push_every == 0:
             self._publish()
-        self._write_row(self.unwritten)
+        self.unwritten |= tally.drain()
+        self.telemetry.write(step, self.publisher.version, self.unwritten)
+        self.unwritten = None
         return self._report("training")
 
     def _accumulate_gradients(self, pairs: list[Preference]) -> dict[str, float]:
@@ -128,8 +127,12 @@ class Trainer:
         normaliser = self.loss.normaliser(pairs)
         sums: dict[str, Tensor] = {}
         num_batch_tokens = 0
-        for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.device):
-            terms = self._loss_terms(batch)
+        for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.model.device):
+            reference = None
+            if self.policy.reference is not None:
+                with torch.no_grad():
+                    reference = suffix_log_probs(self.policy.reference, batch)
+            terms = self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
             (terms.loss_sum / normaliser).backward()  # type: ignore[no-untyped-call]
             for name, value in (terms.figures | {"loss": terms.loss_sum.detach()}).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -138,18 +141,11 @@ class Trainer:
         figures["loss"] = float(sums["loss"]) / normaliser
         return figures | {"batch_tokens": num_batch_tokens}
 
-    def _loss_terms(self, batch: SequenceBatch) -> LossTerms:
-        reference = None
-        if self.policy.reference is not None:
-            with torch.no_grad():
-                reference = suffix_log_probs(self.policy.reference, batch)
-        return self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
-
     def _skip(self, step: int, figures: dict[str, float], *, num_pairs: int) -> None:
         """Nothing is applied; the pairs are used up. Raises TrainingError after `max_bad_steps` in a row."""
         self.bad_steps += 1
         self.optimizer.zero_grad()
-        self.telemetry.tally.count("skipped_steps")
+        self.telemetry.tally.counts["skipped_steps"] += 1
         metrics.skipped_steps_total.inc()
         what = f"step {step} skipped: loss {figures['loss']}, gradient norm {figures['grad_norm']}"
         _log.error("%s (%d in a row)", what, self.bad_steps)
@@ -166,25 +162,20 @@ class Trainer:
         with self.telemetry.tally.spending("replicas"):
             self.replicas.keep_up(self.publisher.version)
 
-    def _write_row(self, figures: dict[str, float]) -> None:
-        self.unwritten = figures | self.telemetry.tally.drain()
-        self.telemetry.write(self.step, self.publisher.version, self.unwritten)
-        self.unwritten = None
-
     def _report(self, state: TrainerState) -> None:
         self.connections.coordination.report_trainer(TrainerReport(self.step, self.publisher.version, state))
 
     def checkpoint(self) -> None:
         """In this order: checkpoint and evidence on disk, ledger, acknowledgement, older ones deleted."""
-        if self.checkpointed_step == self.step:
-            return
         with self.telemetry.tally.spending("checkpoint"):
-            state = self._write_checkpoint()
-            self.inbox.commit(state.finished)
-            self.checkpoints.prune()
+            if state := self._write_checkpoint():
+                self.inbox.commit(state.finished)
+                self.checkpoints.prune()
 
-    def _write_checkpoint(self) -> CheckpointState:
-        """Needs neither Redis nor the database. Raises TrainingError."""
+    def _write_checkpoint(self) -> CheckpointState | None:
+        """None if this step has one. Needs neither Redis nor the database. Raises TrainingError."""
+        if self.checkpointed_step == self.step:
+            return None
         state = CheckpointState(
             step=self.step,
             weight_version=self.publisher.version,
@@ -202,32 +193,18 @@ class Trainer:
         return state
 
     def _owed_row(self) -> StepFigures | None:
-        """None unless the newest step's row could not be written."""
         if self.unwritten is None:
             return None
         figures = self.telemetry.tally.drain() | self.unwritten  # in this order: it may hold the drained tally already
         return StepFigures(at=time.time(), weight_version=self.publisher.version, figures=figures)
 
-    def _save_before_leaving(self) -> None:
-        """If this fails too, the caller still raises the first error."""
-        if self.checkpointed_step == self.step:
-            return
-        try:
-            self._write_checkpoint()
-        except TrainingError as exc:
-            _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
-
     def _conclude(self) -> TrainerState:
-        if self.step >= self.settings.steps:
-            return self._finish(f"finished at step {self.step}", source_ended=False)
-        if self.connections.stop.is_set():
+        source_ended = self.step < self.settings.steps
+        if source_ended and self.connections.stop.is_set():
             _log.info("stopped at step %d of %d", self.step, self.settings.steps)
             return "training"
-        return self._finish(f"the source ended at step {self.step} of {self.settings.steps}", source_ended=True)
-
-    def _finish(self, message: str, *, source_ended: bool) -> TrainerState:
+        message = f"{'the source ended' if source_ended else 'finished'} at step {self.step} of {self.settings.steps}"
         _log.info(message)
-        about = {"step": self.step, "source_ended": source_ended}
-        self.connections.run.record_event("trainer", "finished", message, **about)
+        self.connections.run.record_event("trainer", "finished", message, step=self.step, source_ended=source_ended)
         self._report("finished")
         return "finished"

@@ -43,11 +43,9 @@ class Loss(Protocol):
 
     def normaliser(self, pairs: Sequence[Preference]) -> int:
         """The step's count: of pairs (DPO) or of suffix tokens (NLL)."""
-        ...
 
     def terms(self, log_probs: Tensor, reference: Tensor | None) -> LossTerms:
         """`log_probs` and `reference` (B,) as in SequenceBatch: chosen rows first, then rejected ones."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,7 @@ class Nll:
         return LossTerms(-log_probs.sum(), _summed({"chosen_log_prob": log_probs}))
 
 
-LOSSES: dict[str, Callable[[TrainerSettings], Loss]] = {
-    "dpo": lambda settings: Dpo(settings.beta),
-    "nll": lambda _: Nll(),
-}
+LOSSES: dict[str, Callable[[TrainerSettings], Loss]] = {"dpo": lambda one: Dpo(one.beta), "nll": lambda _: Nll()}
 
 
 def build_loss(settings: TrainerSettings) -> Loss:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import SettingsError, TrainingError
-from shared.settings import PolicySettings, TrainerSettings
+from shared.settings import Settings, TrainerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -30,10 +30,6 @@ class Policy:
     reference_step: int = 0
     """The step after which the reference was copied; 0: it is the model that the run began with."""
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def refresh_reference(self, step: int) -> None:
         """The reference becomes the policy as it is after `step`."""
         if self.reference is not None:
@@ -42,52 +38,38 @@ class Policy:
 
 
 def load_policy(
-    settings: PolicySettings,
-    device: str,
-    *,
-    with_reference: bool,
-    activation_checkpointing: bool,
-    checkpoint: Path | None,
-    reference_step: int = 0,
+    settings: Settings, checkpoint: Path | None, *, with_reference: bool, reference_step: int = 0
 ) -> Policy:
-    """The configured policy, or that of the folder `checkpoint`."""
+    """The configured policy, or that of the folder `checkpoint`. Raises SettingsError if it can't be loaded."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write between the JSON logs
-    where = pick_device(device)
-    model = _load_model(str(checkpoint / "policy") if checkpoint else settings.model, settings.dtype, where)
+    model = _load_model(checkpoint / "policy" if checkpoint else None, settings)
     _check_head(model)
-    if activation_checkpointing:
+    if settings.trainer.activation_checkpointing:
         _checkpoint_activations(model)
     reference = None
     if with_reference:
         kept = checkpoint / "reference" if checkpoint and reference_step else None
-        reference = _load_model(str(kept or settings.model), settings.dtype, where).requires_grad_(False)
-    return Policy(model, _load_tokenizer(settings.tokenizer_source), reference, reference_step)
-
-
-def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-def _load_model(source: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as exc:
-        raise SettingsError(f"policy.model: {source} can't be loaded: {exc}") from exc
-    assert isinstance(model, PreTrainedModel)
-    model.to(device)  # type: ignore[arg-type]
-    model.train(False)
-    return model
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+        reference = _load_model(kept, settings).requires_grad_(False)
+    source = settings.policy.tokenizer_source
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as exc:
         raise SettingsError(f"policy.tokenizer: {source} can't be loaded: {exc}") from exc
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
+    return Policy(model, tokenizer, reference, reference_step)
+
+
+def _load_model(folder: Path | None, settings: Settings) -> PreTrainedModel:
+    """From `folder`; None: the one that the run begins with."""
+    source, device = folder or settings.policy.model, settings.trainer.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=DTYPES[settings.policy.dtype])
+    except (OSError, ValueError) as exc:
+        raise SettingsError(f"policy.model: {source} can't be loaded: {exc}") from exc
+    assert isinstance(model, PreTrainedModel)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -124,12 +106,8 @@ class PolicyOptimizer:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self._parameters.values() if p.ndim >= 2]
         others = [p for p in self._parameters.values() if p.ndim < 2]
-        self._adam = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            fused=True,
-        )
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas, fused=True)
 
     def zero_grad(self) -> None:
         self._adam.zero_grad(set_to_none=True)
@@ -156,13 +134,12 @@ class PolicyOptimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of `state`. Raises KeyError if a parameter's moments are missing from non-empty tensors."""
+        """The reverse of `state`. Raises KeyError if moments are missing from non-empty tensors."""
         if not tensors:
             return
         for name, parameter in self._parameters.items():
-            self._adam.state[parameter] = {
-                moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS
-            }
+            moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS}
+            self._adam.state[parameter] = moments
 
 
 def learning_rate(step: int, settings: TrainerSettings) -> float:

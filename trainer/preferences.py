@@ -4,8 +4,8 @@
     selection.pairs[0].chosen, selection.pairs[0].rejected
 
 Equal candidates are one candidate with several kinds (shared/records.py). There are two kinds of draw:
-- Ties among the highest (or lowest) are broken evenly over the candidates, however often each was made: a copy says
-  nothing about its worth. Taking the first would make the share of chosen rollouts depend on the collector's order.
+- Ties among the highest (or lowest) are broken evenly over the candidates, however often each was made. Taking the
+  first would make the share of chosen rollouts depend on the collector's order.
 - A rollout is drawn evenly over the samples: one that was sampled twice is twice as likely, as under the policy.
 Draws are seeded by run seed, window and chunk: a window that is redelivered gives the same pairs in the same order.
 """
@@ -17,15 +17,7 @@ from random import Random
 from typing import Literal
 
 from shared.objectives import OBJECTIVES
-from shared.records import (
-    CANDIDATE_KINDS,
-    NO_PREFERENCE,
-    Candidate,
-    CandidateKind,
-    ScoredChunk,
-    ScoredWindow,
-    TokenIds,
-)
+from shared.records import CANDIDATE_KINDS, NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredWindow, TokenIds
 
 _NoPair = Literal["no_preference", "missing"]
 _Pair = tuple[Candidate, Candidate | None]
@@ -59,8 +51,7 @@ class Selection:
     pairs: tuple[Preference, ...]
     """In the order of the chunks."""
     no_preference: int
-    """Chunks whose rewards lie too close together, whose candidates are all equal, or whose rollouts all equal the
-    rewrite."""
+    """Chunks whose rewards are too close, whose candidates are all equal, or whose rollouts all equal the rewrite."""
     missing: int
     """Chunks without the candidates or the judgement that the objective needs."""
 
@@ -70,13 +61,14 @@ def select_pairs(window: ScoredWindow, objective: str, *, min_reward_gap: float,
     choose = CHOICES[OBJECTIVES[objective].choice]
     pairs: list[Preference] = []
     without: list[_NoPair] = []
-    oldest_version = window.oldest_weight_version
     for chunk in window.chunks:
         pair = choose(chunk, Random(f"{seed}:{window.window_id}:{chunk.start}"), min_reward_gap)
         if isinstance(pair, str):
             without.append(pair)
         else:
-            pairs.append(Preference(window.window_id, window.token_ids, chunk.start, *pair, oldest_version))
+            pairs.append(
+                Preference(window.window_id, window.token_ids, chunk.start, *pair, window.oldest_weight_version)
+            )
     all_equal = sum(lost.reason == NO_PREFERENCE for lost in window.dropped_chunks)
     return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
 
@@ -122,14 +114,11 @@ def highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: floa
 
 @_choice
 def highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Pair | _NoPair:
-    """The gap does not matter: where all tie, any of them is as good as the filter can tell. A lone candidate is the
-    best of its pool without a judge."""
+    """Whatever the gap: where all tie, any is as good as the judge can tell. A lone candidate needs no judge."""
     if len(chunk.candidates) == 1 and chunk.candidates[0].token_ids:
         return chunk.candidates[0], None
     pool = _judged(chunk)
-    if not pool:
-        return "missing"
-    return _draw(pool, max(reward for _, reward in pool), random), None
+    return (_draw(pool, max(reward for _, reward in pool), random), None) if pool else "missing"
 
 
 @_choice

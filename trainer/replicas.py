@@ -1,8 +1,7 @@
 """The trainer's view of the rollout replicas, and its wait for those that lag. Called by the loop.
 
 A replica is alive until its heartbeat in Redis expires. By default the trainer waits for none: a late replica costs
-only its own rollouts, which are dropped as stale, whereas waiting makes the run as slow as its slowest replica. Waiting
-pays where rollouts cost more than steps.
+only its own rollouts, which are dropped as stale. Waiting pays where rollouts cost more than steps.
 """
 
 import logging
@@ -33,13 +32,10 @@ class Replicas:
     """Replicas that did not catch up in time, with the version they had. They are waited for again once it changes."""
 
     def keep_up(self, version: int) -> None:
-        """While a live replica is more than `max_lag` behind `version`, or ahead of it (on weights of another epoch),
-        wait, at most `max_wait_s`."""
-        live = self._look()
-        if not self.max_wait_s:
-            return
-        waited_for = late = self._late(live, version)
-        if not late:
+        """Wait, at most `max_wait_s`, while a live replica is more than `max_lag` behind `version`, or ahead of it (on
+        weights of another epoch)."""
+        waited_for = late = self._late(self._look(), version)
+        if not late or not self.max_wait_s:
             return
         _log.info("waiting for replicas %s to catch up with version %d", sorted(late), version)
         began = time.monotonic()

@@ -23,10 +23,6 @@ def without_default(text: str) -> str:
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
-def seconds(text: str) -> int:
-    return int(without_default(text).removesuffix("s"))
-
-
 @pytest.mark.parametrize("role", SERVICES)
 def test_services_are_started_by_the_same_command(role: str) -> None:
     assert container(overlay("cpu"), role)["command"] == COMPOSE[role]["command"]
@@ -44,29 +40,17 @@ def test_what_compose_does_once_is_an_init_container(role: str, step: str) -> No
     assert container(overlay("cpu"), role, step)["command"] == COMPOSE[step]["command"]
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_environment_has_the_same_names(role: str) -> None:
-    assert kubernetes_environment(role) == COMPOSE[role]["environment"].keys()
-
-
-def test_preparing_needs_the_same_names_in_both() -> None:
-    found = variable_names(container(overlay("cpu"), "trainer", "prepare"))
-    assert found == COMPOSE["prepare"]["environment"].keys()
-
-
-def kubernetes_environment(role: str) -> set[str]:
-    return variable_names(container(overlay("cpu"), role))
+@pytest.mark.parametrize(("role", "service"), [*((role, role) for role in ROLES), ("trainer", "prepare")])
+def test_the_environment_has_the_same_names(role: str, service: str) -> None:
+    assert variable_names(container(overlay("cpu"), role, service)) == COMPOSE[service]["environment"].keys()
 
 
 def variable_names(one: Manifest) -> set[str]:
     names = {variable["name"] for variable in one.get("env", [])}
     for source in one["envFrom"]:
-        names |= secret_names(source["secretRef"]) if "secretRef" in source else run_names()
+        run = find(overlay("cpu"), "ConfigMap", "run")["data"]
+        names |= secret_names(source["secretRef"]) if "secretRef" in source else run.keys()
     return names
-
-
-def run_names() -> set[str]:
-    return set(find(overlay("cpu"), "ConfigMap", "run")["data"])
 
 
 def secret_names(reference: Mapping[str, Any]) -> set[str]:
@@ -114,10 +98,9 @@ def test_services_listen_where_the_settings_say(role: str) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_the_same_places_are_mounted(role: str) -> None:
-    mounts = {
-        mount["mountPath"]: mount.get("readOnly", False) for mount in container(overlay("cpu"), role)["volumeMounts"]
-    }
-    assert mounts == {**dict(map(compose_mount, COMPOSE[role]["volumes"])), "/tmp": False}
+    mounts = container(overlay("cpu"), role)["volumeMounts"]
+    found = {mount["mountPath"]: mount.get("readOnly", False) for mount in mounts}
+    assert found == {**dict(map(compose_mount, COMPOSE[role]["volumes"])), "/tmp": False}
 
 
 def compose_mount(volume: str | dict[str, Any]) -> tuple[str, bool]:
@@ -131,19 +114,14 @@ def compose_mount(volume: str | dict[str, Any]) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("role", [*ROLES, *STORES])
-def test_a_stop_gets_at_least_the_time_it_gets_in_compose(role: str) -> None:
-    grace_s = workload(overlay("cpu"), role)["terminationGracePeriodSeconds"]
-    assert grace_s >= seconds(COMPOSE[role]["stop_grace_period"])
-
-
-@pytest.mark.parametrize("role", [*ROLES, *STORES])
-def test_both_are_hardened(role: str) -> None:
-    security = container(overlay("cpu"), role)["securityContext"]
-    compose = COMPOSE[role]
+def test_both_are_hardened_and_a_stop_gets_at_least_the_time_it_gets_in_compose(role: str) -> None:
+    security, compose = container(overlay("cpu"), role)["securityContext"], COMPOSE[role]
     assert compose["read_only"] == security["readOnlyRootFilesystem"] is True
     assert compose["cap_drop"] == security["capabilities"]["drop"]
     assert compose["security_opt"] == ["no-new-privileges:true"]
     assert security["allowPrivilegeEscalation"] is False
+    grace_s = int(without_default(compose["stop_grace_period"]).removesuffix("s"))
+    assert workload(overlay("cpu"), role)["terminationGracePeriodSeconds"] >= grace_s
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -159,16 +137,12 @@ def test_stores_have_the_same_image_and_probe(role: str) -> None:
     assert ["CMD", *one["readinessProbe"]["exec"]["command"]] == COMPOSE[role]["healthcheck"]["test"]
 
 
-def test_redis_has_the_same_configuration() -> None:
+def test_redis_has_the_same_command_and_postgres_the_same_names() -> None:
     compose = [word.replace("$$", "$") for word in COMPOSE["redis"]["command"]]
     assert container(overlay("cpu"), "redis")["command"] == compose
-
-
-def test_postgres_has_the_same_names() -> None:
     environment = {one["name"]: one.get("value") for one in container(overlay("cpu"), "postgres")["env"]}
     del environment["PGDATA"]  # a volume's root may hold a lost+found
-    compose = COMPOSE["postgres"]["environment"]
-    assert environment == compose | {"POSTGRES_PASSWORD": None}
+    assert environment == COMPOSE["postgres"]["environment"] | {"POSTGRES_PASSWORD": None}
 
 
 def test_accelerators_come_with_the_same_extras() -> None:

@@ -13,6 +13,7 @@ from tests.k8s.rendering import (
     find,
     of_kind,
     overlay,
+    port_of,
     with_components,
     workload,
     workloads,
@@ -72,19 +73,11 @@ def arrows(manifests: Sequence[Manifest]) -> set[Arrow]:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_exactly_the_arrows_that_exist(name: str) -> None:
+def test_exactly_the_arrows_that_exist_end_at_ports_that_listen_and_all_else_is_shut(name: str) -> None:
     assert arrows(overlay(name)) == ARROWS
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_arrows_end_at_ports_that_listen(name: str) -> None:
-    for _, role, port in arrows(overlay(name)):
+    for _, role, port in ARROWS:
         [main] = workload(overlay(name), role)["containers"]
         assert port in {one["containerPort"] for one in main["ports"]}, role
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_everything_else_is_shut_in_both_directions(name: str) -> None:
     spec = find(overlay(name), "NetworkPolicy", "nothing-else")["spec"]
     assert (spec["podSelector"], sorted(spec["policyTypes"])) == ({}, ["Egress", "Ingress"])
     assert not {"ingress", "egress"} & spec.keys()
@@ -118,5 +111,4 @@ def test_components_open_what_they_are_for(tmp_path: Path) -> None:
     for role in ("rollout", "trainer"):
         assert outside(manifests, role, "egress") == {dns, *redis, *postgres, *store}
     for role in ROLES:
-        port = workload(manifests, role)["containers"][0]["ports"][0]["containerPort"]
-        assert ("monitoring", port) in outside(manifests, role, "ingress"), role
+        assert ("monitoring", port_of(manifests, role)) in outside(manifests, role, "ingress"), role

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -21,19 +20,17 @@ from tests.k8s.rendering import (
     find,
     of_kind,
     overlay,
+    port_of,
+    saved_config,
     with_components,
     workload,
     workloads,
 )
 
 NEWEST = str(kubernetes_validate.latest_version())
+MAJOR, MINOR, *_ = NEWEST.split(".")
 CUSTOM_KINDS = {"PodMonitor", "PrometheusRule", "ScaledObject"}
 """Kinds of operators; their schemas are not among Kubernetes' own."""
-
-
-def version_before(version: str) -> str:
-    major, minor, *_ = version.split(".")
-    return f"{major}.{int(minor) - 1}.0"
 
 
 def check_schema(manifests: Sequence[Manifest], version: str) -> None:
@@ -42,7 +39,7 @@ def check_schema(manifests: Sequence[Manifest], version: str) -> None:
             kubernetes_validate.validate(one, version, strict=True)
 
 
-@pytest.mark.parametrize("version", [NEWEST, version_before(NEWEST)])
+@pytest.mark.parametrize("version", [NEWEST, f"{MAJOR}.{int(MINOR) - 1}.0"])
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlays_are_valid(name: str, version: str) -> None:
     check_schema(overlay(name), version)
@@ -86,26 +83,15 @@ def test_pods_keep_the_restricted_standard(name: str) -> None:
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, role
         assert spec["automountServiceAccountToken"] is False, role
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), role
-        assert all(next(iter(kind_of_volume(volume))) in VOLUMES for volume in spec["volumes"]), role
+        assert all(volume.keys() - {"name"} <= VOLUMES for volume in spec["volumes"]), role
+        # or Kubernetes sets HEADWATER_…_SERVICE_HOST for a service named headwater-…, an unknown setting: an error
+        assert spec["enableServiceLinks"] is False
         for one in all_containers(spec):
-            assert one["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }, (role, one["name"])
+            assert one["securityContext"] == HARDENED, (role, one["name"])
 
 
 VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim"}
-
-
-def kind_of_volume(volume: dict[str, Any]) -> set[str]:
-    return volume.keys() - {"name"}
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_no_service_of_the_namespace_becomes_a_setting(name: str) -> None:
-    """Kubernetes would set HEADWATER_…_SERVICE_HOST for a service named headwater-…, an unknown setting: an error."""
-    assert all(template["spec"]["enableServiceLinks"] is False for _, template in workloads(overlay(name)))
+HARDENED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -133,6 +119,8 @@ def test_everything_named_is_there(name: str) -> None:
     """ConfigMaps, claims and Secrets that pods name, and ports that Services and probes name."""
     manifests = overlay(name)
     there = {(one["kind"], one["metadata"]["name"]) for one in manifests} | {("Secret", secret) for secret in SECRETS}
+    sets = of_kind(manifests, "StatefulSet")
+    claims = {one["metadata"]["name"]: one["spec"]["volumeClaimTemplates"] for one in sets}
     for role, template in workloads(manifests):
         for reference in references(template["spec"]):
             assert reference in there, (role, reference)
@@ -142,7 +130,7 @@ def test_everything_named_is_there(name: str) -> None:
                 if "httpGet" in one.get(probe, {}):
                     assert one[probe]["httpGet"]["port"] in ports, (role, probe)
             mounted = {mount["name"] for mount in one["volumeMounts"]}
-            claimed = {claim["metadata"]["name"] for claim in claim_templates(manifests, role)}
+            claimed = {claim["metadata"]["name"] for claim in claims.get(role, [])}
             assert mounted <= {volume["name"] for volume in template["spec"]["volumes"]} | claimed, role
     for service in of_kind(manifests, "Service"):
         selected = workload(manifests, service["metadata"]["name"])["containers"][0]["ports"]
@@ -151,11 +139,6 @@ def test_everything_named_is_there(name: str) -> None:
 
 
 SECRETS = set(re.findall(r"- name: (\S+)", (K8S / "secrets" / "kustomization.yaml").read_text(encoding="utf-8")))
-
-
-def claim_templates(manifests: Sequence[Manifest], role: str) -> list[Manifest]:
-    sets = [one for one in of_kind(manifests, "StatefulSet") if one["metadata"]["name"] == role]
-    return [claim for one in sets for claim in one["spec"]["volumeClaimTemplates"]]
 
 
 def references(spec: Manifest) -> set[tuple[str, str]]:
@@ -178,41 +161,23 @@ def references(spec: Manifest) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_no_secret_is_rendered(name: str) -> None:
-    assert not of_kind(overlay(name), "Secret")
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_settings_load(name: str, tmp_path: Path) -> None:
+def test_settings_load_and_no_secret_is_rendered(name: str, tmp_path: Path) -> None:
     manifests = overlay(name)
+    assert not of_kind(manifests, "Secret")
     environ = find(manifests, "ConfigMap", "run")["data"]
     for config in ("settings", "judge"):
-        file = tmp_path / f"{config}.toml"
-        file.write_text(find(manifests, "ConfigMap", config)["data"]["run.toml"], encoding="utf-8")
-        settings = load_settings(file, environ=environ)
+        settings = load_settings(saved_config(manifests, config, tmp_path), environ=environ)
         assert settings.weight_store_url == f"/headwater/weights/{settings.run.name}"
-        for role in ROLES:
-            assert (
-                service_port(settings, role) == workload(manifests, role)["containers"][0]["ports"][0]["containerPort"]
-            )
-
-
-def service_port(settings: Any, role: str) -> int:
-    """The trainer's is named by its environment: see test_agreement.py."""
-    return 8005 if role == "trainer" else int(getattr(settings, role).port)
+        for role in ROLES:  # the trainer's port is named by its environment: see test_agreement.py
+            port = 8005 if role == "trainer" else getattr(settings, role).port
+            assert port == port_of(manifests, role)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_one_replica_of_a_role_at_a_time_may_leave(name: str) -> None:
-    budgets = {
-        one["spec"]["selector"]["matchLabels"][COMPONENT]: one["spec"]["maxUnavailable"]
-        for one in of_kind(overlay(name), "PodDisruptionBudget")
-    }
-    assert budgets == {"rollout": 1, "rewriter": 1, "judge": 1, "collector": 1}
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_applying_again_keeps_the_number_of_replicas(name: str) -> None:
+def test_one_replica_of_a_role_at_a_time_may_leave_and_applying_again_keeps_their_number(name: str) -> None:
+    budgets = [one["spec"] for one in of_kind(overlay(name), "PodDisruptionBudget")]
+    found = {one["selector"]["matchLabels"][COMPONENT]: one["maxUnavailable"] for one in budgets}
+    assert found == {"rollout": 1, "rewriter": 1, "judge": 1, "collector": 1}
     assert all("replicas" not in one["spec"] for one in of_kind(overlay(name), "Deployment"))
 
 
@@ -230,9 +195,7 @@ def test_the_trainer_is_one_indexed_process_that_may_finish_its_step() -> None:
 
 def test_autoscaling_counts_from_the_settings_of_the_overlay(tmp_path: Path) -> None:
     manifests = with_components(tmp_path, "gpu", ["autoscale-rollout", "autoscale-collector"])
-    file = tmp_path / "run.toml"
-    file.write_text(find(manifests, "ConfigMap", "settings")["data"]["run.toml"], encoding="utf-8")
-    settings = load_settings(file, environ={})
+    settings = load_settings(saved_config(manifests, "settings", tmp_path), environ={})
     collector = find(manifests, "ScaledObject", "collector")["spec"]
     metadata = collector["triggers"][0]["metadata"]
     assert metadata["query"].startswith(f"clamp_min({settings.collector.max_backlog} - ")

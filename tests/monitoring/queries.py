@@ -1,7 +1,6 @@
 """All PromQL that Headwater ships: alerts, dashboards, autoscalers."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,14 @@ def alert_queries() -> list[Query]:
 
 
 def dashboard_queries() -> list[Query]:
+    """With Grafana's variables replaced, as it does before it asks."""
     found = []
     for path in DASHBOARDS:
         content = dashboard(path)
-        targets = [
-            (panel["title"], target["expr"]) for panel in content["panels"] for target in panel.get("targets", [])
-        ]
+        targets = [(panel["title"], one["expr"]) for panel in content["panels"] for one in panel.get("targets", [])]
         targets += [(annotation["name"], annotation["expr"]) for annotation in content["annotations"]["list"]]
-        found += [Query(f"{path.stem}: {title}", filled_in(expression)) for title, expression in targets]
+        for title, expression in targets:
+            found.append(Query(f"{path.stem}: {title}", expression.replace("$__rate_interval", RATE_INTERVAL)))
     return found
 
 
@@ -71,12 +70,7 @@ def all_queries() -> list[Query]:
     return alert_queries() + dashboard_queries() + scaling_queries()
 
 
-def filled_in(expression: str) -> str:
-    """With Grafana's variables replaced, as it does before it asks."""
-    return expression.replace("$__rate_interval", RATE_INTERVAL)
-
-
-def selectors(expression: str) -> Iterator[promql_parser.VectorSelector]:
+def selectors(expression: str) -> list[promql_parser.VectorSelector]:
     """Every series selector of the expression. Raises ValueError if it is not PromQL."""
     found: list[promql_parser.VectorSelector] = []
 
@@ -87,4 +81,4 @@ def selectors(expression: str) -> Iterator[promql_parser.VectorSelector]:
             found.append(node)
 
     promql_parser.walk(promql_parser.parse(expression), visit)
-    yield from found
+    return found

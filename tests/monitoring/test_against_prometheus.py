@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,13 +24,12 @@ from shared.metrics import ROLES
 from starter.documents import documents, write_documents
 from starter.world import World
 from tests.monitoring.queries import ROOT, RULES_FILE, Query, alerts, all_queries, dashboard_queries
+from tests.services.collector.processes import free_port
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        shutil.which("prometheus") is None, reason="needs a prometheus server: apt-get install prometheus"
-    ),
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: apt-get install prometheus"),
 ]
 
 WAIT_S = 300.0
@@ -49,8 +47,6 @@ QUIET_IN_A_HEALTHY_RUN = {
 
 @dataclass(frozen=True)
 class Prometheus:
-    """Its HTTP API."""
-
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
@@ -65,12 +61,6 @@ class Prometheus:
 
     def number(self, expression: str) -> float:
         return max((float(one["value"][1]) for one in self.query(expression)), default=0.0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -99,7 +89,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], 
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus beside a run of the starter world that has taken some steps and goes on."""
+    """Prometheus beside a run of the starter world that has taken some steps."""
     folder = tmp_path_factory.mktemp("scraped")
     token = secrets.token_urlsafe(16)
     write_documents(folder / "documents.jsonl", documents(World(0), 200))
@@ -116,7 +106,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         found = Prometheus(f"http://127.0.0.1:{free_port()}")
         configuration = write_configuration(folder, tomllib.loads(processes.read_text(encoding="utf-8")), token)
         server_log = folder / "prometheus.log"
-        server = stack.enter_context(running(server_command(found.url, configuration), server_log, dict(os.environ)))
+        words = ["prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={folder / 'series'}"]
+        words.append(f"--web.listen-address={found.url.removeprefix('http://')}")
+        server = stack.enter_context(running(words, server_log, dict(os.environ)))
         wait_until(lambda: is_answering(found.url), server, server_log)
         wait_until(lambda: found.number("max(headwater_step)") >= 4, run, log)
         wait_until(lambda: found.number("max(headwater_weight_version{job='rollout'})") >= 2, run, log)
@@ -127,30 +119,19 @@ def write_configuration(folder: Path, settings: dict[str, Any], token: str) -> P
     """The jobs of monitoring/prometheus/prometheus.yml, at the ports that this run took."""
     ports = {role: settings[role]["metrics_port" if role == "trainer" else "port"] for role in ROLES}
     (folder / "token").write_text(token, encoding="utf-8")
-    configuration = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES_FILE)],
-        "scrape_configs": [
-            {
-                "job_name": role,
-                "authorization": {"credentials_file": str(folder / "token")},
-                "static_configs": [{"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "headwater"}}],
-            }
-            for role, port in ports.items()
-        ],
-    }
+    jobs = [
+        {
+            "job_name": role,
+            "authorization": {"credentials_file": str(folder / "token")},
+            "static_configs": [{"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "headwater"}}],
+        }
+        for role, port in ports.items()
+    ]
+    intervals = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    configuration = {"global": intervals, "rule_files": [str(RULES_FILE)], "scrape_configs": jobs}
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(configuration), encoding="utf-8")
     return path
-
-
-def server_command(url: str, configuration: Path) -> list[str]:
-    return [
-        "prometheus",
-        f"--config.file={configuration}",
-        f"--storage.tsdb.path={configuration.parent / 'series'}",
-        f"--web.listen-address={url.removeprefix('http://')}",
-    ]
 
 
 def is_answering(url: str) -> bool:

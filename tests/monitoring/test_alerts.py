@@ -10,9 +10,7 @@ import yaml
 
 from tests.monitoring.queries import ROOT, RULES_FILE, alerts, rules
 
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
-)
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus")
 TROUBLES = Path(__file__).with_name("alerts.yml")
 
 
@@ -26,22 +24,20 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "--lint-fatal", str(RULES_FILE))
 
 
-@needs_promtool
-def test_every_alert_fires_on_its_trouble_and_not_before(tmp_path: Path) -> None:
-    file = tmp_path / "alerts.yml"
-    file.write_text(TROUBLES.read_text(encoding="utf-8").replace("RULES", str(RULES_FILE)), encoding="utf-8")
-    promtool("test", "rules", str(file))
+def troubles(folder: Path, rules_file: Path) -> str:
+    """The file of troubles for these rules."""
+    file = folder / "alerts.yml"
+    file.write_text(TROUBLES.read_text(encoding="utf-8").replace("RULES", str(rules_file)), encoding="utf-8")
+    return str(file)
 
 
 @needs_promtool
-def test_an_alert_that_is_missed_is_noticed(tmp_path: Path) -> None:
-    """The file of troubles can fail: with thresholds that nothing reaches, it does."""
-    quiet = tmp_path / "rules.yml"
+def test_every_alert_fires_on_its_trouble_and_not_before_and_a_missed_one_is_noticed(tmp_path: Path) -> None:
+    promtool("test", "rules", troubles(tmp_path, RULES_FILE))
+    quiet = tmp_path / "rules.yml"  # with a threshold that nothing reaches
     quiet.write_text(RULES_FILE.read_text(encoding="utf-8").replace("> 0.05", "> 5"), encoding="utf-8")
-    file = tmp_path / "alerts.yml"
-    file.write_text(TROUBLES.read_text(encoding="utf-8").replace("RULES", str(quiet)), encoding="utf-8")
     with pytest.raises(AssertionError, match="HeadwaterVerdictsUnreadable"):
-        promtool("test", "rules", str(file))
+        promtool("test", "rules", troubles(tmp_path, quiet))
 
 
 def test_every_alert_has_a_trouble_that_fires_it() -> None:
@@ -50,17 +46,14 @@ def test_every_alert_has_a_trouble_that_fires_it() -> None:
     assert fired == {rule["alert"] for rule in alerts()}
 
 
-def test_every_alert_has_a_severity_and_one_sentence() -> None:
+def test_every_alert_has_a_severity_one_sentence_and_a_heading_in_the_documentation() -> None:
     names = [rule["alert"] for rule in alerts()]
     assert len(names) == len(set(names))
     for rule in alerts():
         assert rule["labels"]["severity"] in {"critical", "warning", "info"}, rule["alert"]
         assert rule["annotations"].keys() == {"summary"}, rule["alert"]
-
-
-def test_every_alert_is_explained_under_its_own_heading() -> None:
     page = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
-    assert re.findall(r"^### (Headwater\w+)$", page, re.MULTILINE) == [rule["alert"] for rule in alerts()]
+    assert re.findall(r"^### (Headwater\w+)$", page, re.MULTILINE) == names
 
 
 def test_kubernetes_has_the_same_rules() -> None:

@@ -38,9 +38,8 @@ def test_every_role_is_scraped_where_compose_has_it() -> None:
 
 def test_the_token_is_where_compose_puts_it() -> None:
     [file] = {job["authorization"]["credentials_file"] for job in PROMETHEUS["scrape_configs"]}
-    [command] = [
-        word for word in load("compose/monitoring.yml")["services"]["prometheus"]["entrypoint"] if "\n" in word
-    ]
+    entrypoint = load("compose/monitoring.yml")["services"]["prometheus"]["entrypoint"]
+    [command] = [word for word in entrypoint if "\n" in word]
     assert f"> {file}" in command
 
 

@@ -47,7 +47,7 @@ def matching(matcher: promql_parser.Matcher) -> set[str]:
 
 @pytest.mark.parametrize("query", all_queries(), ids=str)
 def test_queries_ask_for_what_is_served(query: Query) -> None:
-    found = list(selectors(query.expression))
+    found = selectors(query.expression)
     assert found, "a query without a series"
     for selector in found:
         assert selector.name in SERVED, selector.name
@@ -58,8 +58,9 @@ def test_queries_ask_for_what_is_served(query: Query) -> None:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_dashboards_are_whole(path: Path) -> None:
+def test_dashboards_are_whole_and_panels_do_not_overlap(path: Path) -> None:
     content = dashboard(path)
+    taken: set[tuple[int, int]] = set()
     assert content["uid"] == path.stem
     numbers = [panel["id"] for panel in content["panels"]]
     assert len(numbers) == len(set(numbers))
@@ -69,13 +70,6 @@ def test_dashboards_are_whole(path: Path) -> None:
         if panel["type"] != "row":
             assert panel["targets"], panel["title"]
             assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
-
-
-@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_panels_do_not_lie_on_each_other(path: Path) -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in dashboard(path)["panels"]:
-        place = panel["gridPos"]
         cells = {(place["x"] + column, place["y"] + row) for column in range(place["w"]) for row in range(place["h"])}
         assert not taken & cells, panel["title"]
         taken |= cells

@@ -33,24 +33,16 @@ VOCABULARY = 32
 
 
 def tiny_llama(seed: int = 0, *, tie: bool = True) -> LlamaForCausalLM:
-    return llama.tiny_llama(
-        VOCABULARY,
-        seed=seed,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=tie,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return llama.tiny_llama(VOCABULARY, seed=seed, initializer_range=0.3, tie_word_embeddings=tie, **shape, **special)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And short waits for an empty stream."""
     torch.set_num_threads(1)
+    monkeypatch.setattr("trainer.connections._BLOCK_S", 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -114,14 +106,8 @@ class Stack:
         result = audit_run(self.records.database, self.settings, RunFolder(self.settings.run.folder))
         return [problem for check in result.checks for problem in check.problems]
 
-    def with_trainer(self, **trainer: Any) -> "Stack":
-        """The same run with other trainer settings."""
-        return self.with_section("trainer", trainer)
-
-    def with_weights(self, **weights: Any) -> "Stack":
-        return self.with_section("weights", weights)
-
-    def with_section(self, section: str, changes: dict[str, Any]) -> "Stack":
+    def with_settings(self, section: str, **changes: Any) -> "Stack":
+        """The same run with other settings."""
         data = self.settings.model_dump()
         data[section] |= changes
         return replace(self, settings=Settings.model_validate(data))
@@ -141,14 +127,26 @@ class Stack:
     def weights_at(self, step: int) -> dict[str, torch.Tensor]:
         return dict(AutoModelForCausalLM.from_pretrained(self.checkpoints / f"step-{step:08d}/policy").state_dict())
 
-    def rows(self) -> list[StepRow]:
+    def rows(self, table: Any = StepRow) -> list[Any]:
+        """In the order of its key."""
         with transaction(self.records.database) as session:
-            rows = list(session.scalars(sa.select(StepRow).order_by(StepRow.step)))
+            rows = list(session.scalars(sa.select(table).order_by(*sa.inspect(table).primary_key)))
             session.expunge_all()
         return rows
 
     def figures(self) -> list[dict[str, float]]:
         return [row.figures for row in self.rows()]
+
+    def counts(self) -> tuple[int, dict[str, int], int]:
+        """Windows trained, dropped by reason, in flight."""
+        balance = self.ledger.balance()
+        return balance.trained, balance.dropped, balance.in_flight
+
+    def report(self) -> tuple[int, int, str]:
+        """Step, weight version and state that the trainer last reported."""
+        report = self.coordination.trainer_report()
+        assert report is not None
+        return report.step, report.weight_version, report.state
 
 
 def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -185,8 +183,11 @@ def build_stack(
     return stack
 
 
+MakeStack = Callable[..., Stack]
+
+
 @pytest.fixture
-def make_stack(redis_server: RedisProcess, policy_folder: Path, tmp_path: Path) -> Callable[..., Stack]:
+def make_stack(redis_server: RedisProcess, policy_folder: Path, tmp_path: Path) -> MakeStack:
     """`make_stack(name, **trainer settings)`; names keep the runs of one test apart."""
 
     def make(name: str = "run", **options: Any) -> Stack:

@@ -23,20 +23,13 @@ def plain_log_prob(model: torch.nn.Module, prefix: tuple[int, ...], suffix: tupl
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_log_probs_are_those_of_each_sequence_by_itself(tie: bool) -> None:
-    model, pairs = tiny_llama(tie=tie), some_pairs()
-    found = suffix_log_probs(model, sequence_batch(pairs, device=CPU))
-    chosen = [plain_log_prob(model, pair.trunk[: pair.start], pair.suffixes[0]) for pair in pairs]
-    rejected = [plain_log_prob(model, pair.trunk[: pair.start], pair.suffixes[1]) for pair in pairs]
-    torch.testing.assert_close(found, torch.stack([*chosen, *rejected]), rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_are_those_of_each_sequence_by_itself() -> None:
-    batched, plain, pairs = tiny_llama(), tiny_llama(), some_pairs()
-    suffix_log_probs(batched, sequence_batch(pairs, device=CPU)).sum().backward()  # type: ignore[no-untyped-call]
-    for pair in pairs:
-        for suffix in pair.suffixes:
-            plain_log_prob(plain, pair.trunk[: pair.start], suffix).backward()  # type: ignore[no-untyped-call]
+def test_log_probs_and_gradients_are_those_of_each_sequence_by_itself(tie: bool) -> None:
+    batched, plain, pairs = tiny_llama(tie=tie), tiny_llama(tie=tie), some_pairs()
+    found = suffix_log_probs(batched, sequence_batch(pairs, device=CPU))
+    by_hand = [plain_log_prob(plain, one.trunk[: one.start], one.suffixes[side]) for side in (0, 1) for one in pairs]
+    torch.testing.assert_close(found, torch.stack(by_hand), rtol=1e-5, atol=1e-5)
+    for log_probs in (found, torch.stack(by_hand)):
+        log_probs.sum().backward()  # type: ignore[no-untyped-call]
     for ours, theirs in zip(batched.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
@@ -47,15 +40,12 @@ def test_log_probs_are_summed_in_single_precision() -> None:
     assert suffix_log_probs(model, sequence_batch(some_pairs(), device=CPU)).dtype == torch.float32
 
 
-def test_micro_batches_stay_within_their_tokens_and_keep_every_pair() -> None:
+def test_micro_batches_stay_within_their_tokens_and_keep_every_pair_and_a_longer_pair_is_one_by_itself() -> None:
     batches = list(micro_batches(some_pairs() * 3, 100, device=CPU))
     assert all(batch.input_ids.numel() <= 100 for batch in batches)
     assert sum(batch.num_pairs for batch in batches) == 15
     lengths = [batch.input_ids.shape[1] for batch in batches]
     assert lengths == sorted(lengths)
-
-
-def test_a_pair_longer_than_the_bound_is_a_batch_by_itself() -> None:
     assert [batch.num_pairs for batch in micro_batches(some_pairs(), 1, device=CPU)] == [1] * 5
 
 

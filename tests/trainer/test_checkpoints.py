@@ -1,38 +1,34 @@
 """Checkpoints on disk, and the evidence that each leaves in finished.jsonl."""
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.checkpoint_state import CheckpointState, Evidence, EvidenceFile
-from shared.database import WindowRow, transaction
+from shared.checkpoint_state import CheckpointState, EvidenceFile
+from shared.database import WindowRow
 from shared.errors import SettingsError, TrainingError
 from shared.settings import Settings
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import MakeStack
 from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
 
-MakeStack = Callable[..., Stack]
 STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
 
 
-def evidence_of(stack: Stack) -> list[Evidence]:
-    lines, damaged = EvidenceFile(stack.checkpoints / "finished.jsonl").read()
-    assert not damaged
-    return lines
-
-
-def test_a_checkpoint_loads_as_an_ordinary_model_with_its_tokenizer(make_stack: MakeStack) -> None:
+def test_a_checkpoint_loads_as_an_ordinary_model_and_once_damaged_is_an_error_not_a_step_back(
+    make_stack: MakeStack,
+) -> None:
     stack = make_stack(steps=1)
     stack.write_plain(range(2))
     stack.train()
-    folder = stack.checkpoints / "step-00000001/policy"
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
-    assert AutoTokenizer.from_pretrained(folder)("w3 w4").input_ids == [3, 4]
+    folder = stack.checkpoints / "step-00000001"
+    assert AutoModelForCausalLM.from_pretrained(folder / "policy").num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(folder / "policy")("w3 w4").input_ids == [3, 4]
+    (folder / "state.json").write_text("{")
+    with pytest.raises(TrainingError, match="restore the checkpoint"):
+        stack.train()
 
 
 def test_a_disk_that_refuses_leaves_earlier_checkpoints_and_nothing_half(make_stack: MakeStack, tmp_path: Path) -> None:
@@ -66,30 +62,18 @@ def test_moments_of_another_model_are_refused(make_stack: MakeStack, tmp_path: P
         checkpoint.load_optimizer(trainer.optimizer)
 
 
-def test_older_checkpoints_and_half_written_ones_are_deleted(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=4, pairs_per_step=3, checkpoint_every=1, keep_checkpoints=2)
-    stack.write_plain(range(4))
+def test_older_checkpoints_and_half_written_ones_are_deleted_and_a_refreshed_reference_is_saved(
+    make_stack: MakeStack,
+) -> None:
+    options = {"checkpoint_every": 1, "keep_checkpoints": 2, "refresh_reference_every": 3}
+    stack = make_stack(steps=3, pairs_per_step=3, **options)
+    stack.write_plain(range(3))
     (stack.checkpoints / "step-00000009.tmp").mkdir(parents=True)
     stack.train()
     found = sorted(entry.name for entry in stack.checkpoints.iterdir())
-    assert found == ["finished.jsonl", "step-00000003", "step-00000004"]
-
-
-def test_a_damaged_checkpoint_is_an_error_not_a_step_back(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=1, pairs_per_step=3)
-    stack.write_plain([0])
-    stack.train()
-    (stack.checkpoints / "step-00000001/state.json").write_text("{")
-    with pytest.raises(TrainingError, match="restore the checkpoint"):
-        stack.train()
-
-
-def test_the_reference_is_saved_only_once_refreshed(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=2, pairs_per_step=3, checkpoint_every=1, refresh_reference_every=2)
-    stack.write_plain(range(2))
-    stack.train()
-    assert not (stack.checkpoints / "step-00000001/reference").exists()
-    assert (stack.checkpoints / "step-00000002/reference/model.safetensors").is_file()
+    assert found == ["finished.jsonl", "step-00000002", "step-00000003"]
+    assert not (stack.checkpoints / "step-00000002/reference").exists()
+    assert (stack.checkpoints / "step-00000003/reference/model.safetensors").is_file()
 
 
 def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
@@ -97,15 +81,14 @@ def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkp
     stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
     stack.write_plain(range(3))
     stack.train()
-    first, second = evidence_of(stack)
+    (first, second), damaged = EvidenceFile(stack.checkpoints / "finished.jsonl").read()
+    assert not damaged
     assert (first.number, first.after, first.step) == (1, 0, 1)
     assert (second.number, second.after, second.step) == (2, 1, 2)
     assert {name: one.pairs_by_step for name, one in first.finished.items()} == {"0.0.0.0": {1: 3}}
     assert {name: one.pairs_by_step for name, one in second.finished.items()} == {"0.0.1.0": {1: 1, 2: 2}}
     assert {name: (one.used, one.pairs_by_step) for name, one in second.partial.items()} == {"0.0.2.0": (2, {2: 2})}
-    with transaction(stack.records.database) as session:
-        rows = session.execute(sa.select(WindowRow.num_pairs).order_by(WindowRow.position)).scalars().all()
-    assert rows == [3, 3, None]
+    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, None]
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

@@ -1,6 +1,5 @@
 """Every call waits out an outage, and no delivery is lost with an answer."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from shared.errors import StreamError
 from shared.retries import Retries
 from shared.stream import StreamEntry, WindowStream
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import MakeStack
 from trainer.connections import Deliveries, retrying
 
 
@@ -25,17 +24,14 @@ class Store:
         return one + other
 
 
-def test_a_method_is_called_until_it_answers() -> None:
+def test_a_method_is_called_until_it_answers_or_patience_ends() -> None:
     store = retrying(Store(2), Retries(max_wait_s=0.001))
     assert (store.name, store.add(1, other=2)) == ("store", 3)
-
-
-def test_the_error_is_raised_once_patience_ends() -> None:
     with pytest.raises(StreamError, match="away"):
         retrying(Store(10**9), Retries(give_up_s=0.0)).add(1, other=2)
 
 
-def test_an_entry_whose_answer_was_lost_is_delivered_again(make_stack: Callable[..., Stack]) -> None:
+def test_an_entry_whose_answer_was_lost_is_delivered_again(make_stack: MakeStack) -> None:
     class Losing(WindowStream):
         def read(self, **options: Any) -> list[Any]:
             super().read(**options)

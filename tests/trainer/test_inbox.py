@@ -1,7 +1,5 @@
 """Which windows are trained, dropped or acknowledged, in whole runs."""
 
-from collections.abc import Callable
-
 import pytest
 
 from shared.checkpoint_state import PartialWindow
@@ -10,10 +8,8 @@ from shared.ledger import WindowStart
 from shared.records import ScoredWindow
 from shared.redis import window_ids_key, windows_key
 from shared.stream import SCHEMA, encode
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import MakeStack
 from tests.trainer.windows import candidate, chunk, plain_window, window
-
-MakeStack = Callable[..., Stack]
 
 
 def tie(position: int, run: str) -> ScoredWindow:
@@ -25,9 +21,8 @@ def test_a_stale_window_is_dropped_counted_and_acknowledged(make_stack: MakeStac
     stack.write_plain(range(2))  # step 1 publishes version 1, which makes the second stale
     stack.write([plain_window(2, version=1, run=stack.run)])
     stack.train()
-    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({"stale": 1}, 2)
+    assert (stack.counts(), stack.stream.window_ids()) == ((2, {"stale": 1}, 0), set())
     assert stack.figures()[1]["stale_windows"] == 1
-    assert stack.stream.window_ids() == set()
 
 
 def test_a_window_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
@@ -39,31 +34,22 @@ def test_a_window_ahead_of_the_policy_is_dropped_counted_and_acknowledged(make_s
     )
     stack.write([ahead, mixed, own])
     stack.train()
-    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({"newer_than_policy": 2}, 1)
+    assert (stack.counts(), stack.stream.window_ids()) == ((1, {"newer_than_policy": 2}, 0), set())
     assert stack.figures()[0]["policy_lag_max"] == 0
-    assert stack.stream.window_ids() == set()
 
 
-def test_a_window_that_comes_twice_is_trained_once(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=2, pairs_per_step=3)
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_window_that_comes_twice_is_trained_once(make_stack: MakeStack, trained_before: bool) -> None:
+    stack = make_stack(steps=1 if trained_before else 2, pairs_per_step=3)
     stack.write_plain([0])
+    if trained_before:
+        stack.train()
     stack.client.delete(window_ids_key(stack.run))  # or it would not be written again
     stack.stream.write(plain_window(0, run=stack.run))
     stack.write_plain([1])
-    stack.train()
+    stack.with_settings("trainer", steps=2).train()
     assert stack.figures()[1]["duplicate_windows"] == 1
-    assert (stack.ledger.balance().trained, stack.stream.window_ids()) == (2, set())
-
-
-def test_a_window_trained_before_the_checkpoint_is_acknowledged_not_trained(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=1, pairs_per_step=3)
-    stack.write_plain([0])
-    stack.train()
-    stack.stream.write(plain_window(0, run=stack.run))
-    stack.write_plain([1])
-    stack.with_trainer(steps=2).train()
-    assert stack.figures()[1]["duplicate_windows"] == 1
-    assert stack.ledger.balance().trained == 2
+    assert (stack.counts(), stack.stream.window_ids()) == ((2, {}, 0), set())
 
 
 def test_a_window_without_preference_is_dropped(make_stack: MakeStack) -> None:
@@ -72,7 +58,7 @@ def test_a_window_without_preference_is_dropped(make_stack: MakeStack) -> None:
     stack.train()
     (figures,) = stack.figures()
     assert (figures["no_preference_windows"], figures["no_preference_chunks"]) == (1, 1)
-    assert stack.ledger.balance().dropped == {"no_preference": 1}
+    assert stack.counts() == (1, {"no_preference": 1}, 0)
 
 
 def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> None:
@@ -83,7 +69,7 @@ def test_a_broken_entry_is_dropped_with_its_reason(make_stack: MakeStack) -> Non
     stack.client.xadd(windows_key(stack.run), fields | {b"body": b"\x00garbage"})
     stack.write_plain([1])
     stack.train()
-    assert (stack.ledger.balance().dropped, stack.contradictions()) == ({"broken_entry": 1}, [])
+    assert (stack.counts(), stack.contradictions()) == ((1, {"broken_entry": 1}, 0), [])
 
 
 def test_an_entry_of_another_schema_ends_the_trainer_and_stays_on_the_stream(make_stack: MakeStack) -> None:
@@ -95,8 +81,7 @@ def test_an_entry_of_another_schema_ends_the_trainer_and_stays_on_the_stream(mak
     stack.client.xadd(windows_key(stack.run), fields)
     with pytest.raises(StreamSchemaError, match=f"entries of schema {SCHEMA + 1} and this version reads"):
         stack.train()
-    assert stack.ledger.balance().dropped == {}
-    assert stack.stream.backlog().pending == 2
+    assert (stack.counts()[1], stack.stream.backlog().pending) == ({}, 2)
 
 
 def test_a_half_used_window_stays_pending_and_resumes_where_it_was(make_stack: MakeStack) -> None:
@@ -107,10 +92,10 @@ def test_a_half_used_window_stays_pending_and_resumes_where_it_was(make_stack: M
     trainer.run()
     assert trainer.last is not None
     assert trainer.last.partial == {"0.0.1.0": PartialWindow(used=1, step=1, pairs_by_step={1: 1})}
-    assert cut.ledger.balance().trained == 1
-    cut.with_trainer(steps=3).train()
+    assert cut.counts()[0] == 1
+    cut.with_settings("trainer", steps=3).train()
     whole.train()
-    assert cut.ledger.balance().trained == 4
+    assert cut.counts()[0] == 4
     # the cosine of a 1-step run differs, so only what was trained can be compared, not the weights
     assert [one["target_tokens"] for one in cut.figures()] == [one["target_tokens"] for one in whole.figures()]
 
@@ -124,6 +109,5 @@ def test_a_half_used_window_that_comes_back_with_fewer_pairs_is_trained_not_drop
     stack.stream.acknowledge({entry.entry_id: entry.window_id})
     stack.stream.write(tie(0, stack.run))
     stack.write_plain([1])
-    stack.with_trainer(steps=2).train()
-    assert (stack.ledger.balance().dropped, stack.ledger.balance().trained) == ({}, 1)
-    assert stack.contradictions() == []
+    stack.with_settings("trainer", steps=2).train()
+    assert (stack.counts()[:2], stack.contradictions()) == ((1, {}), [])

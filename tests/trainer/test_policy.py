@@ -11,45 +11,39 @@ from trainer.policy import PolicyOptimizer, learning_rate
 SETTINGS = TrainerSettings(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate_ratio=0.1)
 
 
-def test_warm_up_is_linear() -> None:
-    assert [learning_rate(step, SETTINGS) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(1, 0.1), (5, 0.5), (10, 1.0), (35, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2), (60, 0.55), (110, 0.1)],
+)
+def test_warm_up_is_linear_and_then_a_cosine_falls_to_its_floor(step: int, rate: float) -> None:
+    assert learning_rate(step, SETTINGS) == pytest.approx(rate)
 
 
-def test_cosine_is_half_way_in_the_middle_and_at_its_floor_at_the_end() -> None:
-    assert learning_rate(60, SETTINGS) == pytest.approx(0.55)
-    assert learning_rate(35, SETTINGS) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
-    assert learning_rate(110, SETTINGS) == pytest.approx(0.1)
-
-
-def test_without_warm_up_the_first_step_is_already_on_the_cosine() -> None:
+def test_without_warm_up_the_first_step_is_on_the_cosine_and_one_longer_than_the_run_never_divides_by_zero() -> None:
     settings = TrainerSettings(steps=2, warmup_steps=0, learning_rate=1.0, min_learning_rate_ratio=0.0)
     assert [learning_rate(step, settings) for step in (1, 2)] == pytest.approx([0.5, 0.0])
+    assert learning_rate(3, TrainerSettings(steps=3, warmup_steps=100, learning_rate=1.0)) == pytest.approx(0.03)
 
 
-def test_warm_up_longer_than_the_run_never_divides_by_zero() -> None:
-    settings = TrainerSettings(steps=3, warmup_steps=100, learning_rate=1.0)
-    assert learning_rate(3, settings) == pytest.approx(0.03)
+def step_with_gradient(model: LlamaForCausalLM, optimizer: PolicyOptimizer, step: int, *, gradient: float) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step(step)
 
 
 def test_the_first_adam_step_moves_each_weight_by_the_learning_rate() -> None:
-    model = tiny_llama()
+    model, before = tiny_llama(), tiny_llama()
     optimizer = PolicyOptimizer(model, TrainerSettings(warmup_steps=0, steps=10**9, learning_rate=0.01))
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 3.0)
-    optimizer.step(1)
-    for old, new in zip(before, model.parameters(), strict=True):
+    step_with_gradient(model, optimizer, 1, gradient=3.0)
+    for old, new in zip(before.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(old - new, torch.full_like(old, 0.01), rtol=1e-3, atol=1e-6)
 
 
 def test_weight_decay_leaves_norms_alone() -> None:
-    model = tiny_llama()
+    model, before = tiny_llama(), tiny_llama().state_dict()
     optimizer = PolicyOptimizer(model, TrainerSettings(weight_decay=0.1, warmup_steps=0, learning_rate=0.1))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(1)
-    after = dict(model.named_parameters())
+    step_with_gradient(model, optimizer, 1, gradient=0.0)
+    after = model.state_dict()
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
     torch.testing.assert_close(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"] * 0.99)
 
@@ -59,8 +53,7 @@ def test_clipping_returns_the_norm_before_and_leaves_the_bound_after() -> None:
     optimizer = PolicyOptimizer(model, TrainerSettings(max_grad_norm=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    assert float(optimizer.clip()) == pytest.approx(0.1 * math.sqrt(num_weights), rel=1e-4)
+    assert float(optimizer.clip()) == pytest.approx(0.1 * math.sqrt(model.num_parameters()), rel=1e-4)
     assert float(optimizer.clip()) == pytest.approx(0.5, rel=1e-4)
 
 
@@ -68,15 +61,9 @@ def test_the_state_round_trip_continues_exactly() -> None:
     settings = TrainerSettings(warmup_steps=0, learning_rate=0.01)
     model, resumed = tiny_llama(), tiny_llama()
     optimizer, other = PolicyOptimizer(model, settings), PolicyOptimizer(resumed, settings)
-    _step_with_gradient(model, optimizer, 1)
+    step_with_gradient(model, optimizer, 1, gradient=0.5)
     resumed.load_state_dict(model.state_dict())
     other.load_state({name: tensor.clone() for name, tensor in optimizer.state().items()})
-    _step_with_gradient(model, optimizer, 2)
-    _step_with_gradient(resumed, other, 2)
+    step_with_gradient(model, optimizer, 2, gradient=1.0)
+    step_with_gradient(resumed, other, 2, gradient=1.0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-
-
-def _step_with_gradient(model: LlamaForCausalLM, optimizer: PolicyOptimizer, step: int) -> None:
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 0.5 * step)
-    optimizer.step(step)

@@ -36,12 +36,8 @@ def test_ties_are_broken_evenly_over_windows() -> None:
 
 
 def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another() -> None:
-    first = [drawn(position, 1) for position in range(50)]
-    assert first == [drawn(position, 1) for position in range(50)]
-    assert first != [drawn(position, 2) for position in range(50)]
-
-
-def test_the_draw_never_changes_between_processes_or_releases() -> None:
+    """And never changes between processes or releases."""
+    assert [drawn(position, 1) for position in range(50)] != [drawn(position, 2) for position in range(50)]
     found = [POOL.index(drawn(position, 0)) for position in range(20)]
     assert found == [0, 3, 2, 4, 4, 3, 3, 4, 4, 3, 2, 0, 3, 0, 3, 4, 2, 3, 0, 4]
 
@@ -61,8 +57,7 @@ def test_a_chunk_whose_candidates_were_all_equal_is_no_preference() -> None:
 
 
 def test_a_tie_is_drawn_evenly_however_often_a_candidate_was_made() -> None:
-    """The original, copied by the teacher and by two rollouts, ties with one rollout: 300 of 600 each. By copies the
-    rollout would have 120."""
+    """The original, copied three times, ties with one rollout: 300 of 600 each, where copies would give 480 and 120."""
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
     pool = [copied, ROLLOUTS[0], ROLLOUTS[1]]
     windows = [window(position, [chunk(2, pool, (0.9, 0.9, 0.1))]) for position in range(600)]
@@ -137,12 +132,9 @@ def test_a_chosen_candidate_counts_for_each_of_its_kinds_once() -> None:
     assert rates == [0.5, 0.5, 1.0]
 
 
-def test_rewards_by_kind_count_each_copy() -> None:
+def test_rewards_by_kind_sum_over_the_pool_and_count_each_copy() -> None:
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
-    rewards = rewards_by_kind(window(0, [chunk(2, [copied, ROLLOUTS[0]], (0.75, 0.25))]))
+    rewards = rewards_by_kind(window(0, [chunk(2, [copied, ROLLOUTS[0]], (0.75, 0.25)), chunk(4, POOL)]))
     assert rewards == {"original": (0.75, 1), "rewrite": (0.75, 1), "rollout": (1.75, 3)}
-
-
-def test_rewards_by_kind_sum_over_the_pool() -> None:
     rewards = rewards_by_kind(window(0, [chunk(2, POOL, (0.5, 0.25, 0.0, 1.0, 0.5)), chunk(4, POOL)]))
     assert rewards == {"original": (0.5, 1), "rewrite": (0.25, 1), "rollout": (1.5, 3)}

@@ -1,8 +1,9 @@
 """A real trainer and real rollout services on one Redis and one store: the weights are equal at every version."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -13,40 +14,41 @@ from services.rollout.app import build_app
 from shared import metrics
 from shared.settings import EngineSettings, Secrets, Settings
 from tests.services.serving import running, wait_until
-from tests.trainer.conftest import Stack, tiny_llama
+from tests.trainer.conftest import MakeStack, assert_equal_weights, tiny_llama
 from trainer.loop import Trainer
 
 STEPS, LATE_FROM = 7, 3
+POLLING = {"poll_interval_s": 0.02}
 
 
+@dataclass
 class Followers:
     """A sink: looks at all replicas after every push. The trainer has waited until they serve its version."""
 
-    def __init__(self, settings: Settings, model: Path, running_apps: ExitStack) -> None:
-        self._settings = settings
-        self._model = model
-        self._running_apps = running_apps
-        self.trainer: Trainer | None = None
-        self.engines: dict[str, TransformersEngine] = {}
-        self.urls: dict[str, str] = {}
-        self.compared: list[tuple[int, int]] = []
-        """Version, replicas that have it."""
+    settings: Settings
+    model: Path
+    running_apps: ExitStack
+    trainer: Trainer | None = None
+    engines: dict[str, TransformersEngine] = field(default_factory=dict)
+    urls: dict[str, str] = field(default_factory=dict)
+    compared: list[tuple[int, int]] = field(default_factory=list)
+    """Version, replicas that have it."""
 
     def start(self, name: str) -> None:
-        engine = TransformersEngine(EngineSettings(model=str(self._model), device="cpu", dtype="bfloat16"))
-        rollout = self._settings.rollout.model_copy(update={"replica": name})
-        app = build_app(self._settings.model_copy(update={"rollout": rollout}), Secrets(), engine=engine)
-        self.urls[name] = self._running_apps.enter_context(running(app))
-        self.engines[name] = engine
+        engine = TransformersEngine(EngineSettings(model=str(self.model), device="cpu", dtype="bfloat16"))
+        rollout = self.settings.rollout.model_copy(update={"replica": name})
+        app = build_app(self.settings.model_copy(update={"rollout": rollout}), Secrets(), engine=engine)
+        self.urls[name], self.engines[name] = self.running_apps.enter_context(running(app)), engine
+
+    def details(self) -> set[str]:
+        """What /readyz says of each; empty if all is well."""
+        return {httpx.get(f"{url}/readyz").json()["detail"] for url in self.urls.values()}
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
         assert self.trainer is not None
-        expected = bits(self.trainer.policy.model)
         for name, engine in self.engines.items():
             assert engine.weight_version == weight_version, name
-            found = bits(engine._started.module)
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected), f"{name} at {step}"
+            assert_equal_weights(bits(engine._started.module), bits(self.trainer.policy.model))
         self.compared.append((weight_version, len(self.engines)))
         if step == LATE_FROM:
             self.start("late")
@@ -64,16 +66,14 @@ def counted_failed_patches() -> float:
 
 
 def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
-    make_stack: Callable[..., Stack], policy_folder: Path
+    make_stack: MakeStack, policy_folder: Path
 ) -> None:
     stack = make_stack(steps=STEPS, pairs_per_step=3, learning_rate=1e-4, replica_wait_s=60.0)
-    stack = stack.with_weights(dtype="bfloat16", full_every=4)
-    rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
-    settings = stack.settings.model_copy(update={"rollout": rollout})
+    stack = stack.with_settings("weights", dtype="bfloat16", full_every=4).with_settings("rollout", **POLLING)
     stack.write_plain(range(STEPS))
     failed_patches = counted_failed_patches()
     with ExitStack() as apps:
-        followers = Followers(settings, policy_folder, apps)
+        followers = Followers(stack.settings, policy_folder, apps)
         followers.start("early")
         trainer = stack.prepare()
         trainer.replicas.max_lag = 0  # of windows, the tests' rollouts are all of version 0
@@ -81,26 +81,20 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
         trainer.telemetry.sinks.append(followers)
         assert trainer.run() == "finished"
         assert followers.compared == [(step, 1 if step <= LATE_FROM else 2) for step in range(1, STEPS + 1)]
-        assert {name: httpx.get(f"{url}/readyz").json()["detail"] for name, url in followers.urls.items()} == {
-            "early": "",
-            "late": "",
-        }
+        assert followers.details() == {""}
     forms = [trainer.publisher.store.manifest(version).form for version in trainer.publisher.store.versions()]
     assert forms == ["full", "sparse", "sparse", "sparse"]  # 4 to 7; the late one began with 0 to 3
     assert counted_failed_patches() == failed_patches
 
 
-def test_a_living_replica_follows_a_trainer_that_begins_anew(
-    make_stack: Callable[..., Stack], policy_folder: Path
-) -> None:
-    """Store and Redis were put back to nothing, and the new trainer has not heard of the replica: its numbers begin
-    below the one that is served."""
-    stack = make_stack().with_weights(dtype="bfloat16")
-    rollout = stack.settings.rollout.model_copy(update={"poll_interval_s": 0.02})
+def test_a_living_replica_follows_a_trainer_that_begins_anew(make_stack: MakeStack, policy_folder: Path) -> None:
+    """Store and Redis were wiped, and the new trainer does not know the replica: its versions begin below the one that
+    is served."""
+    stack = make_stack().with_settings("weights", dtype="bfloat16").with_settings("rollout", **POLLING)
     publisher, model = stack.prepare().publisher, tiny_llama(seed=3)
     publisher.version = 40
     with ExitStack() as apps:
-        followers = Followers(stack.settings.model_copy(update={"rollout": rollout}), policy_folder, apps)
+        followers = Followers(stack.settings, policy_folder, apps)
         followers.start("one")
         engine = followers.engines["one"]
         for step in range(2):
@@ -112,8 +106,7 @@ def test_a_living_replica_follows_a_trainer_that_begins_anew(
         for version in range(2):
             assert anew.publish(other, 0) == version
             wait_until(lambda version=version: engine.weight_version == version, what=f"version {version}")
-            found, expected = bits(engine._started.module), bits(other)
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            assert_equal_weights(bits(engine._started.module), bits(other))
             with torch.no_grad():
                 next(other.parameters())[:3] += 1.0
-        assert httpx.get(f"{followers.urls['one']}/readyz").json()["detail"] == ""
+        assert followers.details() == {""}

@@ -2,20 +2,14 @@
 
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.conftest import Stack
+from tests.trainer.conftest import MakeStack
 from tests.trainer.test_trainer_process import Process
 
-MakeStack = Callable[..., Stack]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--shutdown-timeout=60")
-
-
-def checkpoints(stack: Stack) -> list[str]:
-    return sorted(folder.name for folder in stack.checkpoints.glob("step-*"))
 
 
 @pytest.mark.slow
@@ -27,11 +21,11 @@ def test_a_stop_reaches_the_trainer_which_writes_a_checkpoint_and_resumes(
     first = Process(stack, tmp_path / "config.toml", launcher)
     first.wait_for_step(2)
     _, errors = first.end(signal.SIGTERM)
-    assert checkpoints(stack) == ["step-00000002"], errors
+    assert [folder.name for folder in stack.checkpoints.glob("step-*")] == ["step-00000002"], errors
     stack.write_plain(range(3, 8))
     status, errors = Process(stack, tmp_path / "config.toml", launcher).end()
     assert (status, "finished" in errors) == (0, True), errors
-    assert checkpoints(stack)[-1] == "step-00000006"
+    assert (stack.checkpoints / "step-00000006/state.json").is_file()
 
 
 @pytest.mark.slow
