@@ -30,11 +30,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def run_process(
-    role: str,
-    work: "Callable[[Settings, Secrets], None]",
-    *,
-    command: str,
-    arguments: Sequence[str] | None = None,
+    role: str, work: "Callable[[Settings, Secrets], None]", *, command: str, arguments: Sequence[str] | None = None
 ) -> int:
     """The exit status: 0 when `work` ends or a signal asks the process to stop, 1 on an error (one JSON line)."""
     path, overrides = parse_arguments(role, sys.argv[1:] if arguments is None else arguments, command=command)

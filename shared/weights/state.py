@@ -195,14 +195,7 @@ def _weights() -> Sums:
     return weights
 
 
-def _view(
-    content: Content,
-    start: int,
-    *,
-    dtype: str,
-    shape: list[int],
-    data_offsets: list[int],
-) -> BitTensor:
+def _view(content: Content, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> BitTensor:
     first, end = data_offsets
     item, count = _ITEM_BYTES[dtype], prod(shape)
     if not 0 <= first <= end <= len(content) - start or end - first != count * item:

@@ -154,10 +154,7 @@ def test_what_is_kept_has_no_secret_and_the_environment_has_the_rest(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--redis.url=redis://:a@hUsh@redis/0"],
-            "command line --redis.url: redis.url: Value error, it is no URL",
-        ),
+        (["--redis.url=redis://:a@hUsh@redis/0"], "command line --redis.url: redis.url: Value error, it is no URL"),
         (["--redis.url", "me:hUsh@redis"], "it must begin with redis:// or rediss:// or unix://"),
         (["--judge.url", "http://me:a/hUsh@host"], "it is no URL that can be read with certainty: write the special"),
         (["--judge.engine.endpoint", "hUsh@host"], "it must begin with http:// or https://"),
