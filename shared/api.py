@@ -68,14 +68,11 @@ class RolloutRequest(Record):
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Per start the most tokens that a continuation may have."""
         bounds = self.max_suffix_tokens
         return (bounds,) * len(self.starts) if isinstance(bounds, int) else bounds
 
 
 class Rollout(Record):
-    """One continuation sampled by the policy."""
-
     token_ids: TokenIds
     """As sampled; an end-of-text comes last."""
     text: str
@@ -93,8 +90,6 @@ class RolloutResponse(Record):
 
 
 class RewriteItem(Span):
-    """One chunk to rewrite."""
-
     max_suffix_tokens: MaxSuffixTokens
     """The rewrite is cut to this many of the policy's tokens."""
     begins_text: bool = False
@@ -123,7 +118,6 @@ class RewriteRequest(Record):
         return self.text[item.start : item.end]
 
     def end_of_prefix(self, item: RewriteItem, max_characters: int) -> str:
-        """The last characters before the item's suffix."""
         return self.text[max(0, item.start - max_characters) : item.start]
 
 
@@ -158,8 +152,6 @@ class JudgementItem(Span):
 
 
 class JudgementRequest(Record):
-    """Ask for scores of the candidates of each chunk of one window."""
-
     model_config = _example(
         text="The Moon moves around the Earth once in about 27 days.",
         items=[
@@ -213,7 +205,7 @@ class Readiness(Record):
     engine: str = ""
     model: str = ""
     weight_version: int | None = None
-    """Rollout only: the version that answers new requests."""
+    """Of new requests; rollout only."""
     fingerprint: str = ""
     """Judge only."""
     detail: str = ""

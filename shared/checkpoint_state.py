@@ -54,8 +54,6 @@ class PartialWindow(Record):
 
 
 class Evidence(Record):
-    """One checkpoint's windows."""
-
     number: int = Field(ge=1)
     """1, 2, ... in the order of checkpoints."""
     after: int = Field(ge=0)

@@ -137,7 +137,6 @@ def _parse(text: str) -> Any:
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, origins: dict[str, str], *, origin: str) -> None:
-    """Put `value` at the nested place; `origins` remembers who set each dotted place."""
     _refuse_unknown(keys, origin)
     place = data
     for key in keys[:-1]:

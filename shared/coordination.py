@@ -98,7 +98,6 @@ class Coordination:
             self._client.set(weights_key(self._run), f"{version} {epoch}")
 
     def announced_weights(self) -> AnnouncedWeights | None:
-        """None until the trainer has announced some."""
         with translated():
             value = self._client.get(weights_key(self._run))
         if value is None:
@@ -122,7 +121,6 @@ class Coordination:
             self._client.srem(replicas_key(self._run), replica)
 
     def live_replicas(self) -> dict[str, int]:
-        """The weight version that each living replica serves."""
         with translated():
             names = sorted(name.decode() for name in self._client.smembers(replicas_key(self._run)))
             if not names:
@@ -137,7 +135,6 @@ class Coordination:
             self._client.hset(trainer_key(self._run), mapping=asdict(report))
 
     def trainer_report(self) -> TrainerReport | None:
-        """None until the trainer has reported."""
         with translated():
             fields = self._client.hgetall(trainer_key(self._run))
         if not fields:

@@ -48,7 +48,6 @@ class RunRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
     form: Mapped[int] = mapped_column(default=FORM)
-    """1 in rows from before this was kept."""
     settings: Mapped[dict[str, Any]]
     """Of the run's first start."""
     source: Mapped[dict[str, Any] | None] = mapped_column(JSON)
@@ -96,7 +95,6 @@ class WindowRow(Base):
     num_chunks: Mapped[int] = mapped_column(default=0)
     num_dropped_chunks: Mapped[int] = mapped_column(default=0)
     weight_version: Mapped[int | None]
-    """The oldest among its rollouts."""
     trained_step: Mapped[int | None]
     num_pairs: Mapped[int | None]
     """That updates used; None until it is trained."""
@@ -114,7 +112,6 @@ class ChunkRow(Base):
     window_id: Mapped[str] = mapped_column(index=True)
     start: Mapped[int]
     prefix: Mapped[str]
-    """The last characters of it."""
     fingerprint: Mapped[str] = mapped_column(default="")
     reasoning: Mapped[str] = mapped_column(default="")
     num_calls: Mapped[int] = mapped_column(default=0)
@@ -259,11 +256,6 @@ def translated() -> Iterator[None]:
     try:
         yield
     except DBAPIError as exc:
-        kind = DatabaseError if _may_pass(exc) else DatabaseRefusalError
-        raise kind(f"database: {exc.orig}") from exc
-
-
-def _may_pass(exc: DBAPIError) -> bool:
-    """Whether the same call may succeed later. SQLite calls a wrong statement operational too."""
-    is_wrong_statement = getattr(exc.orig, "sqlite_errorname", "") == "SQLITE_ERROR"
-    return exc.connection_invalidated or (isinstance(exc, OperationalError) and not is_wrong_statement)
+        is_wrong_statement = getattr(exc.orig, "sqlite_errorname", "") == "SQLITE_ERROR"  # operational to SQLite
+        may_pass = exc.connection_invalidated or (isinstance(exc, OperationalError) and not is_wrong_statement)
+        raise (DatabaseError if may_pass else DatabaseRefusalError)(f"database: {exc.orig}") from exc

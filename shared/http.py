@@ -73,7 +73,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class AuthMiddleware:
-    """Refuses everything but the open paths without a token, before any of the body is read."""
+    """Refuses before any of the body is read."""
 
     def __init__(self, app: "ASGIApp", *, secrets: "Secrets") -> None:
         self._app = app
@@ -101,7 +101,6 @@ def error_response(kind: str, message: str, *, status: int, headers: Mapping[str
 
 
 def render_error(exc: HeadwaterError) -> "Response":
-    """Its class name as type, its text as message, its own status."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if exc.status == 503 else {}
     if isinstance(exc, AuthError):
         headers = {"WWW-Authenticate": "Bearer"}

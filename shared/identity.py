@@ -81,15 +81,12 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """The documents of a run as a process found them."""
-
     files: Mapping[str, int]
     """Size in bytes by name, relative to the folder that `documents.path` means."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else identifies the documents, such as a data set's name and number of rows."""
 
     def stored(self) -> dict[str, Any]:
-        """As `runs.source` keeps it."""
         packed = orjson.dumps([sorted(self.files.items()), dict(self.facts)], option=orjson.OPT_SORT_KEYS)
         return {
             "digest": hashlib.blake2b(packed, digest_size=16).hexdigest(),

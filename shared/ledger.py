@@ -72,7 +72,6 @@ class Ledger:
     run_id: str
 
     def lease_epoch(self, part: int) -> int:
-        """The newest fencing number of the part; 0 before it was first taken."""
         with transaction(self.database) as session:
             row = session.get(PartRow, (self.run_id, part))
             return 0 if row is None else row.lease_epoch
@@ -101,13 +100,13 @@ class Ledger:
 
     def begin(self, windows: Sequence[WindowStart], lease: Lease | None = None) -> None:
         """Rows for all windows of documents, and the cursor behind them. Repeating it changes nothing."""
-        num_windows = Counter(_document_of(window.key) for window in windows)
+        documents = [(window.key.part, window.key.epoch, window.key.position) for window in windows]
+        num_windows = Counter(documents)
         with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
-            for window in windows:
+            for window, document in zip(windows, documents, strict=True):
                 if session.get(WindowRow, self._primary_key(window.key)) is None:
-                    number = num_windows[_document_of(window.key)]
-                    session.add(self._row(window, num_windows=number, **_worked_on(lease)))
+                    session.add(self._row(window, num_windows=num_windows[document], **_worked_on(lease)))
                 self._advance_cursor(session, window.key)
 
     def mark_scored(
@@ -188,7 +187,6 @@ class Ledger:
             return Position(newest.epoch, newest.num_positions) if newest else Position(0, 0)
 
     def source_id(self, part: int, position: Position) -> str:
-        """Of the document that was read there."""
         document = {"run_id": self.run_id, "part": part, "epoch": position.epoch, "position": position.position}
         with transaction(self.database) as session:
             return session.scalars(sa.select(WindowRow.source_id).filter_by(**document).limit(1)).one()
@@ -255,7 +253,7 @@ class Ledger:
         )
 
     def _update(self, session: Session, keys: Sequence[WindowKey], *, from_states: Sequence[str], **values: Any) -> int:
-        """How many rows were in one of `from_states`, and are changed."""
+        """How many rows are changed."""
         change = sa.update(WindowRow).where(WindowRow.state.in_(from_states)).values(**values)
         places = (key.model_dump() for key in keys)
         return sum(_num_rows(session.execute(change.filter_by(run_id=self.run_id, **place))) for place in places)
@@ -267,7 +265,3 @@ def _num_rows(answer: sa.Result[Any]) -> int:
 
 def _worked_on(lease: Lease | None) -> dict[str, int]:
     return {} if lease is None else {"lease_epoch": lease.epoch}
-
-
-def _document_of(key: WindowKey) -> tuple[int, int, int]:
-    return key.part, key.epoch, key.position

@@ -1,7 +1,8 @@
 """The roles of processes, and every Prometheus metric. /metrics of a process serves those of its role: a judge that
 showed `headwater_weight_version 0` would be the smallest version of all replicas."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -26,16 +27,8 @@ def registry_of(role: str) -> CollectorRegistry:
     return _of_role[role]
 
 
-def _counter(roles: Sequence[str], name: str, text: str, *labels: str) -> Counter:
-    return _listed(Counter(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
-
-
-def _gauge(roles: Sequence[str], name: str, text: str, *labels: str) -> Gauge:
-    return _listed(Gauge(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
-
-
-def _histogram(roles: Sequence[str], name: str, text: str, *labels: str) -> Histogram:
-    return _listed(Histogram(f"headwater_{name}", text, labels, registry=REGISTRY, buckets=_SECONDS), roles)
+def _metric(kind: Callable[..., T], roles: Sequence[str], name: str, text: str, *labels: str) -> T:
+    return _listed(kind(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
 
 
 def _listed(metric: T, roles: Sequence[str]) -> T:
@@ -44,6 +37,9 @@ def _listed(metric: T, roles: Sequence[str]) -> T:
     return metric
 
 
+_counter = partial(_metric, Counter)
+_gauge = partial(_metric, Gauge)
+_histogram = partial(_metric, partial(Histogram, buckets=_SECONDS))
 _listed(ProcessCollector(registry=REGISTRY), ROLES)  # process_*: memory, CPU seconds, open files
 
 # Every service

@@ -58,7 +58,6 @@ def _parse_arguments(role: str, arguments: Sequence[str], *, command: str) -> tu
 
 
 def on_stop_signal(react: Callable[..., object]) -> None:
-    """SIGTERM and SIGINT call `react(number, frame)` from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, react)
 

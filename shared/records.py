@@ -26,7 +26,7 @@ Score = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
-    """Base of everything that crosses a process border."""
+    """Crosses a process border."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,9 +56,9 @@ class Judgement(Record):
     """The judge's view of the candidates of one chunk, in their order."""
 
     rewards: tuple[float, ...]
-    """Combined reward per candidate: the weighted mean of the criteria's scores, in [0, 1]."""
+    """Per candidate the weighted mean of the criteria's scores, in [0, 1]."""
     scores: dict[str, tuple[Score, ...]]
-    """Per criterion one score in [0, 1] per candidate."""
+    """By criterion, per candidate."""
     reasoning: str = ""
     """One answer of the judge, unedited; empty where no text was sampled."""
     num_calls: int = Field(ge=0)
@@ -95,8 +95,6 @@ NO_PREFERENCE = "no_preference"
 
 
 class DroppedChunk(Record):
-    """A chunk that could not be scored: counted, never trained."""
-
     start: int
     reason: str
 
@@ -133,7 +131,6 @@ class ScoredWindow(Record):
     dropped_chunks: tuple[DroppedChunk, ...] = ()
     read_at: float
     scored_at: float
-    """Unix seconds."""
     seconds: dict[str, float] = {}
     """Wall seconds of waiting by role: rollout, rewrite, judge."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, Retrying
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception
 
 from shared.errors import HeadwaterError
 
@@ -66,7 +66,7 @@ class Retries:
 
     def _policy(self) -> dict[str, Any]:
         return {
-            "retry": lambda state: _is_retryable(_error(state)),
+            "retry": retry_if_exception(lambda error: isinstance(error, HeadwaterError) and error.retryable),
             "wait": self._wait_s,
             "stop": self._gives_up,
             "before_sleep": self._note_failure,
@@ -104,7 +104,3 @@ class Retries:
 
 def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
-
-
-def _is_retryable(error: BaseException | None) -> bool:
-    return isinstance(error, HeadwaterError) and error.retryable

@@ -135,8 +135,7 @@ class Run:
             session.add(EventRow.of(self.name, role, kind, message, **data))
 
     def record_step(self, step: int, row: StepFigures) -> None:
-        """Replaces the row that the step may have."""
-        with transaction(self.database) as session:
+        with transaction(self.database) as session:  # merge replaces the row that the step may have
             session.merge(StepRow(run_id=self.name, step=step, **row.model_dump()))
 
     def delete_steps_beyond(self, step: int) -> None:

@@ -20,7 +20,7 @@ def seed_of(run_seed: int, key: WindowKey, purpose: str) -> int:
 
 
 def share_of(key: WindowKey, purpose: str) -> float:
-    """A fixed number in [0, 1) for this window, to draw a share of all windows."""
+    """A fixed number in [0, 1), to draw a share of all windows."""
     return seed_of(0, key, purpose) / 2**31
 
 

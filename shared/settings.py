@@ -25,9 +25,8 @@ class Section(BaseModel):
 
 class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
-    """Names the run folder, the Redis keys and the rows in the database."""
+    """Names the run folder `directory/name`, the Redis keys and the rows in the database."""
     directory: Path = Path("runs")
-    """The run folder is `directory/name`."""
     seed: int = Field(default=0, ge=0)
     """Every random choice of the run is derived from it (shared/seeds.py)."""
 
@@ -70,7 +69,6 @@ class DocumentsSettings(Section):
     max_epochs: int = Field(default=0, ge=0)
     """Passes over the documents; 0: as many as the trainer's steps need."""
     max_document_bytes: int = Field(default=16_000_000, ge=1)
-    """A longer document is refused."""
 
 
 class ChunksSettings(Section):
@@ -160,7 +158,7 @@ class EngineSettings(Section):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """`vllm`: devices that each copy of the model is split over."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: copies of the model behind this service."""
+    """`vllm`: copies of the model."""
     lora_adapter: str = ""
     """`vllm`: folder of a PEFT LoRA adapter for every request of a judge or rewriter."""
 
@@ -195,7 +193,6 @@ class RolloutSettings(ServiceSettings):
     temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     poll_interval_s: float = Field(default=0.2, gt=0)
-    """How often a replica looks for a new weight version."""
     replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
     """Name of this replica, unique in the run; empty: HOSTNAME-PORT."""
     weights_folder: str = ""
@@ -250,9 +247,8 @@ class JudgeSettings(ServiceSettings):
     port: int = Field(default=8003, ge=0, le=65535)
     criteria: dict[CriterionName, CriterionSettings] = {"quality": CriterionSettings()}
     chat: bool | None = None
-    """Wrap prompts in the model's chat template; None: if the tokenizer has one."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
-    """Of a longer prefix the prompt shows the end."""
+    """This and `chat` as for the rewriter."""
     max_retries: int = Field(default=3, ge=0)
     """How often an unreadable verdict is asked for again before the chunk is dropped."""
 
@@ -285,7 +281,6 @@ class ScheduleStage(Section):
 class CollectorSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8004, ge=0, le=65535)
-    """Serves health and metrics."""
     schedule: tuple[ScheduleStage, ...] = (ScheduleStage(),)
     """Candidates by weight version: the first stage begins at version 0, each later one at a higher version."""
     max_windows_in_flight: int = Field(default=8, ge=1)

@@ -81,8 +81,6 @@ _ACKNOWLEDGED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class StreamEntry:
-    """A window as delivered: acknowledge it by `entry_id`."""
-
     entry_id: str
     window: ScoredWindow
 
