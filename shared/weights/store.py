@@ -187,8 +187,8 @@ class WeightStore:
 
     @_translated()
     def prune(self, *, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what they rest on; returns the deleted ones. If a kept version's
-        chain can't be read, WeightStoreError and nothing is deleted."""
+        """Delete all but the newest `keep` versions and what they rest on; returns the deleted ones. WeightStoreError,
+        and nothing is deleted, if a kept version's chain can't be read."""
         present = self.versions()
         needed = self._needed(present[-keep:])
         gone = [version for version in present if version not in needed]
@@ -228,7 +228,7 @@ class WeightStore:
             raise WeightStoreError(f"{path} is corrupt: {num_bytes} bytes, expected {expected}")
 
     def _write_at_once(self, path: str, content: bytes) -> None:
-        """Readers see all or nothing. Not synced: checksums show what a crash lost, every start writes a full version."""
+        """Readers see all or nothing. Not synced: checksums show what a crash lost, a start writes a full version."""
         written = path if self._puts_are_atomic else f"{path}.tmp"
         self._fs.pipe_file(written, content)
         if written != path:
