@@ -1,10 +1,10 @@
 """Requests and answers of the three services. In a run only the collector calls them.
 
-One request has all chunks of one window, so that an engine prefills their common prefix once. Answers are in the order
-of the request.
+One request has all chunks of one window, so that an engine prefills their common prefix once; answers keep its order.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -16,9 +16,8 @@ MAX_SUFFIX_TOKENS = 8192
 MAX_CHUNKS = 32_768
 """Of one window: 128k tokens in suffixes of 8, each of which may be three tokens shorter."""
 MAX_ROLLOUTS = 128
-"""Of one chunk."""
 MAX_CANDIDATES = MAX_ROLLOUTS + 2
-"""Rollouts, the original and its rewrite."""
+"""Of one chunk: rollouts, the original and its rewrite."""
 MAX_TEMPERATURE = 10.0
 Text = Annotated[str, Field(max_length=12 * MAX_WINDOW_TOKENS)]
 MaxSuffixTokens = Annotated[int, Field(ge=1, le=MAX_SUFFIX_TOKENS)]
@@ -27,21 +26,27 @@ TextFlaw = Literal["control_token", "broken_text", ""]
 """Why token ids have no equivalent text: a control token among them, or bytes that are no character."""
 
 
+def _example(**request: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [request]})
+
+
+class Span(Record):
+    """The suffix of a chunk, `text[start:end]` of the request, in characters; its prefix is `text[:start]`."""
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+
+
+def _refuse_outside(spans: Sequence[Span], text: str) -> None:
+    for span in spans:
+        if not span.start <= span.end <= len(text):
+            raise ValueError(f"items must lie in text[0:{len(text)}], got [{span.start}:{span.end}]")
+
+
 class RolloutRequest(Record):
     """Ask the policy for `num_rollouts` continuations of each prefix `token_ids[:start]`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "token_ids": [1, 52, 17, 98, 4],
-                    "starts": [2, 4],
-                    "num_rollouts": 4,
-                    "max_suffix_tokens": [128, 96],
-                }
-            ]
-        }
-    )
+    model_config = _example(token_ids=[1, 52, 17, 98, 4], starts=[2, 4], num_rollouts=4, max_suffix_tokens=[128, 96])
     token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_WINDOW_TOKENS)]
     starts: Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
     num_rollouts: int = Field(ge=1, le=MAX_ROLLOUTS)
@@ -53,28 +58,21 @@ class RolloutRequest(Record):
     """The same request with the same seed under the same weights gives the same rollouts."""
 
     @model_validator(mode="after")
-    def _starts_lie_inside(self) -> "RolloutRequest":
+    def _starts_lie_inside_and_have_bounds(self) -> "RolloutRequest":
         for start in self.starts:
             if not 1 <= start <= len(self.token_ids):
                 raise ValueError(f"starts must lie in 1..{len(self.token_ids)} (len of token_ids), got {start}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_bound_per_start(self) -> "RolloutRequest":
         if len(self.bounds) != len(self.starts):
             raise ValueError(f"max_suffix_tokens has {len(self.bounds)} bounds for {len(self.starts)} starts")
         return self
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Per start the most tokens that a continuation may have."""
         bounds = self.max_suffix_tokens
         return (bounds,) * len(self.starts) if isinstance(bounds, int) else bounds
 
 
 class Rollout(Record):
-    """One continuation sampled by the policy."""
-
     token_ids: TokenIds
     """As sampled; an end-of-text comes last."""
     text: str
@@ -87,17 +85,11 @@ class Rollout(Record):
 
 
 class RolloutResponse(Record):
+    rollouts: tuple[tuple[Rollout, ...], ...]
     """Per start, `num_rollouts` continuations."""
 
-    rollouts: tuple[tuple[Rollout, ...], ...]
 
-
-class RewriteItem(Record):
-    """One chunk: its suffix is `text[start:end]` of the request, its prefix `text[:start]`."""
-
-    start: int = Field(ge=0)
-    """In characters (Unicode code points)."""
-    end: int
+class RewriteItem(Span):
     max_suffix_tokens: MaxSuffixTokens
     """The rewrite is cut to this many of the policy's tokens."""
     begins_text: bool = False
@@ -109,15 +101,9 @@ class RewriteItem(Record):
 class RewriteRequest(Record):
     """Ask the rewriter for a better version of each suffix. The window's text is sent once for all chunks."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "text": "The Moon moves around the Earth once in about 70 days.",
-                    "items": [{"start": 25, "end": 54, "max_suffix_tokens": 128}],
-                }
-            ]
-        }
+    model_config = _example(
+        text="The Moon moves around the Earth once in about 70 days.",
+        items=[{"start": 25, "end": 54, "max_suffix_tokens": 128}],
     )
     text: Text
     items: Annotated[tuple[RewriteItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
@@ -125,16 +111,13 @@ class RewriteRequest(Record):
 
     @model_validator(mode="after")
     def _items_lie_inside(self) -> "RewriteRequest":
-        for item in self.items:
-            if not item.start <= item.end <= len(self.text):
-                raise ValueError(f"items must lie in text[0:{len(self.text)}], got [{item.start}:{item.end}]")
+        _refuse_outside(self.items, self.text)
         return self
 
     def suffix(self, item: RewriteItem) -> str:
         return self.text[item.start : item.end]
 
     def end_of_prefix(self, item: RewriteItem, max_characters: int) -> str:
-        """The last characters before the item's suffix."""
         return self.text[max(0, item.start - max_characters) : item.start]
 
 
@@ -160,39 +143,22 @@ class JudgedText(Record):
     """In the policy's tokens; only if the request has those of the window."""
 
 
-class JudgementItem(Record):
-    """The candidates of one chunk, and where its suffix is in the window."""
+class JudgementItem(Span):
+    """The candidates of one chunk. Factuality compares them with the original suffix."""
 
-    start: int = Field(ge=0)
-    """In characters: the prefix is `text[:start]`."""
-    end: int = Field(ge=0)
-    """In characters: factuality compares with the original suffix `text[start:end]`."""
     candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES)]
     token_start: int | None = Field(default=None, ge=1)
     """In tokens: the prefix is `token_ids[:token_start]`."""
 
 
 class JudgementRequest(Record):
-    """Ask for scores of the candidates of each chunk of one window."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "text": "The Moon moves around the Earth once in about 27 days.",
-                    "items": [
-                        {
-                            "start": 25,
-                            "end": 54,
-                            "candidates": [{"text": " Earth in 27 days."}, {"text": " Earth Earth Earth."}],
-                        }
-                    ],
-                }
-            ]
-        }
+    model_config = _example(
+        text="The Moon moves around the Earth once in about 27 days.",
+        items=[
+            {"start": 25, "end": 54, "candidates": [{"text": " Earth in 27 days."}, {"text": " Earth Earth Earth."}]}
+        ],
     )
     text: Text
-    """Of the whole window, once for all chunks."""
     token_ids: Annotated[TokenIds, Field(max_length=MAX_WINDOW_TOKENS)] = ()
     """The window in the policy's tokens, for criteria that score tokens (`likelihood`): each answer says whether the
     judge wants them. With them every item needs `token_start` and every candidate `token_ids`."""
@@ -201,11 +167,7 @@ class JudgementRequest(Record):
 
     @model_validator(mode="after")
     def _items_lie_inside(self) -> "JudgementRequest":
-        for item in self.items:
-            if not item.start <= item.end <= len(self.text):
-                raise ValueError(
-                    f"start <= end <= {len(self.text)} (characters of text) must hold, got {item.start}, {item.end}"
-                )
+        _refuse_outside(self.items, self.text)
         return self
 
     @model_validator(mode="after")
@@ -243,9 +205,8 @@ class Readiness(Record):
     engine: str = ""
     model: str = ""
     weight_version: int | None = None
-    """Rollout only: the version that answers new requests."""
+    """Of new requests; rollout only."""
     fingerprint: str = ""
     """Judge only."""
     detail: str = ""
-    """Why it isn't ready, or the last trouble, such as a refused weight update. /readyz, which needs no token, gives a
-    few words without addresses; /status gives all of it."""
+    """Why it isn't ready, or the last trouble. /readyz, which needs no token, gives a few words without addresses."""

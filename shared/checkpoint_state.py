@@ -7,8 +7,8 @@
     states = read_states(run_folder / "checkpoints")        # {50: CheckpointState(step=50, ...)}
     lines, damaged = EvidenceFile(run_folder / "checkpoints" / EVIDENCE_FILE).read()
 
-A line is appended and synced when the checkpoint is whole, before the ledger is told. After a crash in between the next
-start appends it; a line that a crash has torn is cut off first.
+A line is appended and synced when the checkpoint is whole, before the ledger is told, or at the next start if a crash
+came in between. A torn line is cut off first.
 """
 
 import os
@@ -46,32 +46,25 @@ class FinishedWindow(Record):
 
 
 class PartialWindow(Record):
-    """A window of which the first `used` pairs were used."""
+    """A window of which the first `used` pairs were used; the rest as in FinishedWindow."""
 
     used: int = Field(ge=1)
     step: int | None
-    """As in FinishedWindow."""
     pairs_by_step: dict[int, int] = Field(default_factory=dict)
-    """As in FinishedWindow."""
 
 
 class Evidence(Record):
-    """One checkpoint's windows."""
-
     number: int = Field(ge=1)
     """1, 2, ... in the order of checkpoints."""
     after: int = Field(ge=0)
     """Step of the checkpoint before it, 0 if there was none: the line accounts for the updates since."""
     step: int = Field(ge=0)
     finished: dict[str, FinishedWindow]
-    """By window id."""
     partial: dict[str, PartialWindow]
-    """By window id."""
+    """Both by window id."""
 
 
 class StepFigures(Record):
-    """One step's row in the database."""
-
     model_config = ConfigDict(ser_json_inf_nan="constants")
     at: float
     """Unix seconds."""
@@ -80,8 +73,6 @@ class StepFigures(Record):
 
 
 class CheckpointState(Evidence):
-    """The content of state.json."""
-
     weight_version: int
     """The newest when it was written."""
     reference_step: int = 0
@@ -100,9 +91,8 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
     """Of all complete checkpoints, ascending."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(int(match[1]) for entry in checkpoints.iterdir() if (match := _FOLDER.match(entry.name)))
+    entries = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return sorted(int(match[1]) for entry in entries if (match := _FOLDER.match(entry.name)))
 
 
 def read_state(folder: Path) -> CheckpointState:
@@ -112,10 +102,8 @@ def read_state(folder: Path) -> CheckpointState:
         return CheckpointState.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as exc:
         reason = _first_error(exc) if isinstance(exc, ValidationError) else str(exc)
-        raise TrainingError(
-            f"{path} can't be read ({reason}): restore the checkpoint, or delete its folder to go back to the one "
-            "before it"
-        ) from exc
+        remedy = "restore the checkpoint, or delete its folder to go back to the one before it"
+        raise TrainingError(f"{path} can't be read ({reason}): {remedy}") from exc
 
 
 def _first_error(exc: ValidationError) -> str:
@@ -152,8 +140,6 @@ def newest_policy(run_folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class EvidenceFile:
-    """The lines of one run's checkpoints."""
-
     path: Path
 
     def append(self, evidence: Evidence) -> None:
@@ -162,7 +148,9 @@ class EvidenceFile:
             with self.path.open("a+b") as file:
                 last, end = _last_line(file)
                 file.truncate(end)
-                if last and _covers(Evidence.model_validate_json(last), evidence):
+                found = Evidence.model_validate_json(last) if last else None
+                # a higher number is there where the newest checkpoint was deleted by hand
+                if found and (found.number > evidence.number or found == evidence):
                     return
                 file.write(evidence.model_dump_json().encode() + b"\n")
                 file.flush()
@@ -188,11 +176,6 @@ class EvidenceFile:
                 except ValidationError as exc:
                     damaged.append(f"line {number} can't be read: {_first_error(exc)}")
         return found, damaged
-
-
-def _covers(last: Evidence, evidence: Evidence) -> bool:
-    """The last line has a higher number where the newest checkpoint was deleted by hand."""
-    return last.number > evidence.number or last == evidence
 
 
 def _last_line(file: BinaryIO) -> tuple[bytes, int]:

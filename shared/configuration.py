@@ -1,4 +1,4 @@
-"""Loads `Settings` and writes them down. Every process begins here.
+"""Loads `Settings` and writes them down.
 
     settings = load_settings(Path("run.toml"), ["--trainer.steps", "10"])   # file < environment < command line
     write_settings(without_passwords(settings), settings.run.folder / "settings.toml")
@@ -35,10 +35,10 @@ def load_settings(
     data: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if path is not None:
-        _merge(data, read_toml(path), origins, origin=str(path))
-    for keys, value, origin in _environment_values(os.environ if environ is None else environ):
-        _set(data, keys, value, origins, origin=origin)
-    for keys, value, origin in _command_line_values(overrides):
+        data = read_toml(path)
+        origins = dict.fromkeys(data, str(path))
+    given = _environment_values(os.environ if environ is None else environ)
+    for keys, value, origin in [*given, *_command_line_values(overrides)]:
         _set(data, keys, value, origins, origin=origin)
     try:
         return Settings.model_validate(data)
@@ -47,13 +47,12 @@ def load_settings(
 
 
 def load_secrets(environ: Mapping[str, str] | None = None) -> Secrets:
-    """From the environment."""
     found = os.environ if environ is None else environ
     return Secrets(**{name: found[variable] for variable, name in _SECRETS.items() if variable in found})
 
 
 def write_settings(settings: Settings, path: Path) -> None:
-    """Write the resolved settings as TOML, whole or not at all."""
+    """As TOML, whole or not at all."""
     data = settings.model_dump(mode="json", exclude_none=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(tomli_w.dumps(data), encoding="utf-8")
@@ -61,23 +60,19 @@ def write_settings(settings: Settings, path: Path) -> None:
 
 
 def without_passwords(settings: Settings) -> Settings:
-    """For everything that is stored: without the secrets in URLs, which travel in the environment only."""
+    """For everything that is stored: without the secrets in URLs."""
     return _cleaned(settings)
 
 
 def secret_variables(settings: Settings) -> dict[str, str]:
-    """The settings that `without_passwords` changes, whole, as HEADWATER_* variables for a process that reads the rest
-    from a file."""
-    return {
-        f"{_PREFIX}{'__'.join(place).upper()}": text
-        for place, text in _texts(settings, ())
-        if without_secrets(text) != text
-    }
+    """The settings that `without_passwords` changes, whole, as HEADWATER_* variables."""
+    changed = ((place, text) for place, text in _texts(settings, ()) if without_secrets(text) != text)
+    return {f"{_PREFIX}{'__'.join(place).upper()}": text for place, text in changed}
 
 
 def _cleaned(section: _SectionT) -> _SectionT:
     changes: dict[str, Any] = {}
-    for name, value in _fields(section):
+    for name, value in section:
         if isinstance(value, str):
             changes[name] = without_secrets(value)
         elif isinstance(value, Section):
@@ -86,15 +81,11 @@ def _cleaned(section: _SectionT) -> _SectionT:
 
 
 def _texts(section: Section, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    for name, value in _fields(section):
+    for name, value in section:
         if isinstance(value, str):
             yield (*place, name), value
         elif isinstance(value, Section):
             yield from _texts(value, (*place, name))
-
-
-def _fields(section: Section) -> Iterator[tuple[str, Any]]:
-    return ((name, getattr(section, name)) for name in type(section).model_fields)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -145,14 +136,7 @@ def _parse(text: str) -> Any:
         raise SettingsError(f"neither JSON nor TOML: {text!r} ({exc})") from exc
 
 
-def _merge(into: dict[str, Any], data: dict[str, Any], origins: dict[str, str], *, origin: str) -> None:
-    for key, value in data.items():
-        into[key] = value
-        origins[key] = origin
-
-
 def _set(data: dict[str, Any], keys: list[str], value: Any, origins: dict[str, str], *, origin: str) -> None:
-    """Put `value` at the nested place; `origins` remembers who set each dotted place."""
     _refuse_unknown(keys, origin)
     place = data
     for key in keys[:-1]:
@@ -171,9 +155,8 @@ def _refuse_unknown(keys: list[str], origin: str) -> None:
         if model is None:
             return
         if key not in model.model_fields:
-            raise SettingsError(
-                f"{origin}: no setting {'.'.join(keys[: depth + 1])!r}; known here: {', '.join(model.model_fields)}"
-            )
+            name, known = ".".join(keys[: depth + 1]), ", ".join(model.model_fields)
+            raise SettingsError(f"{origin}: no setting {name!r}; known here: {known}")
         annotation = model.model_fields[key].annotation
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     if model is not None:
@@ -184,10 +167,8 @@ def _explain(exc: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for error in exc.errors():
         place = [str(piece) for piece in error["loc"]]
-        origin = next(
-            (origins[".".join(place[:n])] for n in range(len(place), 0, -1) if ".".join(place[:n]) in origins),
-            "settings",
-        )
+        names = (".".join(place[:length]) for length in range(len(place), 0, -1))
+        origin = next((origins[name] for name in names if name in origins), "settings")
         message = "no such setting" if error["type"] == "extra_forbidden" else error["msg"]
         given = "" if error["type"] in {"extra_forbidden", "missing", "value_error"} else f", got {error['input']!r}"
         lines.append(f"{origin}: {'.'.join(place) or 'settings'}: {message}{given}")

@@ -10,11 +10,11 @@
     coordination.announce_weights(7, epoch=publisher.epoch)
     coordination.live_replicas()                            # {"gpu-1-8001": 6}
 
-Calls block, at most for the client's timeouts: use it from a thread in async code.
+Calls block, at most for the client's timeouts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import redis
@@ -73,8 +73,6 @@ _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del
 
 @dataclass(frozen=True)
 class TrainerReport:
-    """The trainer's progress."""
-
     step: int
     weight_version: int
     state: TrainerState
@@ -82,11 +80,10 @@ class TrainerReport:
 
 @dataclass(frozen=True)
 class AnnouncedWeights:
-    """The weight version that replicas should serve."""
+    """What replicas should serve. Numbers are comparable within one epoch only (shared/weights/store.py)."""
 
     version: int
     epoch: str = ""
-    """Numbers are comparable within one epoch only (shared/weights/store.py)."""
 
 
 class Coordination:
@@ -101,7 +98,6 @@ class Coordination:
             self._client.set(weights_key(self._run), f"{version} {epoch}")
 
     def announced_weights(self) -> AnnouncedWeights | None:
-        """None until the trainer has announced some."""
         with translated():
             value = self._client.get(weights_key(self._run))
         if value is None:
@@ -114,61 +110,50 @@ class Coordination:
         return None if announced is None else announced.version
 
     def report_replica(self, replica: str, version: int, *, lifetime_s: float) -> None:
-        """It serves `version`; it counts as dead unless it reports again within `lifetime_s`."""
+        """It counts as dead unless it reports again within `lifetime_s`."""
         with translated():
             self._client.set(replica_key(self._run, replica), version, px=int(lifetime_s * 1000))
             self._client.sadd(replicas_key(self._run), replica)
 
     def forget_replica(self, replica: str) -> None:
-        """It is shutting down."""
         with translated():
             self._client.delete(replica_key(self._run, replica))
             self._client.srem(replicas_key(self._run), replica)
 
     def live_replicas(self) -> dict[str, int]:
-        """The weight version that each living replica serves."""
         with translated():
             names = sorted(name.decode() for name in self._client.smembers(replicas_key(self._run)))
             if not names:
                 return {}
-            versions = self._client.mget([replica_key(self._run, name) for name in names])
-            dead = [name for name, version in zip(names, versions, strict=True) if version is None]
-            if dead:
-                # one that returns at this moment is added again by its next heartbeat
-                self._client.srem(replicas_key(self._run), *dead)
-        return {name: int(version) for name, version in zip(names, versions, strict=True) if version is not None}
+            found = dict(zip(names, self._client.mget([replica_key(self._run, name) for name in names]), strict=True))
+            if dead := [name for name, version in found.items() if version is None]:
+                self._client.srem(replicas_key(self._run), *dead)  # one that returns now is added by its next heartbeat
+        return {name: int(version) for name, version in found.items() if version is not None}
 
     def report_trainer(self, report: TrainerReport) -> None:
         with translated():
-            self._client.hset(
-                trainer_key(self._run),
-                mapping={"step": report.step, "weight_version": report.weight_version, "state": report.state},
-            )
+            self._client.hset(trainer_key(self._run), mapping=asdict(report))
 
     def trainer_report(self) -> TrainerReport | None:
-        """None until the trainer has reported."""
         with translated():
             fields = self._client.hgetall(trainer_key(self._run))
         if not fields:
             return None
-        return TrainerReport(
-            step=int(fields[b"step"]),
-            weight_version=int(fields[b"weight_version"]),
-            state=cast(TrainerState, fields[b"state"].decode()),
-        )
+        state = cast(TrainerState, fields[b"state"].decode())
+        return TrainerReport(int(fields[b"step"]), int(fields[b"weight_version"]), state)
 
     def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
-        """Lease up to `room` of the parts that nobody holds; returns them. One round trip."""
+        """Lease up to `room` of the parts that nobody holds; returns them."""
         keys = [lease_key(self._run, part) for part in parts]
         with translated():
             taken = self._client.eval(_ACQUIRE, len(keys), *keys, owner, int(lease_s * 1000), room)
         return [parts[index - 1] for index in taken]
 
     def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
-        """The parts that `owner` still holds: stop working on the others at once. One round trip.
+        """The parts that `owner` still holds: stop working on the others at once.
 
-        `epochs`: by part the fencing number, None before `raise_fence`. A lease that expired is renewed if the number
-        is still the part's, so an outage of Redis that is longer than the lease costs no work.
+        `epochs`: by part the fencing number, None before `raise_fence`. An expired lease is renewed if its number is
+        still the part's: a long outage of Redis costs no work.
         """
         parts = list(epochs)
         keys = [fences_key(self._run), *(lease_key(self._run, part) for part in parts)]
@@ -178,7 +163,6 @@ class Coordination:
         return {parts[index - 1] for index in held}
 
     def lease_owner(self, part: int) -> str | None:
-        """None if nobody holds the part."""
         with translated():
             owner = self._client.get(lease_key(self._run, part))
         return None if owner is None else owner.decode()
@@ -194,21 +178,19 @@ class Coordination:
             self._client.eval(_RELEASE, 1, lease_key(self._run, part), owner)
 
     def leased_parts(self, *, num_parts: int) -> set[int]:
-        """Parts that a collector holds."""
         with translated():
             owners = self._client.mget([lease_key(self._run, part) for part in range(num_parts)])
         return {part for part, owner in enumerate(owners) if owner is not None}
 
     def mark_exhausted(self, lease: Lease, *, extent: str) -> None:
-        """The lease's part has no more documents within `extent` (Run.extent), and all of them are on the stream or
-        dropped. Raises FencedError if another collector has taken the part since."""
+        """All documents of the part within `extent` (Run.extent) are on the stream or dropped. FencedError if another
+        collector has taken the part since."""
         keys = (fences_key(self._run), exhausted_key(self._run))
         with translated():
             done = self._client.eval(_MARK_EXHAUSTED, len(keys), *keys, lease.part, lease.epoch, extent)
         if done is None:
-            raise FencedError(
-                f"no end is marked: another collector has taken part {lease.part} since, or Redis has lost its data"
-            )
+            reason = f"another collector has taken part {lease.part} since, or Redis has lost its data"
+            raise FencedError(f"no end is marked: {reason}")
 
     def exhausted_parts(self, *, extent: str) -> set[int]:
         """Ends marked for another extent, such as fewer epochs, don't count."""
@@ -217,5 +199,4 @@ class Coordination:
         return {int(part) for part, said in found.items() if said.decode() == extent}
 
     def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
-        """Whether every part is exhausted."""
         return self.exhausted_parts(extent=extent) >= set(range(num_parts))

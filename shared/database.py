@@ -1,14 +1,13 @@
 """The database of runs: its tables, and how it is opened, migrated and written.
 
-SQLite by default (one file in the run folder, write-ahead log, several processes), PostgreSQL by URL. Alembic makes
-and changes the schema (shared/migrations).
+SQLite by default (one file in the run folder, several processes), PostgreSQL by URL. Alembic changes the schema.
 
     database = open_database("sqlite:///runs/web/headwater.db")
     migrate(database)
     with transaction(database) as session:
         session.add(StepRow(run_id="web", step=1, at=time.time(), weight_version=1, figures={"loss": 0.69}))
 
-Rows of one run are written through shared/runs.py and shared/ledger.py.
+Rows of a run are written through shared/runs.py and shared/ledger.py.
 """
 
 import time
@@ -49,7 +48,6 @@ class RunRow(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
     form: Mapped[int] = mapped_column(default=FORM)
-    """1 in rows from before this was kept."""
     settings: Mapped[dict[str, Any]]
     """Of the run's first start."""
     source: Mapped[dict[str, Any] | None] = mapped_column(JSON)
@@ -57,8 +55,6 @@ class RunRow(Base):
 
 
 class PartRow(Base):
-    """Who may write for one part of the source."""
-
     __tablename__ = "parts"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
@@ -67,19 +63,16 @@ class PartRow(Base):
 
 
 class CursorRow(Base):
-    """How far one epoch of one part was read. Written in the transaction of the windows that it counts."""
+    """How far an epoch of a part was read. Written in the transaction of the windows that it counts."""
 
     __tablename__ = "cursors"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
     epoch: Mapped[int] = mapped_column(primary_key=True)
     num_positions: Mapped[int]
-    """Positions 0 to num_positions - 1 were read."""
 
 
 class WindowRow(Base):
-    """A window that was read. Written by the ledger only."""
-
     __tablename__ = "windows"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
@@ -93,26 +86,25 @@ class WindowRow(Base):
     reason: Mapped[str] = mapped_column(default="")
     """Why it was dropped: a short word that can be counted, such as `not_json` or `stale`."""
     detail: Mapped[str] = mapped_column(default="")
-    """The same as a sentence: file, line, what is wrong."""
+    """The same as a sentence."""
     lease_epoch: Mapped[int] = mapped_column(default=0)
     """The fencing number (PartRow) of the collector that last worked on it."""
     num_windows: Mapped[int] = mapped_column(default=0)
-    """How many windows its document has."""
+    """Of its document."""
     num_tokens: Mapped[int] = mapped_column(default=0)
     num_chunks: Mapped[int] = mapped_column(default=0)
     num_dropped_chunks: Mapped[int] = mapped_column(default=0)
     weight_version: Mapped[int | None]
-    """The oldest among its rollouts."""
     trained_step: Mapped[int | None]
     num_pairs: Mapped[int | None]
-    """Preference pairs of it that updates used; None until it is trained."""
+    """That updates used; None until it is trained."""
     read_at: Mapped[float]
     finished_at: Mapped[float | None]
     __table_args__ = (Index("windows_by_state", "run_id", "state"),)
 
 
 class ChunkRow(Base):
-    """A scored or dropped chunk of a window that is recorded for people to read."""
+    """A scored or dropped chunk that is recorded for people to read."""
 
     __tablename__ = "chunks"
     id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
@@ -120,7 +112,6 @@ class ChunkRow(Base):
     window_id: Mapped[str] = mapped_column(index=True)
     start: Mapped[int]
     prefix: Mapped[str]
-    """The last characters of it."""
     fingerprint: Mapped[str] = mapped_column(default="")
     reasoning: Mapped[str] = mapped_column(default="")
     num_calls: Mapped[int] = mapped_column(default=0)
@@ -134,7 +125,7 @@ class CandidateRow(Base):
     id: Mapped[int] = mapped_column(_LongId, primary_key=True, autoincrement=True)
     chunk_id: Mapped[int] = mapped_column(_LongId, sa.ForeignKey("chunks.id", ondelete="CASCADE"), index=True)
     kinds: Mapped[str]
-    """One word for each time that it was made, with commas between: `original,rewrite`, `rollout,rollout`."""
+    """One word for each time that it was made: `original,rewrite`, `rollout,rollout`."""
     text: Mapped[str]
     num_tokens: Mapped[int]
     weight_version: Mapped[int | None]
@@ -148,7 +139,6 @@ class StepRow(Base):
     __tablename__ = "steps"
     run_id: Mapped[str] = mapped_column(primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
-    """1 is the first update."""
     at: Mapped[float]
     weight_version: Mapped[int]
     figures: Mapped[dict[str, Any]]
@@ -177,7 +167,6 @@ class EvaluationRow(Base):
     value: Mapped[float]
     low: Mapped[float | None]
     high: Mapped[float | None]
-    """95 % interval."""
     at: Mapped[float]
 
 
@@ -195,7 +184,6 @@ class EventRow(Base):
 
     @classmethod
     def of(cls, run_id: str, role: str, kind: str, message: str, **data: Any) -> "EventRow":
-        """An event of this moment."""
         text = storable(without_secrets(message))[:MAX_TEXT]
         return cls(run_id=run_id, at=time.time(), role=role, kind=kind, message=text, data=data)
 
@@ -206,29 +194,23 @@ def storable(text: str) -> str:
 
 
 def open_database(url: str) -> sa.Engine:
-    """Connects at the first use. SQLite waits for other writers and syncs commits to disk; PostgreSQL ends idle
-    transactions."""
+    """Connects at the first use. SQLite waits for writers and syncs commits; PostgreSQL ends idle transactions."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as exc:
-        raise DatabaseRefusalError(
-            "database.url is not an SQLAlchemy URL, such as postgresql://USER@HOST/DATABASE"
-        ) from exc
+        message = "database.url is not an SQLAlchemy URL, such as postgresql://USER@HOST/DATABASE"
+        raise DatabaseRefusalError(message) from exc
     if parsed.get_backend_name() == "sqlite":
-        return _open_sqlite(parsed)
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        database = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(database, "connect", _prepare_sqlite)
+        return database
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     database = sa.create_engine(parsed, pool_pre_ping=True)
     if parsed.get_backend_name() == "postgresql":
         event.listen(database, "connect", _prepare_postgresql)
-    return database
-
-
-def _open_sqlite(url: sa.URL) -> sa.Engine:
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    database = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
-    event.listen(database, "connect", _prepare_sqlite)
     return database
 
 
@@ -257,14 +239,13 @@ def migrate(database: sa.Engine, *, revision: str = "head") -> None:
 
 @contextmanager
 def transaction(database: sa.Engine) -> Iterator[Session]:
-    """One transaction: committed whole, or rolled back. Raises DatabaseError, or DatabaseRefusalError where a retry
-    can't help."""
+    """Committed whole, or rolled back. Raises DatabaseError, or DatabaseRefusalError where a retry can't help."""
     with translated(), Session(database) as session, session.begin():
         yield session
 
 
 def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None:
-    """A row with these values, unless there is one with its primary key: of several writers at once one inserts."""
+    """A row, unless there is one with its primary key: of several writers at once one inserts."""
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     session.execute(insert(table).values(values).on_conflict_do_nothing())
 
@@ -275,11 +256,6 @@ def translated() -> Iterator[None]:
     try:
         yield
     except DBAPIError as exc:
-        kind = DatabaseError if _may_pass(exc) else DatabaseRefusalError
-        raise kind(f"database: {exc.orig}") from exc
-
-
-def _may_pass(exc: DBAPIError) -> bool:
-    """Whether the same call may succeed later. SQLite calls a wrong statement operational too."""
-    is_wrong_statement = getattr(exc.orig, "sqlite_errorname", "") == "SQLITE_ERROR"
-    return exc.connection_invalidated or (isinstance(exc, OperationalError) and not is_wrong_statement)
+        is_wrong_statement = getattr(exc.orig, "sqlite_errorname", "") == "SQLITE_ERROR"  # operational to SQLite
+        may_pass = exc.connection_invalidated or (isinstance(exc, OperationalError) and not is_wrong_statement)
+        raise (DatabaseError if may_pass else DatabaseRefusalError)(f"database: {exc.orig}") from exc

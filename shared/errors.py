@@ -1,7 +1,6 @@
-"""The error tree: one class per boundary, each with the HTTP status that a service answers with.
+"""The error tree: one class per boundary, with the HTTP status of its answer and whether a retry may succeed.
 
-Services answer with `{"error": {"type": ..., "message": ...}}` (services/app.py), clients turn that into a
-`ServiceError`. `retryable` tells whether the same request may succeed later.
+Services answer with `{"error": {"type": ..., "message": ...}}`, which clients raise as `ServiceError`.
 
     raise SettingsError("trainer.beta must be > 0, got -0.1")
 """
@@ -10,131 +9,93 @@ from shared.secret_urls import without_secrets
 
 
 class HeadwaterError(Exception):
-    """Root of all errors that Headwater raises; the message says what is wrong, where, and the remedy.
-
-    Messages end up in logs, tables and answers, so secrets are removed from all URLs in them.
-    """
+    """Root of all errors; the message says what is wrong, where, and the remedy. URLs in it lose their secrets."""
 
     status = 500
     retryable = False
+
+    def __init_subclass__(cls, *, status: int | None = None, retryable: bool | None = None) -> None:
+        cls.status = cls.status if status is None else status
+        cls.retryable = cls.retryable if retryable is None else retryable
 
     def __str__(self) -> str:
         return without_secrets(super().__str__())
 
 
-class SettingsError(HeadwaterError):
+class SettingsError(HeadwaterError, status=400):
     """A configuration file, environment variable or command-line value is wrong."""
-
-    status = 400
 
 
 class SourceError(HeadwaterError):
     """A document source as a whole can't be read (a single bad line is a `Refusal`, not an error)."""
 
 
-class SourceReadError(SourceError):
+class SourceReadError(SourceError, retryable=True):
     """One attempt to read from a source failed; a retry may succeed."""
 
-    retryable = True
 
-
-class RequestError(HeadwaterError):
+class RequestError(HeadwaterError, status=422):
     """A request is well-formed JSON but can't be answered."""
 
-    status = 422
 
-
-class AuthError(HeadwaterError):
+class AuthError(HeadwaterError, status=401):
     """The bearer token is missing or wrong."""
 
-    status = 401
 
-
-class RequestTooLargeError(HeadwaterError):
+class RequestTooLargeError(HeadwaterError, status=413):
     """The body is longer than `max_request_bytes`."""
 
-    status = 413
 
-
-class TokenIdsNeededError(HeadwaterError):
+class TokenIdsNeededError(HeadwaterError, status=428):
     """The judge scores the policy's token ids, and the request has none: send them too."""
 
-    status = 428
 
-
-class OverloadedError(HeadwaterError):
+class OverloadedError(HeadwaterError, status=503, retryable=True):
     """A bounded queue is full; the answer carries Retry-After."""
 
-    status = 503
-    retryable = True
 
-
-class EngineError(HeadwaterError):
+class EngineError(HeadwaterError, status=503, retryable=True):
     """The language-model engine behind a service failed or isn't ready."""
 
-    status = 503
-    retryable = True
 
-
-class PromptError(EngineError):
+class PromptError(EngineError, status=422, retryable=False):
     """The engine can never answer this prompt (empty, or too long for the model): a retry can't help."""
 
-    status = 422
-    retryable = False
 
-
-class VerdictError(HeadwaterError):
+class VerdictError(HeadwaterError, status=502, retryable=True):
     """A judge's answer has no readable verdict. Never a score."""
 
-    status = 502
-    retryable = True
 
-
-class ServiceError(HeadwaterError):
+class ServiceError(HeadwaterError, status=502):
     """Seen by a client: a service answered with an error or could not be reached."""
-
-    status = 502
 
     def __init__(self, message: str, *, retryable: bool) -> None:
         super().__init__(message)
         self.retryable = retryable
 
 
-class StreamError(HeadwaterError):
+class StreamError(HeadwaterError, status=503, retryable=True):
     """The Redis stream can't be reached, or an entry on it can't be decoded."""
-
-    status = 503
-    retryable = True
 
 
 class StreamSchemaError(HeadwaterError):
     """The stream has entries of another version of Headwater. They are not dropped."""
 
 
-class FencedError(HeadwaterError):
+class FencedError(HeadwaterError, status=409):
     """Another collector has taken the part: nothing was written, stop working on it."""
 
-    status = 409
 
-
-class WeightStoreError(HeadwaterError):
+class WeightStoreError(HeadwaterError, status=409):
     """A weight version is missing, incomplete or does not match its checksums."""
 
-    status = 409
 
-
-class DatabaseError(HeadwaterError):
+class DatabaseError(HeadwaterError, status=503, retryable=True):
     """The database can't be reached, is locked, or has another schema version."""
 
-    status = 503
-    retryable = True
 
-
-class DatabaseRefusalError(DatabaseError):
+class DatabaseRefusalError(DatabaseError, status=500, retryable=False):
     """The database refuses a statement (a number out of range, a constraint, no such table): a retry can't help."""
-
-    status = 500
-    retryable = False
 
 
 class TrainingError(HeadwaterError):

@@ -1,7 +1,6 @@
 """HTTP as every process speaks it: the bearer token, one form of errors, the operations routes, one server.
 
-`/healthz` and `/readyz` are open; every other route needs the token. Nothing here loads a web framework before it is
-called: the command line needs no more than the token.
+`/healthz` and `/readyz` are open; every other route needs the token. The web framework is loaded at the first call.
 
     with serving_metrics("trainer", host, port, secrets):  # /healthz and /metrics from a thread
         train()
@@ -40,10 +39,10 @@ RETRY_AFTER_S = 1
 SHUTDOWN_S = 10
 """Requests in flight get this long after SIGTERM."""
 _STOP_S = 5.0
+_NAMES = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLargeError"}
 
 
 def generate_token() -> str:
-    """32 random bytes, URL-safe."""
     return secrets.token_urlsafe(32)
 
 
@@ -67,16 +66,14 @@ def refuse_open_binding(host: str, secrets_: "Secrets") -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 class AuthMiddleware:
-    """Refuses everything but the open paths without a token, before any of the body is read."""
+    """Refuses before any of the body is read."""
 
     def __init__(self, app: "ASGIApp", *, secrets: "Secrets") -> None:
         self._app = app
@@ -104,7 +101,6 @@ def error_response(kind: str, message: str, *, status: int, headers: Mapping[str
 
 
 def render_error(exc: HeadwaterError) -> "Response":
-    """Its class name as type, its text as message, its own status."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if exc.status == 503 else {}
     if isinstance(exc, AuthError):
         headers = {"WWW-Authenticate": "Bearer"}
@@ -112,11 +108,7 @@ def render_error(exc: HeadwaterError) -> "Response":
 
 
 async def on_http_error(_request: "Request", exc: Any) -> "Response":
-    """Starlette's HTTPException in the same form."""
     return error_response(_NAMES.get(exc.status_code, "HttpError"), str(exc.detail), status=exc.status_code)
-
-
-_NAMES = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLargeError"}
 
 
 def readiness_response(found: "Readiness") -> "Response":
@@ -158,8 +150,7 @@ def operations_app(
 ) -> "ASGIApp":
     """For a process that serves no requests of work. Without `readiness` only /healthz and /metrics.
 
-    `readiness` has its detail in full, for callers with the token; `summary` is what everybody may read in its place.
-    Both must answer at once, without I/O.
+    `summary` takes the place of the readiness's detail for callers without the token. Both must answer without I/O.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -203,8 +194,7 @@ def build_server(app: "ASGIApp", *, has_failed: Callable[[], bool] = lambda: Fal
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            # uvicorn raises the signal again after a calm stop, which would turn exit status 0 into -15.
-            yield
+            yield  # uvicorn would raise the signal again after a calm stop: exit status -15 instead of 0
 
         async def on_tick(self, counter: int) -> bool:
             return has_failed() or await super().on_tick(counter)
@@ -222,10 +212,8 @@ def build_server(app: "ASGIApp", *, has_failed: Callable[[], bool] = lambda: Fal
 
 @contextmanager
 def serving_metrics(role: "Role", host: str, port: int, secrets_: "Secrets") -> Iterator[int | None]:
-    """Serve /healthz and /metrics from a thread meanwhile; yields the port, None where `port` is 0 (nothing is served).
-
-    Raises SettingsError if the port is taken, or would be open to anybody without a token.
-    """
+    """Serve /healthz and /metrics from a thread; yields the port, None where `port` is 0 (nothing is served). Raises
+    SettingsError if the port is taken, or would be open to anybody without a token."""
     if not port:
         yield None
         return

@@ -5,8 +5,7 @@ A process that would continue a run under other settings, or over other document
     refuse_changed_identity(settings_then, settings_now, run="'web' of this database")
     refuse_changed_source(manifest_then, source.manifest(), run="web")
 
-Called by shared/runs.py for the database, and by the command line for the run folder. Settings are compared as they
-were written, not parsed, so that a setting that is gone can still be named.
+Settings are compared as they were written, not parsed, so that a setting that is gone can still be named.
 """
 
 import base64
@@ -49,16 +48,19 @@ def refuse_other_form(form: int, *, run: str) -> None:
 def refuse_changed_identity(old: Mapping[str, Any], new: Mapping[str, Any], *, run: str) -> None:
     """Raise SettingsError naming every identity setting that differs, old and new. `run` completes "the run ..."."""
     before, after = _identity(old), _identity(new)
-    changes = [
-        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if changes:
+    if changes := _changes(before, after):
         raise SettingsError(
             f"the run {run} can't be resumed with other settings: {'; '.join(changes)}. "
             "Put them back, or start a new run with --run.name NAME"
         )
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
 
 
 def _identity(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,15 +81,12 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """The documents of a run as a process found them."""
-
     files: Mapping[str, int]
     """Size in bytes by name, relative to the folder that `documents.path` means."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else identifies the documents, such as a data set's name and number of rows."""
 
     def stored(self) -> dict[str, Any]:
-        """As `runs.source` keeps it."""
         packed = orjson.dumps([sorted(self.files.items()), dict(self.facts)], option=orjson.OPT_SORT_KEYS)
         return {
             "digest": hashlib.blake2b(packed, digest_size=16).hexdigest(),
@@ -98,33 +97,21 @@ class Manifest:
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> "Manifest":
-        packed = zstandard.ZstdDecompressor().decompress(
-            base64.b64decode(stored["content"]), max_output_size=_MAX_BYTES
-        )
-        files, facts = orjson.loads(packed)
+        content = base64.b64decode(stored["content"])
+        files, facts = orjson.loads(zstandard.ZstdDecompressor().decompress(content, max_output_size=_MAX_BYTES))
         return cls(files=dict(files), facts=facts)
 
     def differences(self, now: "Manifest") -> list[str]:
         """In words how `now` differs from this one; each kind of change names its first few files."""
-        added = sorted(now.files.keys() - self.files.keys())
-        gone = sorted(self.files.keys() - now.files.keys())
-        kept = sorted(self.files.keys() & now.files.keys())
-        resized = [
-            f"{name}: {self.files[name]} bytes, now {now.files[name]}"
-            for name in kept
-            if self.files[name] != now.files[name]
-        ]
-        facts = [
-            f"{name} was {self.facts.get(name)!r} and is now {now.facts.get(name)!r}"
-            for name in sorted(self.facts.keys() | now.facts.keys())
-            if self.facts.get(name) != now.facts.get(name)
-        ]
+        old, new = self.files, now.files
+        kept = sorted(old.keys() & new.keys())
+        resized = [f"{name}: {old[name]} bytes, now {new[name]}" for name in kept if old[name] != new[name]]
         changes = [
-            ("was", "were", "added", added),
-            ("is", "are", "gone", gone),
+            ("was", "were", "added", sorted(new.keys() - old.keys())),
+            ("is", "are", "gone", sorted(old.keys() - new.keys())),
             ("has", "have", "another size", resized),
         ]
-        return [_counted(*change) for change in changes if change[3]] + facts
+        return [_counted(*change) for change in changes if change[3]] + _changes(self.facts, now.facts)
 
 
 def refuse_changed_source(kept: Mapping[str, Any], now: Manifest, *, run: str) -> None:

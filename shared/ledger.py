@@ -11,8 +11,6 @@ The table answers two questions: where to read on (`unfinished`, `next_position`
 
     read = trained + dropped (by reason) + in flight
 
-`headwater audit` compares it with the cursors, the checkpoints and the stream.
-
 A collector writes under its lease (shared/records.py). Each of its transactions begins with an update of the part's
 row that matches only the lease's number. On both databases this locks the row (on SQLite the whole file) until the
 transaction ends, so nobody can take the part between the check and the write.
@@ -28,16 +26,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from shared.database import (
-    MAX_TEXT,
-    CursorRow,
-    EventRow,
-    PartRow,
-    WindowRow,
-    insert_if_absent,
-    storable,
-    transaction,
-)
+from shared.database import MAX_TEXT, CursorRow, EventRow, PartRow, WindowRow, insert_if_absent, storable, transaction
 from shared.errors import FencedError
 from shared.records import Lease, WindowKey
 from shared.secret_urls import without_secrets
@@ -47,8 +36,6 @@ READING, SCORED, TRAINED, DROPPED = "reading", "scored", "trained", "dropped"
 
 @dataclass(frozen=True)
 class WindowStart:
-    """A window about to be worked on."""
-
     key: WindowKey
     source_id: str
     num_tokens: int
@@ -56,26 +43,20 @@ class WindowStart:
 
 @dataclass(frozen=True)
 class Position:
-    """A place in a part's order of reading."""
-
     epoch: int
     position: int
 
 
 @dataclass(frozen=True)
 class Balance:
-    """How many windows are in each state by the table alone."""
-
     read: int
     trained: int
     dropped: dict[str, int]
-    """By reason."""
     reading: int
     scored: int
 
     @property
     def in_flight(self) -> int:
-        """With a collector, on the stream, or trained since the last checkpoint."""
         return self.reading + self.scored
 
 
@@ -83,31 +64,28 @@ class Balance:
 class Ledger:
     """One run's windows. Blocking: use it from a thread in async code.
 
-    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part. A caller
-    that holds no part, such as the trainer, gives None.
+    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part. The
+    trainer, which holds no part, gives None.
     """
 
     database: sa.Engine
     run_id: str
 
     def lease_epoch(self, part: int) -> int:
-        """The newest fencing number of the part; 0 before it was first taken."""
         with transaction(self.database) as session:
             row = session.get(PartRow, (self.run_id, part))
             return 0 if row is None else row.lease_epoch
 
     def take_part(self, part: int, *, after: int) -> int:
-        """The fencing number of a new lease; from now on writes under an earlier one are refused.
-
-        `after` is the number read before. FencedError if it has risen since: another collector has taken the part.
-        """
+        """The fencing number of a new lease: writes under an earlier one are refused. FencedError if another collector
+        has taken the part since its number was `after`."""
         with transaction(self.database) as session:
             insert_if_absent(session, PartRow, run_id=self.run_id, part=part, lease_epoch=0)
             self._move_epoch(session, part, after, after + 1)
         return after + 1
 
     def refuse_if_fenced(self, session: Session, lease: Lease | None) -> None:
-        """Comes first in a transaction: nobody else takes the part until it ends. FencedError if somebody has."""
+        """First in a transaction: nobody else takes the part until it ends. FencedError if somebody has."""
         if lease is not None:
             self._move_epoch(session, lease.part, lease.epoch, lease.epoch)
 
@@ -121,16 +99,14 @@ class Ledger:
             raise FencedError(f"part {part} was taken by another collector after lease number {expected}")
 
     def begin(self, windows: Sequence[WindowStart], lease: Lease | None = None) -> None:
-        """Rows for all windows of one or more documents, and the cursor behind them: all or none. Repeating it changes
-        nothing."""
-        num_windows = Counter(_document_of(window.key) for window in windows)
+        """Rows for all windows of documents, and the cursor behind them. Repeating it changes nothing."""
+        documents = [(window.key.part, window.key.epoch, window.key.position) for window in windows]
+        num_windows = Counter(documents)
         with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
-            for window in windows:
+            for window, document in zip(windows, documents, strict=True):
                 if session.get(WindowRow, self._primary_key(window.key)) is None:
-                    session.add(
-                        self._row(window, num_windows=num_windows[_document_of(window.key)], **_worked_on(lease))
-                    )
+                    session.add(self._row(window, num_windows=num_windows[document], **_worked_on(lease)))
                 self._advance_cursor(session, window.key)
 
     def mark_scored(
@@ -159,10 +135,8 @@ class Ledger:
     def drop(
         self, key: WindowKey, *, reason: str, detail: str = "", source_id: str = "", lease: Lease | None = None
     ) -> bool:
-        """It won't be trained. Also writes the row, for a refused line that never had one.
-
-        False if it is trained: it stays so, with an event. A dropped one keeps its first reason.
-        """
+        """It won't be trained. Also writes the row, for a refused line that never had one. One dropped before keeps its
+        reason. False if it is trained: it stays so, with an event."""
         outcome = {
             "state": DROPPED,
             "reason": reason,
@@ -180,16 +154,13 @@ class Ledger:
                 session.add(row)
                 self._advance_cursor(session, key)
             elif row.state == TRAINED:
-                session.add(self._kept_trained(key, reason, role="collector" if lease else "trainer"))
+                role = "collector" if lease else "trainer"
+                message = f"window {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
+                session.add(EventRow.of(self.run_id, role, "kept_trained", message, window=str(key), reason=reason))
             return row.state == DROPPED
 
-    def _kept_trained(self, key: WindowKey, reason: str, *, role: str) -> EventRow:
-        message = f"window {key} was to be dropped ({reason}), but a checkpoint contains it: it stays trained"
-        return EventRow.of(self.run_id, role, "kept_trained", message, window=str(key), reason=reason)
-
     def mark_trained(self, steps: Mapping[str, int], *, num_pairs: Mapping[str, int] = MappingProxyType({})) -> None:
-        """`{window id: step}` and `{window id: pairs in updates}` of windows that a checkpoint on disk contains.
-        Repeating it changes nothing."""
+        """`{window id: step}` and `{window id: pairs in updates}` of windows in a checkpoint. May be repeated."""
         with transaction(self.database) as session:
             for window_id, step in steps.items():
                 self._update(
@@ -204,41 +175,25 @@ class Ledger:
 
     def finished_among(self, window_ids: Iterable[str]) -> set[str]:
         """Those that are trained or dropped: a second delivery of them must not be trained."""
-        found = set()
         with transaction(self.database) as session:
-            for window_id in window_ids:
-                row = session.get(WindowRow, self._primary_key(WindowKey.parse(window_id)))
-                if row is not None and row.state in (TRAINED, DROPPED):
-                    found.add(window_id)
-        return found
+            rows = {id_: session.get(WindowRow, self._primary_key(WindowKey.parse(id_))) for id_ in window_ids}
+            return {id_ for id_, row in rows.items() if row is not None and row.state in (TRAINED, DROPPED)}
 
     def next_position(self, part: int) -> Position:
         """The first place in the part that was never read."""
-        newest_first = (
-            sa.select(CursorRow)
-            .where(CursorRow.run_id == self.run_id, CursorRow.part == part)
-            .order_by(CursorRow.epoch.desc())
-        )
+        cursors = sa.select(CursorRow).where(CursorRow.run_id == self.run_id, CursorRow.part == part)
         with transaction(self.database) as session:
-            newest = session.scalars(newest_first.limit(1)).first()
+            newest = session.scalars(cursors.order_by(CursorRow.epoch.desc()).limit(1)).first()
             return Position(newest.epoch, newest.num_positions) if newest else Position(0, 0)
 
     def source_id(self, part: int, position: Position) -> str:
-        """Of the document that was read there."""
-        windows = sa.select(WindowRow.source_id).where(
-            WindowRow.run_id == self.run_id,
-            WindowRow.part == part,
-            WindowRow.epoch == position.epoch,
-            WindowRow.position == position.position,
-        )
+        document = {"run_id": self.run_id, "part": part, "epoch": position.epoch, "position": position.position}
         with transaction(self.database) as session:
-            return session.scalars(windows.limit(1)).one()
+            return session.scalars(sa.select(WindowRow.source_id).filter_by(**document).limit(1)).one()
 
     def unfinished(self, part: int, *, on_stream: set[str]) -> dict[Position, set[int]]:
-        """Windows by position that must be worked on again: neither finished nor on the stream.
-
-        They include `scored` ones: a Redis that lost its data loses no window.
-        """
+        """Windows by position that must be worked on again: neither finished nor on the stream. They include `scored`
+        ones: a Redis that lost its data loses no window."""
         found: dict[Position, set[int]] = {}
         with transaction(self.database) as session:
             for key in self._keys(session, part, (READING, SCORED)):
@@ -247,10 +202,8 @@ class Ledger:
         return found
 
     def mark_found(self, part: int, *, on_stream: set[str], lease: Lease | None = None) -> int:
-        """Make windows of the part `scored` that are `reading` although they are on the stream. Returns how many.
-
-        Their collector stopped between the write and `mark_scored`. Their number of chunks stays unknown.
-        """
+        """Mark the part's windows `scored` that are `reading` although on the stream; returns how many. Their collector
+        stopped between the write and `mark_scored`. Their number of chunks stays unknown."""
         with transaction(self.database) as session:
             self.refuse_if_fenced(session, lease)
             found = [key for key in self._keys(session, part, (READING,)) if str(key) in on_stream]
@@ -258,11 +211,8 @@ class Ledger:
         return len(found)
 
     def balance(self) -> Balance:
-        counted = (
-            sa.select(WindowRow.state, WindowRow.reason, sa.func.count())
-            .where(WindowRow.run_id == self.run_id)
-            .group_by(WindowRow.state, WindowRow.reason)
-        )
+        what = (WindowRow.state, WindowRow.reason)
+        counted = sa.select(*what, sa.func.count()).where(WindowRow.run_id == self.run_id).group_by(*what)
         with transaction(self.database) as session:
             rows = session.execute(counted).all()
         by_state: Counter[str] = Counter()
@@ -278,12 +228,8 @@ class Ledger:
 
     def _keys(self, session: Session, part: int, states: Sequence[str]) -> list[WindowKey]:
         place = (WindowRow.part, WindowRow.epoch, WindowRow.position, WindowRow.window)
-        rows = session.execute(
-            sa.select(*place).where(
-                WindowRow.run_id == self.run_id, WindowRow.part == part, WindowRow.state.in_(states)
-            )
-        )
-        return [WindowKey(**row._mapping) for row in rows]
+        of_part = sa.select(*place).filter_by(run_id=self.run_id, part=part)
+        return [WindowKey(**row._mapping) for row in session.execute(of_part.where(WindowRow.state.in_(states)))]
 
     def _primary_key(self, key: WindowKey) -> tuple[str, int, int, int, int]:
         return (self.run_id, key.part, key.epoch, key.position, key.window)
@@ -307,23 +253,10 @@ class Ledger:
         )
 
     def _update(self, session: Session, keys: Sequence[WindowKey], *, from_states: Sequence[str], **values: Any) -> int:
-        """How many rows were in one of `from_states`, and are changed."""
-        num_changed = 0
-        for key in keys:
-            changed = session.execute(
-                sa.update(WindowRow)
-                .where(
-                    WindowRow.run_id == self.run_id,
-                    WindowRow.part == key.part,
-                    WindowRow.epoch == key.epoch,
-                    WindowRow.position == key.position,
-                    WindowRow.window == key.window,
-                    WindowRow.state.in_(from_states),
-                )
-                .values(**values)
-            )
-            num_changed += _num_rows(changed)
-        return num_changed
+        """How many rows are changed."""
+        change = sa.update(WindowRow).where(WindowRow.state.in_(from_states)).values(**values)
+        places = (key.model_dump() for key in keys)
+        return sum(_num_rows(session.execute(change.filter_by(run_id=self.run_id, **place))) for place in places)
 
 
 def _num_rows(answer: sa.Result[Any]) -> int:
@@ -332,7 +265,3 @@ def _num_rows(answer: sa.Result[Any]) -> int:
 
 def _worked_on(lease: Lease | None) -> dict[str, int]:
     return {} if lease is None else {"lease_epoch": lease.epoch}
-
-
-def _document_of(key: WindowKey) -> tuple[int, int, int]:
-    return key.part, key.epoch, key.position

@@ -1,6 +1,5 @@
 """Whether a window's requests and its entry on the stream are within their limits. Called while settings are read.
 
-A configuration that can't work is thus refused by `headwater check` and by every process, before a window is begun.
 Sizes are those of a window full of chunks, each with all its candidates at their longest, at `TEXT_BYTES` a token,
 about three times English. A window with even longer text is answered 413 by the service, which stops the collector.
 """
@@ -24,29 +23,30 @@ _ID_JSON_BYTES = 7
 """Up to six digits and a comma."""
 _ID_PACKED_BYTES = 5
 _CHUNK_BYTES = 120
-"""Offsets, field names, brackets."""
 _CANDIDATE_BYTES = 120
 _JUDGED_BYTES = 32
 _SCORE_BYTES = 9
 _REQUEST_BYTES = 1000
+_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"
 
 
 def problems(settings: "Settings") -> Iterator[str]:
     """One sentence for each, with the numbers and the remedy."""
     yield from _too_many_chunks(settings)
+    shape = (
+        f"a window of {settings.chunks.context_tokens:,} tokens (chunks.context_tokens) with "
+        f"{_most_candidates(settings)} candidates for each of {most_chunks(settings):,} chunks makes"
+    )
     for role, num_bytes in request_bytes(settings).items():
         service: ServiceSettings = getattr(settings, role)
         if num_bytes > service.max_request_bytes:
             yield (
-                f"a window of {_shape(settings)} makes requests of up to {num_bytes:,} bytes to the {role}, "
+                f"{shape} requests of up to {num_bytes:,} bytes to the {role}, "
                 f"{role}.max_request_bytes = {service.max_request_bytes:,} allows fewer: raise it, or {_SMALLER}"
             )
         yield from _too_slow(settings, role, service)
-    if entry_bytes(settings) > MAX_ENTRY_BYTES:
-        yield (
-            f"a window of {_shape(settings)} makes an entry of up to {entry_bytes(settings):,} bytes on the stream, "
-            f"which takes {MAX_ENTRY_BYTES:,}: {_SMALLER}"
-        )
+    if (found := entry_bytes(settings)) > MAX_ENTRY_BYTES:
+        yield f"{shape} an entry of up to {found:,} bytes on the stream, which takes {MAX_ENTRY_BYTES:,}: {_SMALLER}"
 
 
 def most_chunks(settings: "Settings") -> int:
@@ -84,9 +84,9 @@ def entry_bytes(settings: "Settings") -> int:
     candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
     reasoning = max(map(_reasoning_bytes, criteria), default=0)
     around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + _most_candidates(settings) * candidate)
-    shown = _most_candidates(settings) * _most_suffix_tokens(settings) * TEXT_BYTES
-    num_ids = settings.chunks.context_tokens + _most_candidates(settings) * _most_suffix_tokens(settings)
-    return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + shown + around
+    num_tokens = _most_candidates(settings) * _most_suffix_tokens(settings)
+    num_ids = settings.chunks.context_tokens + num_tokens
+    return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + num_tokens * TEXT_BYTES + around
 
 
 def _reasoning_bytes(criterion: "CriterionSettings") -> int:
@@ -122,13 +122,3 @@ def _too_slow(settings: "Settings", role: str, service: "ServiceSettings") -> It
             f"{role}.engine.timeout_s = {engine.timeout_s:g}: the collector would ask again for what the {role} still "
             "works at; raise the one or lower the other"
         )
-
-
-def _shape(settings: "Settings") -> str:
-    return (
-        f"{settings.chunks.context_tokens:,} tokens (chunks.context_tokens) with {_most_candidates(settings)} "
-        f"candidates for each of {most_chunks(settings):,} chunks"
-    )
-
-
-_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"

@@ -1,7 +1,8 @@
 """The roles of processes, and every Prometheus metric. /metrics of a process serves those of its role: a judge that
 showed `headwater_weight_version 0` would be the smallest version of all replicas."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -17,7 +18,6 @@ SERVICES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 ROLES: tuple[Role, ...] = get_args(Role)
 
 REGISTRY = CollectorRegistry()
-"""All of them."""
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _of_role: dict[str, CollectorRegistry] = {role: CollectorRegistry() for role in ROLES}
 
@@ -27,16 +27,8 @@ def registry_of(role: str) -> CollectorRegistry:
     return _of_role[role]
 
 
-def _counter(roles: Sequence[str], name: str, text: str, *labels: str) -> Counter:
-    return _listed(Counter(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
-
-
-def _gauge(roles: Sequence[str], name: str, text: str, *labels: str) -> Gauge:
-    return _listed(Gauge(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
-
-
-def _histogram(roles: Sequence[str], name: str, text: str, *labels: str) -> Histogram:
-    return _listed(Histogram(f"headwater_{name}", text, labels, registry=REGISTRY, buckets=_SECONDS), roles)
+def _metric(kind: Callable[..., T], roles: Sequence[str], name: str, text: str, *labels: str) -> T:
+    return _listed(kind(f"headwater_{name}", text, labels, registry=REGISTRY), roles)
 
 
 def _listed(metric: T, roles: Sequence[str]) -> T:
@@ -45,14 +37,15 @@ def _listed(metric: T, roles: Sequence[str]) -> T:
     return metric
 
 
+_counter = partial(_metric, Counter)
+_gauge = partial(_metric, Gauge)
+_histogram = partial(_metric, partial(Histogram, buckets=_SECONDS))
 _listed(ProcessCollector(registry=REGISTRY), ROLES)  # process_*: memory, CPU seconds, open files
 
 # Every service
 requests_total = _counter(SERVICES, "requests_total", "HTTP requests answered", "route", "status")
 request_seconds = _histogram(SERVICES, "request_seconds", "Seconds to answer a request", "route")
-requests_in_flight = _gauge(
-    SERVICES, "requests_in_flight", "Requests of work not yet answered, health and metrics left out"
-)
+requests_in_flight = _gauge(SERVICES, "requests_in_flight", "Requests of work not yet answered")
 ready = _gauge(SERVICES, "ready", "1 when the service can answer")
 
 # Engines
@@ -64,9 +57,7 @@ engine_queued_requests = _gauge(ENGINES, "engine_queued_requests", "Requests wai
 # Rollout
 weight_version = _gauge(["rollout", "trainer"], "weight_version", "Weight version that new requests are answered under")
 weight_load_seconds = _histogram(["rollout"], "weight_load_seconds", "Seconds of a weight update by phase", "phase")
-weight_bytes_fetched_total = _counter(
-    ["rollout"], "weight_bytes_fetched_total", "Bytes of weight versions fetched", "form"
-)
+weight_bytes_fetched_total = _counter(["rollout"], "weight_bytes_fetched_total", "Bytes of versions fetched", "form")
 failed_patches_total = _counter(["rollout"], "failed_patches_total", "Changes that an engine could not take in place")
 refused_weights_total = _counter(["rollout"], "refused_weights_total", "Weight versions that could not be loaded")
 
@@ -74,34 +65,26 @@ refused_weights_total = _counter(["rollout"], "refused_weights_total", "Weight v
 rewrites_total = _counter(["rewriter"], "rewrites_total", "Rewrites by outcome", "outcome")
 judge_calls_total = _counter(["judge"], "judge_calls_total", "Engine calls for verdicts", "criterion")
 judge_failures_total = _counter(["judge"], "judge_failures_total", "Verdicts that could not be read", "criterion")
-judge_info = _gauge(
-    ["judge"], "judge_info", "1 for the judge in service: model, prompts and settings as one hash", "fingerprint"
-)
+judge_info = _gauge(["judge"], "judge_info", "1 for the judge in service: a hash of all settings", "fingerprint")
 
 # Collector
 windows_read_total = _counter(["collector"], "windows_read_total", "Document windows read, refused ones included")
 windows_scored_total = _counter(["collector"], "windows_scored_total", "Document windows written to the stream")
-windows_dropped_total = _counter(
-    ["collector", "trainer"], "windows_dropped_total", "Document windows dropped", "reason"
-)
+windows_dropped_total = _counter(["collector", "trainer"], "windows_dropped_total", "Windows dropped", "reason")
 chunks_scored_total = _counter(["collector"], "chunks_scored_total", "Chunks with candidates")
 chunks_dropped_total = _counter(["collector"], "chunks_dropped_total", "Chunks dropped", "reason")
 candidates_total = _counter(["collector"], "candidates_total", "Candidates collected", "kind")
-candidates_absent_total = _counter(
-    ["collector"], "candidates_absent_total", "Candidates that could not be had", "kind", "reason"
-)
+candidates_absent_total = _counter(["collector"], "candidates_absent_total", "Missing candidates", "kind", "reason")
 candidate_reward_sum = _counter(["collector"], "candidate_reward_sum", "Sum of rewards", "kind")
-service_retries_total = _counter(
-    ["collector"], "service_retries_total", "Requests to a service that were tried again", "service"
-)
+service_retries_total = _counter(["collector"], "service_retries_total", "Requests tried again", "service")
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
 windows_in_flight = _gauge(["collector"], "windows_in_flight", "Windows being generated and judged")
 leased_parts = _gauge(["collector"], "leased_parts", "Parts of the source held by this collector")
 role_seconds_total = _counter(["collector"], "role_seconds_total", "Seconds waited for a service", "role")
 
 # Stream
-stream_unread = _gauge(["collector"], "stream_unread", "Documents on the stream not yet delivered")
-stream_pending = _gauge(["collector"], "stream_pending", "Documents delivered and not yet in a checkpoint")
+stream_unread = _gauge(["collector"], "stream_unread", "Windows on the stream not yet delivered")
+stream_pending = _gauge(["collector"], "stream_pending", "Windows delivered and not yet in a checkpoint")
 
 # Trainer
 step = _gauge(["trainer"], "step", "Optimizer steps taken")
@@ -110,8 +93,6 @@ trained_tokens_total = _counter(["trainer"], "trained_tokens_total", "Target tok
 skipped_steps_total = _counter(["trainer"], "skipped_steps_total", "Steps skipped for a non-finite loss")
 live_replicas = _gauge(["trainer"], "live_replicas", "Rollout replicas whose heartbeat has not expired")
 replica_version = _gauge(["trainer"], "replica_version", "Weight version that a live replica serves", "replica")
-replica_waits_total = _counter(
-    ["trainer"], "replica_waits_total", "Times the trainer waited for replicas to catch up", "outcome"
-)
+replica_waits_total = _counter(["trainer"], "replica_waits_total", "Waits for replicas to catch up", "outcome")
 weight_push_bytes_total = _counter(["trainer"], "weight_push_bytes_total", "Bytes of weight versions written", "form")
 weight_push_seconds = _histogram(["trainer"], "weight_push_seconds", "Seconds to write and announce a version")

@@ -17,12 +17,10 @@ from shared.records import CandidateKind
 @dataclass(frozen=True)
 class Objective:
     choice: str
-    """How a chunk's chosen and rejected suffix are picked: a function of trainer/preferences.py, or the kind of the one
-    candidate to take."""
+    """A function of trainer/preferences.py that picks chosen and rejected, or the kind of the one candidate to take."""
     loss: Literal["dpo", "nll"]
-    """In trainer/losses.py."""
     judged: bool = False
-    """It chooses by reward. The others do without the judge."""
+    """It chooses by reward."""
     kinds: frozenset[CandidateKind] = frozenset()
     """Candidates that every chunk must have."""
     takes_lone_candidate: bool = False

@@ -1,8 +1,7 @@
-"""`python -m shared.probe URL`: a container's health check. The answer on standard output and status 0 if it is a
-success, else why not on standard error and status 1.
+"""`python -m shared.probe URL`: a container's health check. Prints a 2xx answer, else fails with the reason.
 
 Standard library only: every container runs it every few seconds, and images have no curl. It sends HEADWATER_TOKEN, if
-that is set, so that in a container it can ask for /status too.
+that is set, so that it can ask for /status too.
 """
 
 import os
@@ -16,7 +15,7 @@ _MAX_BYTES = 64_000
 
 
 class ProbeFailed(Exception):
-    """Says what is wrong, in the words of the other side if it answered."""
+    """With the words of the other side if it answered."""
 
 
 def probe(url: str, *, timeout_s: float = TIMEOUT_S) -> str:

@@ -30,14 +30,10 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def run_process(
-    role: str,
-    work: "Callable[[Settings, Secrets], None]",
-    *,
-    command: str,
-    arguments: Sequence[str] | None = None,
+    role: str, work: "Callable[[Settings, Secrets], None]", *, command: str, arguments: Sequence[str] | None = None
 ) -> int:
-    """The exit status: 0 when `work` ends or a signal asks the process to stop, 1 on an error (one JSON line)."""
-    path, overrides = parse_arguments(role, sys.argv[1:] if arguments is None else arguments, command=command)
+    """The exit status: 0 when `work` ends or a signal comes, 1 on an error, which is one JSON line."""
+    path, overrides = _parse_arguments(role, sys.argv[1:] if arguments is None else arguments, command=command)
     from shared.configuration import load_secrets, load_settings
 
     configure_logs(role)
@@ -50,8 +46,7 @@ def run_process(
     return 0
 
 
-def parse_arguments(role: str, arguments: Sequence[str], *, command: str) -> tuple[Path | None, list[str]]:
-    """The configuration file and the `--section.key VALUE` words, which load_settings checks."""
+def _parse_arguments(role: str, arguments: Sequence[str], *, command: str) -> tuple[Path | None, list[str]]:
     parser = argparse.ArgumentParser(
         prog=command,
         description=f"Headwater's {role}. Settings: TOML file < HEADWATER_SECTION__KEY < --section.key VALUE.",
@@ -63,7 +58,6 @@ def parse_arguments(role: str, arguments: Sequence[str], *, command: str) -> tup
 
 
 def on_stop_signal(react: Callable[..., object]) -> None:
-    """SIGTERM and SIGINT call `react(number, frame)` from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, react)
 
@@ -74,10 +68,9 @@ def leave(*_signal: object) -> NoReturn:
 
 
 def configure_logs(role: str, *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send every logger's records as JSON to `stream` (standard error by default), and with them the exceptions that
-    nobody catches."""
+    """Every logger's records and uncaught exceptions as JSON to `stream` (standard error by default)."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter(role))
+    handler.setFormatter(_JsonFormatter(role))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "uvicorn.access", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -92,9 +85,8 @@ def _log_uncaught(kind: type[BaseException], exc: BaseException | None, tracebac
     logging.getLogger("uncaught").critical("%s: %s", kind.__name__, exc, exc_info=(kind, exc, traceback))
 
 
-class JsonFormatter(logging.Formatter):
-    """Time, level, process role, logger, message, whatever was passed as `extra=`, and the traceback. URLs lose their
-    secrets, whoever wrote them."""
+class _JsonFormatter(logging.Formatter):
+    """Time, level, role, logger, message, what was passed as `extra=`, and the traceback. URLs lose their secrets."""
 
     def __init__(self, role: str) -> None:
         super().__init__()

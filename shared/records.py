@@ -1,7 +1,6 @@
 """The records of a sample: candidates, their judgement, the scored window on the stream.
 
-They cross process borders, so all are frozen and refuse unknown keys. `token_ids`, the policy's tokens as sampled or
-cut, are what is trained; `text` is for rewriter, judge and people.
+`token_ids`, the policy's tokens as sampled or cut, are what is trained; `text` is for rewriter, judge and people.
 
     key = WindowKey(part=0, epoch=0, position=17, window=0)
     assert WindowKey.parse(str(key)) == key             # "0.0.17.0", the id of a window everywhere
@@ -27,7 +26,7 @@ Score = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
-    """Base of everything that crosses a process border."""
+    """Crosses a process border."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +37,6 @@ class Candidate(Record):
     kinds: Annotated[tuple[CandidateKind, ...], Field(min_length=1)]
     """Who made it, in the order original, rewrite, rollout; a rollout that was sampled twice is named twice."""
     token_ids: TokenIds
-    """At most as many as the chunk has. An end-of-text comes last."""
     text: str
     """The tokens decoded after the prefix, without an end-of-text and without half characters at either end."""
     weight_version: int | None = None
@@ -46,13 +44,9 @@ class Candidate(Record):
     finish_reason: FinishReason = "source"
 
     @model_validator(mode="after")
-    def _kinds_stand_in_their_order(self) -> "Candidate":
+    def _kinds_are_in_order_and_fit_the_version(self) -> "Candidate":
         if len(self.kinds) > 1 and list(self.kinds) != sorted(self.kinds, key=CANDIDATE_KINDS.index):
             raise ValueError(f"kinds must stand in the order {', '.join(CANDIDATE_KINDS)}, got {list(self.kinds)}")
-        return self
-
-    @model_validator(mode="after")
-    def _rollouts_carry_their_version(self) -> "Candidate":
         if ("rollout" in self.kinds) != (self.weight_version is not None):
             raise ValueError(f"weight_version belongs to rollouts, got {self.weight_version} on {list(self.kinds)}")
         return self
@@ -62,9 +56,9 @@ class Judgement(Record):
     """The judge's view of the candidates of one chunk, in their order."""
 
     rewards: tuple[float, ...]
-    """Combined reward per candidate: the weighted mean of the criteria's scores, in [0, 1]."""
+    """Per candidate the weighted mean of the criteria's scores, in [0, 1]."""
     scores: dict[str, tuple[Score, ...]]
-    """Per criterion one score in [0, 1] per candidate."""
+    """By criterion, per candidate."""
     reasoning: str = ""
     """One answer of the judge, unedited; empty where no text was sampled."""
     num_calls: int = Field(ge=0)
@@ -86,16 +80,12 @@ class ScoredChunk(Record):
     """None where no judge was asked: the objective needs none, or there is only one candidate."""
 
     @model_validator(mode="after")
-    def _one_reward_per_candidate(self) -> "ScoredChunk":
-        if self.judgement and len(self.judgement.rewards) != len(self.candidates):
-            raise ValueError(
-                f"{len(self.judgement.rewards)} rewards for {len(self.candidates)} candidates at {self.start}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _no_two_candidates_are_equal(self) -> "ScoredChunk":
-        if len({candidate.token_ids for candidate in self.candidates}) != len(self.candidates):
+    def _candidates_differ_and_have_rewards(self) -> "ScoredChunk":
+        num_candidates = len(self.candidates)
+        if self.judgement and len(self.judgement.rewards) != num_candidates:
+            found = len(self.judgement.rewards)
+            raise ValueError(f"{found} rewards for {num_candidates} candidates at {self.start}")
+        if len({candidate.token_ids for candidate in self.candidates}) != num_candidates:
             raise ValueError(f"equal candidates at {self.start}: merge them into one that has all their kinds")
         return self
 
@@ -105,8 +95,6 @@ NO_PREFERENCE = "no_preference"
 
 
 class DroppedChunk(Record):
-    """A chunk that could not be scored: counted, never trained."""
-
     start: int
     reason: str
 
@@ -115,12 +103,11 @@ class WindowKey(Record):
     """Where a window comes in the order of reading."""
 
     part: int = Field(ge=0)
-    """Part of the source; collectors lease parts."""
     epoch: int = Field(ge=0)
     position: int = Field(ge=0)
     """Index of the document in the part's shuffled order of this epoch; refused lines take one too."""
     window: int = Field(ge=0)
-    """Index within the document: long documents become several windows."""
+    """Index within the document."""
 
     def __str__(self) -> str:
         return f"{self.part}.{self.epoch}.{self.position}.{self.window}"
@@ -144,7 +131,6 @@ class ScoredWindow(Record):
     dropped_chunks: tuple[DroppedChunk, ...] = ()
     read_at: float
     scored_at: float
-    """Unix seconds."""
     seconds: dict[str, float] = {}
     """Wall seconds of waiting by role: rollout, rewrite, judge."""
 
@@ -155,12 +141,8 @@ class ScoredWindow(Record):
     @property
     def weight_versions(self) -> tuple[int, ...]:
         """One for each rollout."""
-        return tuple(
-            candidate.weight_version
-            for chunk in self.chunks
-            for candidate in chunk.candidates
-            if candidate.weight_version is not None
-        )
+        versions = (candidate.weight_version for chunk in self.chunks for candidate in chunk.candidates)
+        return tuple(version for version in versions if version is not None)
 
     @property
     def oldest_weight_version(self) -> int | None:

@@ -1,7 +1,7 @@
 """One way to wait for what is away: Redis, the database, a service, the documents. On top of tenacity.
 
-An error with `retryable` set is tried again after 0.25 s, then 0.5 s, 1 s, ... up to `max_wait_s`; all others are
-raised at once. What is retried must be safe to do twice. Jitter keeps many callers from coming back in step.
+A `retryable` error is tried again after 0.25 s, then 0.5 s, 1 s, ... up to `max_wait_s`, with jitter; all others are
+raised at once. What is retried must be safe to do twice.
 
     retries = Retries(give_up_s=900, stop=stop)
     retries(lambda: ledger.mark_trained(steps))                  # blocks the thread between attempts
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, Retrying
+from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception
 
 from shared.errors import HeadwaterError
 
@@ -41,12 +41,12 @@ class Retries:
     give_up_s: float = math.inf
     """The last error is raised after this long, counted from the call's beginning."""
     max_attempts: int = 0
-    """The same after so many attempts; 0: no bound."""
+    """Or after so many attempts; 0: no bound."""
     stop: Event = field(default_factory=Event)
     stopping_s: float = 3.0
     """Takes the place of `give_up_s` once `stop` is set."""
     on_failure: Callable[[int, BaseException], None] | None = None
-    """Called before each wait with the number of the attempt and its error, instead of logging them."""
+    """Called before each wait with the attempt's number and its error, instead of logging them."""
 
     def __call__(self, call: Callable[[], _T]) -> _T:
         retrying = Retrying(sleep=self._sleep, **self._policy())
@@ -66,7 +66,7 @@ class Retries:
 
     def _policy(self) -> dict[str, Any]:
         return {
-            "retry": lambda state: _is_retryable(_error(state)),
+            "retry": retry_if_exception(lambda error: isinstance(error, HeadwaterError) and error.retryable),
             "wait": self._wait_s,
             "stop": self._gives_up,
             "before_sleep": self._note_failure,
@@ -104,7 +104,3 @@ class Retries:
 
 def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
-
-
-def _is_retryable(error: BaseException | None) -> bool:
-    return isinstance(error, HeadwaterError) and error.retryable

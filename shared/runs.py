@@ -5,8 +5,7 @@
     run.record_step(1, StepFigures(at=time.time(), weight_version=1, figures={"loss": 0.69}))
     run.ledger.next_position(part=0)                            # its windows: shared/ledger.py
 
-`headwater audit`, `report` and `check` only look: `reading_run` neither migrates nor writes. To keep a new fact of a
-run, add a method here (and its table to shared/database.py, with a migration).
+`headwater audit`, `report` and `check` only look: `reading_run` neither migrates nor writes.
 """
 
 import time
@@ -42,8 +41,8 @@ from shared.settings import Settings
 
 
 def open_run(settings: Settings) -> "Run":
-    """The run, ready to be written. Raises SettingsError if it is there with another form or identity, DatabaseError
-    if the database is away: then call it again."""
+    """The run, ready to be written. Raises SettingsError if it has another form or identity, DatabaseError if the
+    database is away: then call it again."""
     run = Run.of(settings)
     try:
         run.open(settings)
@@ -67,8 +66,6 @@ def reading_run(settings: Settings) -> Iterator["Run"]:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What the first processes of a run wrote down."""
-
     settings: dict[str, Any]
     source: dict[str, Any] | None
     """`Manifest.stored` of its documents; None until a collector has opened them."""
@@ -83,15 +80,11 @@ class Run:
 
     @classmethod
     def of(cls, settings: Settings) -> "Run":
-        """Not yet connected: `open` it before it is written."""
         return cls(open_database(settings.database_url), settings.run.name)
 
     def open(self, settings: Settings) -> None:
-        """Bring the schema up to date and write the run's row, or compare with it. Raises as `open_run` does.
-
-        A run of another form is refused before its database is migrated: the version that can finish it still may.
-        """
-        self.began_with()
+        """Bring the schema up to date and write the run's row, or compare with it. Raises as `open_run` does."""
+        self.began_with()  # refuses another form before the migration: the version that can finish the run still may
         migrate(self.database)
         now = without_passwords(settings).model_dump(mode="json")
         with transaction(self.database) as session:
@@ -100,8 +93,8 @@ class Run:
         refuse_changed_identity(then, now, run=f"{self.name!r} of this database")
 
     def began_with(self) -> RunStart | None:
-        """None if the database does not have the run. Raises SettingsError if it has another form. Reads schemas of
-        earlier versions too, and writes nothing."""
+        """None if the database does not have the run. Raises SettingsError if it has another form. Reads older schemas
+        too, and writes nothing."""
         with translated():
             inspector = sa.inspect(self.database)
             if not inspector.has_table(RunRow.__tablename__):
@@ -124,7 +117,7 @@ class Run:
         return Ledger(self.database, self.name)
 
     def adopt_source(self, manifest: Manifest) -> None:
-        """Keep what the run's documents are; SourceError if they are not the ones that are kept."""
+        """Keep what the run's documents are; SourceError if others are kept."""
         of_run = sa.update(RunRow).where(RunRow.id == self.name)
         with transaction(self.database) as session:
             session.execute(of_run.where(RunRow.source.is_(sa.null())).values(source=manifest.stored()))
@@ -142,17 +135,14 @@ class Run:
             session.add(EventRow.of(self.name, role, kind, message, **data))
 
     def record_step(self, step: int, row: StepFigures) -> None:
-        """Replaces the row that the step may have."""
-        with transaction(self.database) as session:
+        with transaction(self.database) as session:  # merge replaces the row that the step may have
             session.merge(StepRow(run_id=self.name, step=step, **row.model_dump()))
 
     def delete_steps_beyond(self, step: int) -> None:
-        """Rows of steps that no checkpoint contains: they are done again."""
         with transaction(self.database) as session:
             session.execute(sa.delete(StepRow).where(StepRow.run_id == self.name, StepRow.step > step))
 
     def newest_weight_version(self) -> int | None:
-        """The newest that was ever published; None before the first."""
         newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.name)
         with transaction(self.database) as session:
             return session.scalar(newest)
@@ -167,8 +157,8 @@ class Run:
             session.merge(row)
 
     def record_chunks(self, window: ScoredWindow, prefixes: Sequence[str], lease: Lease) -> None:
-        """All chunks and candidates of a window, with a prefix to show for each scored chunk. Replaces the rows of an
-        earlier attempt. FencedError as the ledger."""
+        """All chunks and candidates, with a prefix to show for each scored chunk. Replaces the rows of an earlier
+        attempt. FencedError as the ledger."""
         earlier = sa.select(ChunkRow.id).where(ChunkRow.run_id == self.name, ChunkRow.window_id == window.window_id)
         with transaction(self.database) as session:
             self.ledger.refuse_if_fenced(session, lease)
@@ -188,14 +178,10 @@ class Run:
 
 
 def _judged(chunk: ScoredChunk) -> dict[str, Any]:
-    if (judgement := chunk.judgement) is None:
+    if chunk.judgement is None:
         return {}
-    return {
-        "fingerprint": judgement.fingerprint,
-        "reasoning": storable(judgement.reasoning),
-        "num_calls": judgement.num_calls,
-        "num_failures": judgement.num_failures,
-    }
+    figures = chunk.judgement.model_dump(include={"fingerprint", "num_calls", "num_failures"})
+    return figures | {"reasoning": storable(chunk.judgement.reasoning)}
 
 
 def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:

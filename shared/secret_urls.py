@@ -3,9 +3,8 @@
     postgresql://me:SECRET@db/runs?sslmode=require&sslpassword=SECRET  ->  postgresql://me@db/runs?sslmode=require
     http://KEY@host/v1?api_key=SECRET#SECRET                           ->  http://host/v1
 
-Only what is known to be harmless stays. Passwords, user names that may be keys, other options and fragments go. If a
-URL can be parsed in two ways, only its scheme stays; settings refuse it (`url_of`), since libraries that fail on it
-print pieces of it. Paths stay: don't put keys into them.
+Only what is known to be harmless stays, and the path: don't put keys into it. If a URL can be parsed in two ways, only
+its scheme stays; settings refuse it (`url_of`), since libraries that fail on it print pieces of it.
 """
 
 import re
@@ -48,10 +47,8 @@ def without_secrets(text: str) -> str:
 
 
 def url_of(*schemes: str) -> AfterValidator:
-    """Validates a setting that holds a URL. The ValueError repeats nothing of it.
-
-    With `schemes` the URL must have one of them; without, text that is no URL is a path and valid.
-    """
+    """Validates a setting that holds a URL with one of `schemes`; without them, text that is no URL is a path and
+    valid. The ValueError repeats nothing of it."""
 
     def check(value: str) -> str:
         urls = re.split(_BORDER, value) if value else []
@@ -82,8 +79,7 @@ def _parsed(url: str) -> re.Match[str] | None:
     if found is None:
         return None
     has_user = found["user"] is not None
-    may_hide_password = has_user or ":" in (found["hosts"] or "")
-    if may_hide_password and "@" in (found["path"] or ""):
+    if (has_user or ":" in (found["hosts"] or "")) and "@" in (found["path"] or ""):
         return None
     has_more = has_user or found["query"] is not None or found["fragment"] is not None
     return found if not has_more or re.fullmatch(rf"(?:{_LEGAL}|[@#])*", url) else None

@@ -9,6 +9,7 @@ A change of any value here changes what a run that is under way draws: raise `FO
 """
 
 import hashlib
+from typing import Literal
 
 from shared.records import WindowKey
 
@@ -19,13 +20,13 @@ def seed_of(run_seed: int, key: WindowKey, purpose: str) -> int:
 
 
 def share_of(key: WindowKey, purpose: str) -> float:
-    """A fixed number in [0, 1) for this window, to draw a share of all windows."""
+    """A fixed number in [0, 1), to draw a share of all windows."""
     return seed_of(0, key, purpose) / 2**31
 
 
-def shuffle_seed(run_seed: int, *place: int) -> int:
-    """Of one block of documents; `place` is its part, epoch and block, then its piece if the block is in pieces."""
-    return _digest(_joined(run_seed, *place), num_bytes=8)
+def shuffle_seed(*place: int) -> int:
+    """Of a block of documents: the run's seed, part, epoch and block, then the piece if the block is in pieces."""
+    return _digest(".".join(map(str, place)), num_bytes=8)
 
 
 def question_seed(seed: int, *place: int | str) -> int:
@@ -35,13 +36,8 @@ def question_seed(seed: int, *place: int | str) -> int:
 
 def derive_seed(*parts: int, bits: int) -> int:
     """An engine's, in whole bytes. Engines count up from a seed row by row: those of neighbours must lie far apart."""
-    num_bytes = bits // 8
-    return int.from_bytes(hashlib.blake2b(_joined(*parts).encode(), digest_size=num_bytes).digest(), "little")
+    return _digest(".".join(map(str, parts)), num_bytes=bits // 8, order="little")
 
 
-def _joined(*parts: int) -> str:
-    return ".".join(map(str, parts))
-
-
-def _digest(text: str, *, num_bytes: int) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=num_bytes).digest(), "big")
+def _digest(text: str, *, num_bytes: int, order: Literal["big", "little"] = "big") -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=num_bytes).digest(), order)

@@ -2,7 +2,7 @@
 
 A TOML file is overridden by the environment, which is overridden by the command line: `[trainer] steps = 10`,
 `HEADWATER_TRAINER__STEPS=10` and `--trainer.steps 10` set the same key (shared/configuration.py). Unknown keys are
-errors everywhere. Secrets come from the environment only (`Secrets`) and are never written down.
+errors everywhere. Secrets come from the environment only and are never written down.
 
 The text below a setting is its documentation. Defaults are the paper's (arXiv 2601.21343), or the reason is given.
 """
@@ -20,16 +20,13 @@ from shared.secret_urls import url_of
 
 
 class Section(BaseModel):
-    """Base of every section."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
-    """Names the run folder, the Redis keys and the rows in the database."""
+    """Names the run folder `directory/name`, the Redis keys and the rows in the database."""
     directory: Path = Path("runs")
-    """The run folder is `directory/name`."""
     seed: int = Field(default=0, ge=0)
     """Every random choice of the run is derived from it (shared/seeds.py)."""
 
@@ -42,7 +39,7 @@ class PolicySettings(Section):
     model: str = ""
     """Folder or Hugging Face name of the model to start from."""
     tokenizer: str = ""
-    """Folder or Hugging Face name; empty: that of `model`."""
+    """Empty: that of `model`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trained weights. float32, since updates at a learning rate of 5e-6 vanish in bfloat16 rounding."""
 
@@ -58,9 +55,7 @@ class DocumentsSettings(Section):
     subset: str = ""
     """`huggingface`: the configuration of the dataset."""
     split: str = "train"
-    """`huggingface`: the split of the dataset."""
     text_field: str = "text"
-    """The field that holds the text."""
     token_ids_field: str = ""
     """The field that holds token ids of the policy's tokenizer; if set, it is used instead of the text."""
     id_field: str = "id"
@@ -68,14 +63,12 @@ class DocumentsSettings(Section):
     shuffle_buffer: int = Field(default=1024, ge=1)
     """Documents are shuffled in blocks of this size: bounded memory, exact resume. 1 keeps their order."""
     shuffle_bytes: int = Field(default=128_000_000, ge=0)
-    """Bound on the blocks of all parts together; a block that exceeds its share is cut. 0: no bound. The default is
-    enough for blocks of 1,024 web documents in 16 parts."""
+    """Bound on the blocks of all parts together; 0: none. Enough for blocks of 1,024 web documents in 16 parts."""
     num_parts: int = Field(default=1, ge=1, le=4096)
-    """Parts that the source is dealt into; each collector works on one or more of them."""
+    """Parts of the source, for collectors to share."""
     max_epochs: int = Field(default=0, ge=0)
     """Passes over the documents; 0: as many as the trainer's steps need."""
     max_document_bytes: int = Field(default=16_000_000, ge=1)
-    """A longer document is refused."""
 
 
 class ChunksSettings(Section):
@@ -92,21 +85,18 @@ class ChunksSettings(Section):
     chunks_per_window: int = Field(default=0, ge=0)
     """Chunks drawn at random from each window; 0: all of them."""
     end_of_text: bool = True
-    """End each document with the tokenizer's end-of-sequence token, so that the policy learns where documents end.
-    False: for documents that are pieces of longer ones."""
+    """End each document with the tokenizer's end-of-sequence token. False: for pieces of longer documents."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.min_prefix_tokens + self.min_suffix_tokens > self.context_tokens:
+        exceeds = f"exceeds context_tokens = {self.context_tokens}"
+        if (shortest := self.min_prefix_tokens + self.min_suffix_tokens) > self.context_tokens:
+            raise ValueError(f"min_prefix_tokens + min_suffix_tokens = {shortest} {exceeds}: no chunk would ever fit")
+        shortest = self.window_overlap_tokens + self.min_suffix_tokens + 4
+        if self.window_overlap_tokens and shortest > self.context_tokens:
             raise ValueError(
-                f"min_prefix_tokens + min_suffix_tokens = {self.min_prefix_tokens + self.min_suffix_tokens} "
-                f"exceeds context_tokens = {self.context_tokens}: no chunk would ever fit"
-            )
-        if self.window_overlap_tokens and self.window_overlap_tokens + self.min_suffix_tokens + 4 > self.context_tokens:
-            raise ValueError(
-                f"window_overlap_tokens + min_suffix_tokens + 4 (a BOS, and 3 where a border would cut a character) = "
-                f"{self.window_overlap_tokens + self.min_suffix_tokens + 4} exceeds context_tokens = "
-                f"{self.context_tokens}: windows after the first would have no chunk"
+                "window_overlap_tokens + min_suffix_tokens + 4 (a BOS, and 3 where a border would cut a character) = "
+                f"{shortest} {exceeds}: windows after the first would have no chunk"
             )
         if self.min_suffix_tokens > self.suffix_tokens:
             raise ValueError("min_suffix_tokens must not exceed suffix_tokens")
@@ -117,7 +107,7 @@ class RedisSettings(Section):
     url: Annotated[str, url_of("redis", "rediss", "unix")] = ""
     """Address of Redis; empty: `headwater run` starts one for the run."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Of one call; a call that fails is retried."""
+    """Of one call."""
 
 
 class DatabaseSettings(Section):
@@ -133,8 +123,8 @@ class WeightsSettings(Section):
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of weight versions; empty: rollout.engine.dtype, since replicas would round them anyway."""
     full_every: int = Field(default=10, ge=1)
-    """bfloat16: every n-th version is full, the others hold only what changed. Keep it below trainer.max_policy_lag, so
-    that a replica that missed a version recovers before its rollouts are stale. 1: all versions are full."""
+    """bfloat16: every n-th version is full, the others hold what changed; 1: all are full. Keep it below
+    trainer.max_policy_lag, so that a replica that missed a version recovers before its rollouts are stale."""
     keep_versions: int = Field(default=3, ge=2)
     """Older versions are deleted. 3 gives a slow replica time to finish its download."""
 
@@ -159,7 +149,6 @@ class EngineSettings(Section):
     key_variable: str = "OPENAI_API_KEY"
     """`openai`: environment variable with the key of the endpoint; unset if it needs none."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Of one request."""
     max_model_tokens: int = Field(default=0, ge=0)
     """`vllm`: longest prompt plus answer; 0: the model's own limit. Lower it to serve more requests at once."""
     kv_cache_gib: float = Field(default=0.0, ge=0)
@@ -169,18 +158,14 @@ class EngineSettings(Section):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """`vllm`: devices that each copy of the model is split over."""
     data_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: copies of the model behind this service."""
+    """`vllm`: copies of the model."""
     lora_adapter: str = ""
     """`vllm`: folder of a PEFT LoRA adapter for every request of a judge or rewriter."""
 
     @model_validator(mode="after")
-    def _openai_has_an_endpoint(self) -> Self:
+    def _fits_its_kind(self) -> Self:
         if self.kind == "openai" and not self.endpoint:
             raise ValueError("engine.kind = 'openai' needs engine.endpoint, such as http://127.0.0.1:8000/v1")
-        return self
-
-    @model_validator(mode="after")
-    def _only_vllm_takes_adapters(self) -> Self:
         if self.lora_adapter and self.kind != "vllm":
             raise ValueError(f"engine.lora_adapter needs engine.kind = 'vllm', not '{self.kind}'")
         return self
@@ -191,8 +176,8 @@ class ServiceSettings(Section):
     """Address to bind. Any other than loopback needs HEADWATER_TOKEN."""
     port: int = Field(ge=0, le=65535)
     url: Annotated[str, url_of("http", "https")] = ""
-    """Where the collector reaches the service; empty: http://host:port. If it is set, `headwater run` doesn't start the
-    service. Several replicas: their addresses separated by commas, or that of a load balancer."""
+    """Where the collector reaches a service that `headwater run` doesn't start; empty: it does, at http://host:port.
+    Several replicas: their addresses separated by commas, or that of a load balancer."""
     max_request_bytes: int = Field(default=64_000_000, ge=1)
     engine: EngineSettings = EngineSettings()
 
@@ -208,7 +193,6 @@ class RolloutSettings(ServiceSettings):
     temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     poll_interval_s: float = Field(default=0.2, gt=0)
-    """How often a replica looks for a new weight version."""
     replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
     """Name of this replica, unique in the run; empty: HOSTNAME-PORT."""
     weights_folder: str = ""
@@ -242,9 +226,8 @@ class CriterionSettings(Section):
     prompt: Path | None = None
     """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `labels`."""
     verdict: Literal["answer", "structured", "labels"] = "answer"
-    """`answer`: sample a text and read its last `Verdict: ...`. `structured`: the same, but the engine forces the text
-    to end in a verdict; needs `vllm` or an endpoint with its structured outputs. `labels`: compare the log-probs of
-    the verdict words right after the prompt, without sampling; needs an engine that can score."""
+    """`answer`: the last `Verdict: ...` of a sampled text. `structured`: the same, forced by `vllm` or an endpoint with
+    its structured outputs. `labels`: the log-probs of the verdict words after the prompt; the engine must score."""
     samples: int = Field(default=5, ge=1)
     """Verdicts a question, averaged; `labels` needs only one."""
     temperature: float = Field(default=1.0, ge=0)
@@ -263,11 +246,9 @@ CriterionName = Literal["quality", "safety", "factuality", "likelihood", "python
 class JudgeSettings(ServiceSettings):
     port: int = Field(default=8003, ge=0, le=65535)
     criteria: dict[CriterionName, CriterionSettings] = {"quality": CriterionSettings()}
-    """What candidates are scored by."""
     chat: bool | None = None
-    """Wrap prompts in the model's chat template; None: if the tokenizer has one."""
     max_prefix_characters: int = Field(default=8_000, ge=0)
-    """Of a longer prefix the prompt shows the end."""
+    """This and `chat` as for the rewriter."""
     max_retries: int = Field(default=3, ge=0)
     """How often an unreadable verdict is asked for again before the chunk is dropped."""
 
@@ -300,11 +281,9 @@ class ScheduleStage(Section):
 class CollectorSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8004, ge=0, le=65535)
-    """Serves health and metrics."""
     schedule: tuple[ScheduleStage, ...] = (ScheduleStage(),)
     """Candidates by weight version: the first stage begins at version 0, each later one at a higher version."""
     max_windows_in_flight: int = Field(default=8, ge=1)
-    """Windows that are worked on at once."""
     max_backlog: int = Field(default=16, ge=1)
     """A window is begun only while fewer than this are in flight or unread on the stream."""
     max_parts: int = Field(default=4096, ge=1)
@@ -312,7 +291,6 @@ class CollectorSettings(Section):
     lease_s: float = Field(default=15.0, gt=0)
     """A collector that is silent for this long loses its parts to another one."""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    """Of one request to a service."""
     max_backoff_s: float = Field(default=10.0, gt=0)
     """Longest wait between two attempts. The first wait is 0.25 s, each later one twice as long, with jitter."""
     max_attempts: int = Field(default=0, ge=0)
@@ -320,8 +298,7 @@ class CollectorSettings(Section):
     record_share: float = Field(default=0.1, ge=0, le=1)
     """Share of windows whose candidates are kept in the database, for people to read."""
     stay_when_finished: bool = False
-    """Idle after the trainer's last step instead of exiting. For Kubernetes, where a Deployment that exits is
-    restarted."""
+    """Idle after the trainer's last step instead of exiting: Kubernetes restarts a Deployment that exits."""
 
     @model_validator(mode="after")
     def _schedule_is_ordered(self) -> Self:
@@ -359,8 +336,8 @@ class TrainerSettings(Section):
     max_policy_lag: int = Field(default=16, ge=0)
     """A window is dropped as stale if its oldest rollout is more weight versions behind."""
     replica_wait_s: float = Field(default=0.0, ge=0)
-    """How long to wait, after a push, for live replicas that are further behind than max_policy_lag. 0: don't wait,
-    since a late replica only loses its own rollouts, while waiting slows the run to its slowest replica."""
+    """How long to wait, after a push, for live replicas that are further behind than max_policy_lag. 0: a late replica
+    loses only its own rollouts, while waiting slows the run to its slowest replica."""
     min_reward_gap: float = Field(default=0.0, ge=0)
     """Candidates whose rewards differ by no more than this are no preference."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -373,20 +350,16 @@ class TrainerSettings(Section):
     """Serves /metrics and /healthz; 0: off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(default=1, ge=0)
-    """CPU threads; 0: torch's default."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     stream_timeout_s: float = Field(default=0.0, ge=0)
     """Stop with an error when no window arrives for this long; 0: wait for ever."""
     log_tensorboard: bool = False
-    """Needs `headwater[tensorboard]`."""
     log_wandb: bool = False
-    """Needs `headwater[wandb]`."""
+    """They need `headwater[tensorboard]` and `headwater[wandb]`."""
 
 
 class Settings(Section):
-    """The whole configuration of a run."""
-
     run: RunSettings = RunSettings()
     policy: PolicySettings = PolicySettings()
     documents: DocumentsSettings = DocumentsSettings()
@@ -402,19 +375,14 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _objective_gets_its_candidates(self) -> Self:
-        needed = OBJECTIVES[self.trainer.objective].kinds
+        objective = f"trainer.objective = '{self.trainer.objective}'"
         for stage in self.collector.schedule:
-            missing = needed - set(stage.kinds)
-            if missing:
-                raise ValueError(
-                    f"trainer.objective = '{self.trainer.objective}' needs candidates of kind {sorted(missing)}, "
-                    f"but collector.schedule from version {stage.from_version} makes only {list(stage.kinds)}"
-                )
+            makes = f"but collector.schedule from version {stage.from_version} makes"
+            if missing := OBJECTIVES[self.trainer.objective].kinds - set(stage.kinds):
+                kinds = list(stage.kinds)
+                raise ValueError(f"{objective} needs candidates of kind {sorted(missing)}, {makes} only {kinds}")
             if self.needs_judge and len(stage.kinds) + max(0, stage.num_rollouts - 1) < 2:
-                raise ValueError(
-                    f"trainer.objective = '{self.trainer.objective}' needs at least two candidates a chunk, "
-                    f"but collector.schedule from version {stage.from_version} makes one"
-                )
+                raise ValueError(f"{objective} needs at least two candidates a chunk, {makes} one")
         return self
 
     @model_validator(mode="after")
@@ -446,7 +414,5 @@ class Settings(Section):
 
 
 class Secrets(Section):
-    """From the environment only."""
-
     token: str = ""
     """HEADWATER_TOKEN: the bearer token of every route except health."""

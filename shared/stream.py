@@ -8,13 +8,11 @@
     for entry in stream.read(count=1, block_s=1.0):
         stream.acknowledge({entry.entry_id: entry.window_id})
 
-Delivery is at least once: an entry stays until it is acknowledged, and after a crash `read_pending` returns what was
-delivered but not acknowledged. Nothing is trimmed. An entry holds the window id, the number of its schema, and the
-record as zstd-compressed msgpack.
+Delivery is at least once: after a crash `read_pending` returns what was delivered but not acknowledged. Nothing is
+trimmed. An entry has a window id, the number of its schema, and the record as zstd-compressed msgpack.
 
-A hash next to the stream holds the ids of the windows on it. Two scripts keep them in step: one writes an entry unless
-its id is there, so a write may be repeated until Redis has answered; the other acknowledges an entry and deletes its
-id. Redis 6.2 is enough.
+A hash holds the ids of the windows on the stream. One script writes an entry unless its id is there, so a write may be
+repeated; another acknowledges an entry and deletes its id. Redis 6.2 is enough.
 """
 
 from collections.abc import Iterator, Mapping
@@ -83,8 +81,6 @@ _ACKNOWLEDGED_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class StreamEntry:
-    """A window as delivered: acknowledge it by `entry_id`."""
-
     entry_id: str
     window: ScoredWindow
 
@@ -95,7 +91,7 @@ class StreamEntry:
 
 @dataclass(frozen=True)
 class BrokenEntry:
-    """An entry that can't be decoded: drop it with the reason, then acknowledge it."""
+    """It can't be decoded: drop it with the reason, then acknowledge it."""
 
     entry_id: str
     window_id: str
@@ -104,17 +100,14 @@ class BrokenEntry:
 
 @dataclass(frozen=True)
 class Backlog:
-    """How many windows are on the stream."""
+    """Windows not yet delivered to the trainer, and those delivered but not acknowledged."""
 
     unread: int
-    """Written, not yet delivered to the trainer."""
     pending: int
-    """Delivered, not yet acknowledged."""
 
 
 def encode(window: ScoredWindow) -> bytes:
-    """zstd(msgpack) of the record; most of it is token ids, so level 3 is enough. SettingsError if it is larger than
-    readers accept."""
+    """zstd(msgpack) of the record. SettingsError if it is larger than readers accept."""
     packed = msgpack.packb(window.model_dump(mode="python"), use_bin_type=True)
     if len(packed) > MAX_ENTRY_BYTES:
         raise SettingsError(
@@ -154,10 +147,8 @@ class WindowStream:
                     raise
 
     def write(self, window: ScoredWindow, lease: Lease | None = None) -> str:
-        """Append the window unless it is on the stream. Returns the entry id once Redis has it.
-
-        Raises FencedError if another collector has taken the part since `lease`. A writer without a part gives None.
-        """
+        """Append the window unless it is on the stream; returns the entry id. FencedError if another collector has
+        taken the part since `lease`."""
         return self.append(window.window_id, encode(window), lease=lease)
 
     def append(self, window_id: str, body: bytes, *, lease: Lease | None) -> str:
@@ -167,21 +158,16 @@ class WindowStream:
         with translated():
             entry = self._client.eval(_WRITE, len(keys), *keys, part, epoch, window_id, SCHEMA, body)
         if entry is None:
-            raise FencedError(
-                f"window {window_id} is not written: another collector has taken part {part} since, or Redis has "
-                "lost its data"
-            )
+            reason = f"another collector has taken part {part} since, or Redis has lost its data"
+            raise FencedError(f"window {window_id} is not written: {reason}")
         return _text(entry)
 
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
-        """Up to `count` new entries; an empty list if none came within `block_s`.
-
-        Raises StreamSchemaError for an entry of another version; it stays pending.
-        """
+        """Up to `count` new entries; an empty list if none came within `block_s`. Raises StreamSchemaError for an entry
+        of another version; it stays pending."""
+        block = max(1, int(block_s * 1000))
         with translated():
-            answer = self._client.xreadgroup(
-                GROUP, self._consumer, {self._key: ">"}, count=count, block=max(1, int(block_s * 1000))
-            )
+            answer = self._client.xreadgroup(GROUP, self._consumer, {self._key: ">"}, count=count, block=block)
         return [self._entry(entry_id, fields) for _, entries in answer or [] for entry_id, fields in entries]
 
     def read_pending(self, *, count: int = 64) -> Iterator[StreamEntry | BrokenEntry]:
@@ -218,8 +204,7 @@ class WindowStream:
             return {_text(window_id) for window_id in self._client.hkeys(self._ids_key)}
 
     def entries(self, *, count: int = 100) -> dict[str, str]:
-        """Window id by entry id, read from the stream itself: `headwater audit` compares it with the hash of ids.
-        Raises StreamSchemaError as `create`."""
+        """Window id by entry id, from the stream itself. Raises StreamSchemaError as `create`."""
         self._refuse_unknown_schema()
         found: dict[str, str] = {}
         start = "-"
@@ -245,8 +230,8 @@ class WindowStream:
             return BrokenEntry(_text(entry_id), _text(fields.get(b"id", b"")), str(exc))
 
     def _check_schema(self, schema: bytes) -> None:
-        """An entry of another version is not broken and must not be dropped."""
         if _text(schema) != str(SCHEMA):
+            # not a BrokenEntry, which would be dropped
             found = f"of schema {_text(schema)}" if schema else "of an older version, without a schema number,"
             raise StreamSchemaError(
                 f"the stream {self._key} has entries {found} and this version reads schema {SCHEMA}: let the version "

@@ -3,17 +3,15 @@
     PREFIX | zstd( length of the header | header (JSON) | index planes | change planes )
 
 At small learning rates a step of AdamW leaves most bfloat16 elements unchanged and moves the others by one unit in the
-last place. So an index is stored as its distance from the one before. A value is stored as the difference of its bits
-from the base's, as unsigned integers modulo 2^width: exact for every bit pattern, NaNs and negative zeros included, and
-nearly always +1 or -1. The integers are split into byte planes (all lowest bytes, then all next ones, ...), so that
-zstd sees how small they are.
+last place. So an index is stored as its distance from the one before, and a value as the difference of its bits from
+the base's, modulo 2^width: exact for every bit pattern and nearly always +1 or -1. Byte planes (all lowest bytes, then
+all next ones, ...) show zstd how small they are.
 
-A difference needs its base. The manifest names it and has checksums of the new state and of the changed elements;
-services/rollout/held_weights.py compares both before it applies a patch.
+services/rollout/held_weights.py compares the checksums in the manifest before it applies a patch.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +34,11 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TensorPatch:
-    """What changed in one tensor."""
-
     name: str
     indices: Indices
     """(N,) into the flattened tensor, ascending, distinct."""
     changes: Bits
     """(N,) to add to the base's bits, modulo 2^width."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A changed tensor in the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    count: int
 
 
 def find_patches(base: State, new: State) -> list[TensorPatch]:
@@ -75,11 +61,8 @@ def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
 
 
 def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tuple[StateSums, str]:
-    """The sums of `base` (now `sums`) after `patches`, and the checksum of the changed elements alone.
-
-    The sums show whether the patches fit the base. They follow differences only, so the second checksum is needed to
-    show whether the bits in memory are still the base's.
-    """
+    """The sums of `base` (now `sums`) after `patches`, and the checksum of the changed elements alone. The sums show
+    whether the patches fit the base, the checksum whether the bits in memory are still the base's."""
     changes = {}
     digest = xxhash.xxh3_128()
     for patch in patches:
@@ -106,33 +89,41 @@ def decode_patches(content: bytes, base: State, *, where: str) -> list[TensorPat
     """Read a file and check it against its base. Raises WeightStoreError with the first thing that does not fit."""
     payload = memoryview(_decompress(content, base, where))
     start = _LENGTH_BYTES + int.from_bytes(payload[:_LENGTH_BYTES], "little")
-    index_width, entries = _read_header(bytes(payload[_LENGTH_BYTES:start]), where)
-    for entry in entries:
-        _check_entry(entry, base, where)
-    cursor = _Cursor(payload, start, where)
-    gaps = cursor.take(index_width, sum(entry.count for entry in entries)).astype(np.int64)
-    changes = {width: _unzigzag(cursor.take(width, _count(entries, base, width))) for width in _WIDTHS}
-    cursor.expect_end()
-    return _cut(entries, base, gaps, changes, where)
+    index_width, counts = _read_header(bytes(payload[_LENGTH_BYTES:start]), base, where)
+    widths = {name: base[name].bits.itemsize for name in counts}
+    num_bytes = sum(count * (index_width + widths[name]) for name, count in counts.items())
+    if num_bytes != len(payload) - start:
+        raise WeightStoreError(f"{where} has {len(payload) - start} bytes of changes, its header says {num_bytes}")
+    gaps = _split(payload[start:], index_width, counts)
+    start += index_width * sum(counts.values())
+    changes: dict[str, Bits] = {}
+    for width in _WIDTHS:
+        of_width = {name: count for name, count in counts.items() if widths[name] == width}
+        changes |= _split(payload[start:], width, of_width)
+        start += width * sum(of_width.values())
+    return [
+        TensorPatch(name, _indices(gaps[name], base[name].bits.size, f"{where}: {name}"), _unzigzag(changes[name]))
+        for name in counts
+    ]
 
 
-def _cut(
-    entries: Sequence[_Entry], base: State, gaps: Indices, changes: dict[int, Bits], where: str
-) -> list[TensorPatch]:
-    """Split the joined integers by tensor."""
-    patches, at = [], 0
-    used = dict.fromkeys(_WIDTHS, 0)
-    for entry in entries:
-        of_tensor, size = gaps[at : at + entry.count], base[entry.name].bits.size
-        indices = np.cumsum(of_tensor + 1) - 1
-        # Check each distance too: the sum of forged ones could wrap around.
-        if len(indices) and not (of_tensor.min() >= 0 and of_tensor.max() < size and indices[-1] < size):
-            raise WeightStoreError(f"{where}: an index of {entry.name} lies beyond its {size} elements")
-        width = base[entry.name].bits.itemsize
-        patches.append(TensorPatch(entry.name, indices, changes[width][used[width] : used[width] + entry.count]))
-        at += entry.count
-        used[width] += entry.count
-    return patches
+def _split(planes: memoryview, width: int, counts: Mapping[str, int]) -> dict[str, Bits]:
+    """The integers of `width` bytes at the beginning of `planes`, by tensor."""
+    total = sum(counts.values())
+    content = np.frombuffer(planes, np.uint8, width * total).reshape(width, total)
+    integers = np.ascontiguousarray(content.T).view(f"<u{width}").reshape(-1)
+    ends = np.cumsum([*counts.values()])
+    return {name: integers[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
+
+
+def _indices(gaps: Bits, size: int, where: str) -> Indices:
+    """[3, 0, 4] -> [3, 4, 9]."""
+    distances = gaps.astype(np.int64)
+    indices: Indices = np.cumsum(distances + 1) - 1
+    # Check each distance too: the sum of forged ones could wrap around.
+    if len(indices) and not (distances.min() >= 0 and distances.max() < size and indices[-1] < size):
+        raise WeightStoreError(f"{where}: an index lies beyond its {size} elements")
+    return indices
 
 
 def _decompress(content: bytes, base: State, where: str) -> bytes:
@@ -150,53 +141,25 @@ def _decompress(content: bytes, base: State, where: str) -> bytes:
         raise WeightStoreError(f"{where} can't be unpacked: {exc}") from exc
 
 
-def _read_header(words: bytes, where: str) -> tuple[int, list[_Entry]]:
+def _read_header(words: bytes, base: State, where: str) -> tuple[int, dict[str, int]]:
+    """The bytes of an index, and by tensor how many elements changed."""
     try:
         header: dict[str, Any] = json.loads(words)
-        entries = [_Entry(name, dtype, tuple(shape), int(count)) for name, dtype, shape, count in header["tensors"]]
-        if header["index_width"] not in _WIDTHS or len({entry.name for entry in entries}) != len(entries):
+        entries = {name: (dtype, tuple(shape), int(count)) for name, dtype, shape, count in header["tensors"]}
+        if header["index_width"] not in _WIDTHS or len(entries) != len(header["tensors"]):
             raise ValueError("an invalid index width or a name that occurs twice")
     except (ValueError, TypeError, KeyError) as exc:
         raise WeightStoreError(f"{where} has an unreadable header: {exc!r}") from exc
-    return header["index_width"], entries
-
-
-def _check_entry(entry: _Entry, base: State, where: str) -> None:
-    own = base.get(entry.name)
-    if own is None:
-        raise WeightStoreError(f"{where}: the base has no tensor {entry.name!r}")
-    if entry.shape != own.shape:
-        raise WeightStoreError(f"{where}: {entry.name} has shape {entry.shape}, the base's is {own.shape}")
-    if entry.dtype != own.dtype:
-        raise WeightStoreError(f"{where}: {entry.name} has dtype {entry.dtype}, the base's is {own.dtype}")
-    if not 0 <= entry.count <= own.bits.size:
-        raise WeightStoreError(f"{where}: {entry.name} has {entry.count} changes and {own.bits.size} elements")
-
-
-def _count(entries: Sequence[_Entry], base: State, width: int) -> int:
-    return sum(entry.count for entry in entries if base[entry.name].bits.itemsize == width)
-
-
-@dataclass
-class _Cursor:
-    """Reads planes one after the other."""
-
-    payload: memoryview
-    at: int
-    where: str
-
-    def take(self, width: int, count: int) -> Bits:
-        """(count,) integers of `width` bytes."""
-        end = self.at + width * count
-        if end > len(self.payload):
-            raise WeightStoreError(f"{self.where} ends before its changes do")
-        planes = np.frombuffer(self.payload, np.uint8, width * count, self.at).reshape(width, count)
-        self.at = end
-        return np.ascontiguousarray(planes.T).view(f"<u{width}").reshape(-1)
-
-    def expect_end(self) -> None:
-        if self.at != len(self.payload):
-            raise WeightStoreError(f"{self.where} continues after its changes")
+    for name, (dtype, shape, count) in entries.items():
+        own = base.get(name)
+        if own is None:
+            raise WeightStoreError(f"{where}: the base has no tensor {name!r}")
+        for what, given, expected in (("shape", shape, own.shape), ("dtype", dtype, own.dtype)):
+            if given != expected:
+                raise WeightStoreError(f"{where}: {name} has {what} {given}, the base's is {expected}")
+        if not 0 <= count <= own.bits.size:
+            raise WeightStoreError(f"{where}: {name} has {count} changes and {own.bits.size} elements")
+    return header["index_width"], {name: count for name, (_, _, count) in entries.items()}
 
 
 def _gaps(indices: Indices) -> Bits:
@@ -206,7 +169,7 @@ def _gaps(indices: Indices) -> Bits:
 
 
 def _zigzag(changes: Bits) -> Bits:
-    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ...: small negative differences become small integers too."""
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ..."""
     signed = changes.view(f"<i{changes.itemsize}")
     folded: Bits = ((signed << 1) ^ (signed >> (8 * changes.itemsize - 1))).view(f"<u{changes.itemsize}")
     return folded

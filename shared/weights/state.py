@@ -3,9 +3,8 @@
 A *state* is the tensors of a safetensors file by name, each a flat view of unsigned integers as wide as its elements.
 With bits, equal means identical: -0.0 is not 0.0, and a NaN equals itself.
 
-The checksum of a state can be updated from its changes alone (`StateSums`). A tensor is cut into rows of 64 KiB. The
-sum of a row is that of its 32-bit words, each multiplied by an odd number that depends on its place, modulo 2^64. A
-changed element adds the difference of its word times that number. The checksum hashes all sums, names and layouts.
+The checksum of a state can be updated from its changes alone (`StateSums`). It hashes names, layouts and the sums of
+rows of 64 KiB: of their 32-bit words, each multiplied by an odd number that depends on its place, modulo 2^64.
 """
 
 import json
@@ -43,8 +42,6 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class BitTensor:
-    """One tensor's bits."""
-
     dtype: str
     """As safetensors names it, such as BF16."""
     shape: tuple[int, ...]
@@ -82,12 +79,10 @@ def map_state(file: Path) -> dict[str, BitTensor]:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where the tensors are in a safetensors file."""
+    """The first bytes of a safetensors file, and where each tensor begins in it, in file order."""
 
     header: bytes
-    """The first bytes of the file, with the header's length."""
     offsets: dict[str, int]
-    """By tensor the position of its first byte in the file, in file order."""
     num_bytes: int
 
 
@@ -117,24 +112,18 @@ def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class StateSums:
-    """The sums of all rows of a state."""
-
     layouts: Mapping[str, tuple[str, tuple[int, ...]]]
     rows: Mapping[str, Sums]
     """By tensor: (num_rows,)."""
 
     @classmethod
     def of(cls, state: State) -> Self:
-        return cls(
-            {name: tensor.layout for name, tensor in state.items()},
-            {name: _row_sums(tensor.bits) for name, tensor in state.items()},
-        )
+        layouts = {name: tensor.layout for name, tensor in state.items()}
+        return cls(layouts, {name: _row_sums(tensor.bits) for name, tensor in state.items()})
 
     def changed(self, changes: Mapping[str, tuple[NDArray[np.int64], Bits, Bits]]) -> "StateSums":
-        """The sums after some elements changed. The work is in proportion to N.
-
-        `changes`, by tensor: indices (N,) into the flattened tensor, ascending, distinct; bits (N,) before and after.
-        """
+        """The sums after N elements changed, in O(N). `changes`, by tensor: indices (N,) into the flattened tensor,
+        ascending, distinct; bits (N,) before and after."""
         rows = dict(self.rows)
         for name, (indices, before, after) in changes.items():
             rows[name] = rows[name].copy()
@@ -152,7 +141,7 @@ class StateSums:
 
 
 def state_checksum(state: State) -> str:
-    """The checksum of a whole state, independent of the order of its tensors."""
+    """Independent of the order of the tensors."""
     return StateSums.of(state).checksum
 
 
@@ -195,14 +184,7 @@ def _weights() -> Sums:
     return weights
 
 
-def _view(
-    content: Content,
-    start: int,
-    *,
-    dtype: str,
-    shape: list[int],
-    data_offsets: list[int],
-) -> BitTensor:
+def _view(content: Content, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> BitTensor:
     first, end = data_offsets
     item, count = _ITEM_BYTES[dtype], prod(shape)
     if not 0 <= first <= end <= len(content) - start or end - first != count * item:

@@ -4,12 +4,11 @@
     v00000013/changes.zst         sparse: what changed since the base that its manifest names
     v00000013/manifest.json       written last: if it is there, the version is complete
 
-The trainer is the only writer. Readers fetch into a local folder and compare checksums before an engine sees a file.
-Versions only ascend, also after a resume from an older checkpoint; `step` says which update a version belongs to. A
-sparse version rests on its base and so, link by link, on a full one: `chain` lists them.
+The trainer is the only writer. Versions only ascend, also after a resume from an older checkpoint. A sparse version
+rests on its base and so, link by link, on a full one: `chain` lists them.
 
 Numbers are comparable within one *epoch* only. A trainer that can't continue from what was announced, because the store
-or Redis was wiped or restored, begins a new epoch (trainer/publisher.py).
+or Redis was wiped or restored, begins a new one (trainer/publisher.py).
 """
 
 import hashlib
@@ -44,19 +43,18 @@ class WeightFile(Record):
 
 
 class Manifest(Record):
-    """One version."""
-
     version: int = Field(ge=0)
     epoch: str = ""
-    """The lineage that the number belongs to; empty in stores older than epochs."""
+    """Empty in stores older than epochs."""
     step: int = Field(ge=0)
+    """The update that the version belongs to."""
     form: Literal["full", "sparse"] = "full"
     base: int | None = None
     """Sparse: the version that the changes apply to."""
     state_checksum: str = ""
-    """Of all tensors (shared/weights/state.py), after the changes. Sparse versions always have one."""
+    """Of all tensors, after the changes (state.py). Sparse versions always have one."""
     changed_checksum: str = ""
-    """Sparse: of the changed elements alone, after the changes (shared/weights/patches.py)."""
+    """Sparse: of the changed elements alone, after the changes (patches.py)."""
     files: tuple[WeightFile, ...]
     created_at: float
 
@@ -98,8 +96,8 @@ class WeightStore:
                 f"weights.store {self.root} takes no keys or options in its URL, they would become part of the path: "
                 "give them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
-        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
-        self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
+        protocol = self._fs.protocol
+        self._puts_are_atomic = not _OBJECT_STORES.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
         self._known: dict[int, Manifest] = {}
         """Manifests seen before; they never change."""
 
@@ -115,13 +113,14 @@ class WeightStore:
         state_checksum: str = "",
         changed_checksum: str = "",
     ) -> Manifest:
-        """Write all files, then the manifest; sparse if there is a `base`.
-
-        Raises WeightStoreError if the version exists, OSError if the store can't be written.
-        """
+        """Write all files, then the manifest; sparse if there is a `base`. WeightStoreError if the version exists."""
         folder = self._folder(version)
         if self._fs.exists(f"{folder}/{MANIFEST}"):
             raise WeightStoreError(f"weight version {version} is already in {self.root}: versions only ascend")
+        listed = tuple(
+            WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in files.items()
+        )
         manifest = Manifest(
             version=version,
             epoch=epoch,
@@ -130,10 +129,7 @@ class WeightStore:
             base=base,
             state_checksum=state_checksum,
             changed_checksum=changed_checksum,
-            files=tuple(
-                WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-                for name, content in files.items()
-            ),
+            files=listed,
             created_at=time.time(),
         )
         if not self._puts_are_atomic:
@@ -169,9 +165,7 @@ class WeightStore:
 
     def chain(self, version: int, *, known: int | None = None) -> list[Manifest]:
         """The versions to apply in order to get `version`: from the last full one, or those after `known` (same epoch).
-
-        Raises WeightStoreError if a manifest among them is missing, unreadable or of another epoch.
-        """
+        WeightStoreError if a manifest among them is missing, unreadable or of another epoch."""
         links: list[Manifest] = []
         wanted: int | None = version
         while wanted is not None and wanted != known:
@@ -186,20 +180,15 @@ class WeightStore:
 
     @_translated()
     def fetch(self, manifest: Manifest, into: Path) -> None:
-        """Copy a version's files into the folder `into` and compare checksums.
-
-        Raises WeightStoreError at the first missing or corrupt file, and deletes the corrupt one.
-        """
+        """Copy a version's files. WeightStoreError at the first that is missing, or corrupt: this one is deleted."""
         into.mkdir(parents=True, exist_ok=True)
         for file in manifest.files:
             self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
 
     @_translated()
     def prune(self, *, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what they rest on; returns the deleted ones.
-
-        Raises WeightStoreError, and deletes nothing, if a kept version's chain can't be read.
-        """
+        """Delete all but the newest `keep` versions and what they rest on; returns the deleted ones. WeightStoreError,
+        and nothing is deleted, if a kept version's chain can't be read."""
         present = self.versions()
         needed = self._needed(present[-keep:])
         gone = [version for version in present if version not in needed]
@@ -235,19 +224,15 @@ class WeightStore:
         num_bytes = target.stat().st_size
         if num_bytes != file.num_bytes or digest != file.sha256:
             target.unlink()
-            raise WeightStoreError(
-                f"{path} is corrupt: {num_bytes} bytes, expected {file.num_bytes} with sha256 {file.sha256[:12]}"
-            )
+            expected = f"{file.num_bytes} with sha256 {file.sha256[:12]}"
+            raise WeightStoreError(f"{path} is corrupt: {num_bytes} bytes, expected {expected}")
 
     def _write_at_once(self, path: str, content: bytes) -> None:
-        """Readers see all of it or nothing. Nothing is synced to disk: checksums notice what a crash lost, and every
-        trainer starts with a full version."""
-        if self._puts_are_atomic:
-            self._fs.pipe_file(path, content)
-            return
-        temporary = f"{path}.tmp"
-        self._fs.pipe_file(temporary, content)
-        self._fs.mv(temporary, path)
+        """Readers see all or nothing. Not synced: checksums show what a crash lost, a start writes a full version."""
+        written = path if self._puts_are_atomic else f"{path}.tmp"
+        self._fs.pipe_file(written, content)
+        if written != path:
+            self._fs.mv(written, path)
 
     def _folder(self, version: int) -> str:
         return f"{self._root}/v{version:08d}"

@@ -53,30 +53,30 @@ def test_an_unknown_key_in_the_file_is_named_with_its_file(tmp_path: Path) -> No
         load_settings(path, environ={})
 
 
-def test_a_mistyped_environment_variable_is_an_error() -> None:
-    with pytest.raises(SettingsError, match=r"HEADWATER_TRAINER__STEP: no setting 'trainer\.step'.*steps"):
-        load_settings(None, environ={"HEADWATER_TRAINER__STEP": "3"})
+ONLY_ORIGINALS = ["--collector.schedule", '[{"kinds": ["original"], "num_rollouts": 0}]']
 
 
-def test_a_mistyped_section_is_an_error() -> None:
-    with pytest.raises(SettingsError, match=r"no setting 'triner'.*trainer"):
-        load_settings(None, ["--triner.steps", "3"], {})
-
-
-def test_a_section_is_not_a_value() -> None:
-    with pytest.raises(SettingsError, match=r"rollout\.engine is a section"):
-        load_settings(None, ["--rollout.engine", "vllm"], {})
+@pytest.mark.parametrize(
+    ("options", "environ", "said"),
+    [
+        ([], {"HEADWATER_TRAINER__STEP": "3"}, r"HEADWATER_TRAINER__STEP: no setting 'trainer\.step'.*steps"),
+        (["--triner.steps", "3"], {}, r"no setting 'triner'.*trainer"),
+        (["--rollout.engine", "vllm"], {}, r"rollout\.engine is a section"),
+        (["--trainer.beta", "-1"], {}, r"command line --trainer\.beta: trainer\.beta: .*greater than 0, got '-1'"),
+        (["--trainer.objective", "sft_rewrite", *ONLY_ORIGINALS], {}, r"needs candidates of kind \['rewrite'\]"),
+        (ONLY_ORIGINALS, {}, "at least two candidates"),
+        (["--chunks.context_tokens", "100"], {}, "no chunk would ever fit"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(options: list[str], environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        load_settings(None, options, environ)
 
 
 @pytest.mark.parametrize("words", [["--trainer.steps"], ["trainer.steps", "3"], ["--steps", "3"]])
 def test_a_malformed_command_line_is_an_error(words: list[str]) -> None:
     with pytest.raises(SettingsError):
         load_settings(None, words, {})
-
-
-def test_a_wrong_value_says_what_was_given_and_where() -> None:
-    with pytest.raises(SettingsError, match=r"command line --trainer\.beta: trainer\.beta: .*greater than 0, got '-1'"):
-        load_settings(None, ["--trainer.beta", "-1"], {})
 
 
 def test_every_wrong_value_is_reported() -> None:
@@ -105,23 +105,6 @@ def test_secrets_come_from_the_environment_and_are_no_settings() -> None:
     environ = {"HEADWATER_TOKEN": "a"}
     assert load_settings(None, environ=environ) == Settings()
     assert load_secrets(environ).token == "a"
-
-
-def test_an_objective_without_its_candidates_is_refused() -> None:
-    schedule = '[{"kinds": ["original"], "num_rollouts": 0}]'
-    with pytest.raises(SettingsError, match="needs candidates of kind \\['rewrite'\\]"):
-        load_settings(None, ["--trainer.objective", "sft_rewrite", "--collector.schedule", schedule], {})
-
-
-def test_a_preference_over_one_candidate_is_refused() -> None:
-    schedule = '[{"kinds": ["original"], "num_rollouts": 0}]'
-    with pytest.raises(SettingsError, match="at least two candidates"):
-        load_settings(None, ["--collector.schedule", schedule], {})
-
-
-def test_chunks_that_can_never_fit_are_refused() -> None:
-    with pytest.raises(SettingsError, match="no chunk would ever fit"):
-        load_settings(None, ["--chunks.context_tokens", "100"], {})
 
 
 def test_the_stage_in_force_is_the_last_that_has_begun() -> None:
@@ -154,10 +137,7 @@ def test_what_is_kept_has_no_secret_and_the_environment_has_the_rest(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--redis.url=redis://:a@hUsh@redis/0"],
-            "command line --redis.url: redis.url: Value error, it is no URL",
-        ),
+        (["--redis.url=redis://:a@hUsh@redis/0"], "command line --redis.url: redis.url: Value error, it is no URL"),
         (["--redis.url", "me:hUsh@redis"], "it must begin with redis:// or rediss:// or unix://"),
         (["--judge.url", "http://me:a/hUsh@host"], "it is no URL that can be read with certainty: write the special"),
         (["--judge.engine.endpoint", "hUsh@host"], "it must begin with http:// or https://"),

@@ -11,6 +11,11 @@ from shared.records import Lease
 from shared.redis import lease_key
 
 
+@pytest.fixture
+def coordination(client: redis.Redis, run: str) -> Coordination:
+    return Coordination(client, run)
+
+
 def acquire(coordination: Coordination, part: int, owner: str, *, lease_s: float = 30) -> bool:
     return bool(coordination.acquire_leases([part], owner, room=1, lease_s=lease_s))
 
@@ -27,15 +32,13 @@ def end(coordination: Coordination, part: int, extent: str) -> None:
     coordination.mark_exhausted(lease, extent=extent)
 
 
-def test_nothing_is_known_at_first(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_nothing_is_known_at_first(coordination: Coordination) -> None:
     assert coordination.announced_version() is None
     assert coordination.trainer_report() is None
     assert not coordination.source_exhausted(num_parts=1, extent="all")
 
 
-def test_announced_version_and_report_come_back(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_announced_version_and_report_come_back(coordination: Coordination) -> None:
     coordination.announce_weights(0, epoch="e")
     assert coordination.announced_version() == 0
     assert coordination.announced_weights() == AnnouncedWeights(0, "e")
@@ -44,23 +47,20 @@ def test_announced_version_and_report_come_back(client: redis.Redis, run: str) -
         assert coordination.trainer_report() == report
 
 
-def test_a_lease_has_one_holder(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_a_lease_has_one_holder(coordination: Coordination) -> None:
     assert acquire(coordination, 0, "a")
     assert not acquire(coordination, 0, "b")
     assert acquire(coordination, 1, "b")
 
 
-def test_no_more_leases_are_taken_than_there_is_room(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_no_more_leases_are_taken_than_there_is_room(coordination: Coordination) -> None:
     acquire(coordination, 4, "another")
     assert coordination.acquire_leases([2, 4, 7, 9], "a", room=2, lease_s=30) == [2, 7]
     assert coordination.acquire_leases([9], "a", room=0, lease_s=30) == []
     assert coordination.acquire_leases([], "a", room=5, lease_s=30) == []
 
 
-def test_a_silent_holder_loses_its_lease_and_cannot_renew_it(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_a_silent_holder_loses_its_lease_and_cannot_renew_it(coordination: Coordination) -> None:
     acquire(coordination, 0, "a", lease_s=0.05)
     time.sleep(0.1)
     assert not renew(coordination, 0, "a")
@@ -68,8 +68,9 @@ def test_a_silent_holder_loses_its_lease_and_cannot_renew_it(client: redis.Redis
     assert not renew(coordination, 0, "a")
 
 
-def test_a_lease_that_ended_is_taken_up_again_while_its_number_stands(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_a_lease_that_ended_is_taken_up_again_while_its_number_stands(
+    client: redis.Redis, run: str, coordination: Coordination
+) -> None:
     acquire(coordination, 0, "a")
     assert coordination.raise_fence(Lease(0, "a", 1))
     client.delete(lease_key(run, 0))
@@ -83,8 +84,7 @@ def test_a_lease_that_ended_is_taken_up_again_while_its_number_stands(client: re
     assert not renew(coordination, 0, "b", epoch=2)
 
 
-def test_many_leases_are_renewed_in_one_round_trip(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_many_leases_are_renewed_in_one_round_trip(client: redis.Redis, run: str, coordination: Coordination) -> None:
     coordination.acquire_leases(range(0, 90, 3), "a", room=4096, lease_s=1)
     client.config_resetstat()
     held = coordination.renew_leases(dict.fromkeys(range(100)), "a", lease_s=100)
@@ -93,8 +93,7 @@ def test_many_leases_are_renewed_in_one_round_trip(client: redis.Redis, run: str
     assert client.pttl(lease_key(run, 87)) > 90_000
 
 
-def test_only_the_holder_raises_the_fence(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_only_the_holder_raises_the_fence(coordination: Coordination) -> None:
     acquire(coordination, 0, "a")
     assert not coordination.raise_fence(Lease(0, "b", 9))
     end(coordination, 1, "all")
@@ -108,8 +107,7 @@ def test_only_the_holder_raises_the_fence(client: redis.Redis, run: str) -> None
     assert coordination.source_exhausted(num_parts=2, extent="all")
 
 
-def test_only_the_holder_releases(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_only_the_holder_releases(coordination: Coordination) -> None:
     acquire(coordination, 0, "a")
     coordination.release_lease(0, "b")
     assert not acquire(coordination, 0, "b")
@@ -117,19 +115,12 @@ def test_only_the_holder_releases(client: redis.Redis, run: str) -> None:
     assert acquire(coordination, 0, "b")
 
 
-def test_the_source_is_exhausted_when_every_part_is(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
+def test_the_source_is_exhausted_when_every_part_is_for_what_was_to_be_read(coordination: Coordination) -> None:
     end(coordination, 1, "one epoch")
     end(coordination, 1, "one epoch")
     assert not coordination.source_exhausted(num_parts=2, extent="one epoch")
     end(coordination, 0, "one epoch")
     assert coordination.source_exhausted(num_parts=2, extent="one epoch")
-
-
-def test_an_end_is_true_for_what_was_to_be_read_then(client: redis.Redis, run: str) -> None:
-    coordination = Coordination(client, run)
-    for part in (0, 1):
-        end(coordination, part, "one epoch")
     end(coordination, 1, "two epochs")
     assert coordination.exhausted_parts(extent="two epochs") == {1}
     assert not coordination.source_exhausted(num_parts=2, extent="one epoch")

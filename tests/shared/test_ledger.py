@@ -209,19 +209,12 @@ def test_runs_do_not_see_each_other(database: sa.Engine, ledger: Ledger) -> None
     assert other.balance().read == 0
 
 
-def test_texts_with_nul_and_very_long_details_are_kept(database: sa.Engine, ledger: Ledger) -> None:
+def test_details_are_storable_short_and_without_secrets(database: sa.Engine, ledger: Ledger) -> None:
     ledger.drop(key(0), reason="not_json", detail="\x00" + "x" * 5000, source_id="a\x00b")
-    (row,) = rows(database)
-    assert row.source_id == "a\ufffdb"
-    assert row.detail == "\ufffd" + "x" * 1999
-
-
-def test_names_that_are_not_utf8_are_kept(database: sa.Engine, ledger: Ledger) -> None:
-    ledger.drop(key(0), reason="not_json", detail="caf\udce9", source_id="caf\udce9")
-    assert [(row.source_id, row.detail) for row in rows(database)] == [("caf\\udce9", "caf\\udce9")]
-
-
-def test_no_secret_of_a_url_becomes_a_row(database: sa.Engine, ledger: Ledger) -> None:
-    ledger.drop(key(0), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
-    with transaction(database) as session:
-        assert session.scalars(sa.select(WindowRow)).one().detail == "judge at http://judge/v1: no"
+    ledger.drop(key(1), reason="not_json", detail="caf\udce9", source_id="caf\udce9")
+    ledger.drop(key(2), reason="judge_refused", detail="judge at http://me:hUsh@judge/v1: no", source_id="a:1")
+    assert [(row.source_id, row.detail) for row in rows(database)] == [
+        ("a\ufffdb", "\ufffd" + "x" * 1999),
+        ("caf\\udce9", "caf\\udce9"),
+        ("a:1", "judge at http://judge/v1: no"),
+    ]

@@ -117,10 +117,7 @@ def test_a_run_of_a_later_form_is_refused(open_again: OpenAgain, run: Run) -> No
 def test_a_run_that_is_not_there_is_not_read(database_url: str) -> None:
     """Nothing is migrated either."""
     database = open_database(database_url)
-    with (
-        pytest.raises(HeadwaterError, match="run 'web' is not in its database"),
-        reading_run(settings_of(database)),
-    ):
+    with pytest.raises(HeadwaterError, match="run 'web' is not in its database"), reading_run(settings_of(database)):
         pass
     assert sa.inspect(database).get_table_names() == []
     database.dispose()

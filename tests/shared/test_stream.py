@@ -28,6 +28,11 @@ def opened(client: redis.Redis, run: str, *, consumer: str = "trainer-0") -> Win
     return stream
 
 
+@pytest.fixture
+def stream(client: redis.Redis, run: str) -> WindowStream:
+    return opened(client, run)
+
+
 def ids(entries: list[StreamEntry | BrokenEntry]) -> list[str]:
     return [entry.window.window_id if isinstance(entry, StreamEntry) else "broken" for entry in entries]
 
@@ -41,15 +46,13 @@ def test_a_document_comes_back_as_it_was_written(client: redis.Redis, run: str) 
     assert entry.window == window
 
 
-def test_a_document_that_no_reader_would_take_is_never_written(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_a_document_that_no_reader_would_take_is_never_written(stream: WindowStream) -> None:
     with pytest.raises(SettingsError, match=r"window 0\.0\.0\.0 has 268,4\d\d,\d+ bytes, .* takes 268,435,456: lower"):
         stream.write(scored_window(text="x" * MAX_ENTRY_BYTES))
     assert stream.backlog().unread == 0
 
 
-def test_documents_come_once_and_in_the_order_of_writing(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_documents_come_once_and_in_the_order_of_writing(stream: WindowStream) -> None:
     for position in range(5):
         stream.write(scored_window(position))
     assert ids(stream.read(count=2, block_s=0.1)) == ["0.0.0.0", "0.0.1.0"]
@@ -57,8 +60,7 @@ def test_documents_come_once_and_in_the_order_of_writing(client: redis.Redis, ru
     assert stream.read(count=9, block_s=0.05) == []
 
 
-def test_reading_waits_for_a_document(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_reading_waits_for_a_document(stream: WindowStream) -> None:
     writer = threading.Timer(0.2, lambda: stream.write(scored_window(7)))
     writer.start()
     started = time.monotonic()
@@ -67,8 +69,9 @@ def test_reading_waits_for_a_document(client: redis.Redis, run: str) -> None:
     writer.join(5)
 
 
-def test_what_was_not_acknowledged_is_given_again_also_to_another_consumer(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_what_was_not_acknowledged_is_given_again_also_to_another_consumer(
+    client: redis.Redis, run: str, stream: WindowStream
+) -> None:
     for position in range(3):
         stream.write(scored_window(position))
     first, *_ = stream.read(count=3, block_s=0.1)
@@ -78,8 +81,7 @@ def test_what_was_not_acknowledged_is_given_again_also_to_another_consumer(clien
     assert ids(list(stream.read_pending())) == ["0.0.1.0", "0.0.2.0"]
 
 
-def test_acknowledged_entries_are_gone_and_acknowledging_again_changes_nothing(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_acknowledged_entries_are_gone_and_acknowledging_again_changes_nothing(stream: WindowStream) -> None:
     stream.write(scored_window(0))
     stream.write(scored_window(1))
     (entry,) = stream.read(count=1, block_s=0.1)
@@ -93,8 +95,7 @@ def test_acknowledged_entries_are_gone_and_acknowledging_again_changes_nothing(c
     assert stream.window_ids() == {"0.0.0.0", "0.0.1.0"}, "the id belongs to another entry now"
 
 
-def test_backlog_counts_unread_and_pending(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_backlog_counts_unread_and_pending(stream: WindowStream) -> None:
     assert stream.backlog() == Backlog(unread=0, pending=0)
     for position in range(3):
         stream.write(scored_window(position))
@@ -104,16 +105,16 @@ def test_backlog_counts_unread_and_pending(client: redis.Redis, run: str) -> Non
     assert stream.backlog() == Backlog(unread=1, pending=1)
 
 
-def test_more_entries_than_one_script_takes_are_acknowledged(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_more_entries_than_one_script_takes_are_acknowledged(
+    client: redis.Redis, run: str, stream: WindowStream
+) -> None:
     entries = {stream.append(f"0.0.{position}.0", b"", lease=None): f"0.0.{position}.0" for position in range(2500)}
     stream.acknowledge(dict(list(entries.items())[:-1]))
     assert stream.window_ids() == {"0.0.2499.0"}
     assert client.xlen(windows_key(run)) == 1
 
 
-def test_ids_are_those_on_the_stream_without_reading_it(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_ids_are_those_on_the_stream_without_reading_it(client: redis.Redis, stream: WindowStream) -> None:
     for position in range(7):
         stream.write(scored_window(position, text=os.urandom(50_000).hex()))
     stream.read(count=2, block_s=0.1)
@@ -122,8 +123,7 @@ def test_ids_are_those_on_the_stream_without_reading_it(client: redis.Redis, run
     assert client.info("stats")["total_net_output_bytes"] - before < 10_000
 
 
-def test_a_write_that_is_repeated_is_there_once(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_a_write_that_is_repeated_is_there_once(stream: WindowStream) -> None:
     assert stream.write(scored_window(0)) == stream.write(scored_window(0))
     assert stream.backlog() == Backlog(unread=1, pending=0)
 
@@ -144,8 +144,7 @@ def test_only_the_newest_lease_of_a_part_writes(client: redis.Redis, run: str) -
     assert stream.window_ids() == {"0.0.1.0", "0.0.2.0"}
 
 
-def test_ids_of_a_stream_that_was_deleted_are_forgotten(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_ids_of_a_stream_that_was_deleted_are_forgotten(client: redis.Redis, run: str, stream: WindowStream) -> None:
     stream.write(scored_window(0))
     client.delete(windows_key(run))
     stream.create()
@@ -201,8 +200,9 @@ def test_the_form_of_schema_2() -> None:
     )
 
 
-def test_an_entry_that_is_no_document_is_broken_and_does_not_stop_reading(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_an_entry_that_is_no_document_is_broken_and_does_not_stop_reading(
+    client: redis.Redis, run: str, stream: WindowStream
+) -> None:
     client.xadd(windows_key(run), {"id": "0.0.9.0", "schema": SCHEMA, "body": b"no zstd"})
     client.xadd(windows_key(run), {"schema": SCHEMA, "other": b"x"})
     stream.write(scored_window(1))
@@ -254,8 +254,7 @@ def test_reading_without_a_group_says_so(client: redis.Redis, run: str) -> None:
         WindowStream(client, run).read(count=1, block_s=0.01)
 
 
-def test_entries_are_read_off_the_stream_itself(client: redis.Redis, run: str) -> None:
-    stream = opened(client, run)
+def test_entries_are_read_off_the_stream_itself(client: redis.Redis, run: str, stream: WindowStream) -> None:
     written = {stream.write(scored_window(number)): f"0.0.{number}.0" for number in range(5)}
     assert stream.entries(count=2) == written
     lost = next(iter(written))

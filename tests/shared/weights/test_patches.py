@@ -129,12 +129,12 @@ UPDATE = encode_patches(find_patches(BASE, NEW), BASE)
 
 BROKEN = {
     "the base has no tensor 'y'": rebuilt(UPDATE, set_field(0, "y")),
-    r"dtype F16, the base's is BF16": rebuilt(UPDATE, set_field(1, "F16")),
+    "has dtype F16, the base's is BF16": rebuilt(UPDATE, set_field(1, "F16")),
     r"shape \(5, 2\), the base's is \(2, 5\)": rebuilt(UPDATE, set_field(2, [5, 2])),
     "has 11 changes and 10 elements": rebuilt(UPDATE, set_field(3, 11)),
     "has -1 changes": rebuilt(UPDATE, set_field(3, -1)),
-    "ends before its changes do": rebuilt(UPDATE, set_field(3, 3)),
-    "continues after its changes": rebuilt(UPDATE, set_field(3, 1)),
+    "has 6 bytes of changes, its header says 9": rebuilt(UPDATE, set_field(3, 3)),
+    "has 6 bytes of changes, its header says 3": rebuilt(UPDATE, set_field(3, 1)),
     "unreadable header": rebuilt(UPDATE, lambda header: header.pop("tensors")),
     "an invalid index width": rebuilt(UPDATE, lambda header: header.update(index_width=3)),
     "or a name that occurs twice": rebuilt(UPDATE, lambda header: header["tensors"].append(header["tensors"][0])),
