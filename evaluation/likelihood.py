@@ -66,7 +66,8 @@ def sample(policy_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens
     policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
     torch.manual_seed(seed)
     rows = []
-    for batch in torch.tensor(prefixes).split(_BATCH_ROWS):
+    prompts: Any = torch.tensor(prefixes)
+    for batch in prompts.split(_BATCH_ROWS):
         answer = policy.generate(
             batch,
             attention_mask=torch.ones_like(batch),

@@ -131,7 +131,9 @@ def test_a_signal_ends_the_command_quietly(made: MadeRun, number: int, code: int
     """It waits for a settings file that nobody writes."""
     fifo = made.folder.path / "fifo.toml"
     os.mkfifo(fifo)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     process = subprocess.Popen([HEADWATER, "prepare", fifo], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     with fifo.open("wb"):  # opens when the command reads
         process.send_signal(number)
         output = process.communicate(timeout=WAIT_S)
