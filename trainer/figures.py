@@ -62,7 +62,13 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-_COUNTS = ("windows", "no_preference_chunks", "missing_chunks", "no_preference_windows", "stale_windows")
+_COUNTS: tuple[str, ...] = (
+    "windows",
+    "no_preference_chunks",
+    "missing_chunks",
+    "no_preference_windows",
+    "stale_windows",
+)
 _COUNTS += ("duplicate_windows", "broken_windows", "skipped_steps")
 
 
