@@ -62,10 +62,8 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-_COUNTS: tuple[str, ...] = (
-    *("windows", "no_preference_chunks", "missing_chunks", "no_preference_windows"),
-    *("stale_windows", "duplicate_windows", "broken_windows", "skipped_steps"),
-)
+_COUNTS: tuple[str, ...] = ("windows", "no_preference_chunks", "missing_chunks", "no_preference_windows")
+_COUNTS += ("stale_windows", "duplicate_windows", "broken_windows", "skipped_steps")
 
 
 @dataclass
