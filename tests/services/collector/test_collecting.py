@@ -206,11 +206,7 @@ def test_objectives_without_judge_never_ask_it(make_settings: MakeSettings, docu
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [
-        ("/v1/rollouts", "rollout_refused"),
-        ("/v1/rewrites", "rewrite_refused"),
-        ("/v1/judgements", "judge_refused"),
-    ],
+    [("/v1/rollouts", "rollout_refused"), ("/v1/rewrites", "rewrite_refused"), ("/v1/judgements", "judge_refused")],
 )
 def test_a_refused_request_drops_its_window_with_the_services_words(
     make_settings: MakeSettings, documents: dict[str, Any], path: str, reason: str

@@ -10,7 +10,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from services.collector.storage import Recorder
+from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer
 from shared.database import CandidateRow, ChunkRow, CursorRow, EventRow, WindowRow, transaction
 from shared.errors import FencedError
@@ -102,13 +102,13 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
 def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
     """The part may be taken between a window's row and its chunks."""
     seen = Seen(make_settings("http://127.0.0.1:1"))
-    recorder = Recorder(seen.run, tokenizer, 1.0)
+    storage = Storage(seen.stream, seen.coordination, seen.run, tokenizer, record_share=1.0, max_backoff_s=0.01)
     first, second = (Lease(0, owner, seen.ledger.take_part(0, after=after)) for after, owner in enumerate("ab"))
     with pytest.raises(FencedError):
-        recorder.record(scored_window(0), first)
-    recorder.record(scored_window(0, text=" kept"), second)
+        storage.record(scored_window(0), first)
+    storage.record(scored_window(0, text=" kept"), second)
     with pytest.raises(FencedError):
-        recorder.record(scored_window(0, text=" late"), first)
+        storage.record(scored_window(0, text=" late"), first)
     with transaction(seen.run.database) as session:
         texts = session.scalars(sa.select(CandidateRow.text).order_by(CandidateRow.id)).all()
     assert texts == [" kept", " hill"]

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from services.collector.storage import Recorder, Storage
+from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer
 from shared.coordination import TrainerReport
 from shared.errors import DatabaseRefusalError, StreamError
@@ -232,8 +232,7 @@ def test_a_write_whose_answer_was_lost_is_repeated_and_there_once(
 
     seen = Seen(settings := make_settings("http://127.0.0.1:1"))
     stream = AnswerLost(connect(settings.redis.url, timeout_s=2), settings.run.name)
-    recorder = Recorder(seen.run, tokenizer, 0.0)
-    storage = Storage(stream, seen.coordination, seen.run, recorder, max_backoff_s=0.01)
+    storage = Storage(stream, seen.coordination, seen.run, tokenizer, record_share=0.0, max_backoff_s=0.01)
     assert seen.coordination.acquire_leases([0], "me", room=1, lease_s=30)
 
     async def write() -> None:

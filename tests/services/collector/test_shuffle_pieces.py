@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.collector.sources.base import Document, Fields, RawRecord
-from services.collector.sources.source import DealtSource, open_source
+from services.collector.sources.base import Document, RawRecord
+from services.collector.sources.source import Source, open_source
 from shared.settings import DocumentsSettings
 
 
@@ -28,12 +28,12 @@ class Sized:
             yield RawRecord(f"{index}", lambda index=index: {"text": str(index)}, self._sizes[index])  # type: ignore[misc]
 
 
-def dealt(sizes: list[int], *, buffer: int, max_bytes: int, num_parts: int = 1) -> DealtSource:
-    fields = Fields("text", "", "id", 1000, 10)
-    return DealtSource(Sized(sizes), fields, num_parts, buffer, max_bytes, 0)  # type: ignore[arg-type]
+def dealt(sizes: list[int], *, buffer: int, max_bytes: int, num_parts: int = 1) -> Source:
+    settings = DocumentsSettings(num_parts=num_parts, shuffle_buffer=buffer, shuffle_bytes=max_bytes)
+    return Source(Sized(sizes), settings, seed=0, vocabulary_size=10)  # type: ignore[arg-type]
 
 
-def order(source: DealtSource, *, part: int = 0, start: int = 0) -> list[int]:
+def order(source: Source, *, part: int = 0, start: int = 0) -> list[int]:
     found = list(source.read(part, epoch=0, start=start))
     assert [item.position for item in found] == list(range(start, start + len(found)))
     return [int(item.content) for item in found if isinstance(item, Document) and isinstance(item.content, str)]

@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.collector.sources.base import Document, Fields, RawRecord, Refusal, Source
+from services.collector.sources.base import Document, RawRecord, Refusal
 from services.collector.sources.huggingface import HuggingFaceReader
-from services.collector.sources.source import DealtSource, open_source
+from services.collector.sources.source import Source, open_source
 from shared.errors import SettingsError, SourceError
 from shared.settings import DocumentsSettings
 
@@ -248,9 +248,9 @@ class Numbers:
             yield RawRecord(f"numbers:{index}", lambda fields=fields: fields)  # type: ignore[misc]
 
 
-def numbers(size: int, *, num_parts: int, buffer: int, max_bytes: int = 0, seed: int = 0) -> DealtSource:
-    fields = Fields("text", "", "id", 1000, 10)
-    return DealtSource(Numbers(size), fields, num_parts, buffer, max_bytes, seed)  # type: ignore[arg-type]
+def numbers(size: int, *, num_parts: int, buffer: int, max_bytes: int = 0, seed: int = 0) -> Source:
+    settings = DocumentsSettings(num_parts=num_parts, shuffle_buffer=buffer, shuffle_bytes=max_bytes)
+    return Source(Numbers(size), settings, seed=seed, vocabulary_size=10)  # type: ignore[arg-type]
 
 
 def places(items: Iterable[Document | Refusal]) -> list[str]:
