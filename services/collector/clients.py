@@ -83,8 +83,7 @@ class ServiceClient:
         self._retries = Retries(
             max_wait_s=settings.max_backoff_s, max_attempts=settings.max_attempts, on_failure=self._count_retry
         )
-        self.trouble = ""
-        """Why the last attempt failed; empty when it succeeded."""
+        self.trouble = ""  # why the last attempt failed; empty when it succeeded
 
     async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
         """Waits while the service is down. Raises RefusedRequestError or SettingsError, for a judge also
@@ -224,8 +223,8 @@ def http_client(
     return httpx.AsyncClient(
         headers=authorization_header(token),
         timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
-        # One connection per request: replicas behind one name then share the load, and an idle connection that the
-        # service has closed never looks like a service that is down. Next to a model's time the cost is nothing.
+        # One connection per request: replicas behind one name share the load, and an idle connection that the service
+        # has closed never looks like a service that is down.
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         transport=transport,
         trust_env=False,
@@ -233,8 +232,6 @@ def http_client(
 
 
 def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
-    """Clients for the addresses in the settings."""
-
     return Services(
         rollout=ServiceClient("rollout", settings.rollout.base_urls, http, settings.collector),
         rewriter=ServiceClient("rewriter", settings.rewriter.base_urls, http, settings.collector),

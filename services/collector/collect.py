@@ -51,8 +51,7 @@ class DroppedWindow:
     detail: str
 
 
-Pool = tuple[Candidate, ...]
-"""The distinct candidates of one chunk, in the order original, rewrite, rollouts."""
+Pool = tuple[Candidate, ...]  # the distinct candidates of one chunk, in the order original, rewrite, rollouts
 Verdict = Judgement | JudgementFailure
 
 MIN_JUDGED = 2  # different candidates: one can't be preferred to itself
@@ -61,7 +60,6 @@ MIN_JUDGED = 2  # different candidates: one can't be preferred to itself
 async def collect(
     window: Window, text: WindowText, *, stage: ScheduleStage, services: Services, settings: Settings
 ) -> ScoredWindow | DroppedWindow:
-    """The window with its chunks scored. `text` is that of the window."""
     if not window.chunks:
         return _nothing_scored(window.dropped)
     requests = _Requests(window, text, services, settings, seconds={})
@@ -225,7 +223,7 @@ def _candidate(made: Rewrite | Rollout, max_tokens: int) -> Candidate | None:
 
 
 def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
-    """Why there is nothing to train on; empty when there is."""
+    """Why there is nothing to train on; empty if there is."""
     if not token_ids:
         return "empty"
     return "overlong" if len(token_ids) > max_tokens else ""
@@ -288,7 +286,6 @@ def _why_too_few(pool: Pool) -> str:
 
 
 def count_chunks(scored: Sequence[ScoredChunk], dropped: Sequence[DroppedChunk]) -> None:
-    """Into the metrics."""
     metrics.chunks_scored_total.inc(len(scored))
     for lost in dropped:
         metrics.chunks_dropped_total.labels(lost.reason).inc()

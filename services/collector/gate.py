@@ -17,6 +17,7 @@ from shared import metrics
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
 from shared.settings import Settings
+from shared.stream import Backlog
 
 _INTERVAL_S = 0.2
 
@@ -59,8 +60,8 @@ class Gate:
         self.unread += 1
 
     def note_backlog(self, unread: int, *, written_before: int) -> None:
-        """The stream's count. Windows written since that look began may be missing in it and are added, so the sum may
-        be a little high until the next look, never too low."""
+        """The stream's count. Windows written since that look began are added, so the sum may be a little high until
+        the next look, never too low."""
         self.unread = unread + self.num_written - written_before
         self._changed.set()
 
@@ -88,13 +89,17 @@ class RunWatch:
     async def look(self) -> None:
         """Raises StreamError."""
         written_before = self.gate.num_written
-        seen = await self.storage.look()
-        self.gate.note_backlog(seen.backlog.unread, written_before=written_before)
-        metrics.stream_unread.set(seen.backlog.unread)
-        metrics.stream_pending.set(seen.backlog.pending)
-        self.weight_version = max(self.weight_version, seen.weight_version)
-        if seen.trainer and await self._is_finished(seen.trainer):
+        report, announced, backlog = await self.storage.once(self._read_redis)
+        self.gate.note_backlog(backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(backlog.unread)
+        metrics.stream_pending.set(backlog.pending)
+        self.weight_version = max(self.weight_version, announced or 0, report.weight_version if report else 0)
+        if report and await self._is_finished(report):
             self.finished.set()
+
+    def _read_redis(self) -> tuple[TrainerReport | None, int | None, Backlog]:
+        coordination = self.storage.coordination
+        return coordination.trainer_report(), coordination.announced_version(), self.storage.stream.backlog()
 
     async def _is_finished(self, report: TrainerReport) -> bool:
         """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""

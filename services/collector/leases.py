@@ -24,8 +24,6 @@ _RELEASE_TIMEOUT_S = 2.0
 
 @dataclass
 class _Held:
-    """A part whose lease key is ours."""
-
     work: asyncio.Task[None]
     epoch: int | None = None
     """The fencing number; None until the part is fenced."""

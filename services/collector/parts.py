@@ -154,7 +154,7 @@ class PartWorker:
         windows.create_task(self._work(window, lease), name=f"window-{window.key}")
 
     async def _work(self, window: Window, lease: Lease) -> None:
-        """One window to its end. It leaves the gate only after the ledger knows its outcome."""
+        """Leaves the gate only after the ledger knows the window's outcome."""
         try:
             show = partial(self.maker.tokenizer.show, window.token_ids, window.chunks)
             text = await asyncio.get_running_loop().run_in_executor(self._tokenizing, show)
@@ -172,7 +172,6 @@ class PartWorker:
             self.gate.leave()
 
     async def _end(self, lease: Lease) -> None:
-        """All windows of the part are on the stream or dropped."""
         storage, coordination = self.storage, self.storage.coordination
         balance = await storage.in_database(storage.ledger.balance)
         ended = await storage.in_redis(coordination.exhausted_parts, extent=self.extent)

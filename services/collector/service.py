@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, secrets: Secrets) -> None:
-    """The collector's whole life; returns when it is done. Raises HeadwaterError."""
+    """Until the trainer has finished or a signal comes. Raises HeadwaterError."""
     refuse_open_binding(settings.collector.host, secrets)
     if not settings.redis.url:
         raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")

@@ -7,38 +7,26 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
-from shared.coordination import Coordination, TrainerReport
+from shared.coordination import Coordination
 from shared.errors import DatabaseError, FencedError, StreamError
 from shared.ledger import Position, WindowStart
 from shared.records import Lease, ScoredWindow, WindowKey
 from shared.retries import Retries
 from shared.runs import Run
 from shared.seeds import share_of
-from shared.stream import Backlog, WindowStream, encode
+from shared.stream import WindowStream, encode
 
 _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _PREFIX_CHARACTERS = 500
-_PREFIX_TOKENS = 500
-"""Enough for the characters above: a token has at least one byte, and most have several characters."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What one look at Redis showed."""
-
-    backlog: Backlog
-    trainer: TrainerReport | None
-    weight_version: int
-    """The newest that was announced or reported; 0 if Redis knows none."""
+_PREFIX_TOKENS = 500  # enough for the characters: most tokens have several
 
 
 class Storage:
@@ -92,16 +80,6 @@ class Storage:
         """The same in the thread of the leases."""
         return await self._attempt("redis", self._lease_thread, partial(call, *args, **kwargs))
 
-    async def look(self) -> Sight:
-        """One attempt. Raises StreamError."""
-
-        def read() -> Sight:
-            report, announced = self.coordination.trainer_report(), self.coordination.announced_version()
-            reported = report.weight_version if report else 0
-            return Sight(self.stream.backlog(), report, max(reported, announced or 0))
-
-        return await self.once(read)
-
     async def take_part(self, part: int, owner: str) -> Lease:
         """Fence off everyone who had the part before. `owner` has its key in Redis; FencedError if that has ended.
 
@@ -118,7 +96,7 @@ class Storage:
         return lease
 
     async def begin(self, windows: list[Window], lease: Lease) -> None:
-        """The windows of one position are read."""
+        """Enter the windows of one position in the ledger."""
         starts = [WindowStart(window.key, window.source_id, len(window.token_ids)) for window in windows]
         await self.in_database(self.ledger.begin, starts, lease)
         metrics.windows_read_total.inc(len(windows))
@@ -133,7 +111,7 @@ class Storage:
         await self.in_redis(self.stream.append, window.window_id, body, lease=lease)
 
     async def finish(self, window: ScoredWindow, lease: Lease) -> None:
-        """It is on the stream: mark it in the ledger, and record its candidates if it is drawn for that."""
+        """Mark a window that is on the stream in the ledger, and record its candidates if it is drawn for that."""
 
         def note() -> None:
             self.ledger.mark_scored(
@@ -158,7 +136,6 @@ class Storage:
         return self._tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
 
     async def drop(self, key: WindowKey, lease: Lease, *, reason: str, detail: str, source_id: str) -> None:
-        """It will not be trained."""
         if not await self.in_database(
             self.ledger.drop, key, reason=reason, detail=detail, source_id=source_id, lease=lease
         ):

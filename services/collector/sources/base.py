@@ -14,17 +14,9 @@ from shared.identity import Manifest
 from shared.settings import DocumentsSettings
 
 RefusalReason = Literal[
-    "not_json",
-    "not_an_object",
-    "no_text_field",
-    "not_text",
-    "invalid_utf8",
-    "empty",
-    "too_large",
-    "bad_token_ids",
-    "broken_file",
-    "too_short",
-]
+    "not_json", "not_an_object", "no_text_field", "not_text", "invalid_utf8",
+    "empty", "too_large", "bad_token_ids", "broken_file", "too_short",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A record that is no document. It takes a position all the same, so that order never depends on content."""
+    """A record that is no document. It takes a position too, so order never depends on content."""
 
     position: int
     place: str
