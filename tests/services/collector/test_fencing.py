@@ -19,13 +19,13 @@ from shared.redis import lease_key, windows_key
 from shared.settings import Settings
 from shared.stream import StreamEntry
 from tests.services.collector.processes import CollectorProcess, served, wait_for
-from tests.services.collector.runs import Seen, write_documents
+from tests.services.collector.runs import Seen
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
-NUM_DOCUMENTS = 8
+NUM_DOCUMENTS = 8  # of make_settings
 
 
 def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
@@ -72,10 +72,9 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
 ) -> None:
     """With the long lease nothing is renewed before the judge's answers come: every window is written and refused."""
     stub = StubServices(held={JUDGE})
-    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", NUM_DOCUMENTS))}
     with served(stub.app) as url:
-        settings = make_settings(url, documents=documents)
-        patient = make_settings(url, documents=documents, collector={"lease_s": lease_s})
+        settings = make_settings(url)
+        patient = make_settings(url, collector={"lease_s": lease_s})
         seen, client = Seen(settings), redis.Redis.from_url(settings.redis.url)
         key = lease_key(settings.run.name, 0)
         with collector(patient, tmp_path / "first") as first:
@@ -83,7 +82,7 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
             with collector(settings, tmp_path / "second") as second:
                 wait_for(lambda: len(stub.bodies(JUDGE)) == NUM_DOCUMENTS)
                 first.process.send_signal(signal.SIGSTOP)
-                client.pexpire(key, 1500)
+                client.pexpire(key, 100)
                 wait_for(lambda: len(stub.bodies(JUDGE)) == 2 * NUM_DOCUMENTS)
                 stub.held.clear()
                 wait_for(lambda: seen.balance.scored == NUM_DOCUMENTS and seen.exhausted)

@@ -75,7 +75,7 @@ def test_calls_that_hang_delay_no_renewal(
                 asyncio.create_task(storage.in_redis(storage.coordination.exhausted_parts, extent=""))
                 for _ in range(40)
             ]
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(1.2)
             owner = seen.coordination.lease_owner(0)
             released.set()
             await asyncio.gather(*hanging)
