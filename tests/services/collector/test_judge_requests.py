@@ -83,22 +83,13 @@ def test_a_judge_of_tokens_refuses_once_and_gets_them_from_then_on() -> None:
     judge = Judge([True] * 4)
     ask(judge, num_windows=3)
     assert judge.had_ids == [False, True, True, True]
+    candidates = [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}]
     assert judge.bodies[1] == {
         "text": "ab cd e",
         "token_ids": [1, 2, 3, 4, 5],
         "items": [
-            {
-                "start": 2,
-                "end": 5,
-                "token_start": 2,
-                "candidates": [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}],
-            },
-            {
-                "start": 5,
-                "end": 7,
-                "token_start": 4,
-                "candidates": [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}],
-            },
+            {"start": 2, "end": 5, "token_start": 2, "candidates": candidates},
+            {"start": 5, "end": 7, "token_start": 4, "candidates": candidates},
         ],
     }
 
