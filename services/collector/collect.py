@@ -210,7 +210,8 @@ def build_pools(
 
 def _candidate(made: Rewrite | Rollout, max_tokens: int) -> Candidate | None:
     kind: CandidateKind = "rollout" if isinstance(made, Rollout) else "rewrite"
-    if reason := made.refusal or _unusable(made.token_ids, max_tokens):
+    overlong = "overlong" if len(made.token_ids) > max_tokens else ""
+    if reason := made.refusal or ("" if made.token_ids else "empty") or overlong:
         metrics.candidates_absent_total.labels(kind, reason).inc()
         return None
     return Candidate.model_construct(
@@ -220,13 +221,6 @@ def _candidate(made: Rewrite | Rollout, max_tokens: int) -> Candidate | None:
         weight_version=made.weight_version if isinstance(made, Rollout) else None,
         finish_reason=made.finish_reason,
     )
-
-
-def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
-    """Why there is nothing to train on; empty if there is."""
-    if not token_ids:
-        return "empty"
-    return "overlong" if len(token_ids) > max_tokens else ""
 
 
 def _merged(made: Sequence[Candidate]) -> Pool:

@@ -10,7 +10,7 @@ looks at the stream.
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.collector.storage import Storage
 from shared import metrics
@@ -77,25 +77,24 @@ class RunWatch:
     weight_version: int
     """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none, and
     the schedule must not start over."""
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    """The trainer needs nothing more."""
 
     async def run(self) -> None:
-        while not self.finished.is_set():
+        """Until the trainer needs nothing more."""
+        while True:
             with contextlib.suppress(StreamError):  # logged by storage; the next look may succeed
-                await self.look()
+                if await self.look():
+                    return
             await asyncio.sleep(_INTERVAL_S)
 
-    async def look(self) -> None:
-        """Raises StreamError."""
+    async def look(self) -> bool:
+        """Whether the trainer needs nothing more. Raises StreamError."""
         written_before = self.gate.num_written
         report, announced, backlog = await self.storage.once(self._read_redis)
         self.gate.note_backlog(backlog.unread, written_before=written_before)
         metrics.stream_unread.set(backlog.unread)
         metrics.stream_pending.set(backlog.pending)
         self.weight_version = max(self.weight_version, announced or 0, report.weight_version if report else 0)
-        if report and await self._is_finished(report):
-            self.finished.set()
+        return report is not None and await self._is_finished(report)
 
     def _read_redis(self) -> tuple[TrainerReport | None, int | None, Backlog]:
         coordination = self.storage.coordination

@@ -25,8 +25,7 @@ _RELEASE_TIMEOUT_S = 2.0
 @dataclass
 class _Held:
     work: asyncio.Task[None]
-    epoch: int | None = None
-    """The fencing number; None until the part is fenced."""
+    epoch: int | None = None  # the fencing number; None until the part is fenced
 
 
 @dataclass
@@ -42,7 +41,7 @@ class LeaseKeeper:
     _held: dict[int, _Held] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Until cancelled, or until the work on a part fails. Releases its leases at the end."""
+        """Until cancelled, or until the work on a part fails. Then releases the leases."""
         try:
             async with asyncio.TaskGroup() as group:
                 reached = True

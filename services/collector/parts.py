@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PartWorker:
-    """Shared by all parts of one collector; `run` works on one part."""
+    """Shared by all parts of a collector; `run` works on one part."""
 
     settings: Settings
     source: Source
@@ -89,10 +89,10 @@ class PartWorker:
         position = Position(epoch, item.position)
         before = await self.storage.in_database(self.storage.ledger.source_id, part, position)
         if found != before:
+            where = f"position {item.position} of part {part} in epoch {epoch}"
             raise SourceError(
-                f"position {item.position} of part {part} in epoch {epoch} was {before!r} when it was first read "
-                f"and is {found!r} now: the documents have changed since. Put them back, or start a new run with "
-                "--run.name NAME"
+                f"{where} was {before!r} when it was first read and is {found!r} now: the documents have changed. "
+                "Put them back, or start a new run with --run.name NAME"
             )
 
     async def _drop_missing(self, lease: Lease, epoch: int, position: int, numbers: set[int]) -> None:

@@ -124,19 +124,13 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
             num_parts=settings.documents.num_parts,
             max_parts=settings.collector.max_parts,
         )
-        await _work_until_finished(keeper, watch)
+        async with asyncio.TaskGroup() as group:
+            holding = group.create_task(keeper.run())
+            await watch.run()
+            holding.cancel()
     _log.info("the trainer has finished")
     if settings.collector.stay_when_finished:
         await asyncio.Event().wait()  # for a signal
-
-
-async def _work_until_finished(leases: LeaseKeeper, watch: RunWatch) -> None:
-    async with asyncio.TaskGroup() as group:
-        holding = group.create_task(leases.run())
-        watching = group.create_task(watch.run())
-        await watch.finished.wait()
-        holding.cancel()
-        watching.cancel()
 
 
 def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:

@@ -44,7 +44,7 @@ class Chunk:
 
     @property
     def num_tokens(self) -> int:
-        """What bounds its candidates: summed log-probs of unequal lengths say little about which is better."""
+        """Bounds its candidates: summed log-probs of unequal lengths say little about which is better."""
         return self.end - self.start
 
 
@@ -91,10 +91,8 @@ class PolicyTokenizer:
     def __init__(self, source: str) -> None:
         tokenizer = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
         self.vocabulary_size = len(tokenizer)
-        self._codec = TokenCodec(tokenizer)
-        self.begins_character = self._codec.begins_character
-        self.encode = self._codec.encode
-        self.decode = self._codec.decode
+        self._codec = codec = TokenCodec(tokenizer)
+        self.begins_character, self.encode, self.decode = codec.begins_character, codec.encode, codec.decode
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -117,10 +115,7 @@ class PolicyTokenizer:
         return self._codec.stretch(token_ids, chunk.start, chunk.end).flaw
 
     def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
-        """Prefix + suffix of each chunk is the text of the raw window.
-
-        The stretches between the chunks' borders are decoded one by one, each after the tokens before it.
-        """
+        """Decodes the stretches between the chunks' borders one by one, each after the tokens before it."""
         cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
         texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]
         place = dict(zip(cuts, accumulate(map(len, texts), initial=0), strict=True))

@@ -39,8 +39,8 @@ class SourceFile:
 
 
 def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """The files that `path` (a file, a folder or a glob) means, sorted. Folders are searched for `suffixes`
-    (empty: all), hidden files left out. SourceError if there are none."""
+    """The files of `path` (a file, folder or glob), sorted. Folders are searched for `suffixes` (empty: all) and not
+    for hidden files. SourceError if there are none."""
     root = Path(path)
     if root.is_dir():
         found = [file for file in root.rglob("*") if file.is_file() and _wanted(file.relative_to(root), suffixes)]

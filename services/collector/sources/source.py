@@ -65,11 +65,10 @@ def _open_reader(documents: DocumentsSettings) -> Reader:
 
 
 class PatientReads:
-    """Reads that wait out failures. All parts of a source share one: once a part could read, a later failure is no
-    wrong setting."""
+    """Reads that wait out failures; SourceError after `give_up_s` of them in a row. All parts of a source share one:
+    once a part could read, a later failure is no wrong setting."""
 
     def __init__(self, *, give_up_s: float = _GIVE_UP_S, max_wait_s: float = 10.0) -> None:
-        """After `give_up_s` of failures in a row SourceError is raised."""
         self._retries = Retries(give_up_s=give_up_s, max_wait_s=max_wait_s, on_failure=self._note_down)
         self._has_read = False
         self._has_loaded = False
