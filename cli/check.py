@@ -18,7 +18,8 @@ import sqlalchemy as sa
 from cli.plan import Plan, Ports, make_plan, needed_services
 from cli.run_folder import ConfigFile, Overrides, RunFolder
 from cli.stack import find_redis_server
-from services.collector.sources.base import Refusal, Source
+from services.collector.sources.base import Refusal
+from services.collector.sources.source import Source
 from shared.configuration import load_settings, without_passwords
 from shared.database import translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError

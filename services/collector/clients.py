@@ -10,9 +10,9 @@ other 4xx, unreadable answers                    RefusedRequestError: this windo
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -31,14 +31,15 @@ from shared.http import authorization_header
 from shared.metrics import EngineRole
 from shared.records import Record
 from shared.retries import Retries
-from shared.settings import Settings
+from shared.settings import CollectorSettings, Settings
 
 _log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer", bound=Record)
+MakeJudgementRequest = Callable[[bool], JudgementRequest]
+"""The same request with the policy's token ids (True) or without."""
 
 _PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
-_CONFIGURATION_STATUSES = frozenset({401, 403, 404, 405})
 _MAX_BUG_ANSWERS = 3
 _MAX_RETRY_AFTER_S = 300.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -70,27 +71,22 @@ class ServiceClient:
     """One service, with one replica or several. Safe for concurrent requests."""
 
     def __init__(
-        self,
-        role: EngineRole,
-        base_urls: Sequence[str],
-        http: httpx.AsyncClient,
-        *,
-        max_backoff_s: float,
-        max_attempts: int,
+        self, role: EngineRole, base_urls: Sequence[str], http: httpx.AsyncClient, settings: CollectorSettings
     ) -> None:
         for base_url in base_urls:
             if not base_url.startswith(("http://", "https://")):
                 raise SettingsError(f"{role}.url is not an address: expected http://HOST:PORT")
         self.role = role
+        # Every attempt goes to the next replica, so a retry reaches another one.
         self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
-        """Replicas: every attempt goes to the next one, so a retry reaches another replica."""
         self._http = http
-        self._retries = Retries(max_wait_s=max_backoff_s, max_attempts=max_attempts, on_failure=self._count_retry)
-        self.trouble = ""
-        """Why the last attempt failed; empty when it succeeded."""
+        self._retries = Retries(
+            max_wait_s=settings.max_backoff_s, max_attempts=settings.max_attempts, on_failure=self._count_retry
+        )
+        self.trouble = ""  # why the last attempt failed; empty when it succeeded
 
     async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
-        """The service's answer, however long it is down. Raises RefusedRequestError or SettingsError; from a judge also
+        """Waits while the service is down. Raises RefusedRequestError or SettingsError, for a judge also
         TokenIdsNeededError."""
         # Unset fields have their default: leaving them out keeps requests with many candidates short.
         body = request.model_dump_json(exclude_unset=True).encode()
@@ -103,9 +99,12 @@ class ServiceClient:
             except _UnavailableError as exc:
                 self._note_down(str(exc))
                 if isinstance(exc, _BugError) and next(bugs) == _MAX_BUG_ANSWERS:
-                    raise RefusedRequestError(str(exc), reason=f"{_REASONS[self.role]}_refused") from exc
+                    raise self._refusal(str(exc)) from exc
                 raise
-            self._note_up()
+            if self.trouble:
+                _log.info("%s is back", self.role, extra={"service": self.role})
+            self.trouble = ""
+            metrics.service_up.labels(self.role).set(1)
             return self._read(content, answer, url)
 
         try:
@@ -126,43 +125,37 @@ class ServiceClient:
         raise self._error(response, url)
 
     def _error(self, response: httpx.Response, url: str) -> Exception:
-        said = f"{self.role} at {url} answered {response.status_code}: {_message(response)}"
-        if response.status_code in _CONFIGURATION_STATUSES:
-            remedy = "set HEADWATER_TOKEN to the token that the service was started with"
-            if response.status_code in (404, 405):
-                remedy = f"is {self.role}.url right?"
-            return SettingsError(f"{said}; {remedy}")
-        if response.status_code == 413:
+        status, (kind, message) = response.status_code, _error_in(response)
+        said = f"{self.role} at {url} answered {status}: {message}"
+        if status in (401, 403):
+            return SettingsError(f"{said}; set HEADWATER_TOKEN to the token that the service was started with")
+        if status in (404, 405):
+            return SettingsError(f"{said}; is {self.role}.url right?")
+        if status == 413:
             return SettingsError(f"{said}; raise {self.role}.max_request_bytes there, or {_SMALLER}")
-        if response.status_code == 422 and _error_type(response) == "InvalidRequest":
+        if status == 422 and kind == "InvalidRequest":
             return SettingsError(f"{said}; is it of this collector's version? A window may be too large: {_SMALLER}")
-        if response.status_code == TokenIdsNeededError.status and self.role == "judge":
+        if status == TokenIdsNeededError.status and self.role == "judge":
             return TokenIdsNeededError(said)
-        if response.status_code in _PASSING_STATUSES:
+        if status in _PASSING_STATUSES:
             return _UnavailableError(said, retry_after_s=_retry_after_s(response))
-        if response.status_code == 500:
+        if status == 500:
             return _BugError(said)
-        return RefusedRequestError(said, reason=f"{_REASONS[self.role]}_refused")
+        return self._refusal(said)
 
     def _read(self, content: bytes, answer: type[Answer], url: str) -> Answer:
         try:
             return answer.model_validate_json(content)
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(piece) for piece in first["loc"])
-            raise RefusedRequestError(
-                f"{self.role} at {url} answered something that is not a {answer.__name__}: {place}: {first['msg']}",
-                reason=f"{_REASONS[self.role]}_refused",
-            ) from exc
+            wrong = f"not a {answer.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise self._refusal(f"{self.role} at {url} answered something that is {wrong}") from exc
+
+    def _refusal(self, message: str) -> RefusedRequestError:
+        return RefusedRequestError(message, reason=f"{_REASONS[self.role]}_refused")
 
     def _count_retry(self, _attempt: int, _error: BaseException) -> None:
         metrics.service_retries_total.labels(self.role).inc()
-
-    def _note_up(self) -> None:
-        if self.trouble:
-            _log.info("%s is back", self.role, extra={"service": self.role})
-        self.trouble = ""
-        metrics.service_up.labels(self.role).set(1)
 
     def _note_down(self, trouble: str) -> None:
         """Logs once when the service goes down, not at every retry."""
@@ -172,13 +165,7 @@ class ServiceClient:
         metrics.service_up.labels(self.role).set(0)
 
 
-class MakeJudgementRequest(Protocol):
-    """The same request, with the policy's token ids or without."""
-
-    def __call__(self, *, with_token_ids: bool) -> JudgementRequest: ...
-
-
-class JudgeClient:
+class JudgeClient(ServiceClient):
     """Sends token ids only to a judge that wants them: they double the length of a request.
 
         request without ids --> 200, and `wants_token_ids` says how to send the next one
@@ -187,38 +174,29 @@ class JudgeClient:
     So the collector need not know the judge's criteria, and a judge may be replaced during a run.
     """
 
-    def __init__(self, client: ServiceClient) -> None:
-        self.role = client.role
-        self._client = client
-        self._wants_token_ids = False
-        """As of its last answer."""
-
-    @property
-    def trouble(self) -> str:
-        return self._client.trouble
+    _wants_token_ids = False
+    """As of its last answer."""
 
     async def judge(self, make_request: MakeJudgementRequest) -> JudgementResponse:
         """Raises RefusedRequestError or SettingsError."""
         if not self._wants_token_ids:
             try:
-                return await self._post(make_request(with_token_ids=False))
+                return await self._ask(make_request(False))
             except TokenIdsNeededError:
                 self._wants_token_ids = True
         try:
-            return await self._post(make_request(with_token_ids=True))
+            return await self._ask(make_request(True))
         except TokenIdsNeededError as exc:
-            raise RefusedRequestError(f"{exc} (they were there)", reason="judge_refused") from exc
+            raise self._refusal(f"{exc} (they were there)") from exc
 
-    async def _post(self, request: JudgementRequest) -> JudgementResponse:
-        answer = await self._client.post("/v1/judgements", request, JudgementResponse)
+    async def _ask(self, request: JudgementRequest) -> JudgementResponse:
+        answer = await self.post("/v1/judgements", request, JudgementResponse)
         self._wants_token_ids = answer.wants_token_ids
         return answer
 
 
 @dataclass(frozen=True)
 class Services:
-    """The three, by their verbs."""
-
     rollout: ServiceClient
     rewriter: ServiceClient
     judge: JudgeClient
@@ -228,9 +206,6 @@ class Services:
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
         return await self.rewriter.post("/v1/rewrites", request, RewriteResponse)
-
-    async def judge_candidates(self, make_request: MakeJudgementRequest) -> JudgementResponse:
-        return await self.judge.judge(make_request)
 
     @property
     def trouble(self) -> dict[str, str]:
@@ -248,8 +223,8 @@ def http_client(
     return httpx.AsyncClient(
         headers=authorization_header(token),
         timeout=httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s)),
-        # One connection per request: replicas behind one name then share the load, and an idle connection that the
-        # service has closed never looks like a service that is down. Next to a model's time the cost is nothing.
+        # One connection per request: replicas behind one name share the load, and an idle connection that the service
+        # has closed never looks like a service that is down.
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
         transport=transport,
         trust_env=False,
@@ -257,36 +232,20 @@ def http_client(
 
 
 def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
-    """Clients for the addresses in the settings."""
-
-    def client(role: EngineRole, base_urls: Sequence[str]) -> ServiceClient:
-        collector = settings.collector
-        return ServiceClient(
-            role, base_urls, http, max_backoff_s=collector.max_backoff_s, max_attempts=collector.max_attempts
-        )
-
     return Services(
-        rollout=client("rollout", settings.rollout.base_urls),
-        rewriter=client("rewriter", settings.rewriter.base_urls),
-        judge=JudgeClient(client("judge", settings.judge.base_urls)),
+        rollout=ServiceClient("rollout", settings.rollout.base_urls, http, settings.collector),
+        rewriter=ServiceClient("rewriter", settings.rewriter.base_urls, http, settings.collector),
+        judge=JudgeClient("judge", settings.judge.base_urls, http, settings.collector),
     )
 
 
-def _message(response: httpx.Response) -> str:
-    """The error's text in our own services' form, else the beginning of the body."""
+def _error_in(response: httpx.Response) -> tuple[str, str]:
+    """Type and message of an error in our services' form; else an empty type and the beginning of the body."""
     try:
-        body = response.json()
-        return str(body["error"]["message"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200]
-
-
-def _error_type(response: httpx.Response) -> str:
-    """Our own services' word for the error; empty for an answer of another form."""
-    try:
-        return str(response.json()["error"]["type"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+        error = response.json()["error"]
+        return str(error.get("type", "")), str(error["message"])[:500]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", response.text[:200]
 
 
 def _retry_after_s(response: httpx.Response) -> float:

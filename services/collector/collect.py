@@ -10,7 +10,8 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from services.collector.clients import RefusedRequestError, Services
 from services.collector.windows import Window, WindowText
@@ -28,7 +29,16 @@ from shared.api import (
     RolloutRequest,
 )
 from shared.objectives import OBJECTIVES
-from shared.records import NO_PREFERENCE, Candidate, DroppedChunk, Judgement, ScoredChunk, ScoredWindow, TokenIds
+from shared.records import (
+    NO_PREFERENCE,
+    Candidate,
+    CandidateKind,
+    DroppedChunk,
+    Judgement,
+    ScoredChunk,
+    ScoredWindow,
+    TokenIds,
+)
 from shared.seeds import seed_of
 from shared.settings import ScheduleStage, Settings
 
@@ -41,21 +51,15 @@ class DroppedWindow:
     detail: str
 
 
-Pool = tuple[Candidate, ...]
-"""The distinct candidates of one chunk, in the order original, rewrite, rollouts."""
-
-
+Pool = tuple[Candidate, ...]  # the distinct candidates of one chunk, in the order original, rewrite, rollouts
 Verdict = Judgement | JudgementFailure
 
-
-MIN_JUDGED = 2
-"""Different candidates: one can't be preferred to itself."""
+MIN_JUDGED = 2  # different candidates: one can't be preferred to itself
 
 
 async def collect(
     window: Window, text: WindowText, *, stage: ScheduleStage, services: Services, settings: Settings
 ) -> ScoredWindow | DroppedWindow:
-    """The window with its chunks scored. `text` is that of the window."""
     if not window.chunks:
         return _nothing_scored(window.dropped)
     requests = _Requests(window, text, services, settings, seconds={})
@@ -97,7 +101,7 @@ class _Requests:
         try:
             async with asyncio.TaskGroup() as group:
                 rollouts = group.create_task(self._roll_out(stage.num_rollouts))
-                rewrites = group.create_task(self._rewrite() if "rewrite" in stage.kinds else _nothing())
+                rewrites = group.create_task(self._rewrite(stage))
         except BaseExceptionGroup as failures:
             raise first_error(failures) from failures
         return rollouts.result(), rewrites.result()
@@ -108,10 +112,8 @@ class _Requests:
         if not asked:
             return {}
         with self._timed("judge"):
-            answer = await self.services.judge_candidates(
-                lambda *, with_token_ids: self._judgement_request(
-                    {index: pools[index] for index in asked}, with_token_ids=with_token_ids
-                )
+            answer = await self.services.judge.judge(
+                partial(self._judgement_request, {index: pools[index] for index in asked})
             )
         _expect("judge", "verdicts", len(answer.judgements), len(asked))
         for index, verdict in zip(asked, answer.judgements, strict=True):
@@ -119,7 +121,7 @@ class _Requests:
                 _expect("judge", "rewards", len(verdict.rewards), len(pools[index]))
         return dict(zip(asked, answer.judgements, strict=True))
 
-    def _judgement_request(self, pools: Mapping[int, Pool], *, with_token_ids: bool) -> JudgementRequest:
+    def _judgement_request(self, pools: Mapping[int, Pool], with_token_ids: bool) -> JudgementRequest:
         """`pools` by index of the chunk."""
         items = tuple(
             judgement_item(self.window, index, self.text, pool, with_token_ids=with_token_ids)
@@ -147,15 +149,11 @@ class _Requests:
             _expect("rollout", "rollouts of a chunk", len(group), num_rollouts)
         return answer.rollouts
 
-    async def _rewrite(self) -> Sequence[Rewrite]:
+    async def _rewrite(self, stage: ScheduleStage) -> Sequence[Rewrite]:
+        if "rewrite" not in stage.kinds:
+            return ()
         items = tuple(
-            RewriteItem(
-                start=span.start,
-                end=span.end,
-                max_suffix_tokens=chunk.num_tokens,
-                begins_text=span.begins_text,
-                ends_document=span.ends_document,
-            )
+            RewriteItem(max_suffix_tokens=chunk.num_tokens, **asdict(span))
             for chunk, span in zip(self.window.chunks, self.text.spans, strict=True)
         )
         request = RewriteRequest(text=self.text.text, items=items, seed=self._seed("rewrite"))
@@ -183,10 +181,6 @@ def _nothing_scored(dropped: Sequence[DroppedChunk]) -> DroppedWindow:
     return DroppedWindow(reason, f"all {len(dropped)} chunks were dropped: {', '.join(reasons)}")
 
 
-async def _nothing() -> Sequence[Rewrite]:
-    return ()
-
-
 def _expect(role: str, what: str, found: int, expected: int) -> None:
     """Refuse an answer whose shape does not fit the request."""
     if found != expected:
@@ -208,47 +202,25 @@ def build_pools(
         if "original" in stage.kinds:
             ids = window.token_ids[chunk.start : chunk.end]
             pool.append(Candidate(kinds=("original",), token_ids=ids, text=text.suffix(index)))
-        if rewrites and (rewritten := _rewrite(rewrites[index], chunk.num_tokens)):
-            pool.append(rewritten)
-        if rollouts:
-            pool.extend(found for rollout in rollouts[index] if (found := _rollout(rollout, chunk.num_tokens)))
+        made: list[Rewrite | Rollout] = [*rewrites[index : index + 1], *(rollouts[index] if rollouts else ())]
+        pool += [found for answer in made if (found := _candidate(answer, chunk.num_tokens))]
         pools.append(_merged(pool))
     return pools
 
 
-def _rewrite(rewrite: Rewrite, max_tokens: int) -> Candidate | None:
-    reason = rewrite.refusal or _unusable(rewrite.token_ids, max_tokens)
-    if reason:
-        metrics.candidates_absent_total.labels("rewrite", reason).inc()
+def _candidate(made: Rewrite | Rollout, max_tokens: int) -> Candidate | None:
+    kind: CandidateKind = "rollout" if isinstance(made, Rollout) else "rewrite"
+    overlong = "overlong" if len(made.token_ids) > max_tokens else ""
+    if reason := made.refusal or ("" if made.token_ids else "empty") or overlong:
+        metrics.candidates_absent_total.labels(kind, reason).inc()
         return None
     return Candidate.model_construct(
-        kinds=("rewrite",),
-        token_ids=rewrite.token_ids,
-        text=rewrite.text,
-        weight_version=None,
-        finish_reason=rewrite.finish_reason,
+        kinds=(kind,),
+        token_ids=made.token_ids,
+        text=made.text,
+        weight_version=made.weight_version if isinstance(made, Rollout) else None,
+        finish_reason=made.finish_reason,
     )
-
-
-def _rollout(rollout: Rollout, max_tokens: int) -> Candidate | None:
-    reason = rollout.refusal or _unusable(rollout.token_ids, max_tokens)
-    if reason:
-        metrics.candidates_absent_total.labels("rollout", reason).inc()
-        return None
-    return Candidate.model_construct(
-        kinds=("rollout",),
-        token_ids=rollout.token_ids,
-        text=rollout.text,
-        weight_version=rollout.weight_version,
-        finish_reason=rollout.finish_reason,
-    )
-
-
-def _unusable(token_ids: Sequence[int], max_tokens: int) -> str:
-    """Why there is nothing to train on; empty when there is."""
-    if not token_ids:
-        return "empty"
-    return "overlong" if len(token_ids) > max_tokens else ""
 
 
 def _merged(made: Sequence[Candidate]) -> Pool:
@@ -308,7 +280,6 @@ def _why_too_few(pool: Pool) -> str:
 
 
 def count_chunks(scored: Sequence[ScoredChunk], dropped: Sequence[DroppedChunk]) -> None:
-    """Into the metrics."""
     metrics.chunks_scored_total.inc(len(scored))
     for lost in dropped:
         metrics.chunks_dropped_total.labels(lost.reason).inc()

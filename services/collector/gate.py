@@ -10,11 +10,14 @@ looks at the stream.
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 from services.collector.storage import Storage
 from shared import metrics
 from shared.coordination import TrainerReport
 from shared.errors import StreamError
+from shared.settings import Settings
+from shared.stream import Backlog
 
 _INTERVAL_S = 0.2
 
@@ -26,7 +29,8 @@ class Gate:
         self._max_in_flight = max_in_flight
         self._max_backlog = max_backlog
         self._changed = asyncio.Event()
-        self._num_written = 0
+        self.num_written = 0
+        """Remember it before looking at the stream, for `note_backlog`."""
         self.in_flight = 0
         self.unread = 0
 
@@ -52,59 +56,55 @@ class Gate:
         self._changed.set()
 
     def note_written(self) -> None:
-        self._num_written += 1
+        self.num_written += 1
         self.unread += 1
 
-    @property
-    def num_written(self) -> int:
-        """Remember it before looking at the stream, for `note_backlog`."""
-        return self._num_written
-
     def note_backlog(self, unread: int, *, written_before: int) -> None:
-        """The stream's count. Windows written since that look began may be missing in it and are added, so the sum may
-        be a little high until the next look, never too low."""
-        self.unread = unread + self._num_written - written_before
+        """The stream's count. Windows written since that look began are added, so the sum may be a little high until
+        the next look, never too low."""
+        self.unread = unread + self.num_written - written_before
         self._changed.set()
 
 
+@dataclass
 class RunWatch:
     """Runs beside the work. While Redis is down, the last values stay."""
 
-    def __init__(
-        self, storage: Storage, gate: Gate, *, num_parts: int, extent: str, steps: int, weight_version: int
-    ) -> None:
-        self._storage = storage
-        self._gate = gate
-        self._num_parts = num_parts
-        self._extent = extent
-        self._steps = steps
-        self.weight_version = weight_version
-        """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none,
-        and the schedule must not start over."""
-        self.finished = asyncio.Event()
-        """The trainer needs nothing more."""
+    storage: Storage
+    gate: Gate
+    settings: Settings
+    extent: str
+    weight_version: int
+    """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none, and
+    the schedule must not start over."""
 
     async def run(self) -> None:
-        while not self.finished.is_set():
+        """Until the trainer needs nothing more."""
+        while True:
             with contextlib.suppress(StreamError):  # logged by storage; the next look may succeed
-                await self.look()
+                if await self.look():
+                    return
             await asyncio.sleep(_INTERVAL_S)
 
-    async def look(self) -> None:
-        """Raises StreamError."""
-        written_before = self._gate.num_written
-        seen = await self._storage.look()
-        self._gate.note_backlog(seen.backlog.unread, written_before=written_before)
-        metrics.stream_unread.set(seen.backlog.unread)
-        metrics.stream_pending.set(seen.backlog.pending)
-        self.weight_version = max(self.weight_version, seen.weight_version)
-        if seen.trainer and await self._is_finished(seen.trainer):
-            self.finished.set()
+    async def look(self) -> bool:
+        """Whether the trainer needs nothing more. Raises StreamError."""
+        written_before = self.gate.num_written
+        report, announced, backlog = await self.storage.once(self._read_redis)
+        self.gate.note_backlog(backlog.unread, written_before=written_before)
+        metrics.stream_unread.set(backlog.unread)
+        metrics.stream_pending.set(backlog.pending)
+        self.weight_version = max(self.weight_version, announced or 0, report.weight_version if report else 0)
+        return report is not None and await self._is_finished(report)
+
+    def _read_redis(self) -> tuple[TrainerReport | None, int | None, Backlog]:
+        coordination = self.storage.coordination
+        return coordination.trainer_report(), coordination.announced_version(), self.storage.stream.backlog()
 
     async def _is_finished(self, report: TrainerReport) -> bool:
         """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""
         if report.state != "finished":
             return False
-        return report.step >= self._steps or await self._storage.source_exhausted(
-            num_parts=self._num_parts, extent=self._extent
-        )
+        if report.step >= self.settings.trainer.steps:
+            return True
+        exhausted = self.storage.coordination.source_exhausted
+        return await self.storage.once(exhausted, num_parts=self.settings.documents.num_parts, extent=self.extent)

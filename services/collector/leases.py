@@ -11,7 +11,7 @@ part whose documents have ended stays leased until the process ends.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.collector.storage import Storage
 from shared import metrics
@@ -24,36 +24,24 @@ _RELEASE_TIMEOUT_S = 2.0
 
 @dataclass
 class _Held:
-    """A part whose lease key is ours."""
-
     work: asyncio.Task[None]
-    epoch: int | None = None
-    """The fencing number; None until the part is fenced."""
+    epoch: int | None = None  # the fencing number; None until the part is fenced
 
 
+@dataclass
 class LeaseKeeper:
     """Runs `work(lease)` as a task for each part held by `owner`."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: Callable[[Lease], Awaitable[None]],
-        *,
-        owner: str,
-        lease_s: float,
-        num_parts: int,
-        max_parts: int,
-    ) -> None:
-        self._storage = storage
-        self._work = work
-        self._owner = owner
-        self._lease_s = lease_s
-        self._num_parts = num_parts
-        self._max_parts = max_parts
-        self._held: dict[int, _Held] = {}
+    storage: Storage
+    work: Callable[[Lease], Awaitable[None]]
+    owner: str
+    lease_s: float
+    num_parts: int
+    max_parts: int
+    _held: dict[int, _Held] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Until cancelled, or until the work on a part fails. Releases its leases at the end."""
+        """Until cancelled, or until the work on a part fails. Then releases the leases."""
         try:
             async with asyncio.TaskGroup() as group:
                 reached = True
@@ -65,13 +53,14 @@ class LeaseKeeper:
                         reached = True
                     except StreamError:  # logged by storage; no other collector reaches Redis to take our parts either
                         reached = False
-                    await asyncio.sleep(self._lease_s / 3)
+                    await asyncio.sleep(self.lease_s / 3)
         finally:
             await self._release(list(self._held))
 
     async def _renew(self, group: asyncio.TaskGroup) -> None:
         epochs = {part: held.epoch for part, held in self._held.items()}
-        kept = await self._storage.renew_leases(epochs, self._owner, lease_s=self._lease_s)
+        renew = self.storage.coordination.renew_leases
+        kept = await self.storage.once_for_leases(renew, epochs, self.owner, lease_s=self.lease_s)
         for part in epochs.keys() - kept:
             if held := self._held.pop(part, None):
                 held.work.cancel()
@@ -80,19 +69,19 @@ class LeaseKeeper:
         metrics.leased_parts.set(len(self._held))
 
     async def _acquire(self, group: asyncio.TaskGroup) -> None:
-        free = [part for part in range(self._num_parts) if part not in self._held]
-        room = self._max_parts - len(self._held)
-        for part in await self._storage.acquire_leases(free, self._owner, room=room, lease_s=self._lease_s):
-            _log.info("took part %d of %d", part, self._num_parts)
+        free = [part for part in range(self.num_parts) if part not in self._held]
+        acquire, room = self.storage.coordination.acquire_leases, self.max_parts - len(self._held)
+        for part in await self.storage.once_for_leases(acquire, free, self.owner, room=room, lease_s=self.lease_s):
+            _log.info("took part %d of %d", part, self.num_parts)
             self._held[part] = _Held(group.create_task(self._work_on(part), name=f"part-{part}"))
         metrics.leased_parts.set(len(self._held))
 
     async def _work_on(self, part: int) -> None:
         held = self._held[part]
         try:
-            lease = await self._storage.take_part(part, self._owner)
+            lease = await self.storage.take_part(part, self.owner)
             held.epoch = lease.epoch
-            await self._work(lease)
+            await self.work(lease)
         except FencedError as exc:
             if self._held.get(part) is held:  # else the renewal has noticed at the same time
                 del self._held[part]
@@ -102,11 +91,12 @@ class LeaseKeeper:
     async def _note_loss(self, part: int, why: str) -> None:
         message = f"part {part} is given up, another collector finishes its windows: {why}"
         _log.warning(message)
-        await self._storage.record_event("lease_lost", message, part=part)
+        await self.storage.in_database(self.storage.run.record_event, "collector", "lease_lost", message, part=part)
 
     async def _release(self, parts: Sequence[int]) -> None:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                await self._storage.release_leases(parts, self._owner)
+                for part in parts:
+                    await self.storage.once_for_leases(self.storage.coordination.release_lease, part, self.owner)
         except (StreamError, TimeoutError):
-            _log.warning("leases could not be released; they expire after %g s", self._lease_s)
+            _log.warning("leases could not be released; they expire after %g s", self.lease_s)

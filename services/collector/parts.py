@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from services.collector.clients import Services
 from services.collector.collect import DroppedWindow, collect
 from services.collector.gate import Gate, RunWatch
-from services.collector.sources.base import Document, Refusal, Source
+from services.collector.sources.base import Document, Refusal
+from services.collector.sources.source import Source
 from services.collector.storage import Storage
 from services.collector.windows import Window, WindowMaker
 from services.concurrency import first_error
@@ -31,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PartWorker:
-    """Shared by all parts of one collector; `run` works on one part."""
+    """Shared by all parts of a collector; `run` works on one part."""
 
     settings: Settings
     source: Source
@@ -84,12 +86,13 @@ class PartWorker:
 
     async def _refuse_another_record(self, item: Document | Refusal, part: int, epoch: int) -> None:
         found = item.place if isinstance(item, Refusal) else item.source_id
-        before = await self.storage.source_id(part, Position(epoch, item.position))
+        position = Position(epoch, item.position)
+        before = await self.storage.in_database(self.storage.ledger.source_id, part, position)
         if found != before:
+            where = f"position {item.position} of part {part} in epoch {epoch}"
             raise SourceError(
-                f"position {item.position} of part {part} in epoch {epoch} was {before!r} when it was first read "
-                f"and is {found!r} now: the documents have changed since. Put them back, or start a new run with "
-                "--run.name NAME"
+                f"{where} was {before!r} when it was first read and is {found!r} now: the documents have changed. "
+                "Put them back, or start a new run with --run.name NAME"
             )
 
     async def _drop_missing(self, lease: Lease, epoch: int, position: int, numbers: set[int]) -> None:
@@ -99,7 +102,7 @@ class PartWorker:
             await self.storage.drop(key, lease, reason="source_changed", detail=detail, source_id="")
 
     async def _read_on(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
-        position = await self.storage.next_position(lease.part)
+        position = await self.storage.in_database(self.storage.ledger.next_position, lease.part)
         max_epochs = self.settings.documents.max_epochs
         while not max_epochs or position.epoch < max_epochs:
             found = await self._read_epoch(lease, position, windows)
@@ -138,10 +141,8 @@ class PartWorker:
             yield item
 
     async def _prepare(self, document: Document, part: int, epoch: int) -> list[Window]:
-        def prepare() -> list[Window]:
-            return self.maker.windows(document, part=part, epoch=epoch)
-
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
+        make = partial(self.maker.windows, document, part=part, epoch=epoch)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
 
     async def _refuse(self, item: Refusal, lease: Lease, epoch: int) -> None:
         key = WindowKey(part=lease.part, epoch=epoch, position=item.position, window=0)
@@ -153,12 +154,10 @@ class PartWorker:
         windows.create_task(self._work(window, lease), name=f"window-{window.key}")
 
     async def _work(self, window: Window, lease: Lease) -> None:
-        """One window to its end. It leaves the gate only after the ledger knows its outcome."""
+        """Leaves the gate only after the ledger knows the window's outcome."""
         try:
-            show = self.maker.tokenizer.show
-            text = await asyncio.get_running_loop().run_in_executor(
-                self._tokenizing, lambda: show(window.token_ids, window.chunks)
-            )
+            show = partial(self.maker.tokenizer.show, window.token_ids, window.chunks)
+            text = await asyncio.get_running_loop().run_in_executor(self._tokenizing, show)
             stage = self.settings.collector.stage_at(self.watch.weight_version)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
@@ -173,16 +172,16 @@ class PartWorker:
             self.gate.leave()
 
     async def _end(self, lease: Lease) -> None:
-        """All windows of the part are on the stream or dropped."""
-        balance = await self.storage.balance()
-        ended = await self.storage.exhausted_parts(extent=self.extent)
+        storage, coordination = self.storage, self.storage.coordination
+        balance = await storage.in_database(storage.ledger.balance)
+        ended = await storage.in_redis(coordination.exhausted_parts, extent=self.extent)
         is_last = ended | {lease.part} >= set(range(self.settings.documents.num_parts))
         if is_last and balance.read == sum(balance.dropped.values()):
             raise SourceError(
                 f"documents.path = {self.settings.documents.path!r} gave no usable document: "
                 f"{balance.read} read, dropped {balance.dropped}"
             )
-        await self.storage.mark_exhausted(lease, extent=self.extent)
+        await storage.in_redis(coordination.mark_exhausted, lease, extent=self.extent)
         _log.info("part %d has no more documents", lease.part)
 
     def close(self) -> None:
@@ -191,9 +190,6 @@ class PartWorker:
 
 
 def _too_short(document: Document) -> Refusal:
-    return Refusal(
-        document.position,
-        document.source_id,
-        "too_short",
-        f"document {document.source_id!r} is too short for one chunk (chunks.min_prefix_tokens, min_suffix_tokens)",
-    )
+    name = document.source_id
+    detail = f"document {name!r} is too short for one chunk (chunks.min_prefix_tokens, min_suffix_tokens)"
+    return Refusal(document.position, name, "too_short", detail)

@@ -13,10 +13,10 @@ import os
 import secrets as random_names
 import signal
 import socket
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.types import ASGIApp
 
@@ -24,9 +24,8 @@ from services.collector.clients import Services, build_services, http_client
 from services.collector.gate import Gate, RunWatch
 from services.collector.leases import LeaseKeeper
 from services.collector.parts import PartWorker
-from services.collector.sources.base import Source
-from services.collector.sources.source import open_source
-from services.collector.storage import Recorder, Storage
+from services.collector.sources.source import Source, open_source
+from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer, WindowMaker
 from services.concurrency import first_error
 from services.middleware import MetricsMiddleware
@@ -34,7 +33,6 @@ from shared.api import Readiness
 from shared.coordination import Coordination
 from shared.errors import SettingsError
 from shared.http import build_server, listen, operations_app, refuse_open_binding
-from shared.identity import Manifest
 from shared.redis import connect
 from shared.runs import Run
 from shared.settings import Secrets, Settings
@@ -44,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, secrets: Secrets) -> None:
-    """The collector's whole life; returns when it is done. Raises HeadwaterError."""
+    """Until the trainer has finished or a signal comes. Raises HeadwaterError."""
     refuse_open_binding(settings.collector.host, secrets)
     if not settings.redis.url:
         raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
@@ -65,7 +63,7 @@ async def _run_until_signal(settings: Settings, secrets: Secrets) -> None:
 async def run_collector(settings: Settings, secrets: Secrets) -> None:
     """Until the trainer has finished (then it returns, or stays idle where that is set), or until cancelled."""
     state = _State()
-    server = build_server(_operations(secrets, state.trouble))
+    server = build_server(_operations(secrets, state))
     sockets = listen(settings.collector.host, settings.collector.port, setting="collector.port")
     try:
         async with asyncio.TaskGroup() as group:
@@ -82,17 +80,14 @@ class _State:
     """What /readyz and /status tell."""
 
     starting: bool = True
-    storage: Storage | None = None
-    others: list[Services | Source] = field(default_factory=list)
-    """What else may be in trouble."""
+    needed: list[Storage | Services | Source] = field(default_factory=list)
+    """What may be away."""
 
     def trouble(self) -> dict[str, str]:
-        """In a few words what is wrong, with the whole sentence."""
+        """What keeps the collector from its work: in a few words, each with the whole sentence."""
         found = {"the collector is starting": "the collector is starting"} if self.starting else {}
-        away = dict(self.storage.trouble) if self.storage else {}
-        for other in self.others:
-            away |= other.trouble
-        return found | {f"{name} is away": reason for name, reason in away.items()}
+        away = [item for needed in self.needed for item in needed.trouble.items()]
+        return found | {f"{name} is away": reason for name, reason in away}
 
 
 async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) -> None:
@@ -103,85 +98,59 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
         tokenizer = await loop.run_in_executor(loading, PolicyTokenizer, settings.policy.tokenizer_source)
         storage = _open_storage(settings, tokenizer)
         stack.callback(storage.close)
-        state.storage = storage
-        await _prepare_stores(settings, storage)
-        source = await loop.run_in_executor(loading, _open_source, settings, tokenizer.vocabulary_size)
-        extent = await _adopt_source(settings, storage, await loop.run_in_executor(loading, source.manifest))
+        state.needed.append(storage)
+        await storage.in_database(storage.run.open, settings)
+        await storage.in_redis(storage.stream.create)
+        open_documents = partial(open_source, seed=settings.run.seed, vocabulary_size=tokenizer.vocabulary_size)
+        source = await loop.run_in_executor(loading, open_documents, settings.documents)
+        manifest = await loop.run_in_executor(loading, source.manifest)
+        await storage.in_database(storage.run.adopt_source, manifest)
+        extent = await storage.in_database(storage.run.extent, max_epochs=settings.documents.max_epochs)
         http = await stack.enter_async_context(http_client(settings, token=secrets.token))
         services = build_services(settings, http)
         gate = Gate(max_in_flight=settings.collector.max_windows_in_flight, max_backlog=settings.collector.max_backlog)
-        watch = RunWatch(
-            storage,
-            gate,
-            num_parts=settings.documents.num_parts,
-            extent=extent,
-            steps=settings.trainer.steps,
-            weight_version=await storage.newest_weight_version(),
-        )
+        weight_version = await storage.in_database(storage.run.newest_weight_version) or 0
+        watch = RunWatch(storage, gate, settings, extent, weight_version)
         maker = WindowMaker(tokenizer, settings.chunks, settings.run.seed)
         worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
         stack.callback(worker.close)
-        state.others += [services, source]
+        state.needed += [services, source]
         state.starting = False
-        await _work_until_finished(_lease_keeper(settings, storage, worker), watch)
+        keeper = LeaseKeeper(
+            storage,
+            worker.run,
+            owner=f"{socket.gethostname()}-{os.getpid()}-{random_names.token_hex(4)}",
+            lease_s=settings.collector.lease_s,
+            num_parts=settings.documents.num_parts,
+            max_parts=settings.collector.max_parts,
+        )
+        async with asyncio.TaskGroup() as group:
+            holding = group.create_task(keeper.run())
+            await watch.run()
+            holding.cancel()
     _log.info("the trainer has finished")
     if settings.collector.stay_when_finished:
         await asyncio.Event().wait()  # for a signal
 
 
-async def _work_until_finished(leases: LeaseKeeper, watch: RunWatch) -> None:
-    async with asyncio.TaskGroup() as group:
-        holding = group.create_task(leases.run())
-        watching = group.create_task(watch.run())
-        await watch.finished.wait()
-        holding.cancel()
-        watching.cancel()
-
-
-def _lease_keeper(settings: Settings, storage: Storage, worker: PartWorker) -> LeaseKeeper:
-    owner = f"{socket.gethostname()}-{os.getpid()}-{random_names.token_hex(4)}"
-    return LeaseKeeper(
-        storage,
-        worker.run,
-        owner=owner,
-        lease_s=settings.collector.lease_s,
-        num_parts=settings.documents.num_parts,
-        max_parts=settings.collector.max_parts,
-    )
-
-
-def _open_source(settings: Settings, vocabulary_size: int) -> Source:
-    return open_source(settings.documents, seed=settings.run.seed, vocabulary_size=vocabulary_size)
-
-
 def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
     client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-    run = Run.of(settings)
     return Storage(
-        stream=WindowStream(client, settings.run.name),
-        coordination=Coordination(client, settings.run.name),
-        run=run,
-        recorder=Recorder(run, tokenizer, settings.collector.record_share),
+        WindowStream(client, settings.run.name),
+        Coordination(client, settings.run.name),
+        Run.of(settings),
+        tokenizer,
+        record_share=settings.collector.record_share,
         max_backoff_s=settings.collector.max_backoff_s,
     )
 
 
-async def _prepare_stores(settings: Settings, storage: Storage) -> None:
-    await storage.open_run(settings)
-
-
-async def _adopt_source(settings: Settings, storage: Storage, manifest: Manifest) -> str:
-    """The extent of this start (Run.extent). SourceError if the run began with other documents."""
-    return await storage.adopt_source(manifest, max_epochs=settings.documents.max_epochs)
-
-
-def _operations(secrets: Secrets, trouble: Callable[[], Mapping[str, str]]) -> ASGIApp:
-    """`trouble()` says at once what keeps the collector from its work: in a few words, each with the whole sentence."""
-
+def _operations(secrets: Secrets, state: _State) -> ASGIApp:
     def readiness() -> Readiness:
-        found = trouble()
+        found = state.trouble()
         return Readiness(ready=not found, service="collector", detail="; ".join(found.values()))
 
-    return MetricsMiddleware(
-        operations_app("collector", secrets=secrets, readiness=readiness, summary=lambda: "; ".join(trouble()))
-    )
+    def summary() -> str:
+        return "; ".join(state.trouble())
+
+    return MetricsMiddleware(operations_app("collector", secrets=secrets, readiness=readiness, summary=summary))

@@ -5,80 +5,54 @@ Called by parts.py, leases.py and gate.py.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from services.collector.windows import PolicyTokenizer, Window
 from shared import metrics
-from shared.coordination import Coordination, TrainerReport
+from shared.coordination import Coordination
 from shared.errors import DatabaseError, FencedError, StreamError
-from shared.identity import Manifest
-from shared.ledger import Balance, Position, WindowStart
+from shared.ledger import Position, WindowStart
 from shared.records import Lease, ScoredWindow, WindowKey
 from shared.retries import Retries
 from shared.runs import Run
 from shared.seeds import share_of
-from shared.settings import Settings
-from shared.stream import Backlog, WindowStream, encode
-
-_PREFIX_CHARACTERS = 500
-_PREFIX_TOKENS = 500
-"""Enough for the characters above: a token has at least one byte, and most have several characters."""
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Records a share of all windows for people to read, drawn by window id. Blocking."""
-
-    run: Run
-    tokenizer: PolicyTokenizer
-    share: float
-
-    def record(self, window: ScoredWindow, lease: Lease) -> None:
-        """Raises FencedError as the ledger does."""
-        if share_of(window.key, "record") >= self.share:
-            return
-        prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
-        self.run.record_chunks(window, prefixes, lease)
-
-    def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
-        return self.tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
-
+from shared.stream import WindowStream, encode
 
 _log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Sight:
-    """What one look at Redis showed."""
-
-    backlog: Backlog
-    trainer: TrainerReport | None
-    weight_version: int
-    """The newest that was announced or reported; 0 if Redis knows none."""
+_PREFIX_CHARACTERS = 500
+_PREFIX_TOKENS = 500  # enough for the characters: most tokens have several
 
 
 class Storage:
     """One run's stream, leases and ledger. What is written under a `lease` raises FencedError once another collector
-    has taken the part (shared/records.py)."""
+    has taken the part (shared/records.py).
+
+        position = await storage.in_database(storage.ledger.next_position, part)     # waits out an outage
+        is_ended = await storage.once(storage.coordination.source_exhausted, ...)    # one attempt: StreamError
+    """
 
     def __init__(
         self,
         stream: WindowStream,
         coordination: Coordination,
         run: Run,
-        recorder: Recorder,
+        tokenizer: PolicyTokenizer,
         *,
+        record_share: float,
         max_backoff_s: float,
     ) -> None:
-        self._stream = stream
-        self._coordination = coordination
-        self._run = run
-        self._ledger = run.ledger
-        self._recorder = recorder
+        self.stream = stream
+        self.coordination = coordination
+        self.run = run
+        self.ledger = run.ledger
+        self._tokenizer = tokenizer
+        self._record_share = record_share
         self._retries = Retries(max_wait_s=max_backoff_s, on_failure=lambda *_: None)
         self.trouble: dict[str, str] = {}
         """Per store why its last call failed; absent when it succeeded."""
@@ -89,56 +63,22 @@ class Storage:
         # Its own thread: a lease would end while its renewal waits behind other calls.
         self._lease_thread = ThreadPoolExecutor(1, "leases")
 
-    async def open_run(self, settings: Settings) -> None:
-        """Schema, run and stream are there; SettingsError if the run began with other settings."""
-        await self._database(lambda: self._run.open(settings))
-        await self._redis(self._stream.create)
+    async def in_redis(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The answer of a blocking Redis call, however long Redis is down."""
+        return await self._retries.wait_for(lambda: self.once(call, *args, **kwargs))
 
-    async def adopt_source(self, manifest: Manifest, *, max_epochs: int) -> str:
-        """The extent of this start (Run.extent). SourceError if the run began with other documents."""
-        await self._database(lambda: self._run.adopt_source(manifest))
-        return await self._database(lambda: self._run.extent(max_epochs=max_epochs))
+    async def in_database(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The answer of a blocking database call, however long the database is down. Raises DatabaseRefusalError."""
+        bound = partial(call, *args, **kwargs)
+        return await self._retries.wait_for(lambda: self._attempt("database", self._database_thread, bound))
 
-    async def newest_weight_version(self) -> int:
-        return await self._database(self._run.newest_weight_version) or 0
+    async def once(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """One attempt at a blocking Redis call. Raises StreamError."""
+        return await self._attempt("redis", self._redis_threads, partial(call, *args, **kwargs))
 
-    async def look(self) -> Sight:
-        """One attempt. Raises StreamError."""
-
-        def read() -> Sight:
-            report, announced = self._coordination.trainer_report(), self._coordination.announced_version()
-            reported = report.weight_version if report else 0
-            return Sight(self._stream.backlog(), report, max(reported, announced or 0))
-
-        return await self._attempt("redis", self._redis_threads, read)
-
-    async def source_exhausted(self, *, num_parts: int, extent: str) -> bool:
-        """One attempt. Raises StreamError."""
-        return await self._attempt(
-            "redis",
-            self._redis_threads,
-            lambda: self._coordination.source_exhausted(num_parts=num_parts, extent=extent),
-        )
-
-    async def acquire_leases(self, parts: Sequence[int], owner: str, *, room: int, lease_s: float) -> list[int]:
-        """See Coordination; one attempt, as of the two that follow. Raises StreamError."""
-        return await self._attempt(
-            "redis",
-            self._lease_thread,
-            lambda: self._coordination.acquire_leases(parts, owner, room=room, lease_s=lease_s),
-        )
-
-    async def renew_leases(self, epochs: Mapping[int, int | None], owner: str, *, lease_s: float) -> set[int]:
-        return await self._attempt(
-            "redis", self._lease_thread, lambda: self._coordination.renew_leases(epochs, owner, lease_s=lease_s)
-        )
-
-    async def release_leases(self, parts: Sequence[int], owner: str) -> None:
-        def release() -> None:
-            for part in parts:
-                self._coordination.release_lease(part, owner)
-
-        await self._attempt("redis", self._lease_thread, release)
+    async def once_for_leases(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same in the thread of the leases."""
+        return await self._attempt("redis", self._lease_thread, partial(call, *args, **kwargs))
 
     async def take_part(self, part: int, owner: str) -> Lease:
         """Fence off everyone who had the part before. `owner` has its key in Redis; FencedError if that has ended.
@@ -146,19 +86,19 @@ class Storage:
         The number is read before the key is looked at, and only raised from what was read: a process that is frozen
         anywhere in here wakes without fencing off the next one.
         """
-        before = await self._database(lambda: self._ledger.lease_epoch(part))
+        before = await self.in_database(self.ledger.lease_epoch, part)
         ended = FencedError(f"the lease on part {part} ended before the work on it began")
-        if await self._redis(lambda: self._coordination.lease_owner(part)) != owner:
+        if await self.in_redis(self.coordination.lease_owner, part) != owner:
             raise ended
-        lease = Lease(part, owner, await self._database(lambda: self._ledger.take_part(part, after=before)))
-        if not await self._redis(lambda: self._coordination.raise_fence(lease)):
+        lease = Lease(part, owner, await self.in_database(self.ledger.take_part, part, after=before))
+        if not await self.in_redis(self.coordination.raise_fence, lease):
             raise ended
         return lease
 
     async def begin(self, windows: list[Window], lease: Lease) -> None:
-        """The windows of one position are read."""
+        """Enter the windows of one position in the ledger."""
         starts = [WindowStart(window.key, window.source_id, len(window.token_ids)) for window in windows]
-        await self._database(lambda: self._ledger.begin(starts, lease))
+        await self.in_database(self.ledger.begin, starts, lease)
         metrics.windows_read_total.inc(len(windows))
 
     async def write(self, window: ScoredWindow, lease: Lease) -> None:
@@ -168,31 +108,37 @@ class Storage:
         the trainer has acknowledged it in between, and then the trainer drops the repeat: the ledger says `trained`.
         """
         body = await asyncio.get_running_loop().run_in_executor(self._redis_threads, encode, window)
-        await self._redis(lambda: self._stream.append(window.window_id, body, lease=lease))
+        await self.in_redis(self.stream.append, window.window_id, body, lease=lease)
 
     async def finish(self, window: ScoredWindow, lease: Lease) -> None:
-        """It is on the stream: mark it in the ledger, and record its candidates if it is drawn for that."""
+        """Mark a window that is on the stream in the ledger, and record its candidates if it is drawn for that."""
 
         def note() -> None:
-            self._ledger.mark_scored(
+            self.ledger.mark_scored(
                 window.key,
                 num_chunks=len(window.chunks),
                 num_dropped_chunks=len(window.dropped_chunks),
                 weight_version=window.oldest_weight_version,
                 lease=lease,
             )
-            self._recorder.record(window, lease)
+            self.record(window, lease)
 
-        await self._database(note)
+        await self.in_database(note)
         metrics.windows_scored_total.inc()
 
+    def record(self, window: ScoredWindow, lease: Lease) -> None:
+        """Keep the candidates for people to read, for a share of all windows drawn by window id. Blocking."""
+        if share_of(window.key, "record") < self._record_share:
+            prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
+            self.run.record_chunks(window, prefixes, lease)
+
+    def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
+        return self._tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]
+
     async def drop(self, key: WindowKey, lease: Lease, *, reason: str, detail: str, source_id: str) -> None:
-        """It will not be trained."""
-
-        def note() -> bool:
-            return self._ledger.drop(key, reason=reason, detail=detail, source_id=source_id, lease=lease)
-
-        if not await self._database(note):
+        if not await self.in_database(
+            self.ledger.drop, key, reason=reason, detail=detail, source_id=source_id, lease=lease
+        ):
             _log.warning("%s was not dropped (%s): it is trained already", key, reason)
             return
         metrics.windows_dropped_total.labels(reason).inc()
@@ -204,47 +150,20 @@ class Storage:
     async def left_over(self, lease: Lease) -> dict[Position, set[int]]:
         """Windows of the part that an earlier collector read and did not finish.
 
-        The stream's ids are read BEFORE the ledger. The trainer marks a document `trained` before it acknowledges,
-        that is deletes, its entry. So a window that is missing among the ids because it was acknowledged is `trained`
-        in the ledger that is read afterwards, and not done again. (The other way round, an entry acknowledged between
-        the two looks would still be `scored` in the first and gone in the second.) Nobody adds entries or rows of this
+        The stream's ids are read BEFORE the ledger. The trainer marks a window `trained` before it acknowledges, that
+        is deletes, its entry. So a window that is missing among the ids because it was acknowledged is `trained` in
+        the ledger that is read afterwards, and not done again. (The other way round, an entry acknowledged between the
+        two looks would still be `scored` in the first and gone in the second.) Nobody adds entries or rows of this
         part in between: everyone who had it before is fenced off.
         """
-        on_stream = await self._redis(self._stream.window_ids)
-        await self._database(lambda: self._ledger.mark_found(lease.part, on_stream=on_stream, lease=lease))
-        return await self._database(lambda: self._ledger.unfinished(lease.part, on_stream=on_stream))
-
-    async def source_id(self, part: int, position: Position) -> str:
-        """Of the document that was read at an unfinished position."""
-        return await self._database(lambda: self._ledger.source_id(part, position))
-
-    async def next_position(self, part: int) -> Position:
-        return await self._database(lambda: self._ledger.next_position(part))
-
-    async def balance(self) -> Balance:
-        return await self._database(self._ledger.balance)
-
-    async def exhausted_parts(self, *, extent: str) -> set[int]:
-        return await self._redis(lambda: self._coordination.exhausted_parts(extent=extent))
-
-    async def mark_exhausted(self, lease: Lease, *, extent: str) -> None:
-        await self._redis(lambda: self._coordination.mark_exhausted(lease, extent=extent))
-
-    async def record_event(self, kind: str, message: str, **data: Any) -> None:
-        await self._database(lambda: self._run.record_event("collector", kind, message, **data))
+        on_stream = await self.in_redis(self.stream.window_ids)
+        await self.in_database(self.ledger.mark_found, lease.part, on_stream=on_stream, lease=lease)
+        return await self.in_database(self.ledger.unfinished, lease.part, on_stream=on_stream)
 
     def close(self) -> None:
         """Does not wait for calls under way: the clients' timeouts bound them."""
         for executor in (self._database_thread, self._redis_threads, self._lease_thread):
             executor.shutdown(wait=False, cancel_futures=True)
-
-    async def _redis(self, call: Callable[[], T]) -> T:
-        """The answer of a blocking Redis call, however long Redis is down."""
-        return await self._retries.wait_for(lambda: self._attempt("redis", self._redis_threads, call))
-
-    async def _database(self, call: Callable[[], T]) -> T:
-        """The answer of a blocking database call, however long the database is down. Raises DatabaseRefusalError."""
-        return await self._retries.wait_for(lambda: self._attempt("database", self._database_thread, call))
 
     async def _attempt(self, store: str, executor: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         try:
@@ -253,13 +172,10 @@ class Storage:
             if exc.retryable:
                 self._note_down(store, str(exc))
             raise
-        self._note_up(store)
-        return answer
-
-    def _note_up(self, store: str) -> None:
         if self.trouble.pop(store, ""):
             _log.info("%s is back", store, extra={"service": store})
         metrics.service_up.labels(store).set(1)
+        return answer
 
     def _note_down(self, store: str, trouble: str) -> None:
         if store not in self.trouble:

@@ -44,13 +44,13 @@ class Chunk:
 
     @property
     def num_tokens(self) -> int:
-        """What bounds its candidates: summed log-probs of unequal lengths say little about which is better."""
+        """Bounds its candidates: summed log-probs of unequal lengths say little about which is better."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Window:
-    """One window of a document, about to become a `ScoredWindow`."""
+    """About to become a `ScoredWindow`."""
 
     key: WindowKey
     source_id: str
@@ -81,10 +81,6 @@ class WindowText:
     spans: tuple[TextSpan, ...]
     """One per chunk of the window, in their order."""
 
-    def prefix(self, index: int) -> str:
-        """All text before chunk `index`'s suffix."""
-        return self.text[: self.spans[index].start]
-
     def suffix(self, index: int) -> str:
         return self.text[self.spans[index].start : self.spans[index].end]
 
@@ -95,10 +91,8 @@ class PolicyTokenizer:
     def __init__(self, source: str) -> None:
         tokenizer = load_tokenizer(source, setting="policy.tokenizer (or policy.model)")
         self.vocabulary_size = len(tokenizer)
-        self._codec = TokenCodec(tokenizer)
-        self.begins_character = self._codec.begins_character
-        self.encode = self._codec.encode
-        self.decode = self._codec.decode
+        self._codec = codec = TokenCodec(tokenizer)
+        self.begins_character, self.encode, self.decode = codec.begins_character, codec.encode, codec.decode
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -116,17 +110,12 @@ class PolicyTokenizer:
 
     def flaw(self, token_ids: Sequence[int], chunk: Chunk) -> TextFlaw:
         """Why text can't show all of the chunk's suffix; empty if it can."""
-        if not self.begins_character(token_ids[chunk.start]):
-            return "broken_text"
-        if chunk.end < len(token_ids) and not self.begins_character(token_ids[chunk.end]):
+        if not all(map(self.begins_character, (token_ids[chunk.start], *token_ids[chunk.end : chunk.end + 1]))):
             return "broken_text"
         return self._codec.stretch(token_ids, chunk.start, chunk.end).flaw
 
     def show(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> WindowText:
-        """Prefix + suffix of each chunk is the text of the raw window.
-
-        The stretches between the chunks' borders are decoded one by one, each after the tokens before it.
-        """
+        """Decodes the stretches between the chunks' borders one by one, each after the tokens before it."""
         cuts = sorted({0, len(token_ids), *(border for chunk in chunks for border in (chunk.start, chunk.end))})
         texts = [self._codec.stretch(token_ids, cut, end).text for cut, end in pairwise(cuts)]
         place = dict(zip(cuts, accumulate(map(len, texts), initial=0), strict=True))
@@ -142,10 +131,7 @@ class PolicyTokenizer:
         return WindowText("".join(texts), spans)
 
 
-MAX_MOVED_TOKENS = 3
-"""A UTF-8 character has at most four bytes, so one begins at most three tokens away."""
-
-
+MAX_MOVED_TOKENS = 3  # a UTF-8 character has at most four bytes, so one begins at most three tokens away
 BeginsCharacter = Callable[[int], bool]
 """Whether a document may be cut before this one of its tokens."""
 
@@ -161,8 +147,6 @@ class Span:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts documents of one tokenizer."""
-
     chunks: ChunksSettings
     num_opening: int = 0
     """Tokens that are put before every window (a BOS). They count in its length and in its first prefix."""
@@ -224,8 +208,6 @@ def draw_chunks(found: tuple[Chunk, ...], *, key: WindowKey, chunks_per_window: 
 
 @dataclass(frozen=True)
 class WindowMaker:
-    """Tokenises and cuts."""
-
     tokenizer: PolicyTokenizer
     chunks: ChunksSettings
     seed: int
@@ -233,7 +215,9 @@ class WindowMaker:
     def windows(self, document: Document, *, part: int, epoch: int) -> list[Window]:
         """Empty for a document without room for one chunk."""
         read_at = time.time()
-        token_ids = self._token_ids(document)
+        content = document.content
+        ready = tuple(self.tokenizer.encode(content)) if isinstance(content, str) else content  # may have BOS and end
+        token_ids = self.tokenizer.as_document(ready, end_of_text=self.chunks.end_of_text)
         opening = self.tokenizer.opening
         spans = Cutter(self.chunks, num_opening=len(opening)).cut(
             len(token_ids), lambda token: self.tokenizer.begins_character(token_ids[token])
@@ -245,12 +229,6 @@ class WindowMaker:
             chunks, dropped = self._choose(of_window, span, key)
             windows.append(Window(key, document.source_id, of_window, chunks, read_at, dropped))
         return windows
-
-    def _token_ids(self, document: Document) -> tuple[int, ...]:
-        """Without BOS, and with end-of-text where that is set. Ready ids may have both already."""
-        content = document.content
-        token_ids = tuple(self.tokenizer.encode(content)) if isinstance(content, str) else content
-        return self.tokenizer.as_document(token_ids, end_of_text=self.chunks.end_of_text)
 
     def _choose(
         self, token_ids: tuple[int, ...], span: Span, key: WindowKey

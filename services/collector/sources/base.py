@@ -1,6 +1,6 @@
 """What a source is made of: a reader per format, and the step from a record's fields to a document.
 
-    Reader (jsonl.py, parquet.py, ...) --RawRecord--> DealtSource (source.py) --Document | Refusal--> parts.py
+    Reader (jsonl.py, parquet.py, ...) --RawRecord--> Source (source.py) --Document | Refusal--> parts.py
 
 To add a format: a file here with a `Reader`, a case in source.py's `_open_reader`, a value of `documents.format`.
 """
@@ -11,19 +11,12 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from shared.identity import Manifest
+from shared.settings import DocumentsSettings
 
 RefusalReason = Literal[
-    "not_json",
-    "not_an_object",
-    "no_text_field",
-    "not_text",
-    "invalid_utf8",
-    "empty",
-    "too_large",
-    "bad_token_ids",
-    "broken_file",
-    "too_short",
-]
+    "not_json", "not_an_object", "no_text_field", "not_text", "invalid_utf8",
+    "empty", "too_large", "bad_token_ids", "broken_file", "too_short",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,12 +27,12 @@ class Document:
     source_id: str
     """Its own id, or its place where it has none."""
     content: str | tuple[int, ...]
-    """Text, or ready ids of the policy's tokens."""
+    """Text, or ready token ids of the policy."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A record that is no document. It takes a position all the same, so that order never depends on content."""
+    """A record that is no document. It takes a position too, so order never depends on content."""
 
     position: int
     place: str
@@ -49,40 +42,20 @@ class Refusal:
     """A whole sentence with file and line."""
 
 
-class Source(Protocol):
-    """Documents in an order that depends on nothing but settings and files."""
-
-    @property
-    def trouble(self) -> dict[str, str]:
-        """Why reading fails now, under the source's own name; empty when it does not."""
-        ...
-
-    def read(self, part: int, *, epoch: int, start: int) -> Iterator[Document | Refusal]:
-        """Everything of `part` from position `start` of `epoch` to the epoch's end. Blocking: call from a thread.
-
-        Raises SourceError when the source as a whole can't be read.
-        """
-        ...
-
-    def manifest(self) -> Manifest:
-        """What the documents are. Blocking. Raises SourceError."""
-        ...
-
-
 @dataclass(frozen=True)
 class RawRecord:
-    """A record as found, not looked at yet: what a shuffle block holds."""
+    """A record as found, not yet checked. Shuffle blocks hold these."""
 
     place: str
     """`file:line`, `file:row`; text that can be stored (SourceFile.place)."""
     load: Callable[[], Mapping[str, Any]]
     """Its fields, or RefusedError; SourceReadError when it can't be read now."""
     num_bytes: int = 0
-    """What `load` holds in memory, by a rule that depends on the content only."""
+    """What `load` holds in memory; depends on the content only."""
 
 
 class Reader(Protocol):
-    """Records of one format, in the order of sorted files."""
+    """Records of one format, file by file in sorted order."""
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         """Records number `start`, `start + step`, ... of the whole source.
@@ -97,7 +70,7 @@ class Reader(Protocol):
 
 
 class RefusedError(Exception):
-    """Raised while a record is loaded, caught where it becomes a `Refusal`. Never leaves this package."""
+    """Raised while a record is loaded; becomes a `Refusal`. Never leaves this package."""
 
     def __init__(self, reason: RefusalReason, detail: str) -> None:
         super().__init__(detail)
@@ -118,60 +91,57 @@ _MAX_ID_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields to take and what they must hold."""
+    """Takes the wanted fields and checks what they hold."""
 
-    text_field: str
-    token_ids_field: str
-    """Not empty: ready token ids are taken instead of text."""
-    id_field: str
-    max_document_bytes: int
+    settings: DocumentsSettings
     vocabulary_size: int
 
     def document(self, raw: RawRecord, position: int) -> Document | Refusal:
-        """The record as a document at `position` of its part."""
         try:
             fields = raw.load()
-            content = self._token_ids(fields, raw.place) if self.token_ids_field else self._text(fields, raw.place)
+            content = (self._token_ids if self.settings.token_ids_field else self._text)(fields, raw.place)
         except RefusedError as exc:
             return Refusal(position, raw.place, exc.reason, str(exc))
         return Document(position, self._source_id(fields, raw.place), content)
 
     def _text(self, fields: Mapping[str, Any], place: str) -> str:
-        text = _field(fields, self.text_field, place, setting="text_field")
+        name, max_bytes = self.settings.text_field, self.settings.max_document_bytes
+        text = _field(fields, name, place, setting="text_field")
         if not isinstance(text, str):
-            raise RefusedError("not_text", f"{place}: field {self.text_field!r} is {_kind(text)}, not text")
+            raise RefusedError("not_text", f"{place}: field {name!r} is {_kind(text)}, not text")
         if not text.strip():
-            raise RefusedError("empty", f"{place}: field {self.text_field!r} is empty")
+            raise RefusedError("empty", f"{place}: field {name!r} is empty")
         try:
             num_bytes = len(text.encode())
         except UnicodeEncodeError as exc:
             raise RefusedError("invalid_utf8", f"{place}: character {exc.start} is half of a surrogate pair") from exc
-        if num_bytes > self.max_document_bytes:
-            raise RefusedError(
-                "too_large",
-                f"{place}: the text has {num_bytes} bytes, documents.max_document_bytes is {self.max_document_bytes}",
-            )
+        if num_bytes > max_bytes:
+            detail = f"{place}: the text has {num_bytes} bytes, documents.max_document_bytes is {max_bytes}"
+            raise RefusedError("too_large", detail)
         return text
 
     def _token_ids(self, fields: Mapping[str, Any], place: str) -> tuple[int, ...]:
-        ids = _field(fields, self.token_ids_field, place, setting="token_ids_field")
+        name = self.settings.token_ids_field
+        ids = _field(fields, name, place, setting="token_ids_field")
         if not isinstance(ids, list):
-            raise RefusedError("bad_token_ids", f"{place}: field {self.token_ids_field!r} is {_kind(ids)}, not a list")
+            raise RefusedError("bad_token_ids", f"{place}: field {name!r} is {_kind(ids)}, not a list")
         if not ids:
-            raise RefusedError("empty", f"{place}: field {self.token_ids_field!r} is empty")
+            raise RefusedError("empty", f"{place}: field {name!r} is empty")
         wrong = next((item for item in ids if type(item) is not int or not 0 <= item < self.vocabulary_size), None)
         if wrong is not None or None in ids:
-            raise RefusedError(
-                "bad_token_ids",
-                f"{place}: field {self.token_ids_field!r} holds {wrong!r:.80}, expected ids in "
-                f"0..{self.vocabulary_size - 1} of the policy's tokenizer",
-            )
+            expected = f"ids in 0..{self.vocabulary_size - 1} of the policy's tokenizer"
+            raise RefusedError("bad_token_ids", f"{place}: field {name!r} holds {wrong!r:.80}, expected {expected}")
         return tuple(ids)
 
     def _source_id(self, fields: Mapping[str, Any], place: str) -> str:
-        found = fields.get(self.id_field)
+        found = fields.get(self.settings.id_field)
         known = isinstance(found, str | int) and not isinstance(found, bool) and found != ""
         return str(found)[:_MAX_ID_CHARACTERS].encode(errors="replace").decode() if known else place
+
+
+def columns_of(settings: DocumentsSettings) -> tuple[str, ...]:
+    """The wanted columns of a format that has columns."""
+    return (settings.token_ids_field or settings.text_field, settings.id_field)
 
 
 def _field(fields: Mapping[str, Any], name: str, place: str, *, setting: str) -> Any:
@@ -185,8 +155,7 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-_ITEM_BYTES = 36
-"""An item of a list: a Python integer and its place in the list."""
+_ITEM_BYTES = 36  # of a list: a Python integer and its place in the list
 
 
 def row_record(place: str, fields: Mapping[str, Any], *, names: Sequence[str]) -> RawRecord:
@@ -195,7 +164,7 @@ def row_record(place: str, fields: Mapping[str, Any], *, names: Sequence[str]) -
     Texts are held as UTF-8: one rare character would make a Python text four bytes a character.
     """
     if not fields:
-        known = ", ".join(repr(name) for name in names[:10])
+        known = ", ".join(map(repr, names[:10]))
         return RawRecord(place, refuse("no_text_field", f"{place}: none of the wanted columns; columns here: {known}"))
     held = {
         name: _Text(value.encode(errors="surrogatepass")) if isinstance(value, str) else value

@@ -5,34 +5,31 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import zstandard
 
 from services.collector.sources.base import RawRecord, RefusedError
 from shared.errors import SourceError, SourceReadError
 from shared.identity import Manifest
+from shared.settings import DocumentsSettings
 
 CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
-"""What a damaged compressed file raises: its rest is refused. Another OSError is tried again (retrying.py)."""
-
-
-_MAX_ZSTD_WINDOW = 2**31
-"""Corpora are often packed with `zstd --long=31`."""
+"""What a damaged compressed file raises: its rest is refused. Another OSError is retried (source.py)."""
+_MAX_ZSTD_WINDOW = 2**31  # corpora are often packed with `zstd --long=31`
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the source. Names of files are bytes: one that is not UTF-8 is shown with its bytes as `\\xe9`, here
-    and nowhere else, so that every text which is made of it can be stored."""
+    """A file of the source. Names of files are bytes: `place` and `name` show those that are not UTF-8 as `\\xe9`, so
+    that every text made of them can be stored."""
 
     path: Path
-    """To open it."""
     place: str
     """The path, for places and messages."""
     name: str
@@ -42,8 +39,8 @@ class SourceFile:
 
 
 def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    """The files that `path` (a file, a folder or a glob) means, sorted. Folders are searched for `suffixes`
-    (empty: all), hidden files left out. SourceError if there are none."""
+    """The files of `path` (a file, folder or glob), sorted. Folders are searched for `suffixes` (empty: all) and not
+    for hidden files. SourceError if there are none."""
     root = Path(path)
     if root.is_dir():
         found = [file for file in root.rglob("*") if file.is_file() and _wanted(file.relative_to(root), suffixes)]
@@ -75,21 +72,15 @@ def _shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def manifest_of(files: Sequence[SourceFile]) -> Manifest:
-    return Manifest({file.name: file.size for file in files})
-
-
 def open_lines(file: SourceFile) -> BinaryIO:
-    """A buffered binary stream of the file's content, decompressed by its suffix. SourceReadError if it can't be
-    opened."""
+    """The file's content, decompressed by its suffix. SourceReadError if it can't be opened."""
     path = file.path
     try:
         if path.suffix == ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
         if path.suffix in (".zst", ".zstd"):
             decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-            raw = decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-            return io.BufferedReader(raw)
+            return io.BufferedReader(decompressor.stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
         return path.open("rb")
     except OSError as exc:
         raise SourceReadError(f"{file.place} can't be opened: {exc.strerror}") from exc
@@ -98,12 +89,8 @@ def open_lines(file: SourceFile) -> BinaryIO:
 def bounded_lines(stream: BinaryIO, *, max_bytes: int) -> Iterator[bytes | int]:
     """Lines without their newline. Of a line above `max_bytes` only the length is given: it never lies in memory."""
     while line := stream.readline(max_bytes + 1):
-        if line.endswith(b"\n"):
-            yield line[:-1]
-        elif len(line) <= max_bytes:
-            yield line
-        else:
-            yield len(line) + _skip_line(stream)
+        is_whole = line.endswith(b"\n") or len(line) <= max_bytes
+        yield line.removesuffix(b"\n") if is_whole else len(line) + _skip_line(stream)
 
 
 def _skip_line(stream: BinaryIO) -> int:
@@ -115,36 +102,42 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-class TextReader:
-    """Files in sorted order; a file is read only when its turn has come."""
+class FileReader:
+    """What the readers of files share."""
 
-    def __init__(self, path: str, *, text_field: str, max_document_bytes: int) -> None:
-        self._files = find_files(path, suffixes=())
-        self._text_field = text_field
-        self._max_bytes = max_document_bytes
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Of the files to look for in folders; empty: all."""
+
+    def __init__(self, settings: DocumentsSettings) -> None:
+        self._settings = settings
+        self._files = find_files(settings.path, suffixes=self.suffixes)
 
     def manifest(self) -> Manifest:
-        return manifest_of(self._files)
+        return Manifest({file.name: file.size for file in self._files})
+
+
+class TextReader(FileReader):
+    """One document per file; a file is read only when its turn has come."""
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         for file in self._files[start::step]:
             yield RawRecord(f"{file.place}:1", partial(self._load, file))
 
     def _load(self, file: SourceFile) -> Mapping[str, Any]:
+        max_bytes = self._settings.max_document_bytes
         try:
             with file.path.open("rb") as stream:
-                content = stream.read(self._max_bytes + 1)
+                content = stream.read(max_bytes + 1)
         except PermissionError as exc:  # of this file, for as long as it stays so
             raise RefusedError("broken_file", f"{file.place}:1: the file can't be read: {exc.strerror}") from exc
         except OSError as exc:
             raise SourceReadError(f"{file.place} can't be read: {exc.strerror}") from exc
-        if len(content) > self._max_bytes:
+        if len(content) > max_bytes:
             detail = f"{file.place}:1: the file has {file.path.stat().st_size} bytes, documents.max_document_bytes is"
-            raise RefusedError("too_large", f"{detail} {self._max_bytes}")
+            raise RefusedError("too_large", f"{detail} {max_bytes}")
         try:
-            return {self._text_field: content.decode("utf-8-sig")}
+            return {self._settings.text_field: content.decode("utf-8-sig")}
         except UnicodeDecodeError as exc:
             line = content.count(b"\n", 0, exc.start) + 1
-            raise RefusedError(
-                "invalid_utf8", f"{file.place}:{line}: byte {exc.start} of the file is not UTF-8"
-            ) from exc
+            detail = f"{file.place}:{line}: byte {exc.start} of the file is not UTF-8"
+            raise RefusedError("invalid_utf8", detail) from exc

@@ -18,8 +18,7 @@ class HuggingFaceReader:
         self._name, self._subset, self._split, self._columns = name, subset, split, columns
 
     def manifest(self) -> Manifest:
-        """Files of the split with what sizes the library's own listing knows, and the number of rows where the dataset
-        says it. Raises SourceReadError."""
+        """Files of the split with their sizes, and the number of rows if it is known. Raises SourceReadError."""
         builder = self._builder()
         splits = builder.info.splits or {}
         num_rows = splits[self._split].num_examples if self._split in splits else None
@@ -48,9 +47,8 @@ class HuggingFaceReader:
         try:
             import datasets
         except ImportError as exc:
-            raise SettingsError(
-                "documents.format = 'huggingface' needs the package datasets: pip install 'headwater[huggingface]'"
-            ) from exc
+            remedy = "needs the package datasets: pip install 'headwater[huggingface]'"
+            raise SettingsError(f"documents.format = 'huggingface' {remedy}") from exc
         try:
             return datasets.load_dataset_builder(self._name, name=self._subset or None)
         except Exception as exc:
@@ -76,7 +74,7 @@ def _size(file: str) -> int:
     import fsspec
 
     try:
-        found = fsspec.core.url_to_fs(file)
-        return int(found[0].info(found[1])["size"])
+        system, path = fsspec.core.url_to_fs(file)
+        return int(system.info(path)["size"])
     except (OSError, KeyError, TypeError, ValueError):
         return -1

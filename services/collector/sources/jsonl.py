@@ -3,30 +3,22 @@
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import orjson
 
 from services.collector.sources.base import RawRecord, RefusedError, refuse
-from services.collector.sources.files import CORRUPT, SourceFile, bounded_lines, find_files, manifest_of, open_lines
+from services.collector.sources.files import CORRUPT, FileReader, SourceFile, bounded_lines, open_lines
 from shared.errors import SourceReadError
-from shared.identity import Manifest
 
-SUFFIXES = tuple(
-    f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst", ".zstd")
-)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class JsonlReader:
+class JsonlReader(FileReader):
     """Records of all files, one after another."""
 
-    def __init__(self, path: str, *, max_document_bytes: int) -> None:
-        self._files = find_files(path, suffixes=SUFFIXES)
-        self._max_bytes = max_document_bytes
-
-    def manifest(self) -> Manifest:
-        return manifest_of(self._files)
+    suffixes = tuple(map("".join, product((".jsonl", ".ndjson", ".json"), ("", ".gz", ".zst", ".zstd"))))
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         index = 0
@@ -41,7 +33,9 @@ class JsonlReader:
         number = 0
         with open_lines(file) as stream:
             try:
-                for number, line in enumerate(bounded_lines(stream, max_bytes=self._max_bytes), start=1):
+                for number, line in enumerate(
+                    bounded_lines(stream, max_bytes=self._settings.max_document_bytes), start=1
+                ):
                     if isinstance(line, int) or (line and not line.isspace()):
                         yield number, line
             except CORRUPT as exc:
@@ -53,8 +47,8 @@ class JsonlReader:
         if isinstance(line, str):
             return RawRecord(place, refuse("broken_file", f"{place}: {line}"))
         if isinstance(line, int):
-            detail = f"{place}: the line has {line} bytes, documents.max_document_bytes is {self._max_bytes}"
-            return RawRecord(place, refuse("too_large", detail))
+            detail = f"{place}: the line has {line} bytes, documents.max_document_bytes is"
+            return RawRecord(place, refuse("too_large", f"{detail} {self._settings.max_document_bytes}"))
         return RawRecord(place, partial(_parse, place, line), num_bytes=len(line))
 
 

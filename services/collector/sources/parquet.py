@@ -6,26 +6,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.collector.sources.base import RawRecord, refuse, row_record
-from services.collector.sources.files import SourceFile, find_files, manifest_of
+from services.collector.sources.base import RawRecord, columns_of, refuse, row_record
+from services.collector.sources.files import FileReader, SourceFile
 from shared.errors import SourceError, SourceReadError
-from shared.identity import Manifest
 
-_BATCH_ROWS = 64
-"""Few: one row may be a document of megabytes."""
+_BATCH_ROWS = 64  # few: one row may be a document of megabytes
 _BUFFER_BYTES = 1 << 20
 """Columns are read in pieces: a whole column of a row group may be as large as many shuffle blocks."""
 
 
-class ParquetReader:
+class ParquetReader(FileReader):
     """Rows of all files, one after another."""
 
-    def __init__(self, path: str, *, columns: tuple[str, ...]) -> None:
-        self._files = find_files(path, suffixes=(".parquet", ".pq"))
-        self._columns = columns
-
-    def manifest(self) -> Manifest:
-        return manifest_of(self._files)
+    suffixes = (".parquet", ".pq")
 
     def read(self, *, start: int, step: int) -> Iterator[RawRecord]:
         first = 0
@@ -43,14 +36,13 @@ class ParquetReader:
     def _rows(self, parquet: Any, file: SourceFile, *, first: int, start: int, step: int) -> Iterator[RawRecord]:
         """Wanted rows of one file whose row 0 is record `first` of the source."""
         names = parquet.schema_arrow.names
-        columns = [name for name in self._columns if name in names]
+        columns = [name for name in columns_of(self._settings) if name in names]
         begin = first
         for group in range(parquet.num_row_groups):
             end = begin + parquet.metadata.row_group(group).num_rows
             if end > start:
                 for index, batch in _batches(parquet, file, group, columns, begin):
-                    offset = _first_wanted(index, start=start, step=step)
-                    for row in range(offset, batch.num_rows, step):
+                    for row in range(max(start - index, (start - index) % step), batch.num_rows, step):
                         yield _record(f"{file.place}:{index + row - first + 1}", batch, row, names)
             begin = end
 
@@ -74,11 +66,6 @@ def _batches(parquet: Any, file: SourceFile, group: int, columns: list[str], beg
         raise SourceReadError(f"{file.place}: row group {group} can't be read: {exc}") from exc
     except pa.ArrowException as exc:
         raise SourceError(f"{file.place}: row group {group} is damaged: {exc}") from exc
-
-
-def _first_wanted(index: int, *, start: int, step: int) -> int:
-    """Offset of the first wanted record at or after record `index`."""
-    return start - index if index <= start else (start - index) % step
 
 
 def _record(place: str, batch: Any, row: int, names: list[str]) -> RawRecord:

@@ -16,12 +16,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from services.collector.sources.base import Document, Fields, RawRecord, Reader, Refusal, Source
+from services.collector.sources.base import Document, Fields, RawRecord, Reader, Refusal, columns_of
 from shared import metrics
 from shared.errors import SettingsError, SourceError, SourceReadError
 from shared.identity import Manifest
@@ -30,86 +29,52 @@ from shared.seeds import shuffle_seed
 from shared.settings import DocumentsSettings
 
 _log = logging.getLogger(__name__)
-
-
 _T = TypeVar("_T")
 
-
-_GIVE_UP_S = 900.0
-"""As long as the trainer waits for Redis or the database."""
-
-
-_SERVICE = "documents"
-"""Their name among what a collector waits for, in its metrics."""
+_GIVE_UP_S = 900.0  # as long as the trainer waits for Redis or the database
+_SERVICE = "documents"  # in the metrics of what a collector waits for
+_RECORD_BYTES = 500  # what a held record takes beside its content: its objects and its place
 
 
-_RECORD_BYTES = 500
-"""What a held record takes beside its content: its objects and its place."""
-
-
-def open_source(documents: DocumentsSettings, *, seed: int, vocabulary_size: int) -> Source:
+def open_source(documents: DocumentsSettings, *, seed: int, vocabulary_size: int) -> "Source":
     """Raises SourceError if no file matches, SettingsError if no path is given."""
     if not documents.path:
         raise SettingsError("documents.path is empty: name a file, folder, glob or Hugging Face dataset")
-    fields = Fields(
-        text_field=documents.text_field,
-        token_ids_field=documents.token_ids_field,
-        id_field=documents.id_field,
-        max_document_bytes=documents.max_document_bytes,
-        vocabulary_size=vocabulary_size,
-    )
-    return DealtSource(
-        reader=_open_reader(documents),
-        fields=fields,
-        num_parts=documents.num_parts,
-        shuffle_buffer=documents.shuffle_buffer,
-        shuffle_bytes=documents.shuffle_bytes,
-        seed=seed,
-    )
+    return Source(_open_reader(documents), documents, seed=seed, vocabulary_size=vocabulary_size)
 
 
 def _open_reader(documents: DocumentsSettings) -> Reader:
     if documents.format == "jsonl":
         from services.collector.sources.jsonl import JsonlReader
 
-        return JsonlReader(documents.path, max_document_bytes=documents.max_document_bytes)
+        return JsonlReader(documents)
     if documents.format == "parquet":
         from services.collector.sources.parquet import ParquetReader
 
-        return ParquetReader(documents.path, columns=_columns(documents))
+        return ParquetReader(documents)
     if documents.format == "text":
         from services.collector.sources.files import TextReader
 
         if documents.token_ids_field:
             raise SettingsError("documents.token_ids_field does not go with documents.format = 'text'")
-        return TextReader(
-            documents.path, text_field=documents.text_field, max_document_bytes=documents.max_document_bytes
-        )
+        return TextReader(documents)
     from services.collector.sources.huggingface import HuggingFaceReader
 
-    return HuggingFaceReader(
-        documents.path, subset=documents.subset, split=documents.split, columns=_columns(documents)
-    )
-
-
-def _columns(documents: DocumentsSettings) -> tuple[str, ...]:
-    return (documents.token_ids_field or documents.text_field, documents.id_field)
+    columns = columns_of(documents)
+    return HuggingFaceReader(documents.path, subset=documents.subset, split=documents.split, columns=columns)
 
 
 class PatientReads:
-    """Reads that wait out failures. Shared by all parts of one source: what one of them could read is there, so a later
-    failure is not a matter of settings."""
+    """Reads that wait out failures; SourceError after `give_up_s` of them in a row. All parts of a source share one:
+    once a part could read, a later failure is no wrong setting."""
 
     def __init__(self, *, give_up_s: float = _GIVE_UP_S, max_wait_s: float = 10.0) -> None:
-        """After `give_up_s` of failures in a row SourceError is raised."""
         self._retries = Retries(give_up_s=give_up_s, max_wait_s=max_wait_s, on_failure=self._note_down)
         self._has_read = False
         self._has_loaded = False
-        self.trouble = ""
-        """Why the last read failed; empty when it succeeded."""
+        self.trouble = ""  # why the last read failed; empty when it succeeded
 
     def records(self, reader: Reader, *, start: int, step: int) -> Iterator[RawRecord]:
-        """What `reader.read` gives."""
         is_resumed = start >= step
         records: Iterator[RawRecord] | None = None
 
@@ -128,7 +93,6 @@ class PatientReads:
             start += step
 
     def loaded(self, load: Callable[[], _T]) -> _T:
-        """What `load` gives, which reads one record."""
         found = self._read(load, waits=self._has_loaded)
         self._has_loaded = True
         return found
@@ -143,13 +107,10 @@ class PatientReads:
             lasted_s = time.monotonic() - began
             raise SourceError(f"the documents could not be read for {lasted_s:.0f} s, the last time: {exc}") from exc
         if self.trouble:
-            self._note_up()
+            _log.info("the documents are read again")
+            self.trouble = ""
+            metrics.service_up.labels(_SERVICE).set(1)
         return found
-
-    def _note_up(self) -> None:
-        _log.info("the documents are read again")
-        self.trouble = ""
-        metrics.service_up.labels(_SERVICE).set(1)
 
     def _note_down(self, _attempt: int, error: BaseException) -> None:
         if not self.trouble:
@@ -159,58 +120,68 @@ class PatientReads:
         metrics.service_retries_total.labels(_SERVICE).inc()
 
 
-@dataclass(frozen=True)
-class DealtSource:
-    """A reader's records as documents of parts (the `Source` of a run)."""
+class Source:
+    """A reader's records as documents of parts, in an order that depends on nothing but settings and files."""
 
-    reader: Reader
-    fields: Fields
-    num_parts: int
-    shuffle_buffer: int
-    shuffle_bytes: int
-    """Of the pieces of all parts together; 0: no bound."""
-    seed: int
-    reads: PatientReads = field(default_factory=PatientReads)
+    def __init__(
+        self,
+        reader: Reader,
+        settings: DocumentsSettings,
+        *,
+        seed: int,
+        vocabulary_size: int,
+        reads: PatientReads | None = None,
+    ) -> None:
+        self._reader = reader
+        self._settings = settings
+        self._fields = Fields(settings, vocabulary_size)
+        self._seed = seed
+        self._reads = reads or PatientReads()
 
     @property
     def trouble(self) -> dict[str, str]:
-        return {"source": self.reads.trouble} if self.reads.trouble else {}
+        """Why reading fails now, under the source's own name; empty when it does not."""
+        return {"source": self._reads.trouble} if self._reads.trouble else {}
 
     def manifest(self) -> Manifest:
-        return self.reader.manifest()
+        """What the documents are. Blocking. Raises SourceError."""
+        return self._reader.manifest()
 
     def read(self, part: int, *, epoch: int, start: int) -> Iterator[Document | Refusal]:
-        if not 0 <= part < self.num_parts:
-            raise ValueError(f"part must lie in 0..{self.num_parts - 1}, got {part}")
+        """Everything of `part` from position `start` of `epoch` to the epoch's end. Blocking: call from a thread.
+
+        Raises SourceError when the source as a whole can't be read.
+        """
+        if not 0 <= part < self._settings.num_parts:
+            raise ValueError(f"part must lie in 0..{self._settings.num_parts - 1}, got {part}")
         for position, record in self._shuffled(part, epoch=epoch, start=start):
-            yield self.reads.loaded(partial(self.fields.document, record, position))
+            yield self._reads.loaded(partial(self._fields.document, record, position))
 
     def _shuffled(self, part: int, *, epoch: int, start: int) -> Iterator[tuple[int, RawRecord]]:
         """The part's records with their positions, from position `start` on."""
-        block, piece = start // self.shuffle_buffer, 0
-        position = block * self.shuffle_buffer
-        records = self.reads.records(self.reader, start=part + position * self.num_parts, step=self.num_parts)
-        while held := self._next_piece(records, room=(block + 1) * self.shuffle_buffer - position):
+        buffer, num_parts = self._settings.shuffle_buffer, self._settings.num_parts
+        block, piece = start // buffer, 0
+        position = block * buffer
+        records = self._reads.records(self._reader, start=part + position * num_parts, step=num_parts)
+        while held := self._next_piece(records, room=(block + 1) * buffer - position):
             end = position + len(held)
-            self._shuffle(held, shuffle_seed(self.seed, part, epoch, block, *([piece] if piece else [])))
+            if buffer > 1:
+                seed = shuffle_seed(self._seed, part, epoch, block, *([piece] if piece else []))
+                random.Random(seed).shuffle(held)
             waiting = deque(held[max(0, start - position) :])
             held.clear()  # what was given is held no longer, least of all while the next piece is read
             while waiting:
                 yield end - len(waiting), waiting.popleft()
             position = end
-            block, piece = (block, piece + 1) if end // self.shuffle_buffer == block else (block + 1, 0)
+            block, piece = (block, piece + 1) if end // buffer == block else (block + 1, 0)
 
     def _next_piece(self, records: Iterator[RawRecord], *, room: int) -> list[RawRecord]:
         """At most `room` records, none at the end."""
         held: list[RawRecord] = []
-        num_bytes, max_bytes = 0, self.shuffle_bytes // self.num_parts
+        num_bytes, max_bytes = 0, self._settings.shuffle_bytes // self._settings.num_parts
         for record in islice(records, room):
             held.append(record)
             num_bytes += record.num_bytes + _RECORD_BYTES
-            if self.shuffle_bytes and num_bytes >= max_bytes:
+            if self._settings.shuffle_bytes and num_bytes >= max_bytes:
                 break
         return held
-
-    def _shuffle(self, held: list[RawRecord], seed: int) -> None:
-        if self.shuffle_buffer > 1:
-            random.Random(seed).shuffle(held)

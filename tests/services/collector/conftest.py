@@ -10,6 +10,7 @@ import pytest
 from services.collector.windows import PolicyTokenizer
 from shared.settings import Settings
 from tests.services.collector.processes import RedisProcess
+from tests.services.collector.runs import write_documents
 
 SAMPLE = "The moon moves around the earth in about twenty-seven days. Water boils at a lower heat on high mountains."
 
@@ -55,8 +56,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
 
 @pytest.fixture
 def make_settings(tmp_path: Path, redis_server: RedisProcess, tokenizer_folder: Path) -> Callable[..., Settings]:
-    """`make_settings(url, documents={...}, collector={...})`: small chunks, quick retries, the services at `url`."""
-    run = f"run-{uuid.uuid4().hex[:12]}"
+    """`make_settings(url, documents={...}, collector={...})`: 8 documents, quick retries, the services at `url`."""
+    run, path = f"run-{uuid.uuid4().hex[:12]}", write_documents(tmp_path / "documents.jsonl", 8)
 
     def make(url: str, **sections: dict[str, Any]) -> Settings:
         data: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def make_settings(tmp_path: Path, redis_server: RedisProcess, tokenizer_folder: 
             "rollout": {"url": url},
             "rewriter": {"url": url},
             "judge": {"url": url},
-            "documents": {"shuffle_buffer": 4, "max_epochs": 1},
+            "documents": {"path": str(path), "shuffle_buffer": 4, "max_epochs": 1},
             "collector": {"port": 0, "max_backoff_s": 0.3, "lease_s": 1.5, "max_backlog": 1000, "record_share": 1.0},
         }
         data["collector"]["schedule"] = [{"num_rollouts": 2}]

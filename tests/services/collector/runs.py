@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from cli import audit_checks
 from cli.audit_sources import read_account
@@ -19,6 +20,7 @@ from shared.runs import Run
 from shared.settings import Secrets, Settings
 from shared.stream import BrokenEntry, WindowStream
 
+T = TypeVar("T")
 SENTENCE = "The moon moves around the earth in about twenty-seven days. "
 
 
@@ -86,6 +88,16 @@ async def until(condition: Callable[[], bool], *, task: asyncio.Task[None], time
             task.result()
         assert time.monotonic() < deadline, "the collector did not get there in time"
         await asyncio.sleep(0.05)
+
+
+def beside(settings: Settings, story: Callable[[asyncio.Task[None]], Awaitable[T]]) -> T:
+    """Run `story(task of the collector)` beside a collector."""
+
+    async def run() -> T:
+        async with collecting(settings) as task:
+            return await story(task)
+
+    return asyncio.run(run())
 
 
 def collect_all(settings: Settings, secrets: Secrets | None = None) -> Seen:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +20,19 @@ from tests.services.collector.conftest import make_tokenizer
 
 Interference = Callable[[str, Any], Response | None]
 """May answer in the service's place: gets path and body."""
+
+
+def instead(wanted: str, answer: Callable[[Any], Any], *, first_only: bool = False) -> Interference:
+    """Answers requests of one path with `answer(body)`: a Response, or the content of one."""
+    asked = count()
+
+    def interfere(path: str, body: Any) -> Response | None:
+        if path != wanted or (next(asked) and first_only):
+            return None
+        found = answer(body)
+        return found if isinstance(found, Response) else JSONResponse(found)
+
+    return interfere
 
 
 @dataclass

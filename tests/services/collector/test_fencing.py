@@ -10,7 +10,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 
-from services.collector.storage import Recorder
+from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer
 from shared.database import CandidateRow, ChunkRow, CursorRow, EventRow, WindowRow, transaction
 from shared.errors import FencedError
@@ -19,13 +19,13 @@ from shared.redis import lease_key, windows_key
 from shared.settings import Settings
 from shared.stream import StreamEntry
 from tests.services.collector.processes import CollectorProcess, served, wait_for
-from tests.services.collector.runs import Seen, write_documents
+from tests.services.collector.runs import Seen
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
-NUM_DOCUMENTS = 8
+NUM_DOCUMENTS = 8  # of make_settings
 
 
 def left_behind(settings: Settings, seen: Seen) -> dict[str, Any]:
@@ -72,10 +72,9 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
 ) -> None:
     """With the long lease nothing is renewed before the judge's answers come: every window is written and refused."""
     stub = StubServices(held={JUDGE})
-    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", NUM_DOCUMENTS))}
     with served(stub.app) as url:
-        settings = make_settings(url, documents=documents)
-        patient = make_settings(url, documents=documents, collector={"lease_s": lease_s})
+        settings = make_settings(url)
+        patient = make_settings(url, collector={"lease_s": lease_s})
         seen, client = Seen(settings), redis.Redis.from_url(settings.redis.url)
         key = lease_key(settings.run.name, 0)
         with collector(patient, tmp_path / "first") as first:
@@ -83,7 +82,7 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
             with collector(settings, tmp_path / "second") as second:
                 wait_for(lambda: len(stub.bodies(JUDGE)) == NUM_DOCUMENTS)
                 first.process.send_signal(signal.SIGSTOP)
-                client.pexpire(key, 1500)
+                client.pexpire(key, 100)
                 wait_for(lambda: len(stub.bodies(JUDGE)) == 2 * NUM_DOCUMENTS)
                 stub.held.clear()
                 wait_for(lambda: seen.balance.scored == NUM_DOCUMENTS and seen.exhausted)
@@ -102,13 +101,13 @@ def test_a_frozen_collector_changes_nothing_when_it_wakes(
 def test_recorded_chunks_are_those_of_the_newest_lease(make_settings: MakeSettings, tokenizer: PolicyTokenizer) -> None:
     """The part may be taken between a window's row and its chunks."""
     seen = Seen(make_settings("http://127.0.0.1:1"))
-    recorder = Recorder(seen.run, tokenizer, 1.0)
+    storage = Storage(seen.stream, seen.coordination, seen.run, tokenizer, record_share=1.0, max_backoff_s=0.01)
     first, second = (Lease(0, owner, seen.ledger.take_part(0, after=after)) for after, owner in enumerate("ab"))
     with pytest.raises(FencedError):
-        recorder.record(scored_window(0), first)
-    recorder.record(scored_window(0, text=" kept"), second)
+        storage.record(scored_window(0), first)
+    storage.record(scored_window(0, text=" kept"), second)
     with pytest.raises(FencedError):
-        recorder.record(scored_window(0, text=" late"), first)
+        storage.record(scored_window(0, text=" late"), first)
     with transaction(seen.run.database) as session:
         texts = session.scalars(sa.select(CandidateRow.text).order_by(CandidateRow.id)).all()
     assert texts == [" kept", " hill"]

@@ -28,7 +28,7 @@ POOL = (
 )
 
 
-def make_request(*, with_token_ids: bool) -> JudgementRequest:
+def make_request(with_token_ids: bool) -> JudgementRequest:
     items = tuple(judgement_item(WINDOW, i, TEXT, POOL, with_token_ids=with_token_ids) for i in range(2))
     request = JudgementRequest.model_construct(text=TEXT.text, items=items)
     return request.model_copy(update={"token_ids": WINDOW.token_ids}) if with_token_ids else request
@@ -62,7 +62,7 @@ def ask(judge: Judge, *, num_windows: int) -> None:
         async with http_client(Settings(), token="", transport=transport) as http:
             services = build_services(Settings(), http)
             for _ in range(num_windows):
-                await services.judge_candidates(make_request)
+                await services.judge.judge(make_request)
 
     asyncio.run(run())
 
@@ -83,22 +83,13 @@ def test_a_judge_of_tokens_refuses_once_and_gets_them_from_then_on() -> None:
     judge = Judge([True] * 4)
     ask(judge, num_windows=3)
     assert judge.had_ids == [False, True, True, True]
+    candidates = [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}]
     assert judge.bodies[1] == {
         "text": "ab cd e",
         "token_ids": [1, 2, 3, 4, 5],
         "items": [
-            {
-                "start": 2,
-                "end": 5,
-                "token_start": 2,
-                "candidates": [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}],
-            },
-            {
-                "start": 5,
-                "end": 7,
-                "token_start": 4,
-                "candidates": [{"text": " cd", "token_ids": [3, 4]}, {"text": " x", "token_ids": [9]}],
-            },
+            {"start": 2, "end": 5, "token_start": 2, "candidates": candidates},
+            {"start": 5, "end": 7, "token_start": 4, "candidates": candidates},
         ],
     }
 
@@ -124,13 +115,13 @@ def test_a_request_too_large_for_a_real_judge_stops_with_the_numbers() -> None:
     """The judge answers before it has read the body, and closes: that must not look like a judge that is away."""
     scorer = {"criteria": {"python": {"function": "tests.services.judge.scorers:by_length"}}}
     judge = Settings.model_validate({"judge": scorer | {"max_request_bytes": 1_000_000}})
-    request = make_request(with_token_ids=False).model_copy(update={"text": "x" * 20_000_000})
+    request = make_request(False).model_copy(update={"text": "x" * 20_000_000})
 
     async def run(url: str) -> None:
         collector = {"max_backoff_s": 0.01, "max_attempts": 2}
         settings = Settings.model_validate({"judge": scorer | {"url": url}, "collector": collector})
         async with http_client(settings, token="word") as http:
-            await build_services(settings, http).judge_candidates(lambda *, with_token_ids: request)
+            await build_services(settings, http).judge.judge(lambda with_token_ids: request)
 
     words = (
         r"answered 413: the request has 20,?000,?\d+ bytes or more, at most 1,?000,?000 .* raise judge\.max_request_"

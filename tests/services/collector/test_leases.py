@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import pytest
 
 from services.collector.leases import LeaseKeeper
-from services.collector.storage import Recorder, Storage
+from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer
 from shared.coordination import Coordination
 from shared.errors import FencedError, StreamError
@@ -35,7 +35,7 @@ def make_storage(make_settings: MakeSettings, seen: Seen, tokenizer: PolicyToken
 
     def make(coordination: type[Coordination] = Coordination) -> Storage:
         own = coordination(connect(settings.redis.url, timeout_s=2), settings.run.name)
-        return Storage(seen.stream, own, seen.run, Recorder(seen.run, tokenizer, 0.0), max_backoff_s=0.01)
+        return Storage(seen.stream, own, seen.run, tokenizer, record_share=0.0, max_backoff_s=0.01)
 
     return make
 
@@ -69,10 +69,13 @@ def test_calls_that_hang_delay_no_renewal(
 
     async def run() -> None:
         storage = make_storage(Hanging)
-        async with keeping(storage, lease_s=0.9) as task:
+        async with keeping(storage, lease_s=0.6) as task:
             await until(lambda: seen.coordination.lease_owner(0) is not None, task=task)
-            hanging = [asyncio.create_task(storage.exhausted_parts(extent="")) for _ in range(40)]
-            await asyncio.sleep(2.5)
+            hanging = [
+                asyncio.create_task(storage.in_redis(storage.coordination.exhausted_parts, extent=""))
+                for _ in range(40)
+            ]
+            await asyncio.sleep(1.2)
             owner = seen.coordination.lease_owner(0)
             released.set()
             await asyncio.gather(*hanging)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,20 +9,17 @@ from starlette.responses import Response
 
 from shared.settings import Secrets, Settings
 from tests.services.collector.processes import free_port, served
-from tests.services.collector.runs import collecting, until, write_documents
+from tests.services.collector.runs import collecting, until
 from tests.services.collector.stub_services import StubServices
 
 MakeSettings = Callable[..., Settings]
 
 
-def test_readiness_names_the_service_that_is_away_and_metrics_need_the_token(
-    make_settings: MakeSettings, tmp_path: Path
-) -> None:
+def test_readiness_names_the_service_that_is_away_and_metrics_need_the_token(make_settings: MakeSettings) -> None:
     def away(path: str, body: Any) -> Response | None:
         return Response(status_code=503) if path == "/v1/judgements" and down else None
 
     down, port = True, free_port()
-    path = write_documents(tmp_path / "documents.jsonl", 4)
     base, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer word"}
 
     def ready() -> tuple[int, str]:
@@ -48,4 +44,4 @@ def test_readiness_names_the_service_that_is_away_and_metrics_need_the_token(
             assert 'headwater_service_up{service="judge"} 1.0' in text
 
     with served(StubServices(away).app) as url:
-        asyncio.run(run(make_settings(url, documents={"path": str(path)}, collector={"port": port})))
+        asyncio.run(run(make_settings(url, collector={"port": port})))

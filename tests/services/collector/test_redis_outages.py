@@ -14,18 +14,17 @@ from shared.coordination import TrainerReport
 from shared.database import PartRow, WeightVersionRow, transaction
 from shared.errors import StreamSchemaError
 from shared.ledger import WindowStart
-from shared.records import ScoredWindow
 from shared.redis import windows_key
 from shared.settings import Secrets, Settings
 from shared.stream import encode
 from tests.services.collector.processes import RedisProcess, served
-from tests.services.collector.runs import Seen, collect_all, collecting, until, write_documents
+from tests.services.collector.runs import Seen, beside, collect_all, until, write_documents
 from tests.services.collector.stub_services import StubServices
 from tests.shared.scored import scored_window
 
 MakeSettings = Callable[..., Settings]
 JUDGE = "/v1/judgements"
-NUM_IN_FLIGHT, NUM_ON_STREAM, BODY_BYTES = 40, 200, 50_000
+NUM_IN_FLIGHT, NUM_ON_STREAM, BODY_BYTES = 40, 50, 50_000
 
 
 def lie_on_stream(seen: Seen) -> None:
@@ -37,7 +36,7 @@ def lie_on_stream(seen: Seen) -> None:
         seen.stream.write(document)
 
 
-@pytest.mark.parametrize("lease_s", [30.0, 1.5], ids=["lease outlives it", "lease ends in it"])
+@pytest.mark.parametrize("lease_s", [30.0, 1.2], ids=["lease outlives it", "lease ends in it"])
 def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
     make_settings: MakeSettings, tmp_path: Path, lease_s: float
 ) -> None:
@@ -52,16 +51,15 @@ def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
         seen = Seen(settings)
         lie_on_stream(seen)
 
-        async def run() -> None:
-            async with collecting(settings) as task:
-                await until(lambda: len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, task=task)
-                server.stop()
-                stub.held.clear()
-                await asyncio.sleep(2)
-                server.start()
-                await until(lambda: seen.balance.scored == NUM_IN_FLIGHT // 2, task=task)
+        async def story(task: asyncio.Task[None]) -> None:
+            await until(lambda: len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, task=task)
+            server.stop()
+            stub.held.clear()
+            await asyncio.sleep(1.5)
+            server.start()
+            await until(lambda: seen.balance.scored == NUM_IN_FLIGHT // 2, task=task)
 
-        asyncio.run(run())
+        beside(settings, story)
     assert len(stub.bodies(JUDGE)) == NUM_IN_FLIGHT // 2, "what was judged is not judged again"
     with transaction(seen.run.database) as session:
         assert session.scalars(sa.select(PartRow.lease_epoch)).all() == [1], "no part was taken twice"
@@ -69,58 +67,56 @@ def test_a_redis_restart_under_load_throws_away_no_window_and_no_lease(
     calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
     assert "cmdstat_xrange" not in calls, calls
     assert client.info("stats")["total_net_output_bytes"] < BODY_BYTES
+    assert len(seen.stream.window_ids()) == NUM_ON_STREAM + NUM_IN_FLIGHT // 2, "nothing is lost, nothing twice"
     server.stop()
 
 
 SCHEDULE = [{"kinds": ["original", "rewrite"], "num_rollouts": 0}, {"from_version": 3, "num_rollouts": 5}]
 
 
-def test_the_schedule_does_not_fall_back_when_redis_has_lost_its_data(
+def test_the_schedules_stage_follows_the_trainer_and_never_falls_back(
     make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 8))}
+    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 20))}
     with served(StubServices().app) as url:
         limits = {"schedule": SCHEDULE, "max_backlog": 2}
         settings = make_settings(url, documents=documents, collector=limits)
         seen = Seen(settings)
-        seen.coordination.report_trainer(TrainerReport(3, 3, "training"))
 
-        async def run() -> list[ScoredWindow]:
-            async with collecting(settings) as task:
+        async def story(task: asyncio.Task[None]) -> list[set[int]]:
+            async def num_candidates_of_next() -> set[int]:
                 await until(lambda: seen.stream.backlog().unread == 2, task=task)
-                redis.Redis.from_url(settings.redis.url).flushall()
-                seen.stream.create()
-                await until(lambda: seen.stream.backlog().unread == 2, task=task)
-                found = seen.take_all()
-                await until(lambda: seen.stream.backlog().unread == 2, task=task)
-                return found + seen.take_all()
+                return {len(chunk.candidates) for window in seen.take_all() for chunk in window.chunks}
 
-        found = asyncio.run(run())
-    assert len(found) == 4
-    assert {len(chunk.candidates) for document in found for chunk in document.chunks} == {7}
+            found = [await num_candidates_of_next()]
+            seen.coordination.report_trainer(TrainerReport(3, 3, "training"))
+            await asyncio.sleep(0.5)
+            seen.take_all()
+            found.append(await num_candidates_of_next())
+            redis.Redis.from_url(settings.redis.url).flushall()
+            seen.stream.create()
+            return [*found, await num_candidates_of_next(), await num_candidates_of_next()]
+
+        assert beside(settings, story) == [{2}, {7}, {7}, {7}]
 
 
 def test_a_collector_that_starts_on_an_empty_redis_takes_the_stage_of_the_newest_weights(
-    make_settings: MakeSettings, tmp_path: Path
+    make_settings: MakeSettings,
 ) -> None:
     stub = StubServices()
-    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 3))}
     with served(stub.app) as url:
-        settings = make_settings(url, documents=documents, collector={"schedule": SCHEDULE})
+        settings = make_settings(url, collector={"schedule": SCHEDULE})
         seen = Seen(settings)
         row = WeightVersionRow(run_id=settings.run.name, version=3, step=3, form="full", num_bytes=1, seconds=1.0)
         row.created_at = 1.0
         with transaction(seen.run.database) as session:
             session.add(row)
         collect_all(settings)
-    assert [body["num_rollouts"] for body in stub.bodies("/v1/rollouts")] == [5, 5, 5]
+    assert [body["num_rollouts"] for body in stub.bodies("/v1/rollouts")] == [5] * 8
 
 
-def test_a_stream_of_an_older_version_stops_the_collector_and_stays(
-    make_settings: MakeSettings, tmp_path: Path
-) -> None:
-    documents = {"path": str(write_documents(tmp_path / "documents.jsonl", 1))}
-    settings = make_settings("http://127.0.0.1:1", documents=documents)
+def test_a_stream_of_an_older_version_stops_the_collector_and_stays(make_settings: MakeSettings) -> None:
+    settings = make_settings("http://127.0.0.1:1")
     client, key = redis.Redis.from_url(settings.redis.url), windows_key(settings.run.name)
     client.xadd(key, {"id": "0.0.0.0", "body": encode(scored_window(0))})
     with pytest.raises(StreamSchemaError, match="older version"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from services.collector.sources.base import Document, Fields, RawRecord
-from services.collector.sources.source import DealtSource, PatientReads, open_source
+from services.collector.sources.base import Document, RawRecord
+from services.collector.sources.source import PatientReads, Source, open_source
 from shared import metrics
 from shared.errors import SourceError, SourceReadError
 from shared.settings import DocumentsSettings
@@ -38,12 +38,13 @@ class Flaky:
             raise SourceReadError(f"record {index}: the connection broke")
 
 
-def dealt(reader: Flaky, *, give_up_s: float = 30.0) -> DealtSource:
-    fields, reads = Fields("text", "", "id", 1000, 10), PatientReads(give_up_s=give_up_s, max_wait_s=0.001)
-    return DealtSource(reader, fields, 2, 4, 0, 0, reads)  # type: ignore[arg-type]
+def dealt(reader: Flaky, *, give_up_s: float = 30.0) -> Source:
+    settings = DocumentsSettings(num_parts=2, shuffle_buffer=4)
+    reads = PatientReads(give_up_s=give_up_s, max_wait_s=0.001)
+    return Source(reader, settings, seed=0, vocabulary_size=10, reads=reads)  # type: ignore[arg-type]
 
 
-def contents(source: DealtSource, *, part: int = 0, start: int = 0) -> list[Any]:
+def contents(source: Source, *, part: int = 0, start: int = 0) -> list[Any]:
     return [item.content for item in source.read(part, epoch=0, start=start) if isinstance(item, Document)]
 
 

@@ -20,59 +20,35 @@ def chunks(**options: Any) -> ChunksSettings:
     return ChunksSettings.model_validate(sizes | options)
 
 
-def cut(num_tokens: int, **options: Any) -> list[tuple[int, int, list[tuple[int, int]]]]:
+WHOLE = [(8, 16), (16, 24), (24, 32)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "options", "windows"),
+    [
+        (32, {}, [(0, 32, WHOLE)]),
+        (32, {"min_prefix_tokens": 9}, [(0, 32, [(9, 17), (17, 25), (25, 32)])]),
+        # a short tail is context only, a longer one a chunk
+        (19, {}, [(0, 19, [(8, 16)])]),
+        (20, {}, [(0, 20, [(8, 16), (16, 20)])]),
+        # no room for a chunk: no window
+        (0, {}, []),
+        (11, {}, []),
+        (12, {}, [(0, 12, [(8, 12)])]),
+        # several windows; overlap is prefix, and no token is a suffix twice
+        (70, {}, [(0, 32, WHOLE), (32, 64, WHOLE)]),
+        (60, {"window_overlap_tokens": 8}, [(0, 32, WHOLE), (24, 56, WHOLE), (48, 60, [(8, 12)])]),
+        (60, {"window_overlap_tokens": 11},
+         [(0, 32, WHOLE), (21, 53, [(11, 19), (19, 27), (27, 32)]), (42, 60, [(11, 18)])]),
+        (32, {"window_overlap_tokens": 16}, [(0, 32, WHOLE)]),
+        # two tokens behind the chunk that ends at 30 are too few for one: the window ends there
+        (60, {"suffix_tokens": 11, "window_overlap_tokens": 9},
+         [(0, 30, [(8, 19), (19, 30)]), (21, 52, [(9, 20), (20, 31)]), (43, 60, [(9, 17)])]),
+    ],
+)  # fmt: skip
+def test_a_document_is_cut_into_windows_and_chunks(num_tokens: int, options: dict[str, int], windows: Any) -> None:
     spans = Cutter(chunks(**options)).cut(num_tokens)
-    return [(span.begin, span.end, [(chunk.start, chunk.end) for chunk in span.chunks]) for span in spans]
-
-
-def test_one_window_holds_chunks_after_the_first_prefix() -> None:
-    assert cut(32) == [(0, 32, [(8, 16), (16, 24), (24, 32)])]
-
-
-def test_a_short_tail_is_context_only_and_a_longer_one_a_chunk() -> None:
-    assert cut(19) == [(0, 19, [(8, 16)])]
-    assert cut(20) == [(0, 20, [(8, 16), (16, 20)])]
-
-
-def test_a_document_without_room_for_a_chunk_has_no_window() -> None:
-    assert cut(0) == []
-    assert cut(11) == []
-    assert cut(12) == [(0, 12, [(8, 12)])]
-
-
-def test_a_long_document_becomes_several_windows() -> None:
-    assert cut(70) == [(0, 32, [(8, 16), (16, 24), (24, 32)]), (32, 64, [(8, 16), (16, 24), (24, 32)])]
-
-
-def test_overlap_is_prefix_and_no_token_is_a_suffix_twice() -> None:
-    found = cut(60, window_overlap_tokens=8)
-    whole = [(8, 16), (16, 24), (24, 32)]
-    assert found == [(0, 32, whole), (24, 56, whole), (48, 60, [(8, 12)])]
-    covered = [begin + token for begin, _, spans in found for start, end in spans for token in range(start, end)]
-    assert len(covered) == len(set(covered))
-
-
-def test_chunks_go_on_at_the_end_of_any_overlap() -> None:
-    whole = [(8, 16), (16, 24), (24, 32)]
-    assert cut(60, window_overlap_tokens=11) == [
-        (0, 32, whole),
-        (21, 53, [(11, 19), (19, 27), (27, 32)]),
-        (42, 60, [(11, 18)]),
-    ]
-
-
-def test_a_window_ends_with_its_last_chunk_and_the_next_one_goes_on_there() -> None:
-    """Two tokens behind the chunk that ends at 30 would be too few for one."""
-    found = cut(60, suffix_tokens=11, window_overlap_tokens=9)
-    assert found == [(0, 30, [(8, 19), (19, 30)]), (21, 52, [(9, 20), (20, 31)]), (43, 60, [(9, 17)])]
-
-
-def test_a_window_that_would_hold_only_overlap_is_none() -> None:
-    assert cut(32, window_overlap_tokens=16) == [(0, 32, [(8, 16), (16, 24), (24, 32)])]
-
-
-def test_the_first_chunk_starts_right_after_the_shortest_prefix() -> None:
-    assert cut(32, min_prefix_tokens=9) == [(0, 32, [(9, 17), (17, 25), (25, 32)])]
+    assert [(span.begin, span.end, [(chunk.start, chunk.end) for chunk in span.chunks]) for span in spans] == windows
 
 
 def test_the_papers_shape_has_fifteen_chunks() -> None:
@@ -98,15 +74,11 @@ def test_where_no_character_begins_the_cut_stays() -> None:
     assert span.chunks == (Chunk(8, 16), Chunk(16, 20))
 
 
-SIZES = st.fixed_dictionaries(
-    {
-        "context_tokens": st.integers(24, 60),
-        "suffix_tokens": st.integers(4, 12),
-        "min_prefix_tokens": st.integers(1, 12),
-        "min_suffix_tokens": st.integers(1, 4),
-        "window_overlap_tokens": st.integers(0, 16),
-    }
-)
+BOUNDS = {
+    "context_tokens": (24, 60), "suffix_tokens": (4, 12), "min_prefix_tokens": (1, 12), "min_suffix_tokens": (1, 4),
+    "window_overlap_tokens": (0, 16),
+}  # fmt: skip
+SIZES = st.fixed_dictionaries({name: st.integers(*bounds) for name, bounds in BOUNDS.items()})
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
@@ -181,13 +153,9 @@ def test_each_window_begins_with_one_bos_and_the_document_ends_with_one_eos(
     with_bos: PolicyTokenizer, given: str
 ) -> None:
     ids = tuple(with_bos.encode(MOON))
-    contents: dict[str, str | tuple[int, ...]] = {
-        "text": MOON,
-        "ids": ids,
-        "ids with BOS": (BOS, *ids),
-        "ids with both": (BOS, *ids, EOS),
-    }
-    windows = WindowMaker(with_bos, chunks(), seed=0).windows(Document(0, "d", contents[given]), part=0, epoch=0)
+    contents = {"ids": ids, "ids with BOS": (BOS, *ids), "ids with both": (BOS, *ids, EOS)}
+    document = Document(0, "d", contents.get(given, MOON))
+    windows = WindowMaker(with_bos, chunks(), seed=0).windows(document, part=0, epoch=0)
     assert len(windows) > 2
     assert all(window.token_ids[0] == BOS and BOS not in window.token_ids[1:] for window in windows)
     assert [EOS in window.token_ids for window in windows] == [False] * (len(windows) - 1) + [True]
@@ -244,12 +212,16 @@ def test_odd_text_is_shown_as_it_was(tokenizer: PolicyTokenizer, text: str) -> N
     assert tokenizer.decode(ids) == text
 
 
+def prefix_of(shown: WindowText) -> str:
+    return shown.text[: shown.spans[0].start]
+
+
 @pytest.mark.parametrize("text", ["aé🦀漢", "🦀🦀", "moon é earth 漢字 water"])
 def test_a_character_cut_by_a_border_is_in_neither_text(tokenizer: PolicyTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     for border in range(1, len(ids)):
         shown = tokenizer.show(ids, [Chunk(border, len(ids))])
-        prefix, suffix = shown.prefix(0), shown.suffix(0)
+        prefix, suffix = prefix_of(shown), shown.suffix(0)
         assert text.startswith(prefix)
         assert text.endswith(suffix)
         assert len(text) - len(prefix) - len(suffix) in (0, 1)
@@ -259,7 +231,7 @@ def test_a_character_cut_by_a_border_is_in_neither_text(tokenizer: PolicyTokeniz
 def test_a_replacement_character_of_the_document_itself_stays(tokenizer: PolicyTokenizer) -> None:
     ids = tokenizer.encode("moon \ufffd\ufffd")
     shown = tokenizer.show((*ids, *tokenizer.encode("x")), [Chunk(len(ids), len(ids) + 1)])
-    assert (shown.prefix(0), shown.suffix(0)) == ("moon \ufffd\ufffd", "x")
+    assert (prefix_of(shown), shown.suffix(0)) == ("moon \ufffd\ufffd", "x")
 
 
 def test_chunks_of_a_window_read_on_from_each_other(tokenizer: PolicyTokenizer) -> None:
@@ -267,5 +239,4 @@ def test_chunks_of_a_window_read_on_from_each_other(tokenizer: PolicyTokenizer) 
     ids = tokenizer.encode(text)
     spans = [Chunk(4, 8), Chunk(8, 12), Chunk(12, len(ids))]
     shown = tokenizer.show(ids, spans)
-    assert "".join([shown.prefix(0), *(shown.suffix(index) for index in range(3))]) == text
-    assert shown.prefix(1) == shown.prefix(0) + shown.suffix(0)
+    assert "".join([prefix_of(shown), *(shown.suffix(index) for index in range(3))]) == shown.text == text
