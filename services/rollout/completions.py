@@ -163,9 +163,7 @@ def render(
         created=int(time.time()),
         choices=[],
         usage=Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_sampled,
-            total_tokens=num_prompt_tokens + num_sampled,
+            prompt_tokens=num_prompt_tokens, completion_tokens=num_sampled, total_tokens=num_prompt_tokens + num_sampled
         ),
         weight_version=min(
             [sample.answer.weight_version for sample in samples]
@@ -182,11 +180,7 @@ def render(
 
 
 def _choice(
-    request: CompletionRequest,
-    index: int,
-    sample: Sample,
-    scores: Sequence[TokenScore | None],
-    texts: TokenTexts,
+    request: CompletionRequest, index: int, sample: Sample, scores: Sequence[TokenScore | None], texts: TokenTexts
 ) -> Choice:
     answer = sample.answer
     text, stopped = _cut(answer.text, request.stops)
