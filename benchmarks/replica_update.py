@@ -126,7 +126,7 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=None,
-        events=_NoEvents(),
+        record_event=_fail,
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())
@@ -143,9 +143,8 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
     return found[1:]
 
 
-class _NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        raise SystemExit(f"a version was refused: {message}")
+def _fail(kind: str, message: str, **data: object) -> None:
+    raise SystemExit(f"a version was refused: {message}")
 
 
 def _now() -> dict[str, float]:

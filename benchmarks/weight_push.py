@@ -142,7 +142,7 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=lambda: AnnouncedWeights(announced[0]),
-        events=_NoEvents(),
+        record_event=_fail,
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())
@@ -163,9 +163,8 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
     return found
 
 
-class _NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        raise SystemExit(f"a version was refused: {message}")
+def _fail(kind: str, message: str, **data: object) -> None:
+    raise SystemExit(f"a version was refused: {message}")
 
 
 def _phase_seconds() -> dict[str, float]:

@@ -13,7 +13,7 @@ from services.engine.base import Engine, Generation, Sampling
 from services.engine.life import EngineLife, build_engine
 from services.rollout import completions
 from services.rollout.heartbeat import Heartbeat
-from services.rollout.watcher import RunEvents, WeightWatcher
+from services.rollout.watcher import WeightWatcher, event_recorder
 from services.rollout.weight_copy import WeightCopy
 from shared.api import Readiness, Rollout, RolloutRequest, RolloutResponse
 from shared.coordination import Coordination
@@ -55,7 +55,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
             engine=chosen.name,
             model=settings.rollout.engine.model or settings.policy.model,
             weight_version=chosen.weight_version,
-            detail="; ".join(part for part in (life.detail, watcher.detail) if part),
+            detail="; ".join(filter(None, (life.detail, watcher.detail))),
         )
 
     app = create_app(
@@ -64,7 +64,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=readiness,
-        summary=lambda: "; ".join(part for part in (life.summary, watcher.summary) if part),
+        summary=lambda: "; ".join(filter(None, (life.summary, watcher.summary))),
         max_request_bytes=settings.rollout.max_request_bytes,
         lifespan=lifespan,
     )
@@ -87,7 +87,7 @@ def _build_watcher(settings: Settings, engine: Engine, coordination: Coordinatio
         copy=WeightCopy(Path(folder)),
         engine=engine,
         announced=coordination.announced_weights if coordination else None,
-        events=RunEvents(settings, role="rollout"),
+        record_event=event_recorder(settings),
         poll_interval_s=settings.rollout.poll_interval_s,
     )
 
@@ -95,15 +95,9 @@ def _build_watcher(settings: Settings, engine: Engine, coordination: Coordinatio
 def _build_heartbeat(
     settings: Settings, coordination: Coordination | None, served_version: Callable[[], int | None]
 ) -> Heartbeat | None:
-    if coordination is None:
-        return None
     rollout = settings.rollout
-    return Heartbeat(
-        coordination,
-        replica_name(rollout),
-        served_version,
-        lifetime_s=rollout.heartbeat_s,
-        poll_interval_s=rollout.poll_interval_s,
+    return coordination and Heartbeat(
+        coordination, replica_name(rollout), served_version, rollout.heartbeat_s, rollout.poll_interval_s
     )
 
 

@@ -26,6 +26,7 @@ from services.rollout.openai_models import (
     CompletionResponse,
     ModelCard,
     ModelList,
+    TopLogprobs,
     Usage,
 )
 from shared.errors import RequestError
@@ -99,9 +100,7 @@ async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest
     ]
     scored = await _score(engine, request, samples)
     num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
-    content = await asyncio.to_thread(
-        render, request, samples, scored, texts=texts, num_prompt_tokens=num_prompt_tokens
-    )
+    content = await asyncio.to_thread(_render, request, samples, scored, texts, num_prompt_tokens)
     return Response(content, media_type="application/json")
 
 
@@ -133,13 +132,11 @@ async def _score(engine: Engine, request: CompletionRequest, samples: Sequence[S
         return [([], 0) for _ in samples]
     if not isinstance(engine, TokenScorer):
         raise RequestError(f"the engine {engine.name} has no log-probs of tokens: leave out logprobs")
-    scorer: TokenScorer = engine
-    return await asyncio.gather(
-        *(_score_shown(scorer, one.prompt, one.answer.token_ids, echo=bool(request.echo)) for one in samples)
-    )
+    return await asyncio.gather(*(_score_shown(engine, sample, echo=bool(request.echo)) for sample in samples))
 
 
-async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tuple[int, ...], *, echo: bool) -> Scored:
+async def _score_shown(scorer: TokenScorer, sample: Sample, *, echo: bool) -> Scored:
+    prompt, answer = sample.prompt, sample.answer.token_ids
     context, shown = (prompt[:1], prompt[1:] + answer) if echo else (prompt, answer)
     first: list[TokenScore | None] = [None] if echo else []
     if not shown:
@@ -148,27 +145,23 @@ async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tup
     return [*first, *scores], version
 
 
-def render(
+def _render(
     request: CompletionRequest,
     samples: Sequence[Sample],
     scored: Sequence[Scored],
-    *,
     texts: TokenTexts,
     num_prompt_tokens: int,
 ) -> str:
     """The answer as JSON."""
     num_sampled = sum(len(sample.answer.token_ids) for sample in samples)
+    num_tokens = num_prompt_tokens + num_sampled
+    versions = [sample.answer.weight_version for sample in samples]
     answer = CompletionResponse(
         id=f"cmpl-{secrets.token_hex(12)}",
         created=int(time.time()),
         choices=[],
-        usage=Usage(
-            prompt_tokens=num_prompt_tokens, completion_tokens=num_sampled, total_tokens=num_prompt_tokens + num_sampled
-        ),
-        weight_version=min(
-            [sample.answer.weight_version for sample in samples]
-            + [version for scores, version in scored if any(scores)]
-        ),
+        usage=Usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_sampled, total_tokens=num_tokens),
+        weight_version=min(versions + [version for scores, version in scored if any(scores)]),
     )
     # Choice by choice: while pydantic serializes a record no other thread runs, not even the event loop's.
     choices = [
@@ -184,16 +177,13 @@ def _choice(
 ) -> Choice:
     answer = sample.answer
     text, stopped = _cut(answer.text, request.stops)
-    shown = sample.prompt + answer.token_ids if request.echo else answer.token_ids
-    whole = (sample.prompt_text if request.echo else "") + text
-    return Choice(
-        index=index,
-        text=whole,
-        finish_reason="stop" if stopped else answer.finish_reason,
-        logprobs=None
-        if request.logprobs is None
-        else _logprobs(shown, scores, texts, max_characters=len(whole) if stopped else None, top=request.logprobs),
-    )
+    token_ids = answer.token_ids
+    if request.echo:
+        text, token_ids = sample.prompt_text + text, sample.prompt + token_ids
+    logprobs = None
+    if request.logprobs is not None:
+        logprobs = _logprobs(token_ids, scores, texts, len(text) if stopped else None, top=bool(request.logprobs))
+    return Choice(index=index, text=text, finish_reason="stop" if stopped else answer.finish_reason, logprobs=logprobs)
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -206,9 +196,9 @@ def _logprobs(
     token_ids: Sequence[int],
     scores: Sequence[TokenScore | None],
     texts: TokenTexts,
-    *,
     max_characters: int | None,
-    top: int,
+    *,
+    top: bool,
 ) -> ChoiceLogprobs:
     """Without the tokens that begin at or after `max_characters`, where a stop string cut the text."""
     tokens = texts.of(token_ids)
@@ -222,9 +212,7 @@ def _logprobs(
     )
 
 
-def _tops(
-    tokens: Sequence[str], scores: Sequence[TokenScore | None], texts: TokenTexts
-) -> list[dict[str, float] | None]:
+def _tops(tokens: Sequence[str], scores: Sequence[TokenScore | None], texts: TokenTexts) -> list[TopLogprobs]:
     """For each place the given token and the most probable one, which may be the same."""
     likeliest = iter(texts.of([score.best_token_id for score in scores if score]))
     return [

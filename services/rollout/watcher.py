@@ -12,12 +12,13 @@ over (trainer/publisher.py), and the loaded one belongs to a policy that is no l
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from services.engine.base import Engine, PatchableEngine
 from services.rollout.weight_copy import CopyState, Staged, WeightCopy
@@ -25,7 +26,7 @@ from shared import metrics
 from shared.coordination import AnnouncedWeights
 from shared.errors import DatabaseError, EngineError, HeadwaterError, SettingsError, StreamError, WeightStoreError
 from shared.retries import doubled_s
-from shared.runs import Run, open_run
+from shared.runs import open_run
 from shared.settings import Settings
 from shared.weights.store import Manifest, WeightStore
 
@@ -36,10 +37,6 @@ _FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _STOP_S = 5.0
 
 
-class Events(Protocol):
-    def record(self, kind: str, message: str, **data: object) -> None: ...
-
-
 @dataclass(frozen=True)
 class _Refusal:
     """A version that could not be loaded, and when to retry it."""
@@ -48,6 +45,10 @@ class _Refusal:
     reason: str
     num_tries: int
     retry_at: float
+
+    @property
+    def summary(self) -> str:
+        return f"weight version {self.wanted.version} was refused"
 
 
 class WeightWatcher:
@@ -60,7 +61,7 @@ class WeightWatcher:
         copy: WeightCopy,
         engine: Engine,
         announced: Callable[[], AnnouncedWeights | None] | None,
-        events: Events,
+        record_event: Callable[..., None],
         poll_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +69,7 @@ class WeightWatcher:
         self._copy = copy
         self._engine = engine
         self._announced = announced or self._newest
-        self._events = events
+        self._record_event = record_event
         self._poll_interval_s = poll_interval_s
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -81,18 +82,14 @@ class WeightWatcher:
     @property
     def detail(self) -> str:
         """What is wrong; empty if nothing is."""
-        refused = (
-            f"weight version {self._refusal.wanted.version} was refused: {self._refusal.reason}"
-            if self._refusal
-            else ""
-        )
-        return "; ".join(part for part in (self._trouble, refused) if part)
+        refused = f"{self._refusal.summary}: {self._refusal.reason}" if self._refusal else ""
+        return "; ".join(filter(None, (self._trouble, refused)))
 
     @property
     def summary(self) -> str:
         """The same without addresses and error texts, for `/readyz`."""
-        refused = f"weight version {self._refusal.wanted.version} was refused" if self._refusal else ""
-        return "; ".join(part for part in ("can't look for new weights" if self._trouble else "", refused) if part)
+        refused = self._refusal.summary if self._refusal else ""
+        return "; ".join(filter(None, ("can't look for new weights" if self._trouble else "", refused)))
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set the event loop that the engine runs on."""
@@ -126,16 +123,13 @@ class WeightWatcher:
 
     def check(self) -> None:
         """Load the announced version if it is new and due."""
-        wanted = self._read_announced()
+        wanted, refusal = self._read_announced(), self._refusal
         if wanted is None:
             return
         if not self._is_new(wanted):
             self._copy.keep_up()
-            return
-        refusal = self._refusal
-        if refusal and refusal.wanted == wanted and self._clock() < refusal.retry_at:
-            return
-        self._try_version(wanted)
+        elif refusal is None or refusal.wanted != wanted or self._clock() >= refusal.retry_at:
+            self._try_version(wanted)
 
     def _run(self, on_failure: Callable[[BaseException], None]) -> None:
         while not self._stop.wait(self._poll_interval_s):
@@ -206,8 +200,8 @@ class WeightWatcher:
             self._refusal.wanted.epoch != staged.state.epoch or not self._is_new(self._refusal.wanted)
         ):
             self._refusal = None
-        metrics.weight_version.set(staged.version)
-        _log.info("weights loaded", extra={"version": staged.version, "epoch": staged.state.epoch})
+        metrics.weight_version.set(staged.state.version)
+        _log.info("weights loaded", extra={"version": staged.state.version, "epoch": staged.state.epoch})
         if staged.trouble:
             self._refuse(wanted, WeightStoreError(staged.trouble))
         return True
@@ -216,12 +210,12 @@ class WeightWatcher:
         staged = self._copy.stage(self._store, self._manifest(wanted), with_changes=self._takes_changes())
         began = time.perf_counter()
         try:
-            if not self._is_new(AnnouncedWeights(staged.version, staged.state.epoch)):
-                raise WeightStoreError(staged.trouble or f"only version {staged.version} could be fetched")
+            if not self._is_new(AnnouncedWeights(staged.state.version, staged.state.epoch)):
+                raise WeightStoreError(staged.trouble or f"only version {staged.state.version} could be fetched")
             if not self._patch_engine(staged):
                 staged = self._copy.write(staged)
                 assert staged.folder is not None
-                self._wait_for(self._engine.load_weights(staged.folder, staged.version))
+                self._wait_for(self._engine.load_weights(staged.folder, staged.state.version))
         except BaseException:
             self._copy.discard(staged)
             raise
@@ -247,18 +241,14 @@ class WeightWatcher:
 
     def _patch_engine(self, staged: Staged) -> bool:
         """False if the full version must be loaded instead, which also repairs what a failed patch left."""
-        engine = self._engine
-        changes = staged.changes
+        engine, changes = self._engine, staged.changes
         if changes is None or not isinstance(engine, PatchableEngine):
             return False
+        version, last_good = staged.state.version, changes.last_good
         try:
-            self._wait_for(
-                engine.patch_weights(
-                    changes.file, base=changes.base, version=staged.version, last_good=changes.last_good
-                )
-            )
+            self._wait_for(engine.patch_weights(changes.file, base=changes.base, version=version, last_good=last_good))
         except (EngineError, OSError) as exc:
-            _log.warning("weight version %d can't be patched in, loading it in full: %s", staged.version, exc)
+            _log.warning("weight version %d can't be patched in, loading it in full: %s", version, exc)
             metrics.failed_patches_total.inc()
             return False
         return True
@@ -272,35 +262,28 @@ class WeightWatcher:
         num_tries = before.num_tries + 1 if before and before.wanted == wanted else 1
         wait_s = doubled_s(num_tries, first_s=_FIRST_RETRY_S, max_s=_MAX_RETRY_S)
         self._refusal = _Refusal(wanted, str(exc), num_tries, self._clock() + wait_s)
-        _log.warning(
-            "weight version %d refused, version %s stays in service: %s",
-            wanted.version,
-            self._serving,
-            exc,
-            extra={"num_tries": num_tries, "retry_in_s": wait_s},
-        )
+        what = "weight version %d refused, version %s stays in service: %s"
+        _log.warning(what, wanted.version, self._serving, exc, extra={"num_tries": num_tries, "retry_in_s": wait_s})
         if num_tries == 1:
             metrics.refused_weights_total.inc()
-            self._events.record("refused_weights", str(exc), version=wanted.version, serving=self._serving)
+            self._record_event("refused_weights", str(exc), version=wanted.version, serving=self._serving)
 
 
 def _announcement(manifest: Manifest) -> AnnouncedWeights:
     return AnnouncedWeights(manifest.version, manifest.epoch)
 
 
-class RunEvents:
-    """Writes events of the replica; connects at the first one. Blocking."""
+def event_recorder(settings: Settings) -> Callable[..., None]:
+    """A blocking function `record(kind, message, **data)` for events of the replica; connects at the first one.
 
-    def __init__(self, settings: Settings, *, role: str) -> None:
-        self._settings = settings
-        self._role = role
-        self._run: Run | None = None
+    If the database is away, or has the run with another identity, the event is only in the log.
+    """
+    run = functools.cache(lambda: open_run(settings))
 
-    def record(self, kind: str, message: str, **data: Any) -> None:
-        """If the database is away, or has the run with another identity, the event is only in the log."""
+    def record(kind: str, message: str, **data: Any) -> None:
         try:
-            if self._run is None:
-                self._run = open_run(self._settings)
-            self._run.record_event(self._role, kind, message, **data)
+            run().record_event("rollout", kind, message, **data)
         except (DatabaseError, SettingsError) as exc:
             _log.warning("event %s is not in the database: %s", kind, exc)
+
+    return record

@@ -75,11 +75,6 @@ class PatchableFake(FakeEngine):
         self.bits[patch.indices.numpy()] = patch.values.view(torch.int16).numpy().view(np.uint16)
 
 
-class NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        """Refusals are looked for in `WeightWatcher.detail`."""
-
-
 class Author:
     """One tensor, a few elements of which move at each version."""
 
@@ -127,7 +122,7 @@ def watching(author: Author, folder: Path, engine: PatchableFake) -> Iterator[We
         copy=copy,
         engine=engine,
         announced=None,
-        events=NoEvents(),
+        record_event=lambda *given, **data: None,  # refusals show in `detail`
         poll_interval_s=1.0,
         clock=itertools.count(step=100.0).__next__,  # whatever was refused may be tried again
     )
