@@ -1,9 +1,6 @@
 """From settings to a `Judge`, in two steps: a wrong prompt or function stops the service before it loads a model.
 
-parts = load_parts(settings.judge)    # reads prompts, imports the user's function
-engine = judge_engine(settings.judge)
-await engine.start()
-judge = build_judge(settings.judge, parts, engine=engine, reading=None)
+`load_parts` reads the prompts and imports the user's function; `build_judge` needs the started engine.
 """
 
 import asyncio
@@ -28,8 +25,6 @@ from shared.settings import CriterionName, CriterionSettings, JudgeSettings
 
 @dataclass(frozen=True)
 class Parts:
-    """What a judge needs besides its engine."""
-
     prompts: Mapping[CriterionName, Prompt]
     function: UserFunction | None
 
@@ -120,11 +115,8 @@ class _Builder:
 
 
 def _fingerprint(settings: JudgeSettings, parts: Parts, *, model: str, chat: bool) -> str:
-    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source.
-
-    The order of the criteria does not matter; ports, addresses and limits are left out. A model folder counts by its
-    name: give other weights another name.
-    """
+    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source, not over
+    addresses and limits. A model folder counts by its name: give other weights another name."""
     criteria = {
         name: criterion.model_dump(exclude={"prompt"})
         | {"prompt": parts.prompts[name].text if name in parts.prompts else ""}

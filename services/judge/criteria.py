@@ -13,7 +13,7 @@ from services.concurrency import all_of
 from services.engine.base import Engine
 from services.judge.verdicts import Answer, CallCount, VerdictSource
 from services.prompts import Prompt, opened
-from shared.api import JudgedText, JudgementItem, JudgementRequest
+from shared.api import JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
 from shared.records import TokenIds
 from shared.seeds import question_seed
@@ -25,12 +25,9 @@ class JudgedChunk:
     item: JudgementItem
 
     @property
-    def candidates(self) -> tuple[JudgedText, ...]:
-        return self.item.candidates
-
-    @property
     def texts(self) -> list[str]:
-        return [candidate.text for candidate in self.candidates]
+        """Of the candidates."""
+        return [candidate.text for candidate in self.item.candidates]
 
     @property
     def distinct_texts(self) -> list[str]:
@@ -41,11 +38,6 @@ class JudgedChunk:
     def reference(self) -> str:
         """The original suffix."""
         return self.window.text[self.item.start : self.item.end]
-
-    @property
-    def prefix(self) -> str:
-        """The whole window before the suffix."""
-        return self.window.text[: self.item.start]
 
     def end_of_prefix(self, max_characters: int) -> str:
         return self.window.text[max(0, self.item.start - max_characters) : self.item.start]
@@ -74,8 +66,7 @@ class CriterionError(HeadwaterError):
 
 class Criterion(Protocol):
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        """Score all candidates. Raises VerdictError or CriterionError if any can't be scored, EngineError if the
-        engine fails."""
+        """VerdictError or CriterionError if some candidate can't be scored, EngineError if the engine fails."""
         ...
 
 

@@ -18,8 +18,8 @@ class TokenReading:
     """How texts become tokens of the judge's model."""
 
     shares_policy_tokens: bool
-    """The judge's tokenizer is the policy's: token ids are scored as they were sampled, and every request must have
-    them. Otherwise the texts are scored."""
+    """The judge's tokenizer is the policy's: token ids are scored as sampled, and every request needs them. Otherwise
+    the texts are scored."""
     beginning: int | None
     """The token (BOS) that the model wants before every text, if any."""
 
@@ -27,8 +27,7 @@ class TokenReading:
 def token_reading(settings: Settings) -> TokenReading:
     """Compares the judge's tokenizer with the policy's. Loads both, so call it from a thread.
 
-    Texts are scored if the two differ or no policy is named, and always at an endpoint, which tokenises texts and
-    adds the BOS itself.
+    An endpoint always gets texts: it tokenises them and adds the BOS itself.
     """
     if settings.judge.engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
@@ -49,7 +48,7 @@ class Likelihood:
     max_prefix_characters: int
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        prompt, continuations = self._tokens(chunk)
+        prompt, continuations = self._texts(chunk)
         async with self.gate:
             count.add_calls(1)
             log_probs = await self.engine.score(prompt, continuations)
@@ -58,20 +57,18 @@ class Likelihood:
             raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
         return Scores(scores_within_group(means, scale=self.scale))
 
-    def _tokens(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
+    def _texts(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
         """The prefix, and each candidate."""
         if self.reading.shares_policy_tokens:
-            return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.candidates]
+            return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.item.candidates]
         if not all(chunk.texts):
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
-        return self._prompt(chunk.end_of_prefix(self.max_prefix_characters)), list(chunk.texts)
-
-    def _prompt(self, prefix: str) -> Prompt:
+        prefix = chunk.end_of_prefix(self.max_prefix_characters)
         if self.reading.beginning is not None:
-            return [self.reading.beginning, *self.engine.encode(prefix)]
+            return [self.reading.beginning, *self.engine.encode(prefix)], list(chunk.texts)
         if not prefix:
             raise CriterionError("empty_prefix", "likelihood: the prefix is empty and the judge's model has no BOS")
-        return prefix
+        return prefix, list(chunk.texts)
 
 
 def scores_within_group(values: Sequence[float], *, scale: float) -> list[float]:

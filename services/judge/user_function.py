@@ -56,12 +56,12 @@ class PythonCriterion:
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         try:
             async with asyncio.timeout(self.timeout_s):
-                values = await self._call(chunk.prefix, chunk.texts, chunk.reference)
+                values = await self._call(chunk.window.text[: chunk.item.start], chunk.texts, chunk.reference)
         except TimeoutError as exc:
             raise _failure(f"gave no scores within {self.timeout_s} s") from exc
         except Exception as exc:
             raise _failure(f"raised {type(exc).__name__}: {exc}") from exc
-        return Scores(_checked(values, num_candidates=len(chunk.candidates)))
+        return Scores(_checked(values, num_candidates=len(chunk.texts)))
 
     async def _call(self, *texts: Any) -> Any:
         if inspect.iscoroutinefunction(self.function):

@@ -22,10 +22,8 @@ from shared.seeds import derive_seed
 from shared.settings import RolloutSettings, Secrets, Settings
 from shared.weights.store import WeightStore
 
-_DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each.
-
-`/v1/rollouts` is what the collector calls; `/v1/completions` and `/v1/models` speak OpenAI's protocol for
-evaluation harnesses and people."""
+_DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each. The collector
+calls `/v1/rollouts`; `/v1/completions` and `/v1/models` speak OpenAI's protocol."""
 
 
 def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
@@ -95,8 +93,10 @@ def _build_watcher(settings: Settings, engine: Engine, coordination: Coordinatio
 def _build_heartbeat(
     settings: Settings, coordination: Coordination | None, served_version: Callable[[], int | None]
 ) -> Heartbeat | None:
+    if coordination is None:
+        return None
     rollout = settings.rollout
-    return coordination and Heartbeat(
+    return Heartbeat(
         coordination, replica_name(rollout), served_version, rollout.heartbeat_s, rollout.poll_interval_s
     )
 

@@ -6,10 +6,11 @@ What grows with the number of tokens runs in a thread: the event loop also serve
 """
 
 import asyncio
+import functools
 import itertools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -35,6 +36,10 @@ Scored = tuple[list[TokenScore | None], int]
 """Scores of the tokens in a choice's text, and the weight version that computed them."""
 
 
+TokenText = Callable[[int], str]
+"""The text of a single token."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One continuation of one prompt."""
@@ -44,23 +49,10 @@ class Sample:
     answer: Generation
 
 
-class TokenTexts:
-    """The text of single tokens, each decoded once. Safe from several threads: at worst two decode the same token."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._table: dict[int, str] = {}
-
-    def of(self, token_ids: Sequence[int]) -> list[str]:
-        for token_id in set(token_ids) - self._table.keys():
-            self._table[token_id] = self._engine.decode([token_id])
-        return [self._table[token_id] for token_id in token_ids]
-
-
 def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
     router = APIRouter(tags=["openai"])
     started_at = int(time.time())
-    texts = TokenTexts(engine)
+    token_text = functools.cache(lambda token_id: engine.decode([token_id]))
 
     def card() -> ModelCard:
         return ModelCard(created=started_at, metadata={"weight_version": engine.weight_version, "engine": engine.name})
@@ -70,7 +62,7 @@ def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
         """Continue prompts, or score them with `echo` and `logprobs`."""
         life.check_ready()
         _check_model(body.model)
-        return await unless_disconnected(request, complete(engine, texts, body))
+        return await unless_disconnected(request, complete(engine, token_text, body))
 
     @router.get("/v1/models")
     async def models() -> ModelList:
@@ -90,7 +82,7 @@ def _check_model(name: str) -> None:
         raise HTTPException(404, f"there is no model {name!r}: the policy is called {MODEL_ID!r}")
 
 
-async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest) -> Response:
+async def complete(engine: Engine, token_text: TokenText, request: CompletionRequest) -> Response:
     prompts = await asyncio.to_thread(lambda: [_read_prompt(engine, prompt) for prompt in request.prompts])
     answers = await _generate(engine, request, [token_ids for token_ids, _ in prompts])
     samples = [
@@ -100,7 +92,7 @@ async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest
     ]
     scored = await _score(engine, request, samples)
     num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
-    content = await asyncio.to_thread(_render, request, samples, scored, texts, num_prompt_tokens)
+    content = await asyncio.to_thread(_render, request, samples, scored, token_text, num_prompt_tokens)
     return Response(content, media_type="application/json")
 
 
@@ -149,7 +141,7 @@ def _render(
     request: CompletionRequest,
     samples: Sequence[Sample],
     scored: Sequence[Scored],
-    texts: TokenTexts,
+    token_text: TokenText,
     num_prompt_tokens: int,
 ) -> str:
     """The answer as JSON."""
@@ -165,7 +157,7 @@ def _render(
     )
     # Choice by choice: while pydantic serializes a record no other thread runs, not even the event loop's.
     choices = [
-        _choice(request, index, sample, scores, texts).model_dump_json()
+        _choice(request, index, sample, scores, token_text).model_dump_json()
         for index, (sample, (scores, _)) in enumerate(zip(samples, scored, strict=True))
     ]
     frame = answer.model_dump_json(exclude={"choices"})
@@ -173,7 +165,7 @@ def _render(
 
 
 def _choice(
-    request: CompletionRequest, index: int, sample: Sample, scores: Sequence[TokenScore | None], texts: TokenTexts
+    request: CompletionRequest, index: int, sample: Sample, scores: Sequence[TokenScore | None], token_text: TokenText
 ) -> Choice:
     answer = sample.answer
     text, stopped = _cut(answer.text, request.stops)
@@ -182,7 +174,7 @@ def _choice(
         text, token_ids = sample.prompt_text + text, sample.prompt + token_ids
     logprobs = None
     if request.logprobs is not None:
-        logprobs = _logprobs(token_ids, scores, texts, len(text) if stopped else None, top=bool(request.logprobs))
+        logprobs = _logprobs(token_ids, scores, token_text, len(text) if stopped else None, top=bool(request.logprobs))
     return Choice(index=index, text=text, finish_reason="stop" if stopped else answer.finish_reason, logprobs=logprobs)
 
 
@@ -195,27 +187,26 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 def _logprobs(
     token_ids: Sequence[int],
     scores: Sequence[TokenScore | None],
-    texts: TokenTexts,
+    token_text: TokenText,
     max_characters: int | None,
     *,
     top: bool,
 ) -> ChoiceLogprobs:
     """Without the tokens that begin at or after `max_characters`, where a stop string cut the text."""
-    tokens = texts.of(token_ids)
+    tokens = list(map(token_text, token_ids))
     offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)]
     kept = len([offset for offset in offsets if max_characters is None or offset < max_characters])
     return ChoiceLogprobs(
         tokens=tokens[:kept],
         token_logprobs=[score.log_prob if score else None for score in scores[:kept]],
-        top_logprobs=_tops(tokens[:kept], scores[:kept], texts) if top else None,
+        top_logprobs=_tops(tokens[:kept], scores[:kept], token_text) if top else None,
         text_offset=offsets[:kept],
     )
 
 
-def _tops(tokens: Sequence[str], scores: Sequence[TokenScore | None], texts: TokenTexts) -> list[TopLogprobs]:
+def _tops(tokens: Sequence[str], scores: Sequence[TokenScore | None], token_text: TokenText) -> list[TopLogprobs]:
     """For each place the given token and the most probable one, which may be the same."""
-    likeliest = iter(texts.of([score.best_token_id for score in scores if score]))
     return [
-        {token: score.log_prob} | {next(likeliest): score.best_log_prob} if score else None
+        {token: score.log_prob} | {token_text(score.best_token_id): score.best_log_prob} if score else None
         for token, score in zip(tokens, scores, strict=True)
     ]

@@ -104,10 +104,8 @@ class WeightCopy:
         """Holds `_current`, from the first changes that the engine takes in place on."""
 
     def open(self) -> None:
-        """Lock the folder, delete half-made files of a killed replica, and find its copy if that is intact.
-
-        Raises SettingsError if another replica uses the folder or it can't be written.
-        """
+        """Lock the folder, delete what a killed replica left half made, and find its copy if that is intact.
+        SettingsError if another replica uses the folder or it can't be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / ".lock").open("ab")
@@ -136,11 +134,11 @@ class WeightCopy:
             self._lock.close()
 
     def stage(self, store: WeightStore, wanted: Manifest, *, with_changes: bool) -> Staged:
-        """Fetch and verify a version: as changes to the current one, or in full.
+        """Fetch and verify a version, in full or as changes (`with_changes`: the engine serves the current version and
+        takes changes in place).
 
-        `with_changes`: the engine serves the current version and takes changes in place. If a version on the way is
-        missing or corrupt, the newest one before it is staged, with its `trouble`. Raises WeightStoreError if there is
-        nothing newer than the current version, OSError if the store is away.
+        If a version on the way is missing or corrupt, the newest one before it is staged, with its `trouble`. Raises
+        WeightStoreError if nothing is newer than the current version, OSError if the store is away.
         """
         same_epoch = self.current is not None and self.current.epoch == wanted.epoch  # changes apply only within one
         links = store.chain(wanted.version, known=self.current.version if self.current and same_epoch else None)
@@ -339,7 +337,7 @@ def _fetch_link(store: WeightStore, link: Manifest, into: Path) -> None:
 
 
 def _intact(folder: Path) -> CopyState | None:
-    """The state of the copy in `folder`; None if the copy is damaged."""
+    """The state of the copy in `folder`; None if it is damaged."""
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
         right_place = folder.name.removesuffix("-2") == _folder_name(state.version)

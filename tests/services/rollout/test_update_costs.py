@@ -251,7 +251,7 @@ def test_weights_that_rot_in_memory_are_noticed_when_changes_meet_them(tmp_path:
     author.full(1)
     with watching(author, tmp_path / "copy", engine) as watcher:
         follow(author, watcher, engine, range(2, 3))
-        held = watcher._copy._held
+        held = watcher.copy._held
         assert held is not None
         held._state["x"].bits[:] ^= 4
         follow(author, watcher, engine, range(3, 5))
@@ -263,7 +263,7 @@ def test_weights_that_rot_in_memory_are_never_written_to_disk(tmp_path: Path) ->
     author.full(1)
     with watching(author, tmp_path / "copy", engine) as watcher:
         follow(author, watcher, engine, range(2, COPY_EVERY + 2))
-        held = watcher._copy._held
+        held = watcher.copy._held
         assert held is not None
         held._state["x"].bits[7] ^= 4
         watcher.check()
