@@ -53,10 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerVerdict:
-    """Samples answers and reads the last `Verdict: X` of each.
-
-    With `verdict = "structured"` the engine constrains each answer to end in a verdict.
-    """
+    """Samples answers and reads the last `Verdict: X` of each."""
 
     engine: Engine
     gate: asyncio.Semaphore

@@ -96,9 +96,7 @@ def _build_heartbeat(
     if coordination is None:
         return None
     rollout = settings.rollout
-    return Heartbeat(
-        coordination, replica_name(rollout), served_version, rollout.heartbeat_s, rollout.poll_interval_s
-    )
+    return Heartbeat(coordination, replica_name(rollout), served_version, rollout.heartbeat_s, rollout.poll_interval_s)
 
 
 def replica_name(rollout: RolloutSettings) -> str:

@@ -30,11 +30,7 @@ Prompts = Annotated[str | list[str] | TokenIds | list[TokenIds], WrapValidator(_
 class CompletionRequest(Record):
     """The fields that OpenAI's clients send. Unsupported ones are accepted at their neutral value only."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model": MODEL_ID, "prompt": "The Moon moves around the", "max_tokens": 16, "temperature": 0}]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The Moon moves around the", "seed": 1}]})
     model: str = MODEL_ID
     prompt: Prompts
     max_tokens: int | None = Field(default=16, ge=0, le=8192)

@@ -38,8 +38,7 @@ from shared.weights.state import map_state, state_checksum
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 
 COPY_EVERY = 20
-"""Sparse versions after which the copy on disk is rewritten: the most that a restart fetches and applies. Never reached
-with a smaller weights.full_every."""
+"""Sparse versions after which the copy on disk is rewritten: the most that a restart fetches and applies."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +47,6 @@ _FOLDER = re.compile(r"^v\d{8}(-2)?$")
 
 
 class CopyState(Record):
-    """The content of copy.json."""
-
     version: int
     epoch: str = ""
     state_checksum: str
@@ -64,9 +61,8 @@ class Changes:
     """How the copy in memory became another version."""
 
     base: int
-    """The version before."""
     patches: Sequence[TensorPatch]
-    """What was applied to it, in order."""
+    """In the order in which they were applied to `base`."""
     file: Path
     """The changed elements, for `PatchableEngine.patch_weights`."""
     last_good: Sequence[Path]
