@@ -86,8 +86,6 @@ def _asks_structured(settings: JudgeSettings) -> bool:
 
 @dataclass(frozen=True)
 class _Builder:
-    """Builds the criteria of one judge. They share the gate to its engine."""
-
     settings: JudgeSettings
     parts: Parts
     engine: Engine

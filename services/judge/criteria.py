@@ -1,7 +1,4 @@
-"""What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality).
-
-questions.py says what each prompted criterion asks; likelihood.py and user_function.py hold the other criteria.
-"""
+"""What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
