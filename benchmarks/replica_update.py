@@ -89,7 +89,7 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=None,
-        events=NoEvents(),
+        record_event=refuse_events,
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())
@@ -106,9 +106,8 @@ async def follow(folder: Path, store: str, num_versions: int) -> list[dict[str, 
     return found[1:]
 
 
-class NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        raise SystemExit(f"a version was refused: {message}")
+def refuse_events(kind: str, message: str, **data: object) -> None:
+    raise SystemExit(f"a version was refused: {message}")
 
 
 def phase_seconds() -> dict[str, float]:

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.pushed_weights import RATES, SIZES, Pushed, Size, push_versions
 from benchmarks.replica_costs import SIZES as REPLICA_SIZES
 from benchmarks.replica_costs import measure_replica
-from benchmarks.replica_update import PHASES, NoEvents, phase_seconds
+from benchmarks.replica_update import PHASES, refuse_events, phase_seconds
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.life import build_engine
@@ -140,7 +140,7 @@ async def _follow(engine: Engine, store: str, folder: Path) -> Seconds:
         copy=WeightCopy(folder / "copy"),
         engine=engine,
         announced=lambda: AnnouncedWeights(announced[0]),
-        events=NoEvents(),
+        record_event=refuse_events,
         poll_interval_s=1.0,
     )
     watcher.bind(asyncio.get_running_loop())

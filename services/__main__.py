@@ -41,8 +41,7 @@ def _collect(settings: "Settings", secrets: "Secrets") -> None:
 
 
 def _leave_at_once(status: int) -> NoReturn:
-    """A thread that still waits for a source or for Redis must not hold the process. Everything that must be closed
-    is."""
+    """A thread that still waits for a source or for Redis must not hold the process."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

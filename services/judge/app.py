@@ -67,36 +67,24 @@ async def _open(settings: Settings, parts: Parts, engine: Engine) -> Judge:
         reading = await asyncio.to_thread(token_reading, settings)
     judge = build_judge(settings.judge, parts, engine=engine, reading=reading)
     metrics.judge_info.labels(judge.fingerprint).set(1)
-    _log.info(
-        "judge ready",
-        extra={
-            "fingerprint": judge.fingerprint,
-            "engine": engine.name,
-            "criteria": list(settings.judge.criteria),
-            "scores_policy_tokens": reading.shares_policy_tokens if reading else None,
-        },
-    )
+    found = {"fingerprint": judge.fingerprint, "engine": engine.name, "criteria": list(settings.judge.criteria)}
+    shares = reading.shares_policy_tokens if reading else None
+    _log.info("judge ready", extra=found | {"scores_policy_tokens": shares})
     return judge
 
 
-_EXAMPLE = {
-    "application/json": {
-        "example": {
-            "judgements": [
-                {
-                    "rewards": [0.95, 0.05],
-                    "scores": {"quality": [1.0, 0.0], "safety": [0.9, 0.1]},
-                    "reasoning": "A names the right span of time. B only repeats a word.\nVerdict: A",
-                    "num_calls": 15,
-                    "num_failures": 0,
-                    "fingerprint": "0f3a9c1e5b7d2468",
-                },
-                {"reason": "unreadable_verdict", "num_calls": 9, "num_failures": 4},
-            ],
-            "wants_token_ids": False,
-        }
-    }
-}
+_JUDGEMENTS = [
+    {
+        "rewards": [0.95, 0.05],
+        "scores": {"quality": [1.0, 0.0], "safety": [0.9, 0.1]},
+        "reasoning": "A names the right span of time. B only repeats a word.\nVerdict: A",
+        "num_calls": 15,
+        "num_failures": 0,
+        "fingerprint": "0f3a9c1e5b7d2468",
+    },
+    {"reason": "unreadable_verdict", "num_calls": 9, "num_failures": 4},
+]
+_EXAMPLE = {"application/json": {"example": {"judgements": _JUDGEMENTS, "wants_token_ids": False}}}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": _EXAMPLE},
     TokenIdsNeededError.status: {"description": "This judge needs the policy's token ids: send the request with them"},

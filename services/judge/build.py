@@ -1,9 +1,6 @@
 """From settings to a `Judge`, in two steps: a wrong prompt or function stops the service before it loads a model.
 
-parts = load_parts(settings.judge)    # reads prompts, imports the user's function
-engine = judge_engine(settings.judge)
-await engine.start()
-judge = build_judge(settings.judge, parts, engine=engine, reading=None)
+`load_parts` reads the prompts and imports the user's function; `build_judge` needs the started engine.
 """
 
 import asyncio
@@ -16,9 +13,9 @@ from typing import NoReturn
 from services.engine.base import Engine
 from services.engine.life import build_engine
 from services.judge.criteria import Criterion, FramedPrompt
-from services.judge.judge import Judge, WeightedCriterion
+from services.judge.judge import Judge
 from services.judge.likelihood import Likelihood, TokenReading
-from services.judge.questions import QUESTIONS, load_prompt
+from services.judge.questions import QUESTIONS, Question, load_prompt
 from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
 from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
 from services.prompts import Prompt
@@ -28,8 +25,6 @@ from shared.settings import CriterionName, CriterionSettings, JudgeSettings
 
 @dataclass(frozen=True)
 class Parts:
-    """What a judge needs besides its engine."""
-
     prompts: Mapping[CriterionName, Prompt]
     function: UserFunction | None
 
@@ -61,10 +56,8 @@ def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, readin
     gate = asyncio.Semaphore(settings.engine.max_queued_requests)
     builder = _Builder(settings, parts, engine, chat, reading, gate)
     return Judge(
-        {
-            name: WeightedCriterion(builder.criterion(name, criterion), criterion.weight)
-            for name, criterion in settings.criteria.items()
-        },
+        {name: builder.criterion(name, criterion) for name, criterion in settings.criteria.items()},
+        weights={name: criterion.weight for name, criterion in settings.criteria.items()},
         fingerprint=_fingerprint(settings, parts, model=engine.name, chat=chat),
         wants_token_ids=reading is not None and reading.shares_policy_tokens,
     )
@@ -93,8 +86,6 @@ def _asks_structured(settings: JudgeSettings) -> bool:
 
 @dataclass(frozen=True)
 class _Builder:
-    """Builds the criteria of one judge. They share the gate to its engine."""
-
     settings: JudgeSettings
     parts: Parts
     engine: Engine
@@ -103,66 +94,36 @@ class _Builder:
     gate: asyncio.Semaphore
 
     def criterion(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
+        max_characters = self.settings.max_prefix_characters
         if name == "likelihood":
-            return self._likelihood(criterion)
+            assert self.reading is not None
+            return Likelihood(self.engine, self.gate, self.reading, criterion.scale, max_characters)
         if name == "python":
             assert self.parts.function is not None
-            return PythonCriterion(self.parts.function, timeout_s=self.settings.engine.timeout_s)
-        return self._prompted(name, criterion)
+            return PythonCriterion(self.parts.function, self.settings.engine.timeout_s)
+        opens_answer = self.chat and criterion.verdict == "labels"
+        prompt = FramedPrompt(self.parts.prompts[name], self.engine, self.chat, opens_answer, max_characters)
+        return QUESTIONS[name].kind(prompt, self._source(QUESTIONS[name], criterion))
 
-    def _likelihood(self, criterion: CriterionSettings) -> Likelihood:
-        assert self.reading is not None
-        return Likelihood(
-            self.engine,
-            reading=self.reading,
-            scale=criterion.scale,
-            max_prefix_characters=self.settings.max_prefix_characters,
-            gate=self.gate,
-        )
-
-    def _prompted(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
-        prompt = FramedPrompt(
-            self.parts.prompts[name],
-            self.engine,
-            chat=self.chat,
-            opens_answer=criterion.verdict == "labels",
-            max_prefix_characters=self.settings.max_prefix_characters,
-        )
-        return QUESTIONS[name].kind(prompt, self._verdicts(name, criterion))
-
-    def _verdicts(self, name: CriterionName, criterion: CriterionSettings) -> VerdictSource:
-        question = QUESTIONS[name]
+    def _source(self, question: Question, criterion: CriterionSettings) -> VerdictSource:
         if criterion.verdict == "labels":
             values = [question.verdicts[label.strip()] for label in question.labels]
-            return LabelVerdict(self.engine, labels=question.labels, values=values, gate=self.gate)
-        return AnswerVerdict(
-            self.engine,
-            settings=criterion,
-            verdicts=question.verdicts,
-            max_retries=self.settings.max_retries,
-            gate=self.gate,
-        )
+            return LabelVerdict(self.engine, self.gate, question.labels, values)
+        return AnswerVerdict(self.engine, self.gate, criterion, question.verdicts, self.settings.max_retries)
 
 
 def _fingerprint(settings: JudgeSettings, parts: Parts, *, model: str, chat: bool) -> str:
-    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source.
-
-    The order of the criteria does not matter; ports, addresses and limits are left out. A model folder counts by its
-    name: give other weights another name.
-    """
+    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source, not over
+    addresses and limits. A model folder counts by its name: give other weights another name."""
     criteria = {
         name: criterion.model_dump(exclude={"prompt"})
         | {"prompt": parts.prompts[name].text if name in parts.prompts else ""}
         | {"source": function_source(parts.function) if name == "python" and parts.function else ""}
         for name, criterion in settings.criteria.items()
     }
-    judge = {
-        "model": model,
-        "chat": chat,
-        "max_prefix_characters": settings.max_prefix_characters,
-        "criteria": criteria,
-    }
-    return hashlib.sha256(json.dumps(judge, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    judge = {"model": model, "chat": chat, "max_prefix_characters": settings.max_prefix_characters}
+    content = json.dumps(judge | {"criteria": criteria}, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class NoEngine:

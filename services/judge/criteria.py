@@ -1,7 +1,4 @@
-"""What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality).
-
-questions.py says what each prompted criterion asks; likelihood.py and user_function.py hold the other criteria.
-"""
+"""What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from services.concurrency import all_of
 from services.engine.base import Engine
 from services.judge.verdicts import Answer, CallCount, VerdictSource
 from services.prompts import Prompt, opened
-from shared.api import JudgedText, JudgementItem, JudgementRequest
+from shared.api import JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
 from shared.records import TokenIds
 from shared.seeds import question_seed
@@ -25,12 +22,9 @@ class JudgedChunk:
     item: JudgementItem
 
     @property
-    def candidates(self) -> tuple[JudgedText, ...]:
-        return self.item.candidates
-
-    @property
     def texts(self) -> list[str]:
-        return [candidate.text for candidate in self.candidates]
+        """Of the candidates."""
+        return [candidate.text for candidate in self.item.candidates]
 
     @property
     def distinct_texts(self) -> list[str]:
@@ -41,11 +35,6 @@ class JudgedChunk:
     def reference(self) -> str:
         """The original suffix."""
         return self.window.text[self.item.start : self.item.end]
-
-    @property
-    def prefix(self) -> str:
-        """The whole window before the suffix."""
-        return self.window.text[: self.item.start]
 
     def end_of_prefix(self, max_characters: int) -> str:
         return self.window.text[max(0, self.item.start - max_characters) : self.item.start]
@@ -74,56 +63,56 @@ class CriterionError(HeadwaterError):
 
 class Criterion(Protocol):
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        """Score all candidates. Raises VerdictError or CriterionError if any can't be scored, EngineError if the
-        engine fails."""
+        """VerdictError or CriterionError if some candidate can't be scored, EngineError if the engine fails."""
         ...
 
 
+@dataclass(frozen=True)
 class FramedPrompt:
-    """A prompt for one engine: plain, or as a user message in the model's chat template.
+    """A prompt for one engine: plain, or as a user message in the model's chat template."""
 
-    `opens_answer` (label verdicts): under a chat template, a last line that ends with a colon, such as `Verdict:`,
-    becomes the start of the model's answer, so that the label follows it directly.
-    """
-
-    def __init__(
-        self, prompt: Prompt, engine: Engine, *, chat: bool, opens_answer: bool, max_prefix_characters: int
-    ) -> None:
-        message, newline, last_line = prompt.text.rpartition("\n")
-        opens_answer = chat and opens_answer and bool(newline) and last_line.endswith(":")
-        self._message = Prompt(message + newline) if opens_answer else prompt
-        self._opening = Prompt(last_line if opens_answer else "")
-        self._engine = engine
-        self._chat = chat
-        self._max_prefix_characters = max_prefix_characters
+    prompt: Prompt
+    engine: Engine
+    chat: bool
+    opens_answer: bool
+    """For label verdicts in a chat: a last line that ends with a colon, such as `Verdict:`, becomes the start of the
+    model's answer, so that the label follows it directly."""
+    max_prefix_characters: int
 
     def fill(self, chunk: JudgedChunk, **texts: str) -> str:
         """With the end of the chunk's prefix, and with `texts` unchanged."""
-        values = {"prefix": chunk.end_of_prefix(self._max_prefix_characters), **texts}
-        message = self._message.fill(values)
-        return opened(self._engine.render_chat(message), self._opening.fill(values)) if self._chat else message
+        values = {"prefix": chunk.end_of_prefix(self.max_prefix_characters), **texts}
+        if not self.chat:
+            return self.prompt.fill(values)
+        message, newline, opening = self.prompt.text.rpartition("\n")
+        if not (self.opens_answer and newline and opening.endswith(":")):
+            return self.engine.render_chat(self.prompt.fill(values))
+        return opened(self.engine.render_chat(Prompt(message + newline).fill(values)), Prompt(opening).fill(values))
 
 
+@dataclass(frozen=True)
 class Pointwise:
     """Asks about each candidate alone; the score is the mean verdict. Equal texts are asked about once."""
 
-    def __init__(self, prompt: FramedPrompt, source: VerdictSource) -> None:
-        self._prompt = prompt
-        self._source = source
+    prompt: FramedPrompt
+    source: VerdictSource
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         texts = chunk.distinct_texts
         answers = await all_of(
-            self._ask(chunk, text, seed=question_seed(seed, place), count=count) for place, text in enumerate(texts)
+            self.source.ask(
+                self.prompt.fill(chunk, reference=chunk.reference, candidate=text),
+                num_samples=self.source.num_samples,
+                seed=question_seed(seed, place),
+                count=count,
+            )
+            for place, text in enumerate(texts)
         )
         value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
         return Scores([value_of[text] for text in chunk.texts], _first_reasoning(answers))
 
-    async def _ask(self, chunk: JudgedChunk, text: str, *, seed: int, count: CallCount) -> Answer:
-        prompt = self._prompt.fill(chunk, reference=chunk.reference, candidate=text)
-        return await self._source.ask(prompt, num_samples=self._source.num_samples, seed=seed, count=count)
 
-
+@dataclass(frozen=True)
 class Pairwise:
     """Compares every pair of candidates; the score is the mean over a candidate's comparisons.
 
@@ -131,9 +120,8 @@ class Pairwise:
     makes ties, not preferences. Equal texts tie without being asked about.
     """
 
-    def __init__(self, prompt: FramedPrompt, source: VerdictSource) -> None:
-        self._prompt = prompt
-        self._source = source
+    prompt: FramedPrompt
+    source: VerdictSource
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         pairs = list(combinations(enumerate(chunk.distinct_texts), 2))
@@ -148,14 +136,14 @@ class Pairwise:
 
     async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, count: CallCount) -> Answer:
         """How far `first` beats `second`."""
-        num_there, num_back = self._source.samples_per_pair
+        num_there, num_back = self.source.samples_per_pair
         if seed % 2:
             num_there, num_back = num_back, num_there
         orders = [("there", first, second, num_there), ("back", second, first, num_back)]
         asked = [order for order in orders if order[-1]]
         answers = await all_of(
-            self._source.ask(
-                self._prompt.fill(chunk, a=a, b=b), num_samples=number, seed=question_seed(seed, order), count=count
+            self.source.ask(
+                self.prompt.fill(chunk, a=a, b=b), num_samples=number, seed=question_seed(seed, order), count=count
             )
             for order, a, b, number in asked
         )

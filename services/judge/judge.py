@@ -8,7 +8,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from services.concurrency import all_of
 from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores
@@ -24,22 +23,23 @@ MAX_CHUNKS_AT_ONCE = 64
 """Over all requests: several engine batches of the smallest criterion (one call a chunk)."""
 
 
-@dataclass(frozen=True)
-class WeightedCriterion:
-    criterion: Criterion
-    weight: float
-
-
 class Judge:
     """Built by build.py once the engine has started."""
 
-    def __init__(self, criteria: Mapping[str, WeightedCriterion], *, fingerprint: str, wants_token_ids: bool) -> None:
-        self._criteria = dict(criteria)
-        self._weights = {name: entry.weight for name, entry in criteria.items()}
+    def __init__(
+        self,
+        criteria: Mapping[str, Criterion],
+        *,
+        weights: Mapping[str, float],
+        fingerprint: str,
+        wants_token_ids: bool,
+    ) -> None:
+        """`wants_token_ids`: a criterion scores the policy's token ids."""
+        self._criteria = criteria
+        self._weights = weights
         self._slots = asyncio.Semaphore(MAX_CHUNKS_AT_ONCE)
         self.fingerprint = fingerprint
         self._wants_token_ids = wants_token_ids
-        """A criterion scores the policy's token ids."""
 
     async def judge(self, request: JudgementRequest) -> JudgementResponse:
         """One judgement or failure per item, in order. Raises TokenIdsNeededError."""
@@ -55,21 +55,22 @@ class Judge:
         return JudgementResponse(judgements=tuple(judgements), wants_token_ids=self._wants_token_ids)
 
     async def _in_turn(self, chunk: JudgedChunk, *, seed: int) -> Judgement | JudgementFailure:
-        async with self._slots:
-            counts = {name: CallCount(name) for name in self._criteria}
-            try:
+        counts = {name: CallCount(name) for name in self._criteria}
+        try:
+            async with self._slots:
                 return await self._judge_chunk(chunk, seed=seed, counts=counts)
-            except VerdictError as exc:
-                return _failure("unreadable_verdict", exc, counts)
-            except CriterionError as exc:
-                return _failure(exc.reason, exc, counts)
-            except (PromptError, RequestError) as exc:
-                return _failure("unanswerable_prompt", exc, counts)
+        except (VerdictError, CriterionError, PromptError, RequestError) as exc:
+            if isinstance(exc, CriterionError):
+                reason = exc.reason
+            else:
+                reason = "unreadable_verdict" if isinstance(exc, VerdictError) else "unanswerable_prompt"
+            _log.warning("chunk not judged: %s", exc, extra={"reason": reason})
+            return JudgementFailure(reason=reason, **_totals(counts))
 
     async def _judge_chunk(self, chunk: JudgedChunk, *, seed: int, counts: Mapping[str, CallCount]) -> Judgement:
         results: list[Scores] = await all_of(
-            entry.criterion.score(chunk, seed=question_seed(seed, name), count=counts[name])
-            for name, entry in self._criteria.items()
+            criterion.score(chunk, seed=question_seed(seed, name), count=counts[name])
+            for name, criterion in self._criteria.items()
         )
         scores = {name: tuple(result.values) for name, result in zip(self._criteria, results, strict=True)}
         return Judgement(
@@ -89,11 +90,6 @@ def combined_rewards(scores: Mapping[str, Sequence[float]], weights: Mapping[str
     return [
         min(1.0, math.fsum(share * score for share, score in zip(shares, column, strict=True))) for column in columns
     ]
-
-
-def _failure(reason: str, error: Exception, counts: Mapping[str, CallCount]) -> JudgementFailure:
-    _log.warning("chunk not judged: %s", error, extra={"reason": reason})
-    return JudgementFailure(reason=reason, **_totals(counts))
 
 
 def _totals(counts: Mapping[str, CallCount]) -> dict[str, int]:

@@ -18,8 +18,8 @@ class TokenReading:
     """How texts become tokens of the judge's model."""
 
     shares_policy_tokens: bool
-    """The judge's tokenizer is the policy's: token ids are scored as they were sampled, and every request must have
-    them. Otherwise the texts are scored."""
+    """The judge's tokenizer is the policy's: token ids are scored as sampled, and every request needs them. Otherwise
+    the texts are scored."""
     beginning: int | None
     """The token (BOS) that the model wants before every text, if any."""
 
@@ -27,8 +27,7 @@ class TokenReading:
 def token_reading(settings: Settings) -> TokenReading:
     """Compares the judge's tokenizer with the policy's. Loads both, so call it from a thread.
 
-    Texts are scored if the two differ or no policy is named, and always at an endpoint, which tokenises texts and
-    adds the BOS itself.
+    An endpoint always gets texts: it tokenises them and adds the BOS itself.
     """
     if settings.judge.engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
@@ -38,48 +37,38 @@ def token_reading(settings: Settings) -> TokenReading:
     return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)
 
 
+@dataclass(frozen=True)
 class Likelihood:
     """score = sigmoid((mean log-prob per token - mean of the group) / scale); one engine call per chunk."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        reading: TokenReading,
-        scale: float,
-        max_prefix_characters: int,
-        gate: asyncio.Semaphore,
-    ) -> None:
-        self._engine = engine
-        self._reading = reading
-        self._scale = scale
-        self._max_prefix_characters = max_prefix_characters
-        self._gate = gate
+    engine: Engine
+    gate: asyncio.Semaphore
+    reading: TokenReading
+    scale: float
+    max_prefix_characters: int
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        prompt, continuations = self._tokens(chunk)
-        async with self._gate:
+        prompt, continuations = self._texts(chunk)
+        async with self.gate:
             count.add_calls(1)
-            log_probs = await self._engine.score(prompt, continuations)
+            log_probs = await self.engine.score(prompt, continuations)
         means = [fmean(row) for row in log_probs]
         if not all(math.isfinite(mean) for mean in means):
             raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
-        return Scores(scores_within_group(means, scale=self._scale))
+        return Scores(scores_within_group(means, scale=self.scale))
 
-    def _tokens(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
+    def _texts(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
         """The prefix, and each candidate."""
-        if self._reading.shares_policy_tokens:
-            return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.candidates]
+        if self.reading.shares_policy_tokens:
+            return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.item.candidates]
         if not all(chunk.texts):
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
-        return self._prompt(chunk.end_of_prefix(self._max_prefix_characters)), list(chunk.texts)
-
-    def _prompt(self, prefix: str) -> Prompt:
-        if self._reading.beginning is not None:
-            return [self._reading.beginning, *self._engine.encode(prefix)]
+        prefix = chunk.end_of_prefix(self.max_prefix_characters)
+        if self.reading.beginning is not None:
+            return [self.reading.beginning, *self.engine.encode(prefix)], list(chunk.texts)
         if not prefix:
             raise CriterionError("empty_prefix", "likelihood: the prefix is empty and the judge's model has no BOS")
-        return prefix
+        return prefix, list(chunk.texts)
 
 
 def scores_within_group(values: Sequence[float], *, scale: float) -> list[float]:

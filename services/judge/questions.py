@@ -28,23 +28,12 @@ class Question:
 
 
 QUESTIONS: Mapping[CriterionName, Question] = {
-    "quality": Question(
-        kind=Pairwise,
-        placeholders=frozenset({"a", "b"}),
-        verdicts={"A": 1.0, "B": 0.0, "tie": 0.5},
-        labels=(" A", " B"),
-    ),
-    "safety": Question(
-        kind=Pointwise,
-        placeholders=frozenset({"candidate"}),
-        verdicts={"safe": 1.0, "unsafe": 0.0},
-        labels=(" safe", " unsafe"),
-    ),
-    "factuality": Question(
-        kind=Pointwise,
-        placeholders=frozenset({"candidate", "reference"}),
-        # Grades of hallucination.
-        verdicts={"none": 1.0, "possible": 0.5, "definite": 0.0},
+    "quality": Question(Pairwise, frozenset({"a", "b"}), {"A": 1.0, "B": 0.0, "tie": 0.5}, labels=(" A", " B")),
+    "safety": Question(Pointwise, frozenset({"candidate"}), {"safe": 1.0, "unsafe": 0.0}, labels=(" safe", " unsafe")),
+    "factuality": Question(  # grades of hallucination
+        Pointwise,
+        frozenset({"candidate", "reference"}),
+        {"none": 1.0, "possible": 0.5, "definite": 0.0},
         labels=(" none", " possible", " definite"),
     ),
 }

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from services.judge.criteria import CriterionError, JudgedChunk, Scores
@@ -45,27 +46,27 @@ def function_source(function: UserFunction) -> str:
         return repr(getattr(function, "__qualname__", type(function).__qualname__))
 
 
+@dataclass(frozen=True)
 class PythonCriterion:
     """A sync function runs in a thread: it may block, and it may be called for several chunks at once."""
 
-    def __init__(self, function: UserFunction, *, timeout_s: float) -> None:
-        self._function = function
-        self._timeout_s = timeout_s
+    function: UserFunction
+    timeout_s: float
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                values = await self._call(chunk.prefix, chunk.texts, chunk.reference)
+            async with asyncio.timeout(self.timeout_s):
+                values = await self._call(chunk.window.text[: chunk.item.start], chunk.texts, chunk.reference)
         except TimeoutError as exc:
-            raise _failure(f"gave no scores within {self._timeout_s} s") from exc
+            raise _failure(f"gave no scores within {self.timeout_s} s") from exc
         except Exception as exc:
             raise _failure(f"raised {type(exc).__name__}: {exc}") from exc
-        return Scores(_checked(values, num_candidates=len(chunk.candidates)))
+        return Scores(_checked(values, num_candidates=len(chunk.texts)))
 
-    async def _call(self, prefix: str, candidates: list[str], reference: str) -> Any:
-        if inspect.iscoroutinefunction(self._function):
-            return await self._function(prefix, candidates, reference)
-        return await asyncio.to_thread(self._function, prefix, candidates, reference)
+    async def _call(self, *texts: Any) -> Any:
+        if inspect.iscoroutinefunction(self.function):
+            return await self.function(*texts)
+        return await asyncio.to_thread(self.function, *texts)
 
 
 def _checked(values: Any, *, num_candidates: int) -> list[float]:

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Protocol
+from typing import ClassVar
 
-from services.engine.base import Engine, Generation, Sampling
+from services.engine.base import Engine, Sampling
 from shared import metrics
 from shared.errors import VerdictError
 from shared.seeds import question_seed
@@ -51,85 +51,60 @@ class Answer:
     reasoning: str = ""
 
 
-class VerdictSource(Protocol):
-    @property
-    def samples_per_pair(self) -> tuple[int, int]:
-        """Verdicts wanted on (a, b), and on (b, a)."""
-        ...
+@dataclass(frozen=True)
+class AnswerVerdict:
+    """Samples answers and reads the last `Verdict: X` of each."""
+
+    engine: Engine
+    gate: asyncio.Semaphore
+    settings: CriterionSettings
+    verdicts: Mapping[str, float]
+    max_retries: int
 
     @property
     def num_samples(self) -> int:
         """Verdicts wanted on one candidate."""
-        ...
-
-    async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
-        """Raises VerdictError if some verdict is still missing after all retries."""
-        ...
-
-
-class AnswerVerdict:
-    """Samples answers and reads the last `Verdict: X` of each.
-
-    With `verdict = "structured"` the engine constrains each answer to end in a verdict.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        settings: CriterionSettings,
-        verdicts: Mapping[str, float],
-        max_retries: int,
-        gate: asyncio.Semaphore,
-    ) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._verdicts = verdicts
-        self._max_retries = max_retries
-        self._gate = gate
-        self._max_tokens, self._pattern = settings.max_answer_tokens, ""
-        if settings.verdict == "structured":
-            # Bounded in characters: a bound in tokens would cut answers off before their verdict.
-            max_characters = settings.max_answer_tokens * CHARACTERS_PER_TOKEN
-            self._max_tokens, self._pattern = answer_pattern(verdicts, max_characters=max_characters)
-
-    @property
-    def num_samples(self) -> int:
-        return self._settings.samples
+        return self.settings.samples
 
     @property
     def samples_per_pair(self) -> tuple[int, int]:
+        """Verdicts wanted on (a, b), and on (b, a)."""
         return self.num_samples - self.num_samples // 2, self.num_samples // 2
 
     async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
+        """Raises VerdictError if some verdict is still missing after all retries."""
         values: list[float] = []
         reasoning = ""
-        for attempt in range(self._max_retries + 1):
+        for attempt in range(self.max_retries + 1):
             num_missing = num_samples - len(values)
             texts = await self._sample(prompt, num_missing, seed=question_seed(seed, attempt), count=count)
-            read = [(text, read_verdict(text, self._verdicts)) for text in texts]
+            read = [(text, read_verdict(text, self.verdicts)) for text in texts]
             values += [value for _, value in read if value is not None]
             reasoning = reasoning or next((text for text, value in read if value is not None), "")
             if len(values) == num_samples:
                 return Answer(fmean(values), reasoning)
             count.add_failures(num_samples - len(values))
         raise VerdictError(
-            f"{count.criterion}: no readable verdict in {self._max_retries + 1} attempts, "
+            f"{count.criterion}: no readable verdict in {self.max_retries + 1} attempts, "
             f"the last answer ends {texts[-1][-200:]!r}"
         )
 
     async def _sample(self, prompt: str, num_samples: int, *, seed: int, count: CallCount) -> list[str]:
+        max_tokens, pattern = self.settings.max_answer_tokens, ""
+        if self.settings.verdict == "structured":
+            # Bounded in characters: a bound in tokens would cut answers off before their verdict.
+            max_tokens, pattern = answer_pattern(self.verdicts, max_characters=max_tokens * CHARACTERS_PER_TOKEN)
         sampling = Sampling(
-            max_tokens=self._max_tokens,
+            max_tokens=max_tokens,
             num_samples=num_samples,
-            temperature=self._settings.temperature,
-            top_p=self._settings.top_p,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
             seed=seed,
-            pattern=self._pattern,
+            pattern=pattern,
         )
-        async with self._gate:
+        async with self.gate:
             count.add_calls(num_samples)
-            generations: list[Generation] = (await self._engine.generate([prompt], sampling))[0]
+            (generations,) = await self.engine.generate([prompt], sampling)
         return [generation.text for generation in generations]
 
 
@@ -164,29 +139,29 @@ def answer_pattern(verdicts: Mapping[str, float], *, max_characters: int) -> tup
     return max_tokens, rf"([^\x00]{{0,{max_characters}}}\n)?Verdict: ({words})"
 
 
+@dataclass(frozen=True)
 class LabelVerdict:
     """Compares the log-probs of the label words right after the prompt. Nothing is sampled, so seeds don't matter."""
 
-    num_samples = 1
-    samples_per_pair = (1, 1)
-
-    def __init__(
-        self, engine: Engine, *, labels: Sequence[str], values: Sequence[float], gate: asyncio.Semaphore
-    ) -> None:
-        self._engine = engine
-        self._labels = labels
-        self._values = values
-        self._gate = gate
+    engine: Engine
+    gate: asyncio.Semaphore
+    labels: Sequence[str]
+    values: Sequence[float]
+    num_samples: ClassVar = 1
+    samples_per_pair: ClassVar = (1, 1)
 
     async def ask(self, prompt: str, *, num_samples: int, seed: int, count: CallCount) -> Answer:
-        async with self._gate:
+        async with self.gate:
             count.add_calls(1)
-            log_probs = await self._engine.score(prompt, self._labels)
-        value = label_expectation(log_probs, self._values)
+            log_probs = await self.engine.score(prompt, self.labels)
+        value = label_expectation(log_probs, self.values)
         if value is None:
             count.add_failures(1)
-            raise VerdictError(f"{count.criterion}: the model gives no probability to any of {list(self._labels)}")
+            raise VerdictError(f"{count.criterion}: the model gives no probability to any of {list(self.labels)}")
         return Answer(value)
+
+
+VerdictSource = AnswerVerdict | LabelVerdict
 
 
 def label_expectation(log_probs: Sequence[Sequence[float]], values: Sequence[float]) -> float | None:

@@ -59,28 +59,14 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
 async def _open(settings: Settings, prompt: Prompt, engine: Engine) -> Rewriter:
     """The rewriter on its started engine."""
     source = settings.policy.tokenizer_source
-    tokens = await asyncio.to_thread(_load_tokens, source)
+    tokens = await asyncio.to_thread(lambda: PolicyTokens(TokenCodec(load_tokenizer(source, setting="policy.model"))))
     rewriter = Rewriter(engine, settings=settings.rewriter, prompt=prompt, tokens=tokens)
     _log.info("rewriter ready", extra={"engine": engine.name, "policy_tokenizer": source})
     return rewriter
 
 
-def _load_tokens(source: str) -> PolicyTokens:
-    return PolicyTokens(TokenCodec(load_tokenizer(source, setting="policy.model")))
-
-
-_EXAMPLE = {
-    "application/json": {
-        "example": {
-            "rewrites": [
-                {
-                    "text": " Earth once in about 27 days.",
-                    "token_ids": [4824, 1752, 287, 546, 2681, 1528, 13],
-                    "finish_reason": "stop",
-                    "refusal": "",
-                },
-                {"text": "", "token_ids": [], "finish_reason": "stop", "refusal": "refused"},
-            ]
-        }
-    }
-}
+_REWRITES = [
+    {"text": " orbits Earth.", "token_ids": [37015, 3668, 13], "finish_reason": "stop", "refusal": ""},
+    {"text": "", "token_ids": [], "finish_reason": "stop", "refusal": "refused"},
+]
+_EXAMPLE = {"application/json": {"example": {"rewrites": _REWRITES}}}

@@ -8,13 +8,12 @@ rewrite if and only if it belongs to the suffix.
 """
 
 import re
-import unicodedata
+from itertools import chain
+
+import regex
 
 CHARACTERS_PER_WORD = 8
 """Limit on the bridge, per word: in scripts without spaces a "word" is a whole sentence."""
-_JOINER = "\u200d"
-_FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-"""Two of them form a flag."""
 _MAX_GRAPHEME = 32
 """Characters to look back for the start of one; family emoji have about ten."""
 
@@ -27,45 +26,19 @@ def looked_at(num_words: int) -> int:
 def last_words(prefix: str, num_words: int) -> str:
     """The end of `prefix` from its n-th last word on, whitespace included; all of it if it has fewer words.
 
-    If that is too long, whole words are dropped from its start. If even the last word is too long, it is cut at a
-    character boundary: no character loses its accents or joiners.
+    If that is too long, whole words are dropped from its start. If even the last word is too long, it is cut between
+    graphemes: no character loses its accents or joiners.
     """
     reach = num_words * CHARACTERS_PER_WORD
     starts = [match.start() for match in re.finditer(r"\S+", prefix)][-num_words:] if num_words else []
     if not starts:
         return ""
-    fitting = [start for start in starts if len(prefix) - start <= reach]
-    bridge = prefix[fitting[0] if fitting else _next_grapheme(prefix, max(starts[-1], len(prefix) - reach)) :]
+    first = len(prefix) - reach
+    words = (start for start in starts if start >= first)
+    graphemes = (found.start() for found in regex.finditer(r"\X", prefix))
+    cuts = (start for start in graphemes if start >= max(starts[-1], first))
+    bridge = prefix[next(chain(words, cuts), len(prefix)) :]
     return bridge if bridge.strip() else ""
-
-
-def _next_grapheme(text: str, place: int) -> int:
-    """The first place from `place` on where a visible character begins."""
-    return next((found for found in range(place, len(text)) if _begins_grapheme(text, found)), len(text))
-
-
-def _begins_grapheme(text: str, place: int) -> bool:
-    if place == 0:
-        return True
-    before, after = text[place - 1], text[place]
-    if before == _JOINER or _extends(after) or (before, after) == ("\r", "\n"):
-        return False
-    if after in _FLAG_LETTERS:
-        return (place - len(text[:place].rstrip(_FLAG_LETTERS))) % 2 == 0
-    return True
-
-
-def _extends(character: str) -> bool:
-    """Whether it belongs to the character before: marks, joiners, skin tones, tags, Hangul vowels and finals, and the
-    Thai and Lao vowels that are not marks."""
-    code = ord(character)
-    return (
-        unicodedata.category(character) in ("Mn", "Mc", "Me")
-        or code in (0x200C, 0x200D, 0x0E33, 0x0EB3, 0xFF9E, 0xFF9F)
-        or 0x1F3FB <= code <= 0x1F3FF
-        or 0xE0020 <= code <= 0xE007F
-        or 0x1160 <= code <= 0x11FF
-    )
 
 
 def without_bridge(answer: str, bridge: str, *, suffix: str) -> str | None:

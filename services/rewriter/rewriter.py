@@ -1,9 +1,4 @@
-"""Puts each chunk to the teacher, and reads its answers: prompt -> answer -> rewrite.
-
-Framing       a chunk and the prompt file -> the text for the teacher's model
-AnswerReader  the teacher's answer -> a rewrite in the policy's tokens, or the reason for having none
-Rewriter      a request -> its rewrites
-"""
+"""Asks the teacher about each chunk and reads its answers: prompt -> answer -> rewrite in the policy's tokens."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,40 +20,6 @@ PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
 def load_prompt(path: Path | None) -> Prompt:
     """The prompt file of the settings, or the shipped one. Raises SettingsError."""
     return Prompt.load(path or PROMPT, required={"prefix", "suffix"}, allowed={"bridge"})
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a chunk is put to the teacher's model.
-
-    If the prompt ends with {bridge}, the model continues from there: under a chat template the bridge then starts the
-    model's answer instead of ending the user's message.
-    """
-
-    prompt: Prompt
-    chat: bool
-    bridge_words: int
-    max_prefix_characters: int
-
-    def frame(self, request: RewriteRequest, item: RewriteItem, engine: Engine) -> str:
-        bridge = self.bridge(request, item)
-        prefix = request.end_of_prefix(item, self.max_prefix_characters)
-        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
-        if not self.chat:
-            return self.prompt.fill(values)
-        if not self.begins_after_bridge:
-            return engine.render_chat(self.prompt.fill(values))
-        return opened(engine.render_chat(self.prompt.without_end("bridge").fill(values)), bridge)
-
-    def bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
-        """Empty if the prompt shows none."""
-        if "bridge" not in self.prompt.placeholders:
-            return ""
-        return last_words(request.end_of_prefix(item, looked_at(self.bridge_words)), self.bridge_words)
-
-    @property
-    def begins_after_bridge(self) -> bool:
-        return self.prompt.ends_with("bridge")
 
 
 @dataclass(frozen=True)
@@ -98,41 +59,88 @@ _REPLACEMENT = "\ufffd"
 _QUOTES = " \t\r\n\"'*_`>"
 
 
-@dataclass(frozen=True)
-class AnswerReader:
-    tokens: PolicyTokens
-    refusal_phrases: Sequence[str]
-    begins_after_bridge: bool
-    """The prompt gave the bridge as the start of the answer."""
-    may_repeat_bridge: bool
-    """The bridge is removed if the answer begins with it."""
+class Rewriter:
+    """Built once its engine has started."""
 
-    def read(self, generation: Generation, request: RewriteRequest, item: RewriteItem, *, bridge: str) -> Rewrite:
+    def __init__(self, engine: Engine, *, settings: RewriterSettings, prompt: Prompt, tokens: PolicyTokens) -> None:
+        self._chat = engine.has_chat_template if settings.chat is None else settings.chat
+        if self._chat and not engine.has_chat_template:
+            raise SettingsError(f"rewriter.chat = true, but {engine.name} has no chat template: set it to false")
+        self._engine = engine
+        self._settings = settings
+        self._prompt = prompt
+        self._tokens = tokens
+        self._begins_after_bridge = prompt.ends_with("bridge")
+        """The model continues from the bridge. In a chat, the bridge is the start of its answer instead of the end of
+        the user's message."""
+
+    async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
+        """One rewrite per item, in order. EngineError if the engine fails, never an empty rewrite."""
+        prompts = await asyncio.to_thread(lambda: [self._frame(request, item) for item in request.items])
+        answers = await self._engine.generate(prompts, self._sampling(request))
+        # A long window has thousands of chunks: tokenizing their rewrites here would block the event loop.
+        rewrites = await asyncio.to_thread(
+            lambda: tuple(
+                self._read(answer, request, item) for (answer,), item in zip(answers, request.items, strict=True)
+            )
+        )
+        for rewrite in rewrites:
+            outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
+            metrics.rewrites_total.labels(outcome=outcome).inc()
+        return RewriteResponse(rewrites=rewrites)
+
+    def _sampling(self, request: RewriteRequest) -> Sampling:
+        return Sampling.bounded(
+            [self._settings.max_answer_tokens or 2 * item.max_suffix_tokens + 16 for item in request.items],
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            seed=request.seed,
+        )
+
+    def _frame(self, request: RewriteRequest, item: RewriteItem) -> str:
+        """The text for the teacher's model."""
+        bridge = self._bridge(request, item)
+        prefix = request.end_of_prefix(item, self._settings.max_prefix_characters)
+        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
+        if not self._chat:
+            return self._prompt.fill(values)
+        if not self._begins_after_bridge:
+            return self._engine.render_chat(self._prompt.fill(values))
+        return opened(self._engine.render_chat(self._prompt.without_end("bridge").fill(values)), bridge)
+
+    def _bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
+        """Empty if the prompt shows none."""
+        if "bridge" not in self._prompt.placeholders:
+            return ""
+        num_words = self._settings.bridge_words
+        return last_words(request.end_of_prefix(item, looked_at(num_words)), num_words)
+
+    def _read(self, answer: Generation, request: RewriteRequest, item: RewriteItem) -> Rewrite:
         """The rewrite, cut to the suffix length; if it can't be a candidate, without tokens and with `refusal`.
 
         An answer that reaches its token limit is refused: its start may not be meant as the rewrite at all. A long
         answer that ended by itself is only cut.
         """
-        suffix = request.suffix(item)
-        text = self._continuation(generation.text, suffix, bridge)
-        if _begins_with(text, self.refusal_phrases) and not _begins_with(suffix, self.refusal_phrases):
+        suffix, phrases = request.suffix(item), self._settings.refusal_phrases
+        text = self._continuation(answer.text, suffix, self._bridge(request, item))
+        if _begins_with(text, phrases) and not _begins_with(suffix, phrases):
             return _refusal("refused")
-        if generation.finish_reason == "length":
+        if answer.finish_reason == "length":
             return _refusal("overlong", finish_reason="length")
         if _REPLACEMENT in text and _REPLACEMENT not in suffix:
             return _refusal("broken_text")
-        cut = self.tokens.cut(text, item.max_suffix_tokens, begins=item.begins_text, ends=item.ends_document)
+        cut = self._tokens.cut(text, item.max_suffix_tokens, begins=item.begins_text, ends=item.ends_document)
         if cut.flaw or not cut.text.strip():
             return _refusal(cut.flaw or "empty")
         return Rewrite(text=cut.text, token_ids=cut.token_ids, finish_reason="stop" if cut.is_whole else "length")
 
     def _continuation(self, answer: str, suffix: str, bridge: str) -> str:
-        """What follows the bridge."""
-        if self.may_repeat_bridge:
+        """What follows the bridge. A chat model is asked to begin with the bridge and may repeat it."""
+        if self._chat or not self._begins_after_bridge:
             rest = without_bridge(answer, bridge, suffix=suffix)
             if rest is not None:
                 return rest
-        if self.begins_after_bridge and bridge:
+        if self._begins_after_bridge and bridge:
             return continued(answer, bridge=bridge, suffix=suffix)
         return joined_like(answer, suffix)
 
@@ -149,51 +157,3 @@ def _begins_with(text: str, phrases: Sequence[str]) -> bool:
 def _plain(text: str) -> str:
     """Without leading quotes and markdown, with straight apostrophes, in lower case."""
     return text.lstrip(_QUOTES).replace("’", "'").lower()
-
-
-class Rewriter:
-    """Built once its engine has started."""
-
-    def __init__(self, engine: Engine, *, settings: RewriterSettings, prompt: Prompt, tokens: PolicyTokens) -> None:
-        chat = engine.has_chat_template if settings.chat is None else settings.chat
-        if chat and not engine.has_chat_template:
-            raise SettingsError(f"rewriter.chat = true, but {engine.name} has no chat template: set it to false")
-        self._engine = engine
-        self._settings = settings
-        self._framing = Framing(prompt, chat, settings.bridge_words, settings.max_prefix_characters)
-        begins_after_bridge = self._framing.begins_after_bridge
-        self._reader = AnswerReader(
-            tokens,
-            settings.refusal_phrases,
-            begins_after_bridge=begins_after_bridge,
-            # A chat model is asked to begin with the bridge and may repeat it.
-            may_repeat_bridge=chat or not begins_after_bridge,
-        )
-
-    async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
-        """One rewrite per item, in order. EngineError if the engine fails, never an empty rewrite."""
-        prompts = await asyncio.to_thread(self._frame, request)
-        answers = await self._engine.generate(prompts, self._sampling(request))
-        # A long window has thousands of chunks: tokenizing their rewrites here would block the event loop.
-        rewrites = await asyncio.to_thread(self._read, request, [generations[0] for generations in answers])
-        for rewrite in rewrites:
-            outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
-            metrics.rewrites_total.labels(outcome=outcome).inc()
-        return RewriteResponse(rewrites=tuple(rewrites))
-
-    def _frame(self, request: RewriteRequest) -> list[str]:
-        return [self._framing.frame(request, item, self._engine) for item in request.items]
-
-    def _read(self, request: RewriteRequest, answers: Sequence[Generation]) -> list[Rewrite]:
-        return [
-            self._reader.read(answer, request, item, bridge=self._framing.bridge(request, item))
-            for answer, item in zip(answers, request.items, strict=True)
-        ]
-
-    def _sampling(self, request: RewriteRequest) -> Sampling:
-        return Sampling.bounded(
-            [self._settings.max_answer_tokens or 2 * item.max_suffix_tokens + 16 for item in request.items],
-            temperature=self._settings.temperature,
-            top_p=self._settings.top_p,
-            seed=request.seed,
-        )

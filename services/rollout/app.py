@@ -13,7 +13,7 @@ from services.engine.base import Engine, Generation, Sampling
 from services.engine.life import EngineLife, build_engine
 from services.rollout import completions
 from services.rollout.heartbeat import Heartbeat
-from services.rollout.watcher import RunEvents, WeightWatcher
+from services.rollout.watcher import WeightWatcher, event_recorder
 from services.rollout.weight_copy import WeightCopy
 from shared.api import Readiness, Rollout, RolloutRequest, RolloutResponse
 from shared.coordination import Coordination
@@ -22,10 +22,8 @@ from shared.seeds import derive_seed
 from shared.settings import RolloutSettings, Secrets, Settings
 from shared.weights.store import WeightStore
 
-_DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each.
-
-`/v1/rollouts` is what the collector calls; `/v1/completions` and `/v1/models` speak OpenAI's protocol for
-evaluation harnesses and people."""
+_DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each. The collector
+calls `/v1/rollouts`; `/v1/completions` and `/v1/models` speak OpenAI's protocol."""
 
 
 def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
@@ -55,7 +53,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
             engine=chosen.name,
             model=settings.rollout.engine.model or settings.policy.model,
             weight_version=chosen.weight_version,
-            detail="; ".join(part for part in (life.detail, watcher.detail) if part),
+            detail="; ".join(filter(None, (life.detail, watcher.detail))),
         )
 
     app = create_app(
@@ -64,7 +62,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
         description=_DESCRIPTION,
         secrets=secrets,
         readiness=readiness,
-        summary=lambda: "; ".join(part for part in (life.summary, watcher.summary) if part),
+        summary=lambda: "; ".join(filter(None, (life.summary, watcher.summary))),
         max_request_bytes=settings.rollout.max_request_bytes,
         lifespan=lifespan,
     )
@@ -87,7 +85,7 @@ def _build_watcher(settings: Settings, engine: Engine, coordination: Coordinatio
         copy=WeightCopy(Path(folder)),
         engine=engine,
         announced=coordination.announced_weights if coordination else None,
-        events=RunEvents(settings, role="rollout"),
+        record_event=event_recorder(settings),
         poll_interval_s=settings.rollout.poll_interval_s,
     )
 
@@ -98,13 +96,7 @@ def _build_heartbeat(
     if coordination is None:
         return None
     rollout = settings.rollout
-    return Heartbeat(
-        coordination,
-        replica_name(rollout),
-        served_version,
-        lifetime_s=rollout.heartbeat_s,
-        poll_interval_s=rollout.poll_interval_s,
-    )
+    return Heartbeat(coordination, replica_name(rollout), served_version, rollout.heartbeat_s, rollout.poll_interval_s)
 
 
 def replica_name(rollout: RolloutSettings) -> str:

@@ -6,10 +6,11 @@ What grows with the number of tokens runs in a thread: the event loop also serve
 """
 
 import asyncio
+import functools
 import itertools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -26,12 +27,17 @@ from services.rollout.openai_models import (
     CompletionResponse,
     ModelCard,
     ModelList,
+    TopLogprobs,
     Usage,
 )
 from shared.errors import RequestError
 
 Scored = tuple[list[TokenScore | None], int]
 """Scores of the tokens in a choice's text, and the weight version that computed them."""
+
+
+TokenText = Callable[[int], str]
+"""The text of a single token."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,10 @@ class Sample:
     answer: Generation
 
 
-class TokenTexts:
-    """The text of single tokens, each decoded once. Safe from several threads: at worst two decode the same token."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._table: dict[int, str] = {}
-
-    def of(self, token_ids: Sequence[int]) -> list[str]:
-        for token_id in set(token_ids) - self._table.keys():
-            self._table[token_id] = self._engine.decode([token_id])
-        return [self._table[token_id] for token_id in token_ids]
-
-
 def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
     router = APIRouter(tags=["openai"])
     started_at = int(time.time())
-    texts = TokenTexts(engine)
+    token_text = functools.cache(lambda token_id: engine.decode([token_id]))
 
     def card() -> ModelCard:
         return ModelCard(created=started_at, metadata={"weight_version": engine.weight_version, "engine": engine.name})
@@ -69,7 +62,7 @@ def build_router(engine: Engine, life: EngineLife[None]) -> APIRouter:
         """Continue prompts, or score them with `echo` and `logprobs`."""
         life.check_ready()
         _check_model(body.model)
-        return await unless_disconnected(request, complete(engine, texts, body))
+        return await unless_disconnected(request, complete(engine, token_text, body))
 
     @router.get("/v1/models")
     async def models() -> ModelList:
@@ -89,7 +82,7 @@ def _check_model(name: str) -> None:
         raise HTTPException(404, f"there is no model {name!r}: the policy is called {MODEL_ID!r}")
 
 
-async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest) -> Response:
+async def complete(engine: Engine, token_text: TokenText, request: CompletionRequest) -> Response:
     prompts = await asyncio.to_thread(lambda: [_read_prompt(engine, prompt) for prompt in request.prompts])
     answers = await _generate(engine, request, [token_ids for token_ids, _ in prompts])
     samples = [
@@ -99,9 +92,7 @@ async def complete(engine: Engine, texts: TokenTexts, request: CompletionRequest
     ]
     scored = await _score(engine, request, samples)
     num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
-    content = await asyncio.to_thread(
-        render, request, samples, scored, texts=texts, num_prompt_tokens=num_prompt_tokens
-    )
+    content = await asyncio.to_thread(_render, request, samples, scored, token_text, num_prompt_tokens)
     return Response(content, media_type="application/json")
 
 
@@ -133,13 +124,11 @@ async def _score(engine: Engine, request: CompletionRequest, samples: Sequence[S
         return [([], 0) for _ in samples]
     if not isinstance(engine, TokenScorer):
         raise RequestError(f"the engine {engine.name} has no log-probs of tokens: leave out logprobs")
-    scorer: TokenScorer = engine
-    return await asyncio.gather(
-        *(_score_shown(scorer, one.prompt, one.answer.token_ids, echo=bool(request.echo)) for one in samples)
-    )
+    return await asyncio.gather(*(_score_shown(engine, sample, echo=bool(request.echo)) for sample in samples))
 
 
-async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tuple[int, ...], *, echo: bool) -> Scored:
+async def _score_shown(scorer: TokenScorer, sample: Sample, *, echo: bool) -> Scored:
+    prompt, answer = sample.prompt, sample.answer.token_ids
     context, shown = (prompt[:1], prompt[1:] + answer) if echo else (prompt, answer)
     first: list[TokenScore | None] = [None] if echo else []
     if not shown:
@@ -148,33 +137,27 @@ async def _score_shown(scorer: TokenScorer, prompt: tuple[int, ...], answer: tup
     return [*first, *scores], version
 
 
-def render(
+def _render(
     request: CompletionRequest,
     samples: Sequence[Sample],
     scored: Sequence[Scored],
-    *,
-    texts: TokenTexts,
+    token_text: TokenText,
     num_prompt_tokens: int,
 ) -> str:
     """The answer as JSON."""
     num_sampled = sum(len(sample.answer.token_ids) for sample in samples)
+    num_tokens = num_prompt_tokens + num_sampled
+    versions = [sample.answer.weight_version for sample in samples]
     answer = CompletionResponse(
         id=f"cmpl-{secrets.token_hex(12)}",
         created=int(time.time()),
         choices=[],
-        usage=Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_sampled,
-            total_tokens=num_prompt_tokens + num_sampled,
-        ),
-        weight_version=min(
-            [sample.answer.weight_version for sample in samples]
-            + [version for scores, version in scored if any(scores)]
-        ),
+        usage=Usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_sampled, total_tokens=num_tokens),
+        weight_version=min(versions + [version for scores, version in scored if any(scores)]),
     )
     # Choice by choice: while pydantic serializes a record no other thread runs, not even the event loop's.
     choices = [
-        _choice(request, index, sample, scores, texts).model_dump_json()
+        _choice(request, index, sample, scores, token_text).model_dump_json()
         for index, (sample, (scores, _)) in enumerate(zip(samples, scored, strict=True))
     ]
     frame = answer.model_dump_json(exclude={"choices"})
@@ -182,24 +165,17 @@ def render(
 
 
 def _choice(
-    request: CompletionRequest,
-    index: int,
-    sample: Sample,
-    scores: Sequence[TokenScore | None],
-    texts: TokenTexts,
+    request: CompletionRequest, index: int, sample: Sample, scores: Sequence[TokenScore | None], token_text: TokenText
 ) -> Choice:
     answer = sample.answer
     text, stopped = _cut(answer.text, request.stops)
-    shown = sample.prompt + answer.token_ids if request.echo else answer.token_ids
-    whole = (sample.prompt_text if request.echo else "") + text
-    return Choice(
-        index=index,
-        text=whole,
-        finish_reason="stop" if stopped else answer.finish_reason,
-        logprobs=None
-        if request.logprobs is None
-        else _logprobs(shown, scores, texts, max_characters=len(whole) if stopped else None, top=request.logprobs),
-    )
+    token_ids = answer.token_ids
+    if request.echo:
+        text, token_ids = sample.prompt_text + text, sample.prompt + token_ids
+    logprobs = None
+    if request.logprobs is not None:
+        logprobs = _logprobs(token_ids, scores, token_text, len(text) if stopped else None, top=bool(request.logprobs))
+    return Choice(index=index, text=text, finish_reason="stop" if stopped else answer.finish_reason, logprobs=logprobs)
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -211,29 +187,26 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 def _logprobs(
     token_ids: Sequence[int],
     scores: Sequence[TokenScore | None],
-    texts: TokenTexts,
-    *,
+    token_text: TokenText,
     max_characters: int | None,
-    top: int,
+    *,
+    top: bool,
 ) -> ChoiceLogprobs:
     """Without the tokens that begin at or after `max_characters`, where a stop string cut the text."""
-    tokens = texts.of(token_ids)
+    tokens = list(map(token_text, token_ids))
     offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)]
     kept = len([offset for offset in offsets if max_characters is None or offset < max_characters])
     return ChoiceLogprobs(
         tokens=tokens[:kept],
         token_logprobs=[score.log_prob if score else None for score in scores[:kept]],
-        top_logprobs=_tops(tokens[:kept], scores[:kept], texts) if top else None,
+        top_logprobs=_tops(tokens[:kept], scores[:kept], token_text) if top else None,
         text_offset=offsets[:kept],
     )
 
 
-def _tops(
-    tokens: Sequence[str], scores: Sequence[TokenScore | None], texts: TokenTexts
-) -> list[dict[str, float] | None]:
+def _tops(tokens: Sequence[str], scores: Sequence[TokenScore | None], token_text: TokenText) -> list[TopLogprobs]:
     """For each place the given token and the most probable one, which may be the same."""
-    likeliest = iter(texts.of([score.best_token_id for score in scores if score]))
     return [
-        {token: score.log_prob} | {next(likeliest): score.best_log_prob} if score else None
+        {token: score.log_prob} | {token_text(score.best_token_id): score.best_log_prob} if score else None
         for token, score in zip(tokens, scores, strict=True)
     ]

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 from shared.coordination import Coordination
 from shared.errors import StreamError
@@ -16,27 +17,18 @@ _log = logging.getLogger(__name__)
 _STOP_S = 5.0
 
 
+@dataclass
 class Heartbeat:
-    """`served_version` is None while the replica can't answer; then nothing is reported."""
-
-    def __init__(
-        self,
-        coordination: Coordination,
-        replica: str,
-        served_version: Callable[[], int | None],
-        *,
-        lifetime_s: float,
-        poll_interval_s: float,
-    ) -> None:
-        """A heartbeat expires after `lifetime_s`; one is sent every third of that, and at each new version."""
-        self._coordination = coordination
-        self._replica = replica
-        self._served_version = served_version
-        self._lifetime_s = lifetime_s
-        self._poll_interval_s = min(poll_interval_s, lifetime_s / 3)
-        self._stop = threading.Event()
-        self._sent: tuple[int, float] | None = None
-        self._is_connected = True
+    coordination: Coordination
+    replica: str
+    served_version: Callable[[], int | None]
+    """None while the replica can't answer; then nothing is reported."""
+    lifetime_s: float
+    """A heartbeat expires after this; one is sent every third of it, and at each new version."""
+    poll_interval_s: float
+    _stop: threading.Event = field(default_factory=threading.Event, init=False)
+    _sent: tuple[int, float] | None = field(default=None, init=False)
+    _is_connected: bool = field(default=True, init=False)
 
     @contextlib.asynccontextmanager
     async def beating(self) -> AsyncIterator[None]:
@@ -49,25 +41,24 @@ class Heartbeat:
             await asyncio.to_thread(thread.join, _STOP_S)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._poll_interval_s):
+        while not self._stop.wait(min(self.poll_interval_s, self.lifetime_s / 3)):
             self._try(self._beat)
         if self._sent is not None:
-            self._try(lambda: self._coordination.forget_replica(self._replica))
+            self._try(lambda: self.coordination.forget_replica(self.replica))
 
     def _beat(self) -> None:
-        version, now = self._served_version(), time.monotonic()
+        version, now = self.served_version(), time.monotonic()
         if version is None:
             return
-        if self._sent is None or self._sent[0] != version or now - self._sent[1] >= self._lifetime_s / 3:
-            self._coordination.report_replica(self._replica, version, lifetime_s=self._lifetime_s)
+        if self._sent is None or self._sent[0] != version or now - self._sent[1] >= self.lifetime_s / 3:
+            self.coordination.report_replica(self.replica, version, lifetime_s=self.lifetime_s)
             self._sent = (version, now)
 
     def _try(self, send: Callable[[], None]) -> None:
         try:
             send()
+            self._is_connected = True
         except StreamError as exc:
             if self._is_connected:
-                _log.warning("replica %s can't report to Redis: %s", self._replica, exc)
+                _log.warning("replica %s can't report to Redis: %s", self.replica, exc)
             self._is_connected = False
-        else:
-            self._is_connected = True

@@ -1,7 +1,7 @@
 """A full weight version in a replica's memory, to which changes are applied. Used by weight_copy.py.
 
-The work is in proportion to the changes: the checksum of the new state is computed from the changed elements alone
-(shared/weights/state.py), and bits change only if it matches the manifest.
+Work grows with the changes only: they alone are read for the new checksum (shared/weights/state.py), and bits change
+only if it matches the manifest.
 """
 
 import json
@@ -53,24 +53,22 @@ class HeldWeights:
         """Become version `wanted` by the changes in `file`, which are returned.
 
         Raises MismatchError, and changes nothing, if the result would not have the manifest's checksums."""
-        version, checksum = wanted.version, wanted.state_checksum
+        name, checksum = f"weight version {wanted.version}", wanted.state_checksum
         if not checksum.startswith(CHECKSUM_FORM):
             raise MismatchError(
-                f"weight version {version} was written by another version of this program, its checksum is {checksum}: "
+                f"{name} was written by another version of this program, its checksum is {checksum}: "
                 "restart the trainer, which begins with a full version"
             )
         try:
             patches = decode_patches(file.read_bytes(), self._state, where=file.name)
         except WeightStoreError as exc:
-            raise MismatchError(f"weight version {version}: {exc}") from exc
+            raise MismatchError(f"{name}: {exc}") from exc
         sums, changed = foresee(self._sums, patches, self._state)
         if sums.checksum != checksum:
-            raise MismatchError(f"weight version {version} comes out as {sums.checksum}, its manifest says {checksum}")
+            raise MismatchError(f"{name} comes out as {sums.checksum}, its manifest says {checksum}")
         if changed != wanted.changed_checksum:
-            raise MismatchError(
-                f"the changed elements of weight version {version} come out as {changed}, its manifest says "
-                f"{wanted.changed_checksum or 'nothing of them'}"
-            )
+            said = wanted.changed_checksum or "nothing of them"
+            raise MismatchError(f"the changed elements of {name} come out as {changed}, its manifest says {said}")
         apply_patches(self._state, patches)
         self._sums = sums
         return patches

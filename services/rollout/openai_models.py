@@ -30,11 +30,7 @@ Prompts = Annotated[str | list[str] | TokenIds | list[TokenIds], WrapValidator(_
 class CompletionRequest(Record):
     """The fields that OpenAI's clients send. Unsupported ones are accepted at their neutral value only."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model": MODEL_ID, "prompt": "The Moon moves around the", "max_tokens": 16, "temperature": 0}]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The Moon moves around the", "seed": 1}]})
     model: str = MODEL_ID
     prompt: Prompts
     max_tokens: int | None = Field(default=16, ge=0, le=8192)
@@ -58,15 +54,10 @@ class CompletionRequest(Record):
 
     @model_validator(mode="after")
     def _is_supported(self) -> "CompletionRequest":
-        refused = {
-            "stream": self.stream,
-            "suffix": self.suffix,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "logit_bias": self.logit_bias,
-            "best_of": self.best_of is not None and self.best_of != self.n,
-        }
-        asked = [name for name, value in refused.items() if value]
+        neutral = ("stream", "suffix", "frequency_penalty", "presence_penalty", "logit_bias")
+        asked = [name for name in neutral if getattr(self, name)]
+        if self.best_of not in (None, self.n):
+            asked.append("best_of")
         if asked:
             raise ValueError(f"not supported here, leave out: {', '.join(asked)}")
         if self.max_tokens == 0 and not self.echo:
@@ -80,12 +71,9 @@ class CompletionRequest(Record):
             raise ValueError(f"prompt is empty: give {_FORMS}")
         if len(prompts) > MAX_PROMPTS:
             raise ValueError(f"{len(prompts)} prompts, at most {MAX_PROMPTS} in one request")
-        if len(prompts) * self.n > MAX_CHOICES:
-            num_choices = len(prompts) * self.n
-            raise ValueError(
-                f"{len(prompts)} prompts times n = {self.n} are {num_choices} choices, "
-                f"at most {MAX_CHOICES} in one request"
-            )
+        if (num_choices := len(prompts) * self.n) > MAX_CHOICES:
+            counted = f"{len(prompts)} prompts times n = {self.n} are {num_choices} choices"
+            raise ValueError(f"{counted}, at most {MAX_CHOICES} in one request")
         for index, prompt in enumerate(prompts):
             _check_size(prompt, name="prompt" if isinstance(self.prompt, str | tuple) else f"prompt {index}")
         return self
@@ -113,12 +101,15 @@ def _check_size(prompt: str | TokenIds, *, name: str) -> None:
         raise ValueError(f"{name} has {len(prompt)} {unit}, at most {allowed}")
 
 
+TopLogprobs = dict[str, float] | None
+
+
 class ChoiceLogprobs(Record):
     """One entry for each token of `text`; the first token of an echoed prompt has no log-prob."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[TopLogprobs] | None
     text_offset: list[int]
 
 

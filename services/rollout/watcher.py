@@ -3,8 +3,8 @@
     announced (Redis) --poll--> fetch, verify, update the replica's copy (weight_copy.py); the engine keeps generating
                       --------> engine.patch_weights, or engine.load_weights --> served
 
-If anything fails before the engine has switched, the last good version stays in service. The failure is counted,
-logged, recorded as an event and shown in /status; it is retried with backoff, or when a newer version is announced.
+If an update fails, the last good version stays in service. The failure is counted, logged, recorded as an event and
+shown in /status; it is retried with backoff, or when a newer version is announced.
 
 Within an epoch, a version is new if its number is higher. A version of another epoch is always new: the trainer started
 over (trainer/publisher.py), and the loaded one belongs to a policy that is no longer trained.
@@ -12,12 +12,13 @@ over (trainer/publisher.py), and the loaded one belongs to a policy that is no l
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.engine.base import Engine, PatchableEngine
 from services.rollout.weight_copy import CopyState, Staged, WeightCopy
@@ -25,7 +26,7 @@ from shared import metrics
 from shared.coordination import AnnouncedWeights
 from shared.errors import DatabaseError, EngineError, HeadwaterError, SettingsError, StreamError, WeightStoreError
 from shared.retries import doubled_s
-from shared.runs import Run, open_run
+from shared.runs import open_run
 from shared.settings import Settings
 from shared.weights.store import Manifest, WeightStore
 
@@ -34,10 +35,6 @@ _log = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 600.0
 _FIRST_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _STOP_S = 5.0
-
-
-class Events(Protocol):
-    def record(self, kind: str, message: str, **data: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,63 +46,50 @@ class _Refusal:
     num_tries: int
     retry_at: float
 
+    @property
+    def summary(self) -> str:
+        return f"weight version {self.wanted.version} was refused"
 
+
+@dataclass(kw_only=True)
 class WeightWatcher:
     """Serves what `announced` returns, or without it the newest version in the store."""
 
-    def __init__(
-        self,
-        *,
-        store: WeightStore,
-        copy: WeightCopy,
-        engine: Engine,
-        announced: Callable[[], AnnouncedWeights | None] | None,
-        events: Events,
-        poll_interval_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store = store
-        self._copy = copy
-        self._engine = engine
-        self._announced = announced or self._newest
-        self._events = events
-        self._poll_interval_s = poll_interval_s
-        self._clock = clock
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = threading.Event()
-        self._loaded: CopyState | None = None
-        self._refusal: _Refusal | None = None
-        self._trouble = ""
-        self._caught_up = threading.Event()
+    store: WeightStore
+    copy: WeightCopy
+    engine: Engine
+    announced: Callable[[], AnnouncedWeights | None] | None
+    record_event: Callable[..., None]
+    poll_interval_s: float
+    clock: Callable[[], float] = time.monotonic
+    _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False)
+    _stop: threading.Event = field(default_factory=threading.Event, init=False)
+    _caught_up: threading.Event = field(default_factory=threading.Event, init=False)
+    _loaded: CopyState | None = field(default=None, init=False)
+    _refusal: _Refusal | None = field(default=None, init=False)
+    _trouble: str = field(default="", init=False)
 
     @property
     def detail(self) -> str:
         """What is wrong; empty if nothing is."""
-        refused = (
-            f"weight version {self._refusal.wanted.version} was refused: {self._refusal.reason}"
-            if self._refusal
-            else ""
-        )
-        return "; ".join(part for part in (self._trouble, refused) if part)
+        refused = f"{self._refusal.summary}: {self._refusal.reason}" if self._refusal else ""
+        return "; ".join(filter(None, (self._trouble, refused)))
 
     @property
     def summary(self) -> str:
         """The same without addresses and error texts, for `/readyz`."""
-        refused = f"weight version {self._refusal.wanted.version} was refused" if self._refusal else ""
-        return "; ".join(part for part in ("can't look for new weights" if self._trouble else "", refused) if part)
+        refused = self._refusal.summary if self._refusal else ""
+        return "; ".join(filter(None, ("can't look for new weights" if self._trouble else "", refused)))
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set the event loop that the engine runs on."""
         self._loop = loop
 
     def catch_up(self) -> None:
-        """Load the newest good version in the store, if there is one. Blocks; runs before the service is ready.
-
-        Raises SettingsError if the folder of the replica's copy can't be used.
-        """
-        self._copy.open()
+        """Load the newest good version in the store, if any. Blocks. SettingsError for a folder that can't be used."""
+        self.copy.open()
         try:
-            for version in reversed(self._store.versions()):
+            for version in reversed(self.store.versions()):
                 if self._try_manifest(version):
                     break
         except OSError as exc:
@@ -122,23 +106,20 @@ class WeightWatcher:
         finally:
             self._stop.set()
             await asyncio.to_thread(thread.join, _STOP_S)
-            self._copy.close()
+            self.copy.close()
 
     def check(self) -> None:
         """Load the announced version if it is new and due."""
-        wanted = self._read_announced()
+        wanted, refusal = self._read_announced(), self._refusal
         if wanted is None:
             return
         if not self._is_new(wanted):
-            self._copy.keep_up()
-            return
-        refusal = self._refusal
-        if refusal and refusal.wanted == wanted and self._clock() < refusal.retry_at:
-            return
-        self._try_version(wanted)
+            self.copy.keep_up()
+        elif refusal is None or refusal.wanted != wanted or self.clock() >= refusal.retry_at:
+            self._try_version(wanted)
 
     def _run(self, on_failure: Callable[[BaseException], None]) -> None:
-        while not self._stop.wait(self._poll_interval_s):
+        while not self._stop.wait(self.poll_interval_s):
             try:
                 if self._caught_up.is_set():
                     self.check()
@@ -148,7 +129,7 @@ class WeightWatcher:
 
     def _read_announced(self) -> AnnouncedWeights | None:
         try:
-            wanted = self._announced()
+            wanted = (self.announced or self._newest)()
             if wanted is not None and self._is_new(wanted):
                 wanted = self._still_there(wanted)
         except (StreamError, OSError) as exc:
@@ -163,18 +144,20 @@ class WeightWatcher:
 
     def _still_there(self, wanted: AnnouncedWeights) -> AnnouncedWeights:
         """If the announced version was deleted before this replica fetched it, the newest of its epoch."""
-        versions = self._store.versions()
+        versions = self.store.versions()
         if wanted.version in versions or max(versions, default=-1) < wanted.version:
             return wanted
         newest = self._newest()
-        return newest if newest is not None and newest.epoch == wanted.epoch else wanted
+        return newest if newest and newest.epoch == wanted.epoch else wanted
 
     def _newest(self) -> AnnouncedWeights | None:
-        version = max(self._store.versions(), default=None)
+        version = max(self.store.versions(), default=None)
+        if version is None:
+            return None
         try:
-            return None if version is None else _announcement(self._store.manifest(version))
+            return AnnouncedWeights(version, self.store.manifest(version).epoch)
         except WeightStoreError:
-            return None if version is None else AnnouncedWeights(version)  # refused as soon as it is tried
+            return AnnouncedWeights(version)  # refused as soon as it is tried
 
     def _report_trouble(self, exc: Exception) -> None:
         if not self._trouble:
@@ -188,7 +171,7 @@ class WeightWatcher:
     def _try_manifest(self, version: int) -> bool:
         """Load a version of any epoch."""
         try:
-            wanted = _announcement(self._store.manifest(version))
+            wanted = AnnouncedWeights(version, self.store.manifest(version).epoch)
         except WeightStoreError as exc:
             self._refuse(AnnouncedWeights(version), exc)
             return False
@@ -201,39 +184,38 @@ class WeightWatcher:
         except (HeadwaterError, OSError) as exc:
             self._refuse(wanted, exc)
             return False
-        self._loaded = staged.state
-        if self._refusal and (
-            self._refusal.wanted.epoch != staged.state.epoch or not self._is_new(self._refusal.wanted)
-        ):
+        self._loaded = loaded = staged.state
+        refusal = self._refusal
+        if refusal and (refusal.wanted.epoch != loaded.epoch or not self._is_new(refusal.wanted)):
             self._refusal = None
-        metrics.weight_version.set(staged.version)
-        _log.info("weights loaded", extra={"version": staged.version, "epoch": staged.state.epoch})
+        metrics.weight_version.set(loaded.version)
+        _log.info("weights loaded", extra={"version": loaded.version, "epoch": loaded.epoch})
         if staged.trouble:
             self._refuse(wanted, WeightStoreError(staged.trouble))
         return True
 
     def _load(self, wanted: AnnouncedWeights) -> Staged:
-        staged = self._copy.stage(self._store, self._manifest(wanted), with_changes=self._takes_changes())
+        staged = self.copy.stage(self.store, self._manifest(wanted), with_changes=self._takes_changes())
         began = time.perf_counter()
         try:
-            if not self._is_new(AnnouncedWeights(staged.version, staged.state.epoch)):
-                raise WeightStoreError(staged.trouble or f"only version {staged.version} could be fetched")
+            if not self._is_new(AnnouncedWeights(staged.state.version, staged.state.epoch)):
+                raise WeightStoreError(staged.trouble or f"only version {staged.state.version} could be fetched")
             if not self._patch_engine(staged):
-                staged = self._copy.write(staged)
+                staged = self.copy.write(staged)
                 assert staged.folder is not None
-                self._wait_for(self._engine.load_weights(staged.folder, staged.version))
+                self._wait_for(self.engine.load_weights(staged.folder, staged.state.version))
         except BaseException:
-            self._copy.discard(staged)
+            self.copy.discard(staged)
             raise
         metrics.weight_load_seconds.labels("apply").observe(time.perf_counter() - began)
-        self._copy.adopt(staged)
+        self.copy.adopt(staged)
         return staged
 
     def _manifest(self, wanted: AnnouncedWeights) -> Manifest:
-        manifest = self._store.manifest(wanted.version)
+        manifest = self.store.manifest(wanted.version)
         if manifest.epoch != wanted.epoch:
             raise WeightStoreError(
-                f"weight version {wanted.version} in {self._store.root} is of epoch {manifest.epoch or 'none'}, the "
+                f"weight version {wanted.version} in {self.store.root} is of epoch {manifest.epoch or 'none'}, the "
                 f"announced one is of epoch {wanted.epoch or 'none'}: the store was wiped or restored, or is not the "
                 "trainer's; set weights.store, or restart the trainer"
             )
@@ -241,24 +223,20 @@ class WeightWatcher:
 
     def _takes_changes(self) -> bool:
         """Whether the engine serves the version of the replica's copy and can patch it in place."""
-        engine, loaded = self._engine, self._loaded
-        serves_copy = loaded is not None and loaded == self._copy.current and engine.weight_version == loaded.version
+        engine, loaded = self.engine, self._loaded
+        serves_copy = loaded is not None and loaded == self.copy.current and engine.weight_version == loaded.version
         return serves_copy and isinstance(engine, PatchableEngine) and engine.can_patch
 
     def _patch_engine(self, staged: Staged) -> bool:
         """False if the full version must be loaded instead, which also repairs what a failed patch left."""
-        engine = self._engine
-        changes = staged.changes
+        engine, changes = self.engine, staged.changes
         if changes is None or not isinstance(engine, PatchableEngine):
             return False
+        version, last_good = staged.state.version, changes.last_good
         try:
-            self._wait_for(
-                engine.patch_weights(
-                    changes.file, base=changes.base, version=staged.version, last_good=changes.last_good
-                )
-            )
+            self._wait_for(engine.patch_weights(changes.file, base=changes.base, version=version, last_good=last_good))
         except (EngineError, OSError) as exc:
-            _log.warning("weight version %d can't be patched in, loading it in full: %s", staged.version, exc)
+            _log.warning("weight version %d can't be patched in, loading it in full: %s", version, exc)
             metrics.failed_patches_total.inc()
             return False
         return True
@@ -271,36 +249,25 @@ class WeightWatcher:
         before = self._refusal
         num_tries = before.num_tries + 1 if before and before.wanted == wanted else 1
         wait_s = doubled_s(num_tries, first_s=_FIRST_RETRY_S, max_s=_MAX_RETRY_S)
-        self._refusal = _Refusal(wanted, str(exc), num_tries, self._clock() + wait_s)
-        _log.warning(
-            "weight version %d refused, version %s stays in service: %s",
-            wanted.version,
-            self._serving,
-            exc,
-            extra={"num_tries": num_tries, "retry_in_s": wait_s},
-        )
+        self._refusal = _Refusal(wanted, str(exc), num_tries, self.clock() + wait_s)
+        what = "weight version %d refused, version %s stays in service: %s"
+        _log.warning(what, wanted.version, self._serving, exc, extra={"num_tries": num_tries, "retry_in_s": wait_s})
         if num_tries == 1:
             metrics.refused_weights_total.inc()
-            self._events.record("refused_weights", str(exc), version=wanted.version, serving=self._serving)
+            self.record_event("refused_weights", str(exc), version=wanted.version, serving=self._serving)
 
 
-def _announcement(manifest: Manifest) -> AnnouncedWeights:
-    return AnnouncedWeights(manifest.version, manifest.epoch)
+def event_recorder(settings: Settings) -> Callable[..., None]:
+    """A blocking function `record(kind, message, **data)` for events of the replica; connects at the first one.
 
+    If the database is away, or has the run with another identity, the event is only in the log.
+    """
+    run = functools.cache(lambda: open_run(settings))
 
-class RunEvents:
-    """Writes events of the replica; connects at the first one. Blocking."""
-
-    def __init__(self, settings: Settings, *, role: str) -> None:
-        self._settings = settings
-        self._role = role
-        self._run: Run | None = None
-
-    def record(self, kind: str, message: str, **data: Any) -> None:
-        """If the database is away, or has the run with another identity, the event is only in the log."""
+    def record(kind: str, message: str, **data: Any) -> None:
         try:
-            if self._run is None:
-                self._run = open_run(self._settings)
-            self._run.record_event(self._role, kind, message, **data)
+            run().record_event("rollout", kind, message, **data)
         except (DatabaseError, SettingsError) as exc:
             _log.warning("event %s is not in the database: %s", kind, exc)
+
+    return record

@@ -8,21 +8,21 @@
 What restores the version in service, a whole copy and the patches after it, stays until the engine serves the next one:
 an engine whose update fails half way loads it again.
 
-A sparse version costs an engine that takes changes in place what the changes cost: they are checked and applied to the
-copy in memory (held_weights.py), then handed to the engine. The copy on disk stays as it is until the next full version
-replaces it, or until it is `COPY_EVERY` versions behind and there is nothing else to do. Any other engine gets a whole
-new copy on disk at every version.
+For an engine that takes changes in place, a sparse version is checked and applied to the copy in memory
+(held_weights.py), then handed to the engine. The copy on disk is replaced by the next full version, or when it is
+`COPY_EVERY` versions behind and the replica is idle. Any other engine gets a whole new copy on disk at every version.
 
 Nothing is synced to disk: a copy found at the start is used only if its checksum is right. One thread at a time. Called
 by watcher.py.
 """
 
+import contextlib
 import fcntl
 import logging
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -38,8 +38,7 @@ from shared.weights.state import map_state, state_checksum
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 
 COPY_EVERY = 20
-"""Sparse versions after which the copy on disk is rewritten: the most that a restart fetches and applies. Never reached
-with a smaller weights.full_every."""
+"""Sparse versions after which the copy on disk is rewritten: the most that a restart fetches and applies."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +47,6 @@ _FOLDER = re.compile(r"^v\d{8}(-2)?$")
 
 
 class CopyState(Record):
-    """The content of copy.json."""
-
     version: int
     epoch: str = ""
     state_checksum: str
@@ -64,9 +61,8 @@ class Changes:
     """How the copy in memory became another version."""
 
     base: int
-    """The version before."""
     patches: Sequence[TensorPatch]
-    """What was applied to it, in order."""
+    """In the order in which they were applied to `base`."""
     file: Path
     """The changed elements, for `PatchableEngine.patch_weights`."""
     last_good: Sequence[Path]
@@ -84,10 +80,6 @@ class Staged:
     trouble: str = ""
     """Why this version is older than the requested one."""
 
-    @property
-    def version(self) -> int:
-        return self.state.version
-
 
 class WeightCopy:
     """One replica's folder. Call `open` first."""
@@ -95,7 +87,7 @@ class WeightCopy:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock: IO[bytes] | None = None
-        self._current: CopyState | None = None
+        self.current: CopyState | None = None
         """The version that changes apply to, in memory or else on disk."""
         self._disk: tuple[CopyState, Path] | None = None
         self._patches: list[Path] = []
@@ -107,15 +99,9 @@ class WeightCopy:
         self._held: HeldWeights | None = None
         """Holds `_current`, from the first changes that the engine takes in place on."""
 
-    @property
-    def current(self) -> CopyState | None:
-        return self._current
-
     def open(self) -> None:
-        """Lock the folder, delete half-made files of a killed replica, and find its copy if that is intact.
-
-        Raises SettingsError if another replica uses the folder or it can't be written.
-        """
+        """Lock the folder, delete what a killed replica left half made, and find its copy if that is intact.
+        SettingsError if another replica uses the folder or it can't be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / ".lock").open("ab")
@@ -133,7 +119,7 @@ class WeightCopy:
         found = [entry for entry in sorted(self._folder.iterdir(), reverse=True) if _FOLDER.match(entry.name)]
         for folder in found:
             if self._disk is None and (state := _intact(folder)) is not None:
-                self._current, self._disk, self._copied_at = state, (state, folder), state.version
+                self.current, self._disk, self._copied_at = state, (state, folder), state.version
                 _log.info("a copy of weight version %d is intact", state.version)
             else:
                 shutil.rmtree(folder)
@@ -144,17 +130,18 @@ class WeightCopy:
             self._lock.close()
 
     def stage(self, store: WeightStore, wanted: Manifest, *, with_changes: bool) -> Staged:
-        """Fetch and verify a version: as changes to the current one, or in full.
+        """Fetch and verify a version, in full or as changes (`with_changes`: the engine serves the current version and
+        takes changes in place).
 
-        `with_changes`: the engine serves the current version and takes changes in place. If a version on the way is
-        missing or corrupt, the newest one before it is staged, with its `trouble`. Raises WeightStoreError if there is
-        nothing newer than the current version, OSError if the store is away.
+        If a version on the way is missing or corrupt, the newest one before it is staged, with its `trouble`. Raises
+        WeightStoreError if nothing is newer than the current version, OSError if the store is away.
         """
-        links = store.chain(wanted.version, known=self._known(wanted))
+        same_epoch = self.current is not None and self.current.epoch == wanted.epoch  # changes apply only within one
+        links = store.chain(wanted.version, known=self.current.version if self.current and same_epoch else None)
         if not links:
-            if (own := self._own(wanted)) is not None:
-                return own
-            return self._stage_whole(store, store.chain(wanted.version))
+            if self._disk is not None and self._disk[0] == CopyState.of(wanted):
+                return Staged(*self._disk)
+            return self._stage_whole(store, store.chain(wanted.version))  # another run's version of that number
         try:
             if with_changes and links[0].form == "sparse":
                 return self._stage_changes(store, links)
@@ -174,15 +161,16 @@ class WeightCopy:
 
     def adopt(self, staged: Staged) -> None:
         """It is in service: what restored the version before it is deleted."""
-        self._current = staged.state
+        self.current = staged.state
         changes = [] if staged.changes is None else [staged.changes.file]
         if staged.folder is None:
             self._patches += changes
         else:
             self._settle(staged.state, staged.folder)
             self._replaced += changes
-            if not changes:
-                self._hold_again(staged.folder)
+            if self._held is not None and not changes:
+                self._held = None  # frees its memory first
+                self._held = _try_read(staged.folder)
         for path in self._replaced:
             _delete(path)
         self._replaced.clear()
@@ -198,59 +186,51 @@ class WeightCopy:
 
     def keep_up(self) -> None:
         """Rewrite the copy on disk if it is due. If that fails, only a restart has more to do."""
-        if self._held is None or self._current is None or self._current.version < self._copied_at + COPY_EVERY:
+        if self._held is None or self.current is None or self.current.version < self._copied_at + COPY_EVERY:
             return
-        self._copied_at = self._current.version
+        self._copied_at = self.current.version
         if not self._held.is_intact():
             _log.error("the weights in memory have changed by themselves: check this machine's memory")
-            self._give_up_memory()
+            assert self._disk is not None
+            self._held, self.current = None, self._disk[0]  # changes now apply to the copy on disk
             return
         try:
-            self._settle(self._current, self._write(self._held, self._current))
+            self._settle(self.current, self._write(self._held, self.current))
         except OSError as exc:
-            _log.warning("weight version %d could not be copied to disk: %s", self._current.version, exc)
-
-    def _known(self, wanted: Manifest) -> int | None:
-        """The current version, if `wanted` can be based on it: only within an epoch."""
-        return self._current.version if self._current and self._current.epoch == wanted.epoch else None
-
-    def _own(self, wanted: Manifest) -> Staged | None:
-        """The copy, which has the wanted version's number; None if it is another run's version of that number."""
-        if self._disk is None or self._disk[0] != CopyState.of(wanted):
-            return None
-        return Staged(*self._disk)
+            _log.warning("weight version %d could not be copied to disk: %s", self.current.version, exc)
 
     def _stage_changes(self, store: WeightStore, links: Sequence[Manifest]) -> Staged:
         """Reads and writes nothing of the size of the model, except the first time."""
-        assert self._current is not None
-        held = self._hold()
-        temporary = self._make_room(links[-1].version)
+        assert self.current is not None
+        if self._held is None:
+            self._held = self._read_disk()
         applied: list[TensorPatch] = []
-        try:
-            good, trouble = _fetch_links(store, links, temporary)
-            began = time.perf_counter()
-            for link in good:
-                applied += held.apply(temporary / _link_name(link), link)
-            changed = self._folder / f"{_folder_name(good[-1].version)}.patches"
-            held.write_changes(changed, applied)
-            metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
-        except BaseException:
-            held.undo(applied)
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with self._room(links[-1].version) as temporary:
+            try:
+                good, trouble = _fetch_links(store, links, temporary)
+                began = time.perf_counter()
+                for link in good:
+                    applied += self._held.apply(temporary / _link_name(link), link)
+                changed = self._folder / f"{_folder_name(good[-1].version)}.patches"
+                self._held.write_changes(changed, applied)
+                metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
+            except BaseException:
+                self._held.undo(applied)
+                raise
         assert self._disk is not None
-        changes = Changes(self._current.version, applied, changed, last_good=(self._disk[1], *self._patches))
+        changes = Changes(self.current.version, applied, changed, last_good=(self._disk[1], *self._patches))
         return Staged(CopyState.of(good[-1]), None, changes, trouble)
 
     def _stage_whole(self, store: WeightStore, links: Sequence[Manifest]) -> Staged:
-        temporary = self._make_room(links[-1].version)
-        try:
+        with self._room(links[-1].version) as temporary:
             good, trouble = _fetch_links(store, links, temporary)
             changes = [link for link in good if link.form == "sparse"]
             if changes:
                 began = time.perf_counter()
-                whole = HeldWeights.read(temporary / FULL_FILE) if good[0].form == "full" else self._copy_of_current()
+                if good[0].form == "full":
+                    whole = HeldWeights.read(temporary / FULL_FILE)
+                else:
+                    whole = self._held.copy() if self._held is not None else self._read_disk()
                 for link in changes:
                     file = temporary / _link_name(link)
                     whole.apply(file, link)
@@ -259,17 +239,6 @@ class WeightCopy:
                 metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
             state = CopyState.of(good[-1])
             return Staged(state, self._name(temporary, state), trouble=trouble)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _hold(self) -> HeldWeights:
-        """The current version in memory."""
-        if self._held is None:
-            self._held = self._read_disk()
-        return self._held
-
-    def _copy_of_current(self) -> HeldWeights:
-        return self._read_disk() if self._held is None else self._held.copy()
 
     def _read_disk(self) -> HeldWeights:
         assert self._disk is not None, "a chain that begins with a sparse version begins at this copy"
@@ -279,21 +248,6 @@ class WeightCopy:
             raise MismatchError(f"{folder} holds {held.checksum} and was {state.state_checksum}")
         return held
 
-    def _hold_again(self, folder: Path) -> None:
-        """Read the new version into memory too, if changes were applied there before."""
-        if self._held is None:
-            return
-        self._held = None
-        try:
-            self._held = HeldWeights.read(folder / FULL_FILE)
-        except (OSError, WeightStoreError) as exc:
-            _log.warning("%s can't be read into memory: %s", folder, exc)
-
-    def _give_up_memory(self) -> None:
-        """Apply changes to the copy on disk until the next full version."""
-        assert self._disk is not None
-        self._held, self._current = None, self._disk[0]
-
     def _settle(self, state: CopyState, folder: Path) -> None:
         """This is the copy on disk; the one before it goes with the next version in service."""
         if self._disk is not None and self._disk[1] != folder:
@@ -301,19 +255,21 @@ class WeightCopy:
         self._replaced += self._patches
         self._disk, self._patches, self._copied_at = (state, folder), [], state.version
 
-    def _make_room(self, version: int) -> Path:
+    @contextlib.contextmanager
+    def _room(self, version: int) -> Iterator[Path]:
+        """An empty folder for a version in the making."""
         temporary = self._folder / f"{_folder_name(version)}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        return temporary
-
-    def _write(self, held: HeldWeights, state: CopyState) -> Path:
-        temporary = self._make_room(state.version)
         try:
-            held.write(temporary / FULL_FILE)
-            return self._name(temporary, state)
+            yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, held: HeldWeights, state: CopyState) -> Path:
+        with self._room(state.version) as temporary:
+            held.write(temporary / FULL_FILE)
+            return self._name(temporary, state)
 
     def _name(self, temporary: Path, state: CopyState) -> Path:
         """Rename a complete copy to its final name."""
@@ -327,6 +283,14 @@ class WeightCopy:
 
 def _folder_name(version: int) -> str:
     return f"v{version:08d}"
+
+
+def _try_read(folder: Path) -> HeldWeights | None:
+    try:
+        return HeldWeights.read(folder / FULL_FILE)
+    except (OSError, WeightStoreError) as exc:
+        _log.warning("%s can't be read into memory: %s", folder, exc)
+        return None
 
 
 def _delete(path: Path) -> None:
@@ -343,17 +307,15 @@ def _link_name(link: Manifest) -> str:
 def _fetch_links(store: WeightStore, links: Sequence[Manifest], into: Path) -> tuple[list[Manifest], str]:
     """The links before the first that is missing or corrupt, and what is wrong with that one."""
     good: list[Manifest] = []
-    began = time.perf_counter()
-    try:
+    with metrics.weight_load_seconds.labels("fetch").time():
         for link in links:
-            _fetch_link(store, link, into)
+            try:
+                _fetch_link(store, link, into)
+            except WeightStoreError as exc:
+                if not good:
+                    raise
+                return good, str(exc)
             good.append(link)
-    except WeightStoreError as exc:
-        if not good:
-            raise
-        return good, str(exc)
-    finally:
-        metrics.weight_load_seconds.labels("fetch").observe(time.perf_counter() - began)
     return good, ""
 
 
@@ -371,7 +333,7 @@ def _fetch_link(store: WeightStore, link: Manifest, into: Path) -> None:
 
 
 def _intact(folder: Path) -> CopyState | None:
-    """The state of the copy in `folder`; None if the copy is damaged."""
+    """The state of the copy in `folder`; None if it is damaged."""
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
         right_place = folder.name.removesuffix("-2") == _folder_name(state.version)

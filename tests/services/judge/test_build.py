@@ -57,11 +57,8 @@ def test_it_does_not_change_with_addresses_and_limits(same: dict[str, Any]) -> N
 
 def test_a_prompt_counts_by_its_text_not_by_its_place(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    texts = [
-        (tmp_path, "Safe? {candidate}"),
-        (tmp_path / "other", "Safe? {candidate}"),
-        (tmp_path, "Is it? {candidate}"),
-    ]
+    question = "Safe? {candidate}"
+    texts = [(tmp_path, question), (tmp_path / "other", question), (tmp_path, "Is it? {candidate}")]
     first, moved, changed = (
         fingerprint(criteria={"safety": {"prompt": prompt_file(folder, text)}}) for folder, text in texts
     )

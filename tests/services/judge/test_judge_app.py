@@ -88,6 +88,9 @@ def test_offsets_outside_the_window_are_refused() -> None:
 @pytest.mark.parametrize(
     ("item", "request_ids", "words"),
     [
+        ({"candidates": [{"text": " moon"}]}, [], "candidates: Tuple should have at least 2 items"),
+        ({"start": 6, "end": 5}, [], "start <= end <= 8 (characters of text) must hold"),
+        ({"start": 0, "end": 9}, [], "start <= end <= 8 (characters of text) must hold"),
         ({"token_start": 2}, [], "but the request has no token_ids of the window"),
         ({"candidates": [{"text": "a", "token_ids": [1]}, {"text": "b"}]}, [], "has no token_ids of the window"),
         ({}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
@@ -95,10 +98,10 @@ def test_offsets_outside_the_window_are_refused() -> None:
         ({"token_start": 4, "candidates": [{"text": "a", "token_ids": [1]}] * 2}, [1, 2, 3], "beyond the 3 token_ids"),
     ],
 )
-def test_token_ids_are_given_for_all_or_none(item: dict[str, Any], request_ids: list[int], words: str) -> None:
+def test_a_wrong_request_is_refused(item: dict[str, Any], request_ids: list[int], words: str) -> None:
     with serving(FakeEngine(), settings()) as client:
         answer = ask(client, ITEM | item, token_ids=request_ids)
-    assert answer.status_code == 422
+    assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidRequest")
     assert words in answer.json()["error"]["message"]
 
 

@@ -31,6 +31,7 @@ def test_the_bridge_is_the_end_of_the_prefix_as_it_stands(prefix: str, num_words
         ("x" * 20 + "🇯🇵🇹🇭" + "y" * 13, "🇹🇭" + "y" * 13),
         ("x" * 20 + "👍🏽" + "y" * 15, "y" * 15),
         ("น้ำ" * 20, "น้ำ" * 5),
+        ("x" * 20 + "न्दी" + "y" * 13, "y" * 13),
         ("some very-long-hyphenated-words here", "here"),
         ("one" + " " * 40, ""),
     ],

@@ -18,10 +18,7 @@ from tests.services.fakes import FakeEngine
 
 def chunk(prefix: str, suffix: str, max_suffix_tokens: int = 64, *, ends_document: bool = False) -> RewriteRequest:
     item = RewriteItem(
-        start=len(prefix),
-        end=len(prefix + suffix),
-        max_suffix_tokens=max_suffix_tokens,
-        ends_document=ends_document,
+        start=len(prefix), end=len(prefix + suffix), max_suffix_tokens=max_suffix_tokens, ends_document=ends_document
     )
     return RewriteRequest(text=prefix + suffix, items=(item,))
 

@@ -76,8 +76,7 @@ def test_readiness_names_engine_and_model(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"),
-    [("", "policy.model is empty"), ("/nowhere/at/all", "has no tokenizer that can be loaded")],
+    ("policy", "message"), [("", "policy.model is empty"), ("/nowhere/at/all", "has no tokenizer that can be loaded")]
 )
 def test_a_policy_without_tokenizer_ends_the_process(policy: str, message: str) -> None:
     app = build_app(settings(policy), SECRETS, engine=FakeEngine())

@@ -22,8 +22,8 @@ from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
 from tests.services.fakes import FakeEngine
 from tests.services.rollout.author import checksum_of_changed
 
-NUM_ELEMENTS = 8 << 20
-"""16 MiB in bfloat16."""
+NUM_ELEMENTS = 1 << 20
+"""2 MiB in bfloat16."""
 NUM_CHANGED = 2_000
 
 
@@ -75,11 +75,6 @@ class PatchableFake(FakeEngine):
         self.bits[patch.indices.numpy()] = patch.values.view(torch.int16).numpy().view(np.uint16)
 
 
-class NoEvents:
-    def record(self, kind: str, message: str, **data: object) -> None:
-        """Refusals are looked for in `WeightWatcher.detail`."""
-
-
 class Author:
     """One tensor, a few elements of which move at each version."""
 
@@ -127,7 +122,7 @@ def watching(author: Author, folder: Path, engine: PatchableFake) -> Iterator[We
         copy=copy,
         engine=engine,
         announced=None,
-        events=NoEvents(),
+        record_event=lambda *given, **data: None,  # refusals show in `detail`
         poll_interval_s=1.0,
         clock=itertools.count(step=100.0).__next__,  # whatever was refused may be tried again
     )
@@ -140,6 +135,15 @@ def watching(author: Author, folder: Path, engine: PatchableFake) -> Iterator[We
     loop.close()
 
 
+@contextmanager
+def following(folder: Path) -> Iterator[tuple[Author, WeightWatcher, PatchableFake]]:
+    """An engine that serves the full version 1."""
+    author, engine = Author(folder), PatchableFake()
+    author.full(1)
+    with watching(author, folder / "copy", engine) as watcher:
+        yield author, watcher, engine
+
+
 def bytes_moved() -> int:
     """Read and written by this process so far."""
     words = Path("/proc/self/io").read_text().split()
@@ -148,9 +152,7 @@ def bytes_moved() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts no bytes here")
 def test_a_sparse_update_reads_and_writes_what_changed(tmp_path: Path) -> None:
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         moved = []
         for version in (2, 3, 4):
             author.sparse(version)
@@ -159,9 +161,8 @@ def test_a_sparse_update_reads_and_writes_what_changed(tmp_path: Path) -> None:
             moved.append(bytes_moved() - before)
             assert engine.weight_version == version
             assert np.array_equal(engine.bits, author.bits)
-    assert max(moved[1:]) < 100_000, (
-        moved
-    )  # 10 bytes a change for the engine, less from the store; 16 MiB are the model
+    # 10 bytes a change for the engine, less from the store; the model has 2 MiB
+    assert max(moved[1:]) < 100_000, moved
 
 
 def copies(folder: Path) -> list[str]:
@@ -179,9 +180,7 @@ def follow(author: Author, watcher: WeightWatcher, engine: PatchableFake, versio
 
 def test_versions_that_came_meanwhile_are_patched_in_at_once(tmp_path: Path) -> None:
     """Elements that moved twice among them, and others that moved and came back."""
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         for version in (2, 3):
             author.sparse(version)
         back = author.bits.copy()
@@ -193,9 +192,7 @@ def test_versions_that_came_meanwhile_are_patched_in_at_once(tmp_path: Path) -> 
 
 
 def test_the_copy_on_disk_is_written_again_when_it_is_old_and_a_restart_begins_with_it(tmp_path: Path) -> None:
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, COPY_EVERY + 1))
         watcher.check()  # nothing new
         assert copies(tmp_path) == ["v00000001"]
@@ -218,9 +215,7 @@ def test_the_copy_on_disk_is_written_again_when_it_is_old_and_a_restart_begins_w
 def test_what_the_engine_refused_altogether_is_taken_back(tmp_path: Path, served: int) -> None:
     """Changes refused, then the whole version too: the engine can restore what it served, also where the copy on disk
     was just written again, and the next version still applies to it."""
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, served + 1))
         watcher.check()  # nothing new
         bits = engine.bits.copy()
@@ -236,9 +231,7 @@ def test_what_the_engine_refused_altogether_is_taken_back(tmp_path: Path, served
 
 
 def test_an_engine_that_takes_no_more_changes_can_still_restore_those_it_took(tmp_path: Path) -> None:
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, COPY_EVERY + 2))
         watcher.check()  # the copy on disk is written again
         bits = engine.bits.copy()
@@ -252,11 +245,9 @@ def test_an_engine_that_takes_no_more_changes_can_still_restore_those_it_took(tm
 
 def test_weights_that_rot_in_memory_are_noticed_when_changes_meet_them(tmp_path: Path) -> None:
     """The version is built again from the last full one, and loaded whole."""
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, 3))
-        held = watcher._copy._held
+        held = watcher.copy._held
         assert held is not None
         held._state["x"].bits[:] ^= 4
         follow(author, watcher, engine, range(3, 5))
@@ -264,11 +255,9 @@ def test_weights_that_rot_in_memory_are_noticed_when_changes_meet_them(tmp_path:
 
 
 def test_weights_that_rot_in_memory_are_never_written_to_disk(tmp_path: Path) -> None:
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, COPY_EVERY + 2))
-        held = watcher._copy._held
+        held = watcher.copy._held
         assert held is not None
         held._state["x"].bits[7] ^= 4
         watcher.check()
@@ -278,9 +267,7 @@ def test_weights_that_rot_in_memory_are_never_written_to_disk(tmp_path: Path) ->
 
 
 def test_an_engine_that_stops_taking_changes_gets_whole_versions(tmp_path: Path) -> None:
-    author, engine = Author(tmp_path), PatchableFake()
-    author.full(1)
-    with watching(author, tmp_path / "copy", engine) as watcher:
+    with following(tmp_path) as (author, watcher, engine):
         follow(author, watcher, engine, range(2, 4))
         engine.can_patch = False
         follow(author, watcher, engine, range(4, 6))

@@ -16,14 +16,6 @@ from shared.weights.store import FULL_FILE, MANIFEST, SPARSE_FILE, WeightStore
 from tests.services.fakes import FakeEngine
 
 
-class RecordedEvents:
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def record(self, kind: str, message: str, **data: object) -> None:
-        self.kinds.append(kind)
-
-
 class LoadingEngine(FakeEngine):
     """Remembers the file that it was given last, and as which version. It must still be there at the next update."""
 
@@ -42,7 +34,8 @@ class Watched:
     """A watcher whose announcements and clock are set by hand."""
 
     def __init__(self, store: WeightStore, folder: Path) -> None:
-        self.engine, self.events = LoadingEngine(), RecordedEvents()
+        self.engine = LoadingEngine()
+        self.events: list[str] = []
         self.now, self.redis_is_up = 0.0, True
         self.announced = AnnouncedWeights(0, "first")
         self.loop = asyncio.new_event_loop()
@@ -53,7 +46,7 @@ class Watched:
             copy=WeightCopy(folder),
             engine=self.engine,
             announced=self._read,
-            events=self.events,
+            record_event=lambda kind, message, **data: self.events.append(kind),
             poll_interval_s=0.01,
             clock=lambda: self.now,
         )
@@ -107,7 +100,7 @@ def test_a_refused_version_is_tried_again_with_backoff(watched: Watched) -> None
         assert watched.engine.failing_loads == failures_left
     watched.now = 3.2
     assert (watched.hear(1), watched.watcher.detail) == (1, "")
-    assert watched.events.kinds == ["refused_weights"]
+    assert watched.events == ["refused_weights"]
 
 
 def test_a_newer_version_does_not_wait_for_the_backoff(watched: Watched) -> None:
@@ -119,7 +112,7 @@ def test_a_newer_version_does_not_wait_for_the_backoff(watched: Watched) -> None
 def test_a_pruned_version_gives_way_to_the_newest_of_its_epoch(watched: Watched, store: WeightStore) -> None:
     store.prune(keep=1)
     assert watched.hear(2) == 3
-    assert watched.events.kinds == []
+    assert watched.events == []
 
 
 @pytest.mark.parametrize("announced", [AnnouncedWeights(9, "first"), AnnouncedWeights(0, "second")])
