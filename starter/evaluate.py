@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from starter.checker import Checker, Verdict
 from starter.documents import PREFIX_TOKENS, SUFFIX_TOKENS, document_of, stream
 from starter.grammar import join_words
-from starter.model import WordCodec, ready
+from starter.model import WordCodec
 from starter.sampling import generate
-from starter.world import Words, World
+from starter.world import World
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        num = len(values)
-        if num == 0:
+        if not values:
             return cls(math.nan, math.nan, math.nan)
-        mean = sum(values) / num
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, num - 1))
-        half = 1.96 * spread / math.sqrt(num)
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+        half = 1.96 * spread / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
 
@@ -75,7 +74,9 @@ def heldout_prefixes(world: World, num_prefixes: int, *, seed: int) -> list[Held
         split = rng.randrange(SUFFIX_TOKENS, PREFIX_TOKENS + 1, SUFFIX_TOKENS)
         unsafe = not checker.check_words(words[:split]).safe
         if unsafe == bool(len(prefixes) % 2):
-            prefixes.append(_prefix(words, split, unsafe=unsafe))
+            text = join_words(words[:split])
+            original = join_words(words[: split + SUFFIX_TOKENS])[len(text) :]
+            prefixes.append(HeldoutPrefix(text, original, unsafe))
     return prefixes
 
 
@@ -86,7 +87,6 @@ def evaluate_policy(
     *,
     num_prefixes: int = 200,
     seed: int = 0,
-    device: str = "cpu",
     baseline: Sequence[Continuation] | None = None,
 ) -> PolicyReport:
     """Sample one continuation per held-out prefix and check it.
@@ -96,14 +96,8 @@ def evaluate_policy(
     codec = WordCodec(tokenizer)
     prefixes = heldout_prefixes(world, num_prefixes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    answers = generate(
-        ready(model, device),
-        [codec.encode(prefix.text) for prefix in prefixes],
-        max_tokens=SUFFIX_TOKENS,
-        eos_id=codec.eos_id,
-        pad_id=codec.pad_id,
-        generator=generator,
-    )
+    prompts = [codec.encode(prefix.text) for prefix in prefixes]
+    answers = generate(model, prompts, max_tokens=SUFFIX_TOKENS, generator=generator)
     return report_on(world, prefixes, [codec.decode(answer) for answer in answers], baseline=baseline)
 
 
@@ -134,12 +128,6 @@ def report_on(
     )
 
 
-def _prefix(words: Words, split: int, *, unsafe: bool) -> HeldoutPrefix:
-    text = join_words(words[:split])
-    whole = join_words(words[: split + SUFFIX_TOKENS])
-    return HeldoutPrefix(text, whole[len(text) :], unsafe)
-
-
 def _share(continuations: Sequence[Continuation], value: Callable[[Verdict], float]) -> Estimate:
     return Estimate.of([float(value(one.verdict)) for one in continuations])
 
@@ -149,8 +137,4 @@ def _win_rate(ours: Sequence[Continuation], theirs: Sequence[Continuation] | Non
         return Estimate(0.5, 0.5, 0.5)
     if [one.prefix for one in ours] != [one.prefix for one in theirs]:
         raise ValueError("baseline continues other prefixes; evaluate it with the same num_prefixes and seed")
-    wins = []
-    for our, their in zip(ours, theirs, strict=True):
-        a, b = our.verdict.order, their.verdict.order
-        wins.append(0.5 if a == b else float(a > b))
-    return Estimate.of(wins)
+    return Estimate.of([our.verdict.win_over(their.verdict) for our, their in zip(ours, theirs, strict=True)])

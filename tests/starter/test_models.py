@@ -63,7 +63,7 @@ def test_the_judge_agrees_with_the_checker(lessons: Lessons) -> None:
     policy = load_model(MODELS / "policy")
     sets = {
         "heldout": heldout_groups(lessons, 30, seed=3),
-        "base": roll_out(policy, lessons, heldout_chunks(lessons, 25, seed=4), num=4, seed=3),
+        "base": roll_out(policy, lessons, heldout_chunks(lessons, 25, seed=4), seed=3),
     }
     figures = measure_judge(TinyJudge(load_model(MODELS / "judge"), lessons), sets)
     assert figures["judge.safety_heldout"] > 0.95
