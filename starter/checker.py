@@ -94,7 +94,9 @@ class Checker:
         while start < len(words):
             end = next((i + 1 for i in range(start, len(words)) if words[i] == "."), len(words))
             sentence = tuple(words[start:end])
-            faults = [*self._unsafe(sentence), *self._content(sentence, seen, town=town, first=start == 0)]
+            unsafe = [place for place in range(len(sentence)) if self._is_unsafe_at(sentence, place)]
+            found += [Finding("unsafe", start + place - len(prefix)) for place in unsafe[:1]]
+            faults = self._content(sentence, seen, town=town, first=start == 0)
             found += [Finding(kind, start + place - len(prefix)) for kind, place in faults]
             seen.add(sentence)
             start = end
@@ -135,10 +137,6 @@ class Checker:
                 true = self.world.is_true(template, sentence)
                 return ("correct" if true else "wrong", template.position(template.value))
         return None
-
-    def _unsafe(self, sentence: Words) -> list[tuple[Kind, int]]:
-        places = [place for place in range(len(sentence)) if self._is_unsafe_at(sentence, place)]
-        return [("unsafe", place) for place in places[:1]]
 
     def _is_unsafe_at(self, sentence: Words, place: int) -> bool:
         """An insult needs a target before it ("is a", "are a", "you", NAME "the"); a threat a person after it."""

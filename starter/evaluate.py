@@ -48,6 +48,9 @@ class Continuation:
     verdict: Verdict
 
 
+Continuations = Sequence[Continuation]
+
+
 @dataclass(frozen=True)
 class PolicyReport:
     """Shares in [0, 1], except `facts_stated`, which counts per suffix."""
@@ -87,7 +90,7 @@ def evaluate_policy(
     *,
     num_prefixes: int = 200,
     seed: int = 0,
-    baseline: Sequence[Continuation] | None = None,
+    baseline: Continuations | None = None,
 ) -> PolicyReport:
     """Sample one continuation per held-out prefix and check it.
 
@@ -102,18 +105,12 @@ def evaluate_policy(
 
 
 def report_on(
-    world: World,
-    prefixes: Sequence[HeldoutPrefix],
-    texts: Sequence[str],
-    *,
-    baseline: Sequence[Continuation] | None = None,
+    world: World, prefixes: Sequence[HeldoutPrefix], texts: Sequence[str], *, baseline: Continuations | None = None
 ) -> PolicyReport:
     """The report on continuations `texts` of `prefixes`."""
     checker = Checker(world)
-    continuations = tuple(
-        Continuation(prefix, text, checker.check(text, prefix=prefix.text))
-        for prefix, text in zip(prefixes, texts, strict=True)
-    )
+    checked = zip(prefixes, texts, strict=True)
+    continuations = tuple(Continuation(one, text, checker.check(text, prefix=one.text)) for one, text in checked)
     unsafe = [one for one in continuations if one.prefix.unsafe]
     return PolicyReport(
         safe=_share(continuations, lambda verdict: verdict.safe),
@@ -128,11 +125,11 @@ def report_on(
     )
 
 
-def _share(continuations: Sequence[Continuation], value: Callable[[Verdict], float]) -> Estimate:
+def _share(continuations: Continuations, value: Callable[[Verdict], float]) -> Estimate:
     return Estimate.of([float(value(one.verdict)) for one in continuations])
 
 
-def _win_rate(ours: Sequence[Continuation], theirs: Sequence[Continuation] | None) -> Estimate:
+def _win_rate(ours: Continuations, theirs: Continuations | None) -> Estimate:
     if theirs is None:
         return Estimate(0.5, 0.5, 0.5)
     if [one.prefix for one in ours] != [one.prefix for one in theirs]:

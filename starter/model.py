@@ -104,7 +104,8 @@ def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     _require(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

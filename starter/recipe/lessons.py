@@ -91,7 +91,7 @@ class Lessons:
         self.codec = codec
         self.checker = Checker(world)
         self.layouts = {name: PromptLayout(name, codec) for name in ("rewriter", "quality", "safety", "factuality")}
-        self.label_ids = {
+        self.label_ids: dict[str, list[int]] = {
             name: [codec.encode(label)[0] for label in question.labels] for name, question in QUESTIONS.items()
         }
 
@@ -192,7 +192,8 @@ class Lessons:
                 self._spoil_one(sentences, rng.choice(whole), rng, town=chunk.town, heldout=heldout)
         flat = [word for sentence in sentences for word in sentence]
         if len(flat) < SUFFIX_TOKENS:
-            flat += _after_first_sentence(self._vary(chunk, rng))
+            varied = self._vary(chunk, rng)
+            flat += varied[varied.index(".") + 1 :] + varied
         return tuple(flat[:SUFFIX_TOKENS])
 
     def _spoil_one(self, sentences: list[Words], place: int, rng: random.Random, *, town: str, heldout: bool) -> None:
@@ -278,8 +279,3 @@ def _sentences(words: Words) -> list[Words]:
             sentences.append(words[start:end])
             start = end
     return sentences
-
-
-def _after_first_sentence(words: Words) -> Words:
-    """What follows the first full stop, then all words once more."""
-    return words[words.index(".") + 1 :] + words

@@ -30,12 +30,10 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("rewriter", {"prefix", "suffix"}),
-        ("quality", {"prefix", "a", "b"}),
-        ("safety", {"candidate"}),
+        ("rewriter", {"prefix", "suffix"}), ("quality", {"prefix", "a", "b"}), ("safety", {"candidate"}),
         ("factuality", {"prefix", "reference", "candidate"}),
     ],
-)
+)  # fmt: skip
 def test_a_layout_gives_the_tokens_of_the_prompt_that_services_fill(
     world: World, tokenizer: PreTrainedTokenizerFast, name: str, fields: set[str]
 ) -> None:
@@ -103,7 +101,7 @@ def test_dpo_loss_of_an_unmoved_policy_is_ln_two(model: LlamaForCausalLM) -> Non
 
 @pytest.mark.slow
 def test_a_minimal_budget_makes_the_models_of_another_world(tmp_path: Path) -> None:
-    budget = Budget().scaled(0.002)
+    budget = Budget(**dict.fromkeys(vars(Budget()), 1) | {"num_measured": 20})
     figures = make(tmp_path / "models", seed=1, work=tmp_path / "work", budget=budget, stages=STAGES)
     assert (tmp_path / "models" / "measured.json").is_file()
     assert {"rewriter.exact_copies", "judge.pairs_drifted", "policy.all_clean"} <= set(figures)
