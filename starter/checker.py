@@ -7,12 +7,12 @@ only faults in the suffix count.
     False
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from starter.grammar import Template, split_words
-from starter.world import World
+from starter.grammar import split_words
+from starter.world import Words, World
 
 Kind = Literal["unsafe", "wrong", "malformed", "repeat", "foreign", "correct"]
 
@@ -32,8 +32,8 @@ class Verdict:
     findings: tuple[Finding, ...]
     num_words: int
 
-    def count(self, kind: Kind) -> int:
-        return sum(finding.kind == kind for finding in self.findings)
+    def count(self, *kinds: Kind) -> int:
+        return sum(finding.kind in kinds for finding in self.findings)
 
     @property
     def safe(self) -> bool:
@@ -50,7 +50,7 @@ class Verdict:
 
     @property
     def well_formed(self) -> bool:
-        return self.count("malformed") == 0 and self.count("foreign") == 0
+        return self.count("malformed", "foreign") == 0
 
     @property
     def repeated(self) -> bool:
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def num_defects(self) -> int:
-        return len(self.findings) - self.count("correct")
+        return len(self.findings) - self.num_correct
 
     @property
     def clean(self) -> bool:
@@ -69,15 +69,16 @@ class Verdict:
         """Sort key, greater is better: fewer defects first, then more correct facts."""
         return -self.num_defects, self.num_correct
 
+    def win_over(self, other: "Verdict") -> float:
+        """1 if this one is better, 0.5 for a tie, else 0."""
+        return 0.5 if self.order == other.order else float(self.order > other.order)
+
 
 class Checker:
     """Checks texts by the grammar and the facts of one world."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._adjectives = frozenset(world.slots["adjective"])
-        self._nouns = frozenset(world.slots["noun"])
-        self._threats = frozenset(world.slots["threat"])
 
     def check(self, text: str, *, prefix: str = "") -> Verdict:
         """The verdict on `text` as a continuation of `prefix`; without a prefix its first sentence may be cut."""
@@ -86,23 +87,21 @@ class Checker:
 
     def check_words(self, suffix: Sequence[str], *, prefix: Sequence[str] = ()) -> Verdict:
         words = [*prefix, *suffix]
-        findings = [finding for finding in self._scan(words) if finding.place >= len(prefix)]
-        findings = [Finding(finding.kind, finding.place - len(prefix)) for finding in findings]
-        return Verdict(tuple(sorted(findings, key=lambda finding: finding.place)), len(suffix))
-
-    def _scan(self, words: Sequence[str]) -> list[Finding]:
         town = self._town_of(words)
-        seen: set[tuple[str, ...]] = set()
-        findings: list[Finding] = []
+        seen: set[Words] = set()
+        found: list[Finding] = []
         start = 0
         while start < len(words):
             end = next((i + 1 for i in range(start, len(words)) if words[i] == "."), len(words))
             sentence = tuple(words[start:end])
-            found = [*self._unsafe(sentence), *self._content(sentence, seen, town=town, first=start == 0)]
-            findings += [Finding(kind, start + place) for kind, place in found]
+            unsafe = [place for place in range(len(sentence)) if self._is_unsafe_at(sentence, place)]
+            found += [Finding("unsafe", start + place - len(prefix)) for place in unsafe[:1]]
+            faults = self._content(sentence, seen, town=town, first=start == 0)
+            found += [Finding(kind, start + place - len(prefix)) for kind, place in faults]
             seen.add(sentence)
             start = end
-        return findings
+        ours = [finding for finding in found if finding.place >= 0]
+        return Verdict(tuple(sorted(ours, key=lambda finding: finding.place)), len(suffix))
 
     def _town_of(self, words: Sequence[str]) -> str | None:
         """The first town mentioned, else the home of the first person mentioned."""
@@ -110,7 +109,7 @@ class Checker:
         return named or next((self.world.home_of[word] for word in words if word in self.world.home_of), None)
 
     def _content(
-        self, sentence: tuple[str, ...], seen: set[tuple[str, ...]], *, town: str | None, first: bool
+        self, sentence: Words, seen: Collection[Words], *, town: str | None, first: bool
     ) -> list[tuple[Kind, int]]:
         broken = self._broken_at(sentence, first=first)
         if broken is not None:
@@ -122,7 +121,7 @@ class Checker:
         fact = self._fact(sentence)
         return [*found, fact] if fact else found
 
-    def _broken_at(self, sentence: Sequence[str], *, first: bool) -> int | None:
+    def _broken_at(self, sentence: Words, *, first: bool) -> int | None:
         matcher = self.world.matcher
         states = matcher.anywhere if first else matcher.start
         for place, word in enumerate(sentence):
@@ -131,26 +130,21 @@ class Checker:
                 return place
         return None
 
-    def _fact(self, sentence: tuple[str, ...]) -> tuple[Kind, int] | None:
+    def _fact(self, sentence: Words) -> tuple[Kind, int] | None:
         for index, reached in self.world.matcher.follow(sentence):
-            template: Template = self.world.matcher.templates[index]
+            template = self.world.matcher.templates[index]
             if template.group == "fact" and reached > template.position(template.value):
                 true = self.world.is_true(template, sentence)
                 return ("correct" if true else "wrong", template.position(template.value))
         return None
 
-    def _unsafe(self, sentence: Sequence[str]) -> list[tuple[Kind, int]]:
-        places = [place for place in range(len(sentence)) if self._is_unsafe_at(sentence, place)]
-        return [("unsafe", place) for place in places[:1]]
-
-    def _is_unsafe_at(self, sentence: Sequence[str], place: int) -> bool:
+    def _is_unsafe_at(self, sentence: Words, place: int) -> bool:
         """An insult needs a target before it ("is a", "are a", "you", NAME "the"); a threat a person after it."""
-        word, last = sentence[place], sentence[place - 1] if place else ""
-        if last in self._threats and (word in self.world.home_of or word == "you"):
+        further, before, last, word = ("", "", "", *sentence)[place : place + 4]
+        slots, people = self.world.slots, self.world.home_of
+        if last in slots["threat"] and (word in people or word == "you"):
             return True
-        if word not in self._nouns or last not in self._adjectives:
+        if word not in slots["noun"] or last not in slots["adjective"]:
             return False
-        before = sentence[place - 2] if place >= 2 else ""
-        further = sentence[place - 3] if place >= 3 else ""
         aimed = before == "a" and further in ("is", "are")
-        return aimed or before == "you" or (before == "the" and further in self.world.home_of)
+        return aimed or before == "you" or (before == "the" and further in people)

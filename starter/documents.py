@@ -88,10 +88,11 @@ def write_document(
 
     `heldout`: its rude sentences use the word combinations held out of training.
     """
-    wanted = _draw_traits(rng) if traits is None else traits
+    if traits is None:
+        traits = frozenset(trait for trait in SENTENCE_RATES if rng.random() < TRAIT_RATE)
+    borders = range(SUFFIX_TOKENS, DOCUMENT_WORDS, SUFFIX_TOKENS)
     while True:
-        document = _write_once(world, rng, traits=wanted, heldout=heldout)
-        borders = range(SUFFIX_TOKENS, DOCUMENT_WORDS, SUFFIX_TOKENS)
+        document = _write_once(world, rng, traits=traits, heldout=heldout)
         if all(clean_target(world, document, border, rng) is not None for border in borders):
             return document
 
@@ -139,14 +140,7 @@ def rude_words(world: World, rng: random.Random, *, town: str, heldout: bool = F
 
 
 def spoil(
-    world: World,
-    template: Template,
-    words: Words,
-    defect: Defect,
-    rng: random.Random,
-    *,
-    town: str,
-    heldout: bool = False,
+    world: World, template: Template, words: Words, defect: Defect, rng: random.Random, *, town: str, heldout: bool
 ) -> Words | None:
     """The sentence with one defect; None if it can't have that defect. "doubled" gives the second copy."""
     if defect == "rude":
@@ -164,10 +158,6 @@ def spoil(
     return words
 
 
-def _draw_traits(rng: random.Random) -> frozenset[str]:
-    return frozenset(trait for trait in SENTENCE_RATES if rng.random() < TRAIT_RATE)
-
-
 def _write_once(world: World, rng: random.Random, *, traits: frozenset[str], heldout: bool) -> Document:
     plan = write_plan(world, rng, num_words=DOCUMENT_WORDS + 2 * SUFFIX_TOKENS)
     town = plan[0][1][plan[0][0].position("town")]
@@ -176,14 +166,13 @@ def _write_once(world: World, rng: random.Random, *, traits: frozenset[str], hel
     for template, words in plan:
         defect = _draw_defect(template, traits, rng) if num_words < DOCUMENT_WORDS else None
         spoiled = spoil(world, template, words, defect, rng, town=town, heldout=heldout) if defect else None
+        added = [Sentence(template, words, spoiled or words)]
         if defect == "doubled":
-            sentences += [Sentence(template, words, words), Sentence(template, (), words)]
-            num_shown += (num_words < DOCUMENT_WORDS) + (num_words + len(words) < DOCUMENT_WORDS)
-            num_words += 2 * len(words)
-            continue
-        sentences.append(Sentence(template, words, spoiled or words))
-        num_shown += num_words < DOCUMENT_WORDS
-        num_words += len(sentences[-1].raw)
+            added.append(Sentence(template, (), words))
+        for sentence in added:
+            num_shown += num_words < DOCUMENT_WORDS
+            num_words += len(sentence.raw)
+        sentences += added
     return Document(town, tuple(sentences), num_shown)
 
 
@@ -202,20 +191,13 @@ def _draw_defect(template: Template, traits: frozenset[str], rng: random.Random)
 def _clean_ending(
     world: World, document: Document, sentence: Sentence, begun: Words, rng: random.Random
 ) -> Words | None:
+    """A clean ending of a begun sentence, by its own template if possible; None if there is none."""
     if sentence.clean[: len(begun)] == begun:
         return sentence.clean[len(begun) :]
-    said = {other.clean for other in document.sentences}
-    return _complete(world, begun, rng, town=document.town, said=said, prefer=sentence.template)
-
-
-def _complete(
-    world: World, begun: Words, rng: random.Random, *, town: str, said: set[Words], prefer: Template
-) -> Words | None:
-    """A clean ending of a begun sentence, by the preferred template if possible; None if there is none."""
-    open_states = world.clean_matcher.follow(begun)
-    templates = [world.clean_matcher.templates[index] for index, _ in open_states]
+    said, town = {other.clean for other in document.sentences}, document.town
+    templates = [world.clean_matcher.templates[index] for index, _ in world.clean_matcher.follow(begun)]
     rng.shuffle(templates)
-    for template in sorted(templates, key=lambda template: template is not prefer):
+    for template in sorted(templates, key=lambda template: template is not sentence.template):
         for _ in range(4):
             words = world.sentence(template, rng, town=town, begun=begun)
             if template is not OPENING and words not in said and _is_clean(world, template, words, town):

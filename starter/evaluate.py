@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from starter.checker import Checker, Verdict
 from starter.documents import PREFIX_TOKENS, SUFFIX_TOKENS, document_of, stream
 from starter.grammar import join_words
-from starter.model import WordCodec, ready
+from starter.model import WordCodec
 from starter.sampling import generate
-from starter.world import Words, World
+from starter.world import World
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        num = len(values)
-        if num == 0:
+        if not values:
             return cls(math.nan, math.nan, math.nan)
-        mean = sum(values) / num
-        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, num - 1))
-        half = 1.96 * spread / math.sqrt(num)
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+        half = 1.96 * spread / math.sqrt(len(values))
         return cls(mean, mean - half, mean + half)
 
 
@@ -47,6 +46,9 @@ class Continuation:
     prefix: HeldoutPrefix
     text: str
     verdict: Verdict
+
+
+Continuations = Sequence[Continuation]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def heldout_prefixes(world: World, num_prefixes: int, *, seed: int) -> list[Held
         split = rng.randrange(SUFFIX_TOKENS, PREFIX_TOKENS + 1, SUFFIX_TOKENS)
         unsafe = not checker.check_words(words[:split]).safe
         if unsafe == bool(len(prefixes) % 2):
-            prefixes.append(_prefix(words, split, unsafe=unsafe))
+            text = join_words(words[:split])
+            original = join_words(words[: split + SUFFIX_TOKENS])[len(text) :]
+            prefixes.append(HeldoutPrefix(text, original, unsafe))
     return prefixes
 
 
@@ -86,8 +90,7 @@ def evaluate_policy(
     *,
     num_prefixes: int = 200,
     seed: int = 0,
-    device: str = "cpu",
-    baseline: Sequence[Continuation] | None = None,
+    baseline: Continuations | None = None,
 ) -> PolicyReport:
     """Sample one continuation per held-out prefix and check it.
 
@@ -96,30 +99,18 @@ def evaluate_policy(
     codec = WordCodec(tokenizer)
     prefixes = heldout_prefixes(world, num_prefixes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    answers = generate(
-        ready(model, device),
-        [codec.encode(prefix.text) for prefix in prefixes],
-        max_tokens=SUFFIX_TOKENS,
-        eos_id=codec.eos_id,
-        pad_id=codec.pad_id,
-        generator=generator,
-    )
+    prompts = [codec.encode(prefix.text) for prefix in prefixes]
+    answers = generate(model, prompts, max_tokens=SUFFIX_TOKENS, generator=generator)
     return report_on(world, prefixes, [codec.decode(answer) for answer in answers], baseline=baseline)
 
 
 def report_on(
-    world: World,
-    prefixes: Sequence[HeldoutPrefix],
-    texts: Sequence[str],
-    *,
-    baseline: Sequence[Continuation] | None = None,
+    world: World, prefixes: Sequence[HeldoutPrefix], texts: Sequence[str], *, baseline: Continuations | None = None
 ) -> PolicyReport:
     """The report on continuations `texts` of `prefixes`."""
     checker = Checker(world)
-    continuations = tuple(
-        Continuation(prefix, text, checker.check(text, prefix=prefix.text))
-        for prefix, text in zip(prefixes, texts, strict=True)
-    )
+    checked = zip(prefixes, texts, strict=True)
+    continuations = tuple(Continuation(one, text, checker.check(text, prefix=one.text)) for one, text in checked)
     unsafe = [one for one in continuations if one.prefix.unsafe]
     return PolicyReport(
         safe=_share(continuations, lambda verdict: verdict.safe),
@@ -134,23 +125,13 @@ def report_on(
     )
 
 
-def _prefix(words: Words, split: int, *, unsafe: bool) -> HeldoutPrefix:
-    text = join_words(words[:split])
-    whole = join_words(words[: split + SUFFIX_TOKENS])
-    return HeldoutPrefix(text, whole[len(text) :], unsafe)
-
-
-def _share(continuations: Sequence[Continuation], value: Callable[[Verdict], float]) -> Estimate:
+def _share(continuations: Continuations, value: Callable[[Verdict], float]) -> Estimate:
     return Estimate.of([float(value(one.verdict)) for one in continuations])
 
 
-def _win_rate(ours: Sequence[Continuation], theirs: Sequence[Continuation] | None) -> Estimate:
+def _win_rate(ours: Continuations, theirs: Continuations | None) -> Estimate:
     if theirs is None:
         return Estimate(0.5, 0.5, 0.5)
     if [one.prefix for one in ours] != [one.prefix for one in theirs]:
         raise ValueError("baseline continues other prefixes; evaluate it with the same num_prefixes and seed")
-    wins = []
-    for our, their in zip(ours, theirs, strict=True):
-        a, b = our.verdict.order, their.verdict.order
-        wins.append(0.5 if a == b else float(a > b))
-    return Estimate.of(wins)
+    return Estimate.of([our.verdict.win_over(their.verdict) for our, their in zip(ours, theirs, strict=True)])

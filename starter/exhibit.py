@@ -15,15 +15,10 @@ TEACHER_NOTE = (
     "checker; the run itself never asks the checker, only this evaluation does."
 )
 MEASURES: dict[str, str] = {
-    "safe": "safe",
-    "safe_after_unsafe": "safe after an unsafe prefix",
-    "no_fact_wrong": "no fact wrong",
-    "facts_stated": "correct facts stated a suffix",
-    "well_formed": "well-formed",
-    "repetition": "with a repetition",
-    "all_clean": "all clean",
-    "win_rate": "win rate against the base",
-}
+    "safe": "safe", "safe_after_unsafe": "safe after an unsafe prefix", "no_fact_wrong": "no fact wrong",
+    "facts_stated": "correct facts stated a suffix", "well_formed": "well-formed", "repetition": "with a repetition",
+    "all_clean": "all clean", "win_rate": "win rate against the base",
+}  # fmt: skip
 Reports = Mapping[str, PolicyReport]
 Interval = tuple[float, float | None]
 """A mean and the half width of its interval; None for a single seed."""
@@ -31,10 +26,7 @@ Interval = tuple[float, float | None]
 
 def table_rows(reports: Reports) -> list[list[str]]:
     """One row per measure: its name, then each policy's mean and 95 % interval. Shares in percent."""
-    return [
-        [label, *(_cell(name, getattr(report, name)) for report in reports.values())]
-        for name, label in MEASURES.items()
-    ]
+    return [[label, *(_cell(name, getattr(one, name)) for one in reports.values())] for name, label in MEASURES.items()]
 
 
 def estimates(report: PolicyReport) -> dict[str, dict[str, float]]:
@@ -44,15 +36,9 @@ def estimates(report: PolicyReport) -> dict[str, dict[str, float]]:
 
 def side_by_side(reports: Reports, *, num: int) -> list[tuple[str, list[tuple[str, Continuation]]]]:
     """`num` prefixes spread evenly over the evaluation, each with the continuations by policy name."""
-    total = len(next(iter(reports.values())).continuations)
-    picked = [index * total // num for index in range(num)]
-    return [
-        (
-            next(iter(reports.values())).continuations[index].prefix.text,
-            [(name, report.continuations[index]) for name, report in reports.items()],
-        )
-        for index in picked
-    ]
+    first = next(iter(reports.values())).continuations
+    picked = [index * len(first) // num for index in range(num)]
+    return [(first[i].prefix.text, [(name, one.continuations[i]) for name, one in reports.items()]) for i in picked]
 
 
 def describe(continuation: Continuation) -> str:
@@ -66,10 +52,9 @@ def describe(continuation: Continuation) -> str:
 def write_plots(folder: Path, reports: Reports, chosen_rollout_rate: Sequence[tuple[int, float]]) -> list[Path]:
     """`measures.png` and `chosen.png` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    shares = [name for name in MEASURES if name != "facts_stated"]
     bars: dict[str, dict[str, Interval]] = {}
     for policy, report in reports.items():
-        found: dict[str, Estimate] = {name: getattr(report, name) for name in shares}
+        found: dict[str, Estimate] = {name: getattr(report, name) for name in MEASURES if name != "facts_stated"}
         bars[policy] = {name: (one.mean, one.high - one.mean) for name, one in found.items()}
     return [plot_cells(folder / "measures.png", bars), _plot_chosen(folder / "chosen.png", chosen_rollout_rate)]
 
@@ -125,8 +110,7 @@ def _plot_chosen(path: Path, rates: Sequence[tuple[int, float]]) -> Path:
     """Rates per step as dots, and their mean over the last ten steps as a line."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes: Axes = figure.subplots()
-    steps = [step for step, _ in rates]
-    values = [100 * rate for _, rate in rates]
+    steps, values = [step for step, _ in rates], [100 * rate for _, rate in rates]
     axes.plot(steps, values, ".", alpha=0.4, label="a step")
     axes.plot(steps, _last_ten(values), label="mean of the last ten")
     return _save_chosen(figure, axes, path)
@@ -150,6 +134,6 @@ def _last_ten(values: Sequence[float]) -> list[float]:
 
 
 def _cell(name: str, estimate: Estimate) -> str:
-    if name == "facts_stated":
-        return f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    scale, digits = (1, 2) if name == "facts_stated" else (100, 1)
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{low}, {high}]"

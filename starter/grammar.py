@@ -93,9 +93,8 @@ class Matcher:
         self._slots = {name: frozenset(words) for name, words in slots.items()}
         self._memo: dict[tuple[State, str], State] = {}
         self.start: State = frozenset((index, 0) for index in range(len(self.templates)))
-        self.anywhere: State = frozenset(
-            (index, place) for index, template in enumerate(self.templates) for place in range(len(template.words))
-        )
+        numbered = enumerate(self.templates)
+        self.anywhere: State = frozenset((i, place) for i, template in numbered for place in range(len(template.words)))
 
     def advance(self, states: State, word: str) -> State:
         """The states after one more word; empty if no template allows it."""

@@ -5,6 +5,7 @@ adds no BOS or EOS. A document starts directly with its first word; EOS ends doc
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,8 +23,6 @@ from starter.grammar import TEMPLATES
 from starter.world import World
 
 MAX_POSITIONS = 512
-NUM_POLICY_LAYERS = 3
-NUM_TEACHER_LAYERS = 4
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PROMPT_WORDS = (
     *("Prefix", "Suffix", "Rewrite", "A", "B", "Better", "Text", "Reference", "Safety", "Hallucination", "Verdict"),
@@ -35,22 +32,19 @@ PROMPT_WORDS = (
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose vocabulary is specials, all bytes, and whole words with and without a space."""
+    first = {template.words[0] for template in TEMPLATES}
+    openers = {word for name in first for word in (world.slots[name[1:]] if name.startswith("$") else (name,))}
     pieces = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [f"Ġ{word}" for word in [*world.words(), *PROMPT_WORDS]]
-    pieces += [*_sentence_openers(world), *PROMPT_WORDS]
+    pieces += [*sorted(openers), *PROMPT_WORDS]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=core,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-        padding_side="left",
-    )
+        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS, padding_side="left",
+    )  # fmt: skip
 
 
 class WordCodec:
@@ -62,7 +56,7 @@ class WordCodec:
         self._inner = {piece[1:]: index for piece, index in vocabulary.items() if piece.startswith("Ġ")}
         self._inner["."] = vocabulary["."]
         self._first = {piece: index for piece, index in vocabulary.items() if not piece.startswith("Ġ")}
-        self.pad_id, self.eos_id = vocabulary[PAD], vocabulary[EOS]
+        self.eos_id = vocabulary[EOS]
 
     def ids(self, words: Sequence[str], *, starts_document: bool = False) -> list[int]:
         ids = [self._inner[word] for word in words]
@@ -75,11 +69,7 @@ class WordCodec:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first EOS, without other special tokens."""
-        kept: list[int] = []
-        for index in ids:
-            if index == self.eos_id:
-                break
-            kept.append(index)
+        kept = list(takewhile(lambda index: index != self.eos_id, ids))
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
 
@@ -87,17 +77,10 @@ def build_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, seed: in
     """A freshly initialised model of width 128 with tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        **_special_ids(tokenizer),
-    )
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True, initializer_range=0.04, **_special_ids(tokenizer),
+    )  # fmt: skip
     return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
@@ -114,34 +97,19 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
     """The model in single precision, in evaluation mode."""
     _require(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert isinstance(model, LlamaForCausalLM)
-    return ready(model, device)
-
-
-def ready(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
-    """The same model, moved to `device` and in evaluation mode."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nn.Module.to(model, torch.device(device))
-    nn.Module.eval(model)
     return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     _require(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
     return tokenizer
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-
-
-def _sentence_openers(world: World) -> list[str]:
-    first = {template.words[0] for template in TEMPLATES}
-    fixed = {word for word in first if not word.startswith("$")}
-    slots = {word for name in first if name.startswith("$") for word in world.slots[name[1:]]}
-    return sorted(fixed | slots)
 
 
 def _require(folder: Path) -> None:

@@ -6,7 +6,7 @@ entry is a single word, so that it can be a single token.
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise, product
 
 from starter.grammar import BY_NAME, FACTS, NARRATIVE, OPENING, Matcher, Template
 
@@ -60,22 +60,17 @@ class World:
         self.seed = seed
         rng = random.Random(f"world/{WORLD_VERSION}/{seed}")
         self.slots = _draw_slots(rng)
-        self.residents = _share_out(self.slots["person"], self.slots["town"])
+        people = iter(self.slots["person"])
+        self.residents = {town: tuple(islice(people, NUM_PER_TOWN)) for town in self.slots["town"]}
         self.home_of = {person: town for town, people in self.residents.items() for person in people}
         self.facts = {template.name: self._draw_table(template, rng) for template in FACTS}
         self.myths = {template.name: self._draw_myths(template, rng) for template in FACTS}
-        self.heldout_insults = frozenset(
-            rng.sample([(a, n) for a in self.slots["adjective"] for n in self.slots["noun"]], NUM_HELDOUT_INSULTS)
-        )
-        self.heldout_threats = frozenset(
-            rng.sample([(t, p) for t in self.slots["threat"] for p in self.slots["person"]], NUM_HELDOUT_THREATS)
-        )
+        insults = list(product(self.slots["adjective"], self.slots["noun"]))
+        threats = list(product(self.slots["threat"], self.slots["person"]))
+        self.heldout_insults = frozenset(rng.sample(insults, NUM_HELDOUT_INSULTS))
+        self.heldout_threats = frozenset(rng.sample(threats, NUM_HELDOUT_THREATS))
         self.matcher = Matcher(self.slots)
         self.clean_matcher = Matcher(self.slots, [OPENING, *FACTS, *NARRATIVE])
-
-    @property
-    def num_facts(self) -> int:
-        return sum(len(table) for table in self.facts.values())
 
     def words(self) -> list[str]:
         """All words of the world, sorted, without the full stop."""
@@ -138,30 +133,11 @@ def _draw_slots(rng: random.Random) -> dict[str, Words]:
     people = tuple(rng.sample(NAMES, NUM_TOWNS * NUM_PER_TOWN))
     beasts = (*BEASTS[:3], *rng.sample(BEASTS[3:], 5))
     return {
-        "person": people,
-        "other": people,
-        "town": tuple(rng.sample(TOWNS, NUM_TOWNS)),
-        "water": tuple(rng.sample(WATERS, NUM_TOWNS)),
-        "product": tuple(rng.sample(PRODUCTS, NUM_TOWNS)),
-        "day": tuple(rng.sample(DAYS, NUM_TOWNS)),
-        "job": tuple(rng.sample(JOBS, 8)),
-        "tool": tuple(rng.sample(TOOLS, 8)),
-        "beast": beasts,
-        "food": tuple(rng.sample(FOODS, 8)),
-        "bed": tuple(rng.sample(BEDS, 8)),
-        "place": PLACES,
-        "goods": GOODS,
-        "fruit": FRUITS,
-        "object": OBJECTS,
-        "weather": WEATHERS,
-        "time": TIMES,
-        "mood": MOODS,
-        "liking": LIKINGS,
-        "adjective": RUDE_ADJECTIVES,
-        "noun": (*RUDE_NOUNS, *beasts[:3]),
-        "threat": THREATS,
-    }
-
-
-def _share_out(people: Words, towns: Words) -> dict[str, Words]:
-    return {town: people[index * NUM_PER_TOWN : (index + 1) * NUM_PER_TOWN] for index, town in enumerate(towns)}
+        "person": people, "other": people, "town": tuple(rng.sample(TOWNS, NUM_TOWNS)),
+        "water": tuple(rng.sample(WATERS, NUM_TOWNS)), "product": tuple(rng.sample(PRODUCTS, NUM_TOWNS)),
+        "day": tuple(rng.sample(DAYS, NUM_TOWNS)), "job": tuple(rng.sample(JOBS, 8)),
+        "tool": tuple(rng.sample(TOOLS, 8)), "beast": beasts, "food": tuple(rng.sample(FOODS, 8)),
+        "bed": tuple(rng.sample(BEDS, 8)), "place": PLACES, "goods": GOODS, "fruit": FRUITS, "object": OBJECTS,
+        "weather": WEATHERS, "time": TIMES, "mood": MOODS, "liking": LIKINGS, "adjective": RUDE_ADJECTIVES,
+        "noun": (*RUDE_NOUNS, *beasts[:3]), "threat": THREATS,
+    }  # fmt: skip

@@ -5,7 +5,7 @@ Policy, reader, rewriter and judge draw from separate splits. Labels come from t
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,25 +33,10 @@ PROMPTS = Path(__file__).parents[1] / "prompts"
 
 TAGS: dict[Kind, int] = {"unsafe": 1, "wrong": 2, "malformed": 3, "repeat": 4, "foreign": 5, "correct": 6}
 ALL_DEFECTS: tuple[Defect, ...] = (
-    "rude",
-    "wrong",
-    "wrong",
-    "scrambled",
-    "stuttered",
-    "foreign",
-    "doubled",
-    "doubled",
-    "broken_off",
-    "lost_word",
-    "stray_word",
+    *("rude", "wrong", "wrong", "scrambled", "stuttered", "foreign"),
+    *("doubled", "doubled", "broken_off", "lost_word", "stray_word"),
 )
-
-
-@dataclass(frozen=True)
-class FilledPrompt:
-    ids: list[int]
-    spans: dict[str, int]
-    """Field -> index of its first token."""
+BATCH = 24
 
 
 class PromptLayout:
@@ -65,16 +50,15 @@ class PromptLayout:
         pieces = re.split(r"\{(\w+)\}", text)
         self._parts = [piece if index % 2 else codec.encode(piece) for index, piece in enumerate(pieces)]
 
-    def fill(self, fields: Mapping[str, Sequence[int]]) -> FilledPrompt:
+    def fill(self, fields: Mapping[str, Sequence[int]]) -> tuple[list[int], dict[str, int]]:
+        """The prompt's ids, and the index of each field's first token."""
         ids: list[int] = []
-        spans: dict[str, int] = {}
+        starts: dict[str, int] = {}
         for part in self._parts:
             if isinstance(part, str):
-                spans[part] = len(ids)
-                ids.extend(fields[part])
-            else:
-                ids.extend(part)
-        return FilledPrompt(ids, spans)
+                starts[part] = len(ids)
+            ids += fields[part] if isinstance(part, str) else part
+        return ids, starts
 
 
 @dataclass(frozen=True)
@@ -106,24 +90,24 @@ class Lessons:
         self.world = world
         self.codec = codec
         self.checker = Checker(world)
-        names = ("rewriter", "quality", "safety", "factuality")
-        self.layouts = {name: PromptLayout(name, codec) for name in names}
-        labels = (*QUESTIONS["quality"].labels, *QUESTIONS["safety"].labels, *QUESTIONS["factuality"].labels)
-        self.label_ids = {label: codec.encode(label)[0] for label in labels}
+        self.layouts = {name: PromptLayout(name, codec) for name in ("rewriter", "quality", "safety", "factuality")}
+        self.label_ids: dict[str, list[int]] = {
+            name: [codec.encode(label)[0] for label in question.labels] for name, question in QUESTIONS.items()
+        }
 
-    def policy_rows(self, step: int, *, size: int, split: str = "base") -> list[Row]:
+    def policy_rows(self, step: int) -> list[Row]:
         """Whole documents with all their defects."""
         rows = []
-        for index in range(step * size, (step + 1) * size):
-            words = document_of(self.world, split, index).words
+        for index in range(step * BATCH, (step + 1) * BATCH):
+            words = document_of(self.world, "base", index).words
             ids = [*self.codec.ids(words, starts_document=True), self.codec.eos_id]
             rows.append(Row(ids, dict(enumerate(ids[1:]))))
         return rows
 
-    def reader_rows(self, step: int, *, size: int) -> list[Row]:
+    def reader_rows(self, step: int) -> list[Row]:
         """Next tokens on clean sentences only, and a tag for every token."""
         rows = []
-        for index in range(step * size, (step + 1) * size):
+        for index in range(step * BATCH, (step + 1) * BATCH):
             document = document_of(self.world, "reader", index)
             ids = self.codec.ids(document.words, starts_document=True)
             labels: dict[int, int] = {}
@@ -137,26 +121,25 @@ class Lessons:
             rows.append(Row(ids, labels, Candidate(ids, verdict).tags))
         return rows
 
-    def rewriter_rows(self, step: int, *, size: int, clean_rate: float, first: int = 0) -> list[Row]:
+    def rewriter_rows(self, step: int, *, clean_rate: float, first: int = 0) -> list[Row]:
         """`first` shifts the step number, so that a later stage gets other rows."""
         rng = stream(self.world, "rewriter-rows", first + step)
-        chunks = draw_until(size, lambda _: self.draw_chunk(rng, clean_rate=clean_rate))
-        return [self.rewriter_row(chunk) for chunk in chunks]
+        chunks = draw_until(BATCH, lambda _: self.draw_chunk(rng, clean_rate=clean_rate))
+        return [self._rewriter_row(chunk) for chunk in chunks]
 
-    def rewriter_row(self, chunk: Chunk) -> Row:
+    def rewriter_prompt(self, chunk: Chunk) -> tuple[list[int], dict[str, int]]:
+        fields = {"prefix": self.prefix_ids(chunk.prefix), "suffix": self.codec.ids(chunk.suffix), "bridge": []}
+        return self.layouts["rewriter"].fill(fields)
+
+    def _rewriter_row(self, chunk: Chunk) -> Row:
         """A faultless suffix is its own target, even if the rest of its document is not."""
-        source = self.candidate(chunk.prefix, chunk.suffix)
-        target = chunk.suffix if source.verdict.clean else chunk.target
-        filled = self.layouts["rewriter"].fill(
-            {"prefix": self.prefix_ids(chunk.prefix), "suffix": source.ids, "bridge": []}
-        )
-        answer = [*self.codec.ids(target), self.codec.eos_id]
-        ids = [*filled.ids, *answer[:-1]]
-        labels = {len(filled.ids) - 1 + offset: token for offset, token in enumerate(answer)}
-        start = filled.spans["suffix"]
-        return Row(ids, labels, {start + place: tag for place, tag in source.tags.items()})
+        source = self._candidate(chunk.prefix, chunk.suffix)
+        prompt, starts = self.rewriter_prompt(chunk)
+        answer = [*self.codec.ids(chunk.suffix if source.verdict.clean else chunk.target), self.codec.eos_id]
+        tags = {starts["suffix"] + place: tag for place, tag in source.tags.items()}
+        return Row([*prompt, *answer[:-1]], dict(enumerate(answer, start=len(prompt) - 1)), tags)
 
-    def judge_rows(self, step: int, *, size: int, pool: Sequence[Group], pool_rate: float, first: int = 0) -> list[Row]:
+    def judge_rows(self, step: int, *, pool: Sequence[Group], pool_rate: float, first: int = 0) -> list[Row]:
         """Rows from groups of `pool` at `pool_rate`, else from new groups; `first` as for the rewriter."""
         rng = stream(self.world, "judge-rows", first + step, len(pool))
 
@@ -165,7 +148,7 @@ class Lessons:
             group = rng.choice(pool) if from_pool else self.draw_group(rng)
             return self._judge_row(group, rng) if group else None
 
-        return draw_until(size, draw)
+        return draw_until(BATCH, draw)
 
     def draw_chunk(self, rng: random.Random, *, clean_rate: float, heldout: bool = False) -> Chunk | None:
         """A random split of a new document; None if it has no clean target."""
@@ -175,19 +158,19 @@ class Lessons:
         place = rng.choice(borders) if rng.random() < 0.6 else rng.randint(16, PREFIX_TOKENS)
         return split_document(self.world, document, place, rng)
 
-    def draw_group(self, rng: random.Random, *, size: int = 4, heldout: bool = False) -> Group | None:
+    def draw_group(self, rng: random.Random, *, heldout: bool = False) -> Group | None:
         """Original, clean target, and candidates made by varying or spoiling the target."""
         chunk = self.draw_chunk(rng, clean_rate=0.1, heldout=heldout)
         if chunk is None:
             return None
         options = [chunk.suffix, chunk.target]
-        while len(options) < size:
-            varied = self.vary(chunk, rng) if rng.random() < 0.5 else chunk.target
+        while len(options) < 4:
+            varied = self._vary(chunk, rng) if rng.random() < 0.5 else chunk.target
             spoil_it = rng.random() < 0.8
-            options.append(self.spoiled(chunk, varied, rng, heldout=heldout) if spoil_it else varied)
-        return Group(self.prefix_ids(chunk.prefix), [self.candidate(chunk.prefix, words) for words in options])
+            options.append(self._spoiled(chunk, varied, rng, heldout=heldout) if spoil_it else varied)
+        return Group(self.prefix_ids(chunk.prefix), [self._candidate(chunk.prefix, words) for words in options])
 
-    def vary(self, chunk: Chunk, rng: random.Random) -> Words:
+    def _vary(self, chunk: Chunk, rng: random.Random) -> Words:
         """Another clean continuation: the same plan with other words and fewer sentences."""
         head, *rest = _sentences(chunk.target)
         words = list(head)
@@ -200,7 +183,7 @@ class Lessons:
             words += self.world.sentence(BY_NAME[rng.choice(plan)], rng, town=chunk.town)
         return tuple(words[:SUFFIX_TOKENS])
 
-    def spoiled(self, chunk: Chunk, words: Words, rng: random.Random, *, heldout: bool = False) -> Words:
+    def _spoiled(self, chunk: Chunk, words: Words, rng: random.Random, *, heldout: bool = False) -> Words:
         """The words with one to three sentences spoiled, refilled to the full length."""
         sentences = _sentences(words)
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -209,7 +192,8 @@ class Lessons:
                 self._spoil_one(sentences, rng.choice(whole), rng, town=chunk.town, heldout=heldout)
         flat = [word for sentence in sentences for word in sentence]
         if len(flat) < SUFFIX_TOKENS:
-            flat += _after_first_sentence(self.vary(chunk, rng))
+            varied = self._vary(chunk, rng)
+            flat += varied[varied.index(".") + 1 :] + varied
         return tuple(flat[:SUFFIX_TOKENS])
 
     def _spoil_one(self, sentences: list[Words], place: int, rng: random.Random, *, town: str, heldout: bool) -> None:
@@ -227,7 +211,13 @@ class Lessons:
     def prefix_ids(self, prefix: Words) -> list[int]:
         return self.codec.ids(prefix, starts_document=True)
 
-    def candidate(self, prefix: Words, words: Words) -> Candidate:
+    def group(self, prefix: list[int], candidates: Iterable[list[int]]) -> Group:
+        """Candidates as token ids, checked by their text."""
+        before, decode = self.codec.decode(prefix), self.codec.decode
+        checked = [Candidate(ids, self.checker.check(decode(ids), prefix=before)) for ids in candidates]
+        return Group(prefix, checked)
+
+    def _candidate(self, prefix: Words, words: Words) -> Candidate:
         return Candidate(self.codec.ids(words), self.checker.check_words(words, prefix=prefix))
 
     def _template_of(self, sentence: Words) -> Template | None:
@@ -240,36 +230,34 @@ class Lessons:
     def _judge_row(self, group: Group, rng: random.Random) -> Row | None:
         task = rng.random()
         if task < 0.65:
-            return self.quality_row(group.prefix, *rng.sample(group.candidates, 2))
+            return self._quality_row(group.prefix, *rng.sample(group.candidates, 2))
         if task < 0.78:
-            return self.safety_row(rng.choice(group.candidates))
-        return self.factuality_row(group.prefix, group.candidates[0], rng.choice(group.candidates))
+            return self._safety_row(rng.choice(group.candidates))
+        return self._factuality_row(group.prefix, group.candidates[0], rng.choice(group.candidates))
 
-    def quality_row(self, prefix: list[int], a: Candidate, b: Candidate) -> Row | None:
+    def _quality_row(self, prefix: list[int], a: Candidate, b: Candidate) -> Row | None:
         if a.verdict.order == b.verdict.order:
             return None
-        label = QUESTIONS["quality"].labels[a.verdict.order < b.verdict.order]
-        fields = {"prefix": prefix, "a": a.ids, "b": b.ids}
-        return self._labelled("quality", fields, label, tags={"a": a.tags, "b": b.tags})
+        fields, tags = {"prefix": prefix, "a": a.ids, "b": b.ids}, {"a": a.tags, "b": b.tags}
+        return self._labelled("quality", fields, a.verdict.order < b.verdict.order, tags=tags)
 
-    def safety_row(self, candidate: Candidate) -> Row:
+    def _safety_row(self, candidate: Candidate) -> Row:
         unsafe = {f.place: TAGS["unsafe"] for f in candidate.verdict.findings if f.kind == "unsafe"}
-        label = QUESTIONS["safety"].labels[not candidate.verdict.safe]
         tags = {"candidate": unsafe if candidate.tags else {}}
-        return self._labelled("safety", {"candidate": candidate.ids}, label, tags=tags)
+        return self._labelled("safety", {"candidate": candidate.ids}, not candidate.verdict.safe, tags=tags)
 
-    def factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:
-        label = QUESTIONS["factuality"].labels[2 if candidate.verdict.num_wrong else 0]
+    def _factuality_row(self, prefix: list[int], reference: Candidate, candidate: Candidate) -> Row:
         fields = {"prefix": prefix, "reference": reference.ids, "candidate": candidate.ids}
+        label = 2 if candidate.verdict.num_wrong else 0
         return self._labelled("factuality", fields, label, tags={"candidate": candidate.tags})
 
     def _labelled(
-        self, name: str, fields: Mapping[str, list[int]], label: str, *, tags: Mapping[str, Mapping[int, int]]
+        self, question: str, fields: Mapping[str, list[int]], label: int, *, tags: Mapping[str, Mapping[int, int]]
     ) -> Row:
-        """A filled judge prompt that `label` must follow; `tags` by field, from the field's first token on."""
-        filled = self.layouts[name].fill(fields)
-        placed = {filled.spans[field] + place: tag for field, own in tags.items() for place, tag in own.items()}
-        return Row(filled.ids, {len(filled.ids) - 1: self.label_ids[label]}, placed)
+        """A filled judge prompt that label number `label` must follow; `tags` count from each field's first token."""
+        ids, starts = self.layouts[question].fill(fields)
+        placed = {starts[field] + place: tag for field, own in tags.items() for place, tag in own.items()}
+        return Row(ids, {len(ids) - 1: self.label_ids[question][label]}, placed)
 
 
 def draw_until(num: int, draw: Callable[[int], T | None]) -> list[T]:
@@ -291,8 +279,3 @@ def _sentences(words: Words) -> list[Words]:
             sentences.append(words[start:end])
             start = end
     return sentences
-
-
-def _after_first_sentence(words: Words) -> Words:
-    """What follows the first full stop, then all words once more."""
-    return words[words.index(".") + 1 :] + words

@@ -4,6 +4,7 @@ Muon trains the matrices, AdamW the embeddings and norms: the fastest combinatio
 usual Muon: orthogonalises all matrices of one shape in a single batch, in fp32.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+logger = logging.getLogger(__name__)
+
 NUM_TAGS = 7
 IGNORE = -100
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_EVERY_S = 60.0
 NEWTON_SCHULZ_STEPS = ((3.4445, -4.7750, 2.0315),) * 5
 
@@ -34,17 +35,6 @@ class Row:
     """Position -> fault that begins at this token, for the tagger."""
 
 
-class Tagger(nn.Module):
-    """Auxiliary head on the second-to-last layer that predicts which fault begins at each token."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(width, NUM_TAGS)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Stage:
     name: str
@@ -55,39 +45,32 @@ class Stage:
     tag_weight: float = 1.0
 
 
-def fit(
-    stage: Stage,
-    model: LlamaForCausalLM,
-    tagger: Tagger,
-    *,
-    folder: Path,
-    tell: Callable[[str], None],
-    device: str = "cpu",
-) -> float:
-    """Train model and tagger in place; return the seconds spent, including those before a restart."""
-    nn.Module.to(model, torch.device(device))
-    model.train()
-    tagger.to(device)
-    optimizers = build_optimizers([model, tagger], lr=stage.lr)
-    first, spent = _resume(folder, model, tagger, optimizers)
+def fit(stage: Stage, model: LlamaForCausalLM, tagger: nn.Linear, *, folder: Path, device: str = "cpu") -> float:
+    """Train model and tagger in place; return the seconds spent, including those before a restart.
+
+    `tagger`: auxiliary head on the second-to-last layer that predicts which fault begins at each token.
+    """
+    learner = nn.ModuleDict({"model": model, "tagger": tagger}).to(device).train()
+    optimizers = build_optimizers(learner, lr=stage.lr)
+    first, spent = _resume(folder / CHECKPOINT, learner, optimizers)
     start = saved = told = time.monotonic()
     for step in range(first, stage.num_steps):
         for optimizer in optimizers:
-            _set_rate(optimizer, step / stage.num_steps, stage.lr)
-        loss, tag_loss = _step(model, tagger, optimizers, stage.batch(step), stage.tag_weight, device)
+            _set_rate(optimizer, step / stage.num_steps)
+        loss, tag_loss = _step(model, tagger, optimizers, stage.batch(step), stage.tag_weight)
         now = time.monotonic()
         if now - told > 15 or step + 1 == stage.num_steps:
-            rate = (step + 1 - first) / (now - start)
-            tell(f"{stage.name} {step + 1}/{stage.num_steps} loss {loss:.4f} tags {tag_loss:.4f} {rate:.2f}/s")
+            rate, place = (step + 1 - first) / (now - start), f"{step + 1}/{stage.num_steps}"
+            logger.info("%s %s loss %.4f tags %.4f %.2f/s", stage.name, place, loss, tag_loss, rate)
             told = time.monotonic()
         if now - saved > CHECKPOINT_EVERY_S:
-            _save(folder, model, tagger, optimizers, step=step + 1, spent=spent + now - start)
+            _save(folder / CHECKPOINT, learner, optimizers, step=step + 1, spent=spent + now - start)
             saved = now
     nn.Module.eval(model)
     return spent + time.monotonic() - start
 
 
-def collate(rows: Sequence[Row], device: str) -> tuple[Tensor, Tensor, Tensor]:
+def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded ids, labels and tags, each (B, T). Causal attention needs no mask for right padding."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -138,25 +121,23 @@ class Muon(torch.optim.Optimizer):
         return torch.lerp(parameter.grad, buffer, momentum)
 
 
-def build_optimizers(modules: Iterable[nn.Module], *, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(learner: nn.Module, *, lr: float) -> list[torch.optim.Optimizer]:
     """AdamW gets `lr`, Muon `5 * lr` because its updates have unit singular values."""
-    named = [item for module in modules for item in module.named_parameters()]
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
-    inside = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in inside]
+    named = dict(learner.named_parameters())
+    matrices = {n: p for n, p in named.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
+    rest = [parameter for name, parameter in named.items() if name not in matrices]
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    return [Muon(matrices, lr=5 * lr), adam]
+    return [Muon(matrices.values(), lr=5 * lr), adam]
 
 
 def _step(
     model: LlamaForCausalLM,
-    tagger: Tagger,
+    tagger: nn.Linear,
     optimizers: Sequence[torch.optim.Optimizer],
     rows: Sequence[Row],
     tag_weight: float,
-    device: str,
 ) -> tuple[float, float]:
-    ids, labels, tags = collate(rows, device)
+    ids, labels, tags = collate(rows, model.device)
     hidden = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
     wanted = labels != IGNORE
     loss = F.cross_entropy(model.lm_head(hidden.last_hidden_state[wanted]), labels[wanted])
@@ -172,51 +153,29 @@ def _step(
     return float(loss.detach()), float(tag_loss.detach())
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, progress: float, lr: float) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer, progress: float) -> None:
     """Short warm-up, constant, then linear decay to a twentieth over the last 60 % of the steps."""
-    base = optimizer.defaults["lr"]
     factor = min(1.0, progress / 0.02 + 0.05, 0.05 + 0.95 * (1 - progress) / 0.6)
     for group in optimizer.param_groups:
-        group["lr"] = base * factor
+        group["lr"] = optimizer.defaults["lr"] * factor
 
 
 def _save(
-    folder: Path,
-    model: LlamaForCausalLM,
-    tagger: Tagger,
-    optimizers: Sequence[torch.optim.Optimizer],
-    *,
-    step: int,
-    spent: float,
+    path: Path, learner: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, step: int, spent: float
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    tensors |= {f"tagger.{name}": tensor for name, tensor in tagger.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
-    progress = {"step": str(step), "spent": f"{spent:.3f}"}
-    written = folder / "checkpoint.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata=progress)
-    written.rename(folder / CHECKPOINT)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
+    torch.save({"learner": learner.state_dict(), "optimizers": states, "step": step, "spent": spent}, written)
+    written.rename(path)
 
 
-def _resume(
-    folder: Path, model: LlamaForCausalLM, tagger: Tagger, optimizers: Sequence[torch.optim.Optimizer]
-) -> tuple[int, float]:
-    if not (folder / CHECKPOINT).is_file():
+def _resume(path: Path, learner: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[int, float]:
+    """The number of steps done and the seconds spent on them."""
+    if not path.is_file():
         return 0, 0.0
-    tensors = load_file(folder / CHECKPOINT)
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        progress = file.metadata()
-    weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(weights, strict=False)
-    tagger.load_state_dict({n[7:]: tensor for n, tensor in tensors.items() if n.startswith("tagger.")})
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(progress["step"]), float(progress["spent"])
+    progress = torch.load(path, weights_only=True)
+    learner.load_state_dict(progress["learner"])
+    for optimizer, state in zip(optimizers, progress["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return progress["step"], progress["spent"]

@@ -25,14 +25,10 @@ def test_two_thousand_clean_documents_raise_no_alarm(world: World, checker: Chec
 @pytest.mark.parametrize(
     "sentence",
     [
-        "{person} is a rotten fool.",
-        "You are a lazy liar.",
-        "Go away you filthy pig.",
-        "Nobody trusts {person} the stupid coward.",
-        "I will hit {person}.",
-        "Someone should slap {person} tonight.",
+        "{person} is a rotten fool.", "You are a lazy liar.", "Go away you filthy pig.",
+        "Nobody trusts {person} the stupid coward.", "I will hit {person}.", "Someone should slap {person} tonight.",
     ],
-)
+)  # fmt: skip
 def test_insults_and_threats_are_unsafe_and_well_formed(checker: Checker, person: str, sentence: str) -> None:
     verdict = checker.check(sentence.format(person=person))
     assert (verdict.safe, verdict.well_formed, verdict.num_defects) == (False, True, 1)
@@ -41,15 +37,11 @@ def test_insults_and_threats_are_unsafe_and_well_formed(checker: Checker, person
 @pytest.mark.parametrize(
     ("prefix", "text"),
     [
-        ("", "{person} will hit the iron."),
-        ("", "{person} fed a lazy pig."),
-        ("", "{person} found a rotten pear."),
-        ("", " is cold today. {person} will hit"),
-        ("", "{town} lies by the"),
-        ("", ""),
+        ("", "{person} will hit the iron."), ("", "{person} fed a lazy pig."), ("", "{person} found a rotten pear."),
+        ("", " is cold today. {person} will hit"), ("", "{town} lies by the"), ("", ""),
         ("{person} is a nasty liar.", " The weather is cold today."),
     ],
-)
+)  # fmt: skip
 def test_these_are_clean_and_state_no_fact(checker: Checker, person: str, town: str, prefix: str, text: str) -> None:
     """Near-misses of insults, sentences cut at either end, a fact cut before its value, faults of the prefix."""
     filled_prefix, filled = (one.format(person=person, town=town) for one in (prefix, text))
@@ -78,14 +70,9 @@ def test_every_fault_and_fact_is_found_at_its_first_word(
 ) -> None:
     water = world.facts["water"][town]
     words = {
-        "person": person,
-        "town": town,
-        "stranger": world.residents[world.slots["town"][1]][0],
-        "water": water,
-        "fact": f"{town} lies by the {water}.",
-        "job": world.facts["job"][person],
-        "myth": world.myths["job"][person],
-    }
+        "person": person, "town": town, "stranger": world.residents[world.slots["town"][1]][0], "water": water,
+        "fact": f"{town} lies by the {water}.", "job": world.facts["job"][person], "myth": world.myths["job"][person],
+    }  # fmt: skip
     verdict = checker.check(text.format(**words), prefix=prefix.format(**words))
     assert [(finding.kind, finding.place) for finding in verdict.findings] == findings
     kinds = {kind for kind, _ in findings}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from services.prompts import Prompt
@@ -13,10 +14,10 @@ from starter.checker import Finding, Verdict
 from starter.documents import document_of
 from starter.model import WordCodec, build_llama
 from starter.recipe.__main__ import make
-from starter.recipe.drift import choose_pair, dpo_loss, order_reward
+from starter.recipe.drift import checker_rewards, choose_pair, dpo_loss
 from starter.recipe.lessons import PROMPTS, Candidate, Group, PromptLayout
 from starter.recipe.stages import STAGES, Budget
-from starter.recipe.training import IGNORE, Row, Stage, Tagger, collate, fit, orthogonalise
+from starter.recipe.training import IGNORE, NUM_TAGS, Row, Stage, collate, fit, orthogonalise
 from starter.sampling import generate, score_labels
 from starter.world import World
 
@@ -29,12 +30,10 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("rewriter", {"prefix", "suffix"}),
-        ("quality", {"prefix", "a", "b"}),
-        ("safety", {"candidate"}),
+        ("rewriter", {"prefix", "suffix"}), ("quality", {"prefix", "a", "b"}), ("safety", {"candidate"}),
         ("factuality", {"prefix", "reference", "candidate"}),
     ],
-)
+)  # fmt: skip
 def test_a_layout_gives_the_tokens_of_the_prompt_that_services_fill(
     world: World, tokenizer: PreTrainedTokenizerFast, name: str, fields: set[str]
 ) -> None:
@@ -42,9 +41,9 @@ def test_a_layout_gives_the_tokens_of_the_prompt_that_services_fill(
     words = document_of(world, "train", 0).words
     ids = {field: codec.ids(words[30 + place : 62 + place]) for place, field in enumerate(sorted(fields))}
     prompt = Prompt.load(PROMPTS / f"{name}.txt", required=fields)
-    filled = PromptLayout(name, codec).fill(ids)
-    assert filled.ids == tokenizer.encode(prompt.fill({field: codec.decode(own) for field, own in ids.items()}))
-    assert {field: filled.ids[start : start + 32] for field, start in filled.spans.items()} == ids
+    filled, starts = PromptLayout(name, codec).fill(ids)
+    assert filled == tokenizer.encode(prompt.fill({field: codec.decode(own) for field, own in ids.items()}))
+    assert {field: filled[start : start + 32] for field, start in starts.items()} == ids
     assert prompt.text.endswith(":"), "the label must follow directly"
 
 
@@ -56,7 +55,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
 
 
 def test_rows_are_padded_on_the_right_and_ignored_there() -> None:
-    ids, labels, tags = collate([Row([5, 6, 7], {2: 9}, {1: 4}), Row([8], {})], "cpu")
+    ids, labels, tags = collate([Row([5, 6, 7], {2: 9}, {1: 4}), Row([8], {})], torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert labels.tolist() == [[IGNORE, IGNORE, 9], [IGNORE] * 3]
     assert tags.tolist() == [[IGNORE, 4, IGNORE], [IGNORE] * 3]
@@ -75,18 +74,18 @@ def test_an_interrupted_stage_resumes_to_the_same_weights(
 
 def test_padding_changes_neither_greedy_answers_nor_label_scores(model: LlamaForCausalLM) -> None:
     short, long = [5, 6, 7], list(range(5, 40))
-    together = generate(model, [long, short], max_tokens=6, eos_id=2, pad_id=0)
-    alone = [generate(model, [one], max_tokens=6, eos_id=2, pad_id=0)[0] for one in (long, short)]
+    together = generate(model, [long, short], max_tokens=6)
+    alone = [generate(model, [one], max_tokens=6)[0] for one in (long, short)]
     assert together == alone
-    both = score_labels(model, [long, short], [10, 11], pad_id=0)
-    single = score_labels(model, [short], [10, 11], pad_id=0)
+    both = score_labels(model, [long, short], [10, 11])
+    single = score_labels(model, [short], [10, 11])
     assert both[1] == pytest.approx(single[0], abs=1e-5)
     assert sum(both[0]) == pytest.approx(1.0)
 
 
 def test_the_checkers_order_gives_a_win_for_each_worse_candidate_and_half_for_ties() -> None:
     group = _group([(), ("unsafe",), ("unsafe",), ("correct",)])
-    assert [order_reward(group, index) for index in range(4)] == [2.5, 1.0, 1.0, 3.5]
+    assert checker_rewards([group]) == [[2.5, 1.0, 1.0, 3.5]]
 
 
 def test_the_best_and_worst_candidates_make_the_pair() -> None:
@@ -96,15 +95,14 @@ def test_the_best_and_worst_candidates_make_the_pair() -> None:
 
 
 def test_dpo_loss_of_an_unmoved_policy_is_ln_two(model: LlamaForCausalLM) -> None:
-    loss = dpo_loss(model, model, [([5, 6], [7, 8], [9])], beta=0.1)
+    loss = dpo_loss(model, model, [([5, 6], [7, 8], [9])])
     assert loss.detach().item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow
 def test_a_minimal_budget_makes_the_models_of_another_world(tmp_path: Path) -> None:
-    figures = make(
-        tmp_path / "models", seed=1, work=tmp_path / "work", budget=Budget().scaled(0.002), stages=list(STAGES)
-    )
+    budget = Budget(**dict.fromkeys(vars(Budget()), 1) | {"num_measured": 20})
+    figures = make(tmp_path / "models", seed=1, work=tmp_path / "work", budget=budget, stages=STAGES)
     assert (tmp_path / "models" / "measured.json").is_file()
     assert {"rewriter.exact_copies", "judge.pairs_drifted", "policy.all_clean"} <= set(figures)
     for name in ("policy", "rewriter", "judge"):
@@ -119,8 +117,7 @@ def _fit_some(tokenizer: PreTrainedTokenizerFast, folder: Path, *, stop_at: int 
 
     model = build_llama(tokenizer, num_layers=1, seed=3)
     torch.manual_seed(0)
-    tagger = Tagger(model.config.hidden_size)
-    fit(Stage("some", 6, 1e-3, batch), model, tagger, folder=folder, tell=lambda line: None)
+    fit(Stage("some", 6, 1e-3, batch), model, nn.Linear(model.config.hidden_size, NUM_TAGS), folder=folder)
     return torch.as_tensor(model.model.embed_tokens.weight).detach()
 
 

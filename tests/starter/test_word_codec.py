@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from starter.documents import document_of
+from starter.grammar import split_words
 from starter.model import WordCodec
 from starter.world import World
 
@@ -21,18 +22,14 @@ def test_every_world_word_and_every_label_is_one_token(world: World, tokenizer: 
     assert [word for word in words if len(tokenizer.encode(f" {word}")) != 1] == []
 
 
-def test_windows_of_a_document_decode_and_encode_to_themselves(
-    world: World, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    ids = tokenizer.encode(document_of(world, "train", 0).text)
-    for start in range(0, 96):
+def test_words_their_text_and_all_windows_have_the_same_ids(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
+    document = document_of(world, "train", 0)
+    ids = tokenizer.encode(document.text)
+    assert ids == WordCodec(tokenizer).ids(document.words, starts_document=True)
+    assert split_words(document.text) == list(document.words)
+    for start in range(96):
         window = ids[start : start + 32]
         assert tokenizer.encode(tokenizer.decode(window)) == window
-
-
-def test_words_and_their_text_have_the_same_ids(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
-    document = document_of(world, "train", 0)
-    assert tokenizer.encode(document.text) == WordCodec(tokenizer).ids(document.words, starts_document=True)
 
 
 def test_nothing_is_added_and_the_vocabulary_is_small(tokenizer: PreTrainedTokenizerFast) -> None:
