@@ -9,9 +9,8 @@ from time import gmtime, strftime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
-from cli.audit import audit_run, balance_line
+from cli.audit import audit_run
 from cli.progress import duration
 from cli.run_folder import RunFolder, RunName, find_run
 from shared.checkpoint_state import newest_checkpoint
@@ -91,10 +90,10 @@ def report(run: RunName) -> int:
     return 0
 
 
-def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
+def write_report(database: sa.Engine, settings: Settings, folder: RunFolder) -> Path:
     """The path of the page. HeadwaterError when the run has no step yet, or without matplotlib."""
     require_matplotlib()
-    steps = read_steps(engine, settings.run.name)
+    steps = read_steps(database, settings.run.name)
     if not steps:
         raise HeadwaterError(f"run {settings.run.name} has taken no step yet: nothing to report")
     folder.report.mkdir(exist_ok=True)
@@ -102,7 +101,7 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
     lines = [
         f"# Run {settings.run.name}",
         "",
-        *_facts(engine, settings, folder, steps),
+        *_facts(database, settings, folder, steps),
         "",
         "## Figures",
         "",
@@ -116,21 +115,21 @@ def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
         *[f"![{plot.title}]({plot.file})\n" for plot in plots],
         "## Audit",
         "",
-        *_audit_lines(engine, settings, folder),
+        *_audit_lines(database, settings, folder),
         "",
         "## Events",
         "",
-        *_event_lines(engine, settings.run.name),
+        *_event_lines(database, settings.run.name),
     ]
     path = folder.report / "report.md"
     path.write_text(without_secrets("\n".join(lines)) + "\n", encoding="utf-8")
     return path
 
 
-def read_steps(engine: Engine, run_id: str) -> list[StepRecord]:
+def read_steps(database: sa.Engine, run_id: str) -> list[StepRecord]:
     """In order."""
     query = sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return [StepRecord(row.step, row.at, _finite(row.figures)) for row in session.scalars(query)]
 
 
@@ -138,7 +137,7 @@ def _finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
-def _facts(engine: Engine, settings: Settings, folder: RunFolder, steps: Sequence[StepRecord]) -> list[str]:
+def _facts(database: sa.Engine, settings: Settings, folder: RunFolder, steps: Sequence[StepRecord]) -> list[str]:
     newest = newest_checkpoint(folder.checkpoints)
     return [
         f"- objective `{settings.trainer.objective}`, policy `{settings.policy.model}`",
@@ -170,18 +169,18 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _audit_lines(engine: Engine, settings: Settings, folder: RunFolder) -> list[str]:
-    result = audit_run(engine, settings, folder)
-    lines = [f"{balance_line(result)}.", ""]
+def _audit_lines(database: sa.Engine, settings: Settings, folder: RunFolder) -> list[str]:
+    result = audit_run(database, settings, folder)
+    lines = [f"{result.equation}.", ""]
     if result.balance.dropped:
         dropped = sorted(result.balance.dropped.items())
         lines += ["| dropped because | windows |", "|---|---:|", *[f"| {reason} | {n} |" for reason, n in dropped], ""]
     return lines + [f"- {check.name}: **{check.outcome}** ({check.detail})" for check in result.checks]
 
 
-def _event_lines(engine: Engine, run_id: str) -> list[str]:
+def _event_lines(database: sa.Engine, run_id: str) -> list[str]:
     query = sa.select(EventRow).where(EventRow.run_id == run_id).order_by(EventRow.id.desc()).limit(_NEWEST_EVENTS)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         rows = [(row.at, row.role, row.kind, row.message) for row in session.scalars(query)]
     if not rows:
         return ["None."]

@@ -9,8 +9,10 @@ print pieces of it. Paths stay: don't put keys into them.
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator
+if TYPE_CHECKING:
+    from pydantic import AfterValidator
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
 _LEGAL = r"[A-Za-z0-9._~%!$&()*+,;=:/?\[\]{}|^-]"
@@ -47,11 +49,12 @@ def without_secrets(text: str) -> str:
     return _IN_TEXT.sub(lambda found: _cleaned(found[0]), text) if "://" in text else text
 
 
-def url_of(*schemes: str) -> AfterValidator:
+def url_of(*schemes: str) -> "AfterValidator":
     """Validates a setting that holds a URL. The ValueError repeats nothing of it.
 
     With `schemes` the URL must have one of them; without, text that is no URL is a path and valid.
     """
+    from pydantic import AfterValidator  # not for every error and log line
 
     def check(value: str) -> str:
         urls = re.split(_BORDER, value) if value else []

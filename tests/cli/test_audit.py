@@ -5,7 +5,7 @@ import json
 import pytest
 import sqlalchemy as sa
 
-from cli.audit import AuditResult, audit, audit_run, balance_line
+from cli.audit import AuditResult, audit, audit_run
 from cli.plan import REDIS_HOST, Ports, child_environ, redis_url
 from cli.processes import Child
 from cli.stack import find_redis_server, server_configuration, wait_until_it_answers
@@ -44,7 +44,7 @@ def test_an_honest_run_balances(made: MadeRun) -> None:
     assert _fails(result) == {}
     assert (result.read, result.balance.trained, result.balance.in_flight) == (4, 2, 1)
     assert result.balance.dropped == {"not_json": 1}
-    assert balance_line(result) == "4 windows read = 2 trained + 1 dropped + 1 in flight"
+    assert result.equation == "4 windows read = 2 trained + 1 dropped + 1 in flight"
 
 
 def test_an_empty_run_balances(made: MadeRun) -> None:
@@ -57,7 +57,7 @@ def test_the_equation_has_two_sides(made: MadeRun) -> None:
     with transaction(made.engine) as session:
         session.execute(sa.delete(WindowRow).where(WindowRow.window == 1))
     result = _audit(made)
-    assert balance_line(result) == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
+    assert result.equation == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
     assert "documents are conserved" in _fails(result)
 
 

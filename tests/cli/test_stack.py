@@ -60,9 +60,7 @@ def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[...,
         folder = RunFolder(tmp_path)
         folder.create()
         tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731
-        stacks.append(
-            Stack(plan, folder, tell=tell, interrupted=lambda: interrupted, has_reason_to_end=lambda _role: over)
-        )
+        stacks.append(Stack(plan, folder, tell=tell, interrupted=lambda: interrupted, has_ended=lambda _role: over))
         return stacks[-1]
 
     yield make
