@@ -81,7 +81,7 @@ class ProgressReader:
         self._run = run
         self._steps = plan.settings.trainer.steps
         self._stream = WindowStream(client, run.name)
-        self._metrics_url = f"{plan.collector_url}/metrics"
+        self._metrics_url = str(plan.ready_url("collector")).replace("/readyz", "/metrics")
         self._headers = authorization_header(plan.secrets.token)
         self._step_rate, self._candidate_rate = Rate(), Rate()
 

@@ -90,18 +90,14 @@ def swap_in(
         if clock() - began > timeout_s:
             raise _failure(stack, before, f"it did not become ready within {timeout_s:g} s")
         time.sleep(LOOK_EVERY_S)
-    settings = f"{before[0].settings_file or 'unknown'} -> {mounted} ({VARIABLE} in {stack.env_file})"
-    first = f"the judge of {stack.project} is ready, {clock() - began:.1f} s after the swap began"
-    return [first, *_changes(before, after), f"  settings     {settings}"]
-
-
-def _changes(before: Sequence[Part], after: Sequence[Part]) -> list[str]:
-    old, new = _shown(before, "fingerprint"), _shown(after, "fingerprint")
-    same = " (the same: these settings judge as the old ones did)" if old == new else ""
-    return [
-        f"  fingerprint  {old} -> {new}{same}",
-        f"  model        {_shown(before, 'model')} -> {_shown(after, 'model')}",
+    lines = [
+        f"the judge of {stack.project} is ready, {clock() - began:.1f} s after the swap began",
+        *(f"  {name:<11}  {_shown(before, name)} -> {_shown(after, name)}" for name in ("fingerprint", "model")),
+        f"  settings     {before[0].settings_file or 'unknown'} -> {mounted} ({VARIABLE} in {stack.env_file})",
     ]
+    if _shown(before, "fingerprint") == _shown(after, "fingerprint"):
+        lines.append("The fingerprint is the same: these settings judge as the old ones did.")
+    return lines
 
 
 def mounted_path(settings_file: Path, folder: Path) -> str:
