@@ -41,8 +41,6 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
-
     name: str
     outcome: Outcome
     detail: str
@@ -180,15 +178,13 @@ def as_data(result: AuditResult) -> dict[str, object]:
 
 def as_lines(result: AuditResult) -> list[str]:
     balance = result.balance
+    counts = {"read": result.read, "trained": balance.trained}
+    counts |= {f"dropped: {reason}": number for reason, number in sorted(balance.dropped.items())}
+    counts |= {"in flight: being read": balance.reading, "in flight: scored": balance.scored}
+    width = max(map(len, counts))
     lines = [f"run {result.run}: {result.equation}", ""]
-    counts = [("read", result.read), ("trained", balance.trained)]
-    counts += [(f"dropped: {reason}", number) for reason, number in sorted(balance.dropped.items())]
-    counts += [("in flight: being read", balance.reading), ("in flight: scored", balance.scored)]
-    width = max(len(name) for name, _ in counts)
-    lines += [f"  {name:<{width}}  {number:>9,}" for name, number in counts]
-    lines.append("")
-    lines += [f"  {check.outcome:<11}  {check.name}: {check.detail}" for check in result.checks]
-    return lines
+    lines += [f"  {name:<{width}}  {number:>9,}" for name, number in counts.items()]
+    return [*lines, "", *(f"  {check.outcome:<11}  {check.name}: {check.detail}" for check in result.checks)]
 
 
 def _check(name: str, problems: Iterable[str]) -> Check:
