@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.pushed_weights import RATES, SIZES, Pushed, Size, push_versions
 from benchmarks.replica_costs import SIZES as REPLICA_SIZES
 from benchmarks.replica_costs import measure_replica
-from benchmarks.replica_update import PHASES, refuse_events, phase_seconds
+from benchmarks.replica_update import PHASES, phase_seconds, refuse_events
 from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.life import build_engine

@@ -5,14 +5,15 @@ Each state is then compared with what was written elsewhere at another time: the
 of steps and weight versions, the leases, the stream. docs/cli.md lists the checks.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
+import sqlalchemy as sa
 import typer
-from sqlalchemy import Engine
 
 from cli import audit_checks
 from cli.audit_sources import (
@@ -40,8 +41,6 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
-
     name: str
     outcome: Outcome
     detail: str
@@ -53,9 +52,22 @@ class Check:
 class AuditResult:
     run: str
     read: int
-    """Windows read, by cursors and numbers of windows."""
+    """Windows, by cursors and numbers of windows."""
     balance: Balance
     checks: tuple[Check, ...]
+
+    @property
+    def balances(self) -> bool:
+        return self.read == self.balance.trained + sum(self.balance.dropped.values()) + self.balance.in_flight
+
+    @property
+    def equation(self) -> str:
+        """The conservation law of the run as a sentence."""
+        found = self.balance
+        return (
+            f"{self.read} windows read {'=' if self.balances else 'is NOT'} {found.trained} trained + "
+            f"{sum(found.dropped.values())} dropped + {found.in_flight} in flight"
+        )
 
     @property
     def holds(self) -> bool:
@@ -80,22 +92,20 @@ def audit(
 
 
 def audit_run(
-    engine: Engine, settings: Settings, folder: RunFolder, *, wait: Callable[[float], None] = time.sleep
+    database: sa.Engine, settings: Settings, folder: RunFolder, *, wait: Callable[[float], None] = time.sleep
 ) -> AuditResult:
     """Look once. If collectors work and something does not fit, look again when a free part has had time to be taken:
     only what does not fit both times is a contradiction."""
-    first, is_running = _look(engine, settings, folder)
+    first, is_running = _look(database, settings, folder)
     if first.holds or not is_running:
         return first
     wait(settings.collector.lease_s / 3 + RECHECK_S)
-    second, _ = _look(engine, settings, folder)
+    second, _ = _look(database, settings, folder)
     seen = {problem for check in first.checks for problem in check.problems}
-    return AuditResult(
-        second.run, second.read, second.balance, tuple(_confirmed(check, seen) for check in second.checks)
-    )
+    return replace(second, checks=tuple(_confirmed(check, seen) for check in second.checks))
 
 
-def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditResult, bool]:
+def _look(database: sa.Engine, settings: Settings, folder: RunFolder) -> tuple[AuditResult, bool]:
     """The findings, and whether a collector works.
 
     The trainer writes a step's row, its checkpoint and its line of evidence, then marks the ledger, then acknowledges.
@@ -104,49 +114,38 @@ def _look(engine: Engine, settings: Settings, folder: RunFolder) -> tuple[AuditR
     """
     run_id = settings.run.name
     earlier = read_testimony(folder.checkpoints)
-    account = read_account(engine, run_id)
+    account = read_account(database, run_id)
     later = read_on(folder.checkpoints, earlier)
     try:
         stream, trouble = read_stream(settings, folder), ""
     except StreamUnreachable as exc:
         stream, trouble = None, str(exc)
     # a window that changed while the stream was read is no contradiction
-    still = read_waiting(engine, run_id)
+    still = read_waiting(database, run_id)
     waiting = {name: row for name, row in account.in_state(READING, SCORED).items() if still.get(name) == row}
-    checks = (
-        _conserved(account),
-        *_of_reading(account),
-        *_of_training(account, earlier, later),
-        *_of_flight(waiting, stream, trouble),
-    )
-    return AuditResult(run_id, audit_checks.windows_read(account), account.balance, checks), bool(
-        stream and stream.leased
-    )
+    checks = (*_of_stores(account, earlier, later), *_of_flight(waiting, stream, trouble))
+    result = AuditResult(run_id, audit_checks.windows_read(account), account.balance, checks)
+    conserved = _check("documents are conserved", [] if result.balances else [result.equation])
+    conserved = replace(conserved, detail=result.equation)
+    return replace(result, checks=(conserved, *checks)), bool(stream and stream.leased)
 
 
-def _conserved(account: Account) -> Check:
-    equation = equation_line(audit_checks.windows_read(account), account.balance)
-    wrong = [] if _balances(audit_checks.windows_read(account), account.balance) else [equation]
-    check = _check("documents are conserved", wrong)
-    return check if wrong else Check(check.name, "holds", equation)
-
-
-def _of_reading(account: Account) -> Iterable[Check]:
-    yield _check("every position of each part has its document", audit_checks.positions(account))
-    yield _check("every document has all its windows", audit_checks.windows(account))
-    yield _check("every window is in a known state", audit_checks.states(account))
-
-
-def _of_training(account: Account, earlier: Testimony, later: Testimony) -> Iterable[Check]:
-    yield _check("every checkpoint left its evidence", audit_checks.lines(earlier, account))
-    yield _check("no window is in two checkpoints", audit_checks.in_two_checkpoints(earlier))
-    yield _check("trained windows are in a checkpoint", audit_checks.unproved(account, later))
-    marked = [*audit_checks.unmarked(account, earlier), *audit_checks.begun(account, later)]
-    yield _check("windows of the checkpoints are marked so", marked)
-    yield _check("steps have no gap up to the newest checkpoint", audit_checks.steps(account, earlier))
-    yield _check("pairs of each step came from its windows", audit_checks.pairs(account, earlier))
-    yield _check("weight versions have no gap", audit_checks.versions(account))
-    yield _check("nothing is in flight when the source has ended", audit_checks.left_over(account))
+def _of_stores(account: Account, earlier: Testimony, later: Testimony) -> Iterable[Check]:
+    marked = itertools.chain(audit_checks.unmarked(account, earlier), audit_checks.begun(account, later))
+    found = {
+        "every position of each part has its document": audit_checks.positions(account),
+        "every document has all its windows": audit_checks.windows(account),
+        "every window is in a known state": audit_checks.states(account),
+        "every checkpoint left its evidence": audit_checks.lines(earlier, account),
+        "no window is in two checkpoints": audit_checks.in_two_checkpoints(earlier),
+        "trained windows are in a checkpoint": audit_checks.unproved(account, later),
+        "windows of the checkpoints are marked so": marked,
+        "steps have no gap up to the newest checkpoint": audit_checks.steps(account, earlier),
+        "pairs of each step came from its windows": audit_checks.pairs(account, earlier),
+        "weight versions have no gap": audit_checks.versions(account),
+        "nothing is in flight when the source has ended": audit_checks.left_over(account),
+    }
+    return (_check(name, problems) for name, problems in found.items())
 
 
 def _of_flight(waiting: Mapping[str, Window], stream: OnStream | None, trouble: str) -> Iterable[Check]:
@@ -179,32 +178,13 @@ def as_data(result: AuditResult) -> dict[str, object]:
 
 def as_lines(result: AuditResult) -> list[str]:
     balance = result.balance
-    lines = [f"run {result.run}: {balance_line(result)}", ""]
-    counts = [("read", result.read), ("trained", balance.trained)]
-    counts += [(f"dropped: {reason}", number) for reason, number in sorted(balance.dropped.items())]
-    counts += [("in flight: being read", balance.reading), ("in flight: scored", balance.scored)]
-    width = max(len(name) for name, _ in counts)
-    lines += [f"  {name:<{width}}  {number:>9,}" for name, number in counts]
-    lines.append("")
-    lines += [f"  {check.outcome:<11}  {check.name}: {check.detail}" for check in result.checks]
-    return lines
-
-
-def balance_line(result: AuditResult) -> str:
-    """The conservation law of one run as a sentence."""
-    return equation_line(result.read, result.balance)
-
-
-def equation_line(read: int, balance: Balance) -> str:
-    sign = "=" if _balances(read, balance) else "is NOT"
-    return (
-        f"{read} windows read {sign} {balance.trained} trained + {sum(balance.dropped.values())} dropped + "
-        f"{balance.in_flight} in flight"
-    )
-
-
-def _balances(read: int, balance: Balance) -> bool:
-    return read == balance.trained + sum(balance.dropped.values()) + balance.in_flight
+    counts = {"read": result.read, "trained": balance.trained}
+    counts |= {f"dropped: {reason}": number for reason, number in sorted(balance.dropped.items())}
+    counts |= {"in flight: being read": balance.reading, "in flight: scored": balance.scored}
+    width = max(map(len, counts))
+    lines = [f"run {result.run}: {result.equation}", ""]
+    lines += [f"  {name:<{width}}  {number:>9,}" for name, number in counts.items()]
+    return [*lines, "", *(f"  {check.outcome:<11}  {check.name}: {check.detail}" for check in result.checks)]
 
 
 def _check(name: str, problems: Iterable[str]) -> Check:

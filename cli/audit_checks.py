@@ -41,7 +41,6 @@ def positions(account: Account) -> Iterator[str]:
 
 
 def windows(account: Account) -> Iterator[str]:
-    """Windows that a document lacks, or has too many of."""
     for (part, epoch, position), rows in account.documents.items():
         name = f"{part}.{epoch}.{position}"
         numbers = {row.num_windows for row in rows}
@@ -53,7 +52,6 @@ def windows(account: Account) -> Iterator[str]:
 
 
 def states(account: Account) -> Iterator[str]:
-    """Windows in an unknown state."""
     known = (READING, SCORED, TRAINED, DROPPED)
     yield from (f"window {name} is {row.state!r}" for name, row in account.windows.items() if row.state not in known)
 
@@ -64,10 +62,8 @@ def lines(testimony: Testimony, account: Account) -> Iterator[str]:
     number, step = 0, 0
     for line in testimony.lines:
         if line.number <= number:
-            yield (
-                f"checkpoint number {line.number} has a second line (step {line.step}): one was copied, or the "
-                "checkpoint was deleted and its windows with it"
-            )
+            why = "one was copied, or the checkpoint was deleted and its windows with it"
+            yield f"checkpoint number {line.number} has a second line (step {line.step}): {why}"
         elif line.number > number + 1:
             missing = number + 1 if line.number == number + 2 else f"{number + 1} to {line.number - 1}"
             yield f"the evidence of checkpoint number {missing}, between steps {step} and {line.after}, is missing"
@@ -156,7 +152,6 @@ def begun(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def steps(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Missing rows up to the newest step or checkpoint."""
     newest = testimony.newest_step
     owed = newest in testimony.states and testimony.states[newest].row is not None
     for step in range(1, max([*account.steps, newest], default=0) + 1):
@@ -184,7 +179,6 @@ def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def versions(account: Account) -> Iterator[str]:
-    """Weight versions without a row, and what names them."""
     if not account.versions:
         if account.steps:
             yield f"no weight version has a row, and {len(account.steps)} steps were taken"
@@ -208,16 +202,13 @@ def versions(account: Account) -> Iterator[str]:
 
 def left_over(account: Account) -> Iterator[str]:
     """Windows in flight although the trainer finished because the source had ended."""
-    ended = account.source_ended_at
-    if ended is not None:
-        for name, row in account.in_state(READING, SCORED).items():
-            if row.read_at <= ended:
-                yield f"window {name} is {row.state}, though the source had ended when the trainer finished"
+    for name, row in account.in_state(READING, SCORED).items():
+        if account.source_ended_at is not None and row.read_at <= account.source_ended_at:
+            yield f"window {name} is {row.state}, though the source had ended when the trainer finished"
 
 
 def abandoned(reading: Mapping[str, Window], *, leased: Collection[int]) -> Iterator[str]:
     """Windows being read in parts that no collector leases, while some collector works. Else they are in flight."""
-    if leased:
-        for name, row in reading.items():
-            if row.part not in leased:
-                yield f"window {name} is being read, and no collector leases part {row.part}"
+    for name, row in reading.items():
+        if leased and row.part not in leased:
+            yield f"window {name} is being read, and no collector leases part {row.part}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from cli.plan import REDIS_HOST, Ports, child_environ, redis_url
@@ -33,13 +32,10 @@ from shared.redis import connect
 from shared.settings import Settings
 from shared.stream import WindowStream
 
-_D = WindowRow
 _START_S = 60.0
 
 
 class Window(NamedTuple):
-    """One row of `windows`."""
-
     part: int
     epoch: int
     position: int
@@ -63,8 +59,6 @@ class Window(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One row of `steps`."""
-
     weight_version: int
     num_pairs: int
 
@@ -100,63 +94,50 @@ class Account:
     def balance(self) -> Balance:
         """The windows by state."""
         states = Counter(window.state for window in self.windows.values())
-        return Balance(
-            read=len(self.windows),
-            trained=states[TRAINED],
-            dropped=dict(Counter(window.reason for window in self.in_state(DROPPED).values())),
-            reading=states[READING],
-            scored=states[SCORED],
-        )
+        dropped = dict(Counter(window.reason for window in self.in_state(DROPPED).values()))
+        return Balance(len(self.windows), states[TRAINED], dropped, reading=states[READING], scored=states[SCORED])
 
 
-def read_account(engine: Engine, run_id: str) -> Account:
-    with _one_view(engine) as session:
-        event = session.scalars(
-            sa.select(EventRow)
-            .where(EventRow.run_id == run_id, EventRow.role == "trainer")
-            .where(EventRow.kind.in_(("started", "resumed", "finished")))
-            .order_by(EventRow.id.desc())
-            .limit(1)
-        ).first()
+def read_account(database: sa.Engine, run_id: str) -> Account:
+    about_trainer = (EventRow.role == "trainer", EventRow.kind.in_(("started", "resumed", "finished")))
+    newest_event = sa.select(EventRow).where(EventRow.run_id == run_id, *about_trainer).order_by(EventRow.id.desc())
+    cursors = sa.select(CursorRow).where(CursorRow.run_id == run_id)
+    steps = sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step)
+    versions = sa.select(WeightVersionRow).where(WeightVersionRow.run_id == run_id)
+    with _one_view(database) as session:
+        event = session.scalar(newest_event.limit(1))
         data: dict[str, Any] = event.data if event is not None and event.kind == "finished" else {}
         return Account(
-            windows={str(window): window for window in _windows(session, run_id)},
-            cursors={
-                (row.part, row.epoch): row.num_positions
-                for row in session.scalars(sa.select(CursorRow).where(CursorRow.run_id == run_id))
-            },
+            windows=_windows(session, run_id),
+            cursors={(row.part, row.epoch): row.num_positions for row in session.scalars(cursors)},
             steps={
-                row.step: Step(row.weight_version, int(row.figures.get("pairs", 0)))
-                for row in session.scalars(sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step))
+                row.step: Step(row.weight_version, int(row.figures.get("pairs", 0))) for row in session.scalars(steps)
             },
-            versions={
-                row.version: row.step
-                for row in session.scalars(sa.select(WeightVersionRow).where(WeightVersionRow.run_id == run_id))
-            },
+            versions={row.version: row.step for row in session.scalars(versions)},
             finished_step=data.get("step"),
             source_ended_at=event.at if event is not None and data.get("source_ended") else None,
         )
 
 
-def read_waiting(engine: Engine, run_id: str) -> dict[str, Window]:
+def read_waiting(database: sa.Engine, run_id: str) -> dict[str, Window]:
     """The windows in flight."""
-    with _one_view(engine) as session:
-        waiting = _D.state.in_((READING, SCORED))
-        return {str(window): window for window in _windows(session, run_id, waiting)}
+    with _one_view(database) as session:
+        return _windows(session, run_id, WindowRow.state.in_((READING, SCORED)))
 
 
-def _windows(session: Session, run_id: str, *conditions: sa.ColumnElement[bool]) -> Iterator[Window]:
-    columns = [getattr(_D, name) for name in Window._fields]
-    query = sa.select(*columns).where(_D.run_id == run_id, *conditions)
-    query = query.order_by(_D.part, _D.epoch, _D.position, _D.window)
-    return (Window(*row) for row in session.execute(query))
+def _windows(session: Session, run_id: str, *conditions: sa.ColumnElement[bool]) -> dict[str, Window]:
+    """By id, in the order of reading."""
+    columns = [getattr(WindowRow, name) for name in Window._fields]
+    query = sa.select(*columns).where(WindowRow.run_id == run_id, *conditions).order_by(*columns[:4])
+    windows = (Window(*row) for row in session.execute(query))
+    return {str(window): window for window in windows}
 
 
 @contextmanager
-def _one_view(engine: Engine) -> Iterator[Session]:
+def _one_view(database: sa.Engine) -> Iterator[Session]:
     """Everything read in it is of the same moment. Raises DatabaseError."""
-    level = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
-    with translated(), engine.connect().execution_options(**level) as connection, Session(connection) as session:
+    level = {"isolation_level": "REPEATABLE READ"} if database.dialect.name == "postgresql" else {}
+    with translated(), database.connect().execution_options(**level) as connection, Session(connection) as session:
         if not level:
             connection.exec_driver_sql("BEGIN")  # SQLite's driver starts no transaction at a SELECT
         yield session
@@ -164,8 +145,6 @@ def _one_view(engine: Engine) -> Iterator[Session]:
 
 @dataclass(frozen=True)
 class Testimony:
-    """What the checkpoints say."""
-
     lines: tuple[Evidence, ...]
     damaged: tuple[str, ...]
     """What is wrong with unreadable lines."""
@@ -218,8 +197,6 @@ class StreamUnreachable(HeadwaterError):
 
 @dataclass(frozen=True)
 class OnStream:
-    """What Redis knows."""
-
     documents: frozenset[str]
     """Ids of all windows on the stream, delivered or not."""
     leased: frozenset[int]
@@ -259,14 +236,11 @@ def _copy_served(source: Path) -> Iterator[str]:
         server.start(standard_input=server_configuration(folder / "redis", port=port, password=password))
         try:
             url = redis_url(port, password)
-            _wait(server, url)
+            try:
+                wait_until_it_answers(url, timeout_s=_START_S, alive=lambda: server.is_running)
+            except HeadwaterError as exc:
+                what = "a copy of the run's Redis file cannot be served"
+                raise StreamUnreachable(f"{what}: {exc}; {server.tail()}") from exc
             yield url
         finally:
-            stop_children([server], timeout_s=10.0, hurried=lambda: False)
-
-
-def _wait(server: Child, url: str) -> None:
-    try:
-        wait_until_it_answers(url, timeout_s=_START_S, alive=lambda: server.is_running)
-    except HeadwaterError as exc:
-        raise StreamUnreachable(f"a copy of the run's Redis file cannot be served: {exc}; {server.tail()}") from exc
+            stop_children([server], timeout_s=10.0)

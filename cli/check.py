@@ -1,13 +1,11 @@
 """`headwater check`: Validate a configuration, reach everything it names, and say what would run.
 
-Each probe reaches one thing that the run needs and says what it found, or raises HeadwaterError with the remedy. All
-problems are listed, not just the first. Starts nothing and writes nothing.
+Each probe says what it found, or raises HeadwaterError with the remedy. Starts nothing and writes nothing.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from shared.database import translated
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
 from shared.http import authorization_header
 from shared.identity import refuse_changed_identity, refuse_changed_source
-from shared.runs import Run, RunStart
+from shared.runs import Run
 from shared.secret_urls import without_secrets
 from shared.settings import EngineSettings, Settings
 from shared.weights.store import WeightStore
@@ -37,24 +35,20 @@ _LARGEST_VOCABULARY = 2**31
 _SHOWN = 60
 
 
-@dataclass(frozen=True)
-class Probe:
-    """`name` is the setting or part that is reached."""
-
-    name: str
-    run: Callable[[], str]
-
-
 def check(config: ConfigFile, overrides: Overrides) -> int:
     """0 when a run could start, else 1. SettingsError names every wrong setting."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     settings = load_settings(config, overrides)
     with Ports() as ports:
         plan = make_plan(settings, ports)
-        problems = [problem for probe in probes(plan) if (problem := _try(probe))]
+        problems = [problem for name, probe in probes(plan) if (problem := _try(name, probe))]
         for line in plan_lines(plan):
             print(without_secrets(line))
-    return _fail(problems) if problems else 0
+    if problems:
+        print(f"\n{len(problems)} problem{'s' if len(problems) != 1 else ''}:")
+    for problem in problems:
+        print(f"  - {problem}")
+    return 1 if problems else 0
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -67,52 +61,44 @@ def plan_lines(plan: Plan) -> list[str]:
         url = plan.ready_url(role)
         where = url.removesuffix("/readyz") if url else f"{settings.trainer.objective} to step {settings.trainer.steps}"
         rows.append((role, where))
-    elsewhere = [(role, plan.service(role).url) for role in needed_services(settings) if plan.service(role).url]
-    lines = ["", f"would start {plan.num_processes} processes:"]
-    lines += [f"  {role:<10} {where}" for role, where in rows]
-    lines += [f"  {role:<10} runs elsewhere: {url}" for role, url in elsewhere]
+    for role in needed_services(settings):
+        if url := plan.service(role).url:
+            rows.append((role, f"runs elsewhere: {url}"))
+    lines = ["", f"would start {plan.num_processes} processes:", *(f"  {role:<10} {where}" for role, where in rows)]
     return lines + [f"  {note}" for note in plan.notes]
 
 
-def _try(probe: Probe) -> str | None:
+def _try(name: str, probe: Callable[[], str]) -> str | None:
     """The problem, or None."""
     try:
-        found = probe.run()
+        found = probe()
     except HeadwaterError as exc:
-        print(f"  NO   {probe.name:<16} {exc}")
-        return f"{probe.name}: {exc}"
-    print(f"  ok   {probe.name:<16} {without_secrets(found)}")
+        print(f"  NO   {name:<16} {exc}")
+        return f"{name}: {exc}"
+    print(f"  ok   {name:<16} {without_secrets(found)}")
     return None
 
 
-def _fail(problems: Sequence[str]) -> int:
-    print(f"\n{len(problems)} problem{'s' if len(problems) != 1 else ''}:")
-    for problem in problems:
-        print(f"  - {problem}")
-    return 1
-
-
-def probes(plan: Plan) -> Iterator[Probe]:
-    """Everything that the run would use, in that order."""
+def probes(plan: Plan) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Everything that the run would use, in that order: the setting or part that is reached, and its probe."""
     settings = plan.settings
-    yield Probe("run folder", partial(run_folder, settings))
-    yield Probe("policy.model", partial(policy, settings))
-    yield Probe("documents", partial(first_document, settings))
-    yield Probe("redis", partial(redis_server, settings))
-    yield Probe("database", partial(database, settings))
-    yield Probe("weights.store", partial(weight_store, settings))
+    yield "run folder", partial(run_folder, settings)
+    yield "policy.model", partial(policy, settings)
+    yield "documents", partial(first_document, settings)
+    yield "redis", partial(redis_server, settings)
+    yield "database", partial(database, settings)
+    yield "weights.store", partial(weight_store, settings)
     for role in needed_services(settings):
         service = plan.service(role)
         if service.url:
-            for url in service.base_urls:
-                yield Probe(role, partial(remote_service, url, plan.secrets.token))
+            yield from ((role, partial(remote_service, url, plan.secrets.token)) for url in service.base_urls)
         elif role != "judge" or judge_needs_engine(settings):
             default = settings.policy.model if role == "rollout" else ""
-            yield Probe(f"{role}.engine", partial(model_of, service.engine, default, setting=f"{role}.engine.model"))
+            yield f"{role}.engine", partial(model_of, service.engine, default, setting=f"{role}.engine.model")
     if "rewriter" in plan.roles:
-        yield Probe("rewriter.prompt", partial(rewriter_prompt, settings))
+        yield "rewriter.prompt", partial(rewriter_prompt, settings)
     if "judge" in plan.roles:
-        yield Probe("judge.criteria", partial(judge_criteria, settings))
+        yield "judge.criteria", partial(judge_criteria, settings)
 
 
 def run_folder(settings: Settings) -> str:
@@ -127,15 +113,14 @@ def policy(settings: Settings) -> str:
     """It loads, and has room for the context."""
     from services.tokenizer import load_tokenizer
 
-    found = model_folder(settings.policy.model, setting="policy.model")
+    description, room = model_folder(settings.policy.model, setting="policy.model")
     tokenizer = load_tokenizer(settings.policy.tokenizer_source, setting="policy.tokenizer")
-    room = found.context_tokens
     if room is not None and room < settings.chunks.context_tokens:
         raise SettingsError(
             f"policy.model has room for {room} tokens, chunks.context_tokens is {settings.chunks.context_tokens}: "
             "lower it, or choose a model with a longer context"
         )
-    return f"{found.description}; tokenizer with {len(tokenizer)} tokens"
+    return f"{description}; tokenizer with {len(tokenizer)} tokens"
 
 
 def model_of(engine: EngineSettings, default: str, *, setting: str) -> str:
@@ -145,20 +130,17 @@ def model_of(engine: EngineSettings, default: str, *, setting: str) -> str:
     build_engine(engine, default_model=default)  # refuses what it cannot build; loads nothing yet
     if engine.kind == "openai":
         return endpoint(engine)
-    return model_folder(engine.model or default, setting=setting).description
+    description, _ = model_folder(engine.model or default, setting=setting)
+    return description
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    description: str
-    context_tokens: int | None
-
-
-def model_folder(source: str, *, setting: str) -> FoundModel:
-    """The configuration loads; in a folder the weights are complete safetensors."""
+def model_folder(source: str, *, setting: str) -> tuple[str, int | None]:
+    """A description, and the longest context in tokens. The configuration loads; in a folder the weights are complete
+    safetensors."""
+    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1  # others are Hugging Face's [owner/]name
     if not source:
         raise SettingsError(f"{setting} is empty: name a model folder or a Hugging Face name")
-    if _is_path(source) and not Path(source).is_dir():
+    if is_path and not Path(source).is_dir():
         raise SettingsError(f"{setting} = {source!r}: there is no such folder (working directory {Path.cwd()})")
     from transformers import AutoConfig
 
@@ -168,12 +150,7 @@ def model_folder(source: str, *, setting: str) -> FoundModel:
         raise SettingsError(f"{setting} = {source!r} cannot be loaded: {exc}") from exc
     text = config.get_text_config(decoder=True)
     weights = _weights(Path(source), setting=setting) if Path(source).is_dir() else "weights come from the hub"
-    return FoundModel(f"{source} ({config.model_type}, {weights})", getattr(text, "max_position_embeddings", None))
-
-
-def _is_path(source: str) -> bool:
-    """Hugging Face names look like `name` or `owner/name`."""
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return f"{source} ({config.model_type}, {weights})", getattr(text, "max_position_embeddings", None)
 
 
 def _weights(folder: Path, *, setting: str) -> str:
@@ -194,8 +171,7 @@ def _weights(folder: Path, *, setting: str) -> str:
 
 def endpoint(engine: EngineSettings) -> str:
     """The OpenAI-compatible endpoint has the model."""
-    key = os.environ.get(engine.key_variable, "")
-    answer = _get(f"{engine.endpoint.rstrip('/')}/models", key)
+    answer = _get(f"{engine.endpoint.rstrip('/')}/models", os.environ.get(engine.key_variable, ""))
     names = [str(model.get("id")) for model in answer.json().get("data", [])]
     if engine.model not in names:
         raise SettingsError(f"{engine.endpoint} has no model {engine.model!r}; it has {', '.join(names) or 'none'}")
@@ -247,16 +223,11 @@ def database(settings: Settings) -> str:
     finally:
         run.close()
     if start is not None:
-        refuse_another_run(start, settings)
-    return f"{run.database.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
-
-
-def refuse_another_run(start: RunStart, settings: Settings) -> None:
-    """The checks of settings and documents that the run's first processes make."""
-    now = without_passwords(settings).model_dump(mode="json")
-    refuse_changed_identity(start.settings, now, run=f"{settings.run.name!r} of this database")
-    if start.source is not None:
+        now = without_passwords(settings).model_dump(mode="json")
+        refuse_changed_identity(start.settings, now, run=f"{settings.run.name!r} of this database")
+    if start is not None and start.source is not None:
         refuse_changed_source(start.source, documents(settings).manifest(), run=settings.run.name)
+    return f"{run.database.dialect.name} {'at database.url' if settings.database.url else f'in {settings.run.folder}'}"
 
 
 def weight_store(settings: Settings) -> str:
@@ -301,10 +272,7 @@ def first_document(settings: Settings) -> str:
         raise SourceError(f"documents.path = {settings.documents.path!r} has no record")
     if isinstance(first, Refusal):
         raise SourceError(f"the first record is refused ({first.reason}): {first.detail}")
-    return f"{first.source_id}: {_beginning(first.content)}"
-
-
-def _beginning(content: str | tuple[int, ...]) -> str:
+    content = first.content
     if isinstance(content, str):
-        return repr(content[:_SHOWN]) + ("..." if len(content) > _SHOWN else "")
-    return f"{len(content)} token ids: {', '.join(map(str, content[:8]))}, ..."
+        return f"{first.source_id}: {content[:_SHOWN]!r}" + ("..." if len(content) > _SHOWN else "")
+    return f"{first.source_id}: {len(content)} token ids: {', '.join(map(str, content[:8]))}, ..."

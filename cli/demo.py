@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,16 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import select
 
 import starter
 from cli.processes import Child, stop_children
-from cli.report import require_matplotlib
+from cli.report import read_steps, require_matplotlib
 from cli.run import run
 from cli.run_folder import find_run
 from shared.checkpoint_state import newest_policy
-from shared.database import StepRow, open_database, transaction
 from shared.errors import HeadwaterError
+from shared.runs import reading_run
 from starter.documents import documents, write_documents
 from starter.world import World
 
@@ -45,8 +43,6 @@ BASELINE = (
 
 @dataclass(frozen=True)
 class Size:
-    """How long a demo takes."""
-
     steps: int
     num_prefixes: int
     num_documents: int
@@ -81,23 +77,17 @@ def run_demo(size: Size, *, directory: Path, seed: int = 0, models: Path = MODEL
     ]  # fmt: skip
     config = STARTER / "demo.toml"
     console.rule(f"online DPO: {size.steps} steps")
-    baseline = _start_baseline(config, [*settings, *BASELINE], log=directory / "next-token.log")
+    command = [sys.executable, "-m", "cli.main", "run", str(config), *settings, *BASELINE]
+    baseline = Child("next-token", command, log=directory / "next-token.log", environ=os.environ)
+    baseline.start()
     console.print(f"The baseline, next-token training on as many documents, runs beside it (log: {baseline.log}).")
     try:
         code = run(config, [*settings, "--run.name", "online-dpo"]) or _finish(baseline)
     finally:
-        stop_children([baseline], timeout_s=BASELINE_STOP_S, hurried=lambda: False)
+        stop_children([baseline], timeout_s=BASELINE_STOP_S)
     if code == 0:
         _evaluate(directory, size, console, world=world, models=models)
     return code
-
-
-def _start_baseline(config: Path, options: Sequence[str], *, log: Path) -> Child:
-    child = Child(
-        "next-token", [sys.executable, "-m", "cli.main", "run", str(config), *options], log=log, environ=os.environ
-    )
-    child.start()
-    return child
 
 
 def _finish(baseline: Child) -> int:
@@ -130,9 +120,7 @@ def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
         "rewriter.engine.model": models / "rewriter",
         "judge.engine.model": models / "judge",
         "rewriter.prompt": PROMPTS / "rewriter.txt",
-        "judge.criteria.quality.prompt": PROMPTS / "quality.txt",
-        "judge.criteria.safety.prompt": PROMPTS / "safety.txt",
-        "judge.criteria.factuality.prompt": PROMPTS / "factuality.txt",
+        **{f"judge.criteria.{name}.prompt": PROMPTS / f"{name}.txt" for name in ("quality", "safety", "factuality")},
         "documents.path": documents_file,
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -141,12 +129,10 @@ def world_options(documents_file: Path, models: Path = MODELS) -> list[str]:
 def chosen_rollout_rates(run_folder: Path) -> list[tuple[int, float]]:
     """A run's (step, share of chosen candidates that are rollouts)."""
     _, settings = find_run(str(run_folder))
-    engine = open_database(settings.database_url)
-    with transaction(engine) as session:
-        rows = session.execute(
-            select(StepRow.step, StepRow.figures).where(StepRow.run_id == settings.run.name).order_by(StepRow.step)
-        ).all()
-    return [(step, figures["chosen_rollout_rate"]) for step, figures in rows if "chosen_rollout_rate" in figures]
+    with reading_run(settings) as found:
+        steps = read_steps(found.database, found.name)
+    name = "chosen_rollout_rate"
+    return [(one.step, one.figures[name]) for one in steps if name in one.figures]
 
 
 def ask_checker(
@@ -188,14 +174,17 @@ def _evaluate(directory: Path, size: Size, console: Console, *, world: World, mo
     rates = chosen_rollout_rates(directory / "online-dpo")
     report_folder = directory / "report"
     plots = write_plots(report_folder, reports, rates)
-    closing = _closing(directory, folders["online DPO"])
+    closing = [
+        f"The trained policy: {folders['online DPO']} (AutoModelForCausalLM.from_pretrained loads it).",
+        f"Plots and report: {report_folder / 'report.md'}; conservation: headwater audit {directory / 'online-dpo'}.",
+        "Next, your own documents: see 'Your own documents' in README.md.",
+    ]
     write_markdown(report_folder / "report.md", reports, plots, closing)
     measured = {name: estimates(report) for name, report in reports.items()}
     (report_folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     _show(console, reports, rates)
     console.print(TEACHER_NOTE, style="dim")
-    for line in closing:
-        console.print(line, soft_wrap=True)
+    console.print(*closing, sep="\n", soft_wrap=True)
 
 
 def _show(console: Console, reports: "dict[str, PolicyReport]", rates: list[tuple[int, float]]) -> None:
@@ -215,12 +204,3 @@ def _show(console: Console, reports: "dict[str, PolicyReport]", rates: list[tupl
         part = rates[begin : begin + 10]
         mean = sum(rate for _, rate in part) / len(part)
         console.print(f"  steps {part[0][0]:>3}-{part[-1][0]:<3} {100 * mean:5.1f} %  {'█' * round(40 * mean)}")
-
-
-def _closing(directory: Path, policy: Path) -> list[str]:
-    return [
-        f"The trained policy: {policy} (AutoModelForCausalLM.from_pretrained loads it).",
-        f"Plots and report: {directory / 'report' / 'report.md'}; conservation: headwater audit "
-        f"{directory / 'online-dpo'}.",
-        "Next, your own documents: see 'Your own documents' in README.md.",
-    ]

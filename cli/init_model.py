@@ -6,7 +6,6 @@ adds no BOS: the token ids of a prefix are exactly those of its raw text. `<|end
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,36 +20,6 @@ _SMALLEST_VOCABULARY = 257
 """256 bytes and EOS."""
 _MOST_CHARACTERS = 1_000_000_000
 """More text hardly changes a vocabulary of the usual size, and all of it must fit in memory."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Size of a Llama policy."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    feed_forward_size: int
-    context_tokens: int
-
-    def refuse_impossible(self) -> None:
-        """SettingsError names the option to change."""
-        if self.vocab_size < _SMALLEST_VOCABULARY:
-            raise SettingsError(f"--vocab-size must be at least {_SMALLEST_VOCABULARY}, got {self.vocab_size}")
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_tokens"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % (2 * self.num_heads):
-            raise SettingsError(
-                f"--hidden-size {self.hidden_size} must be a multiple of 2 x --num-heads {self.num_heads}: "
-                "rotary positions need heads of even width"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise SettingsError(
-                f"--num-heads {self.num_heads} must be a multiple of --num-kv-heads {self.num_kv_heads}"
-            )
 
 
 def init_model(
@@ -69,27 +38,46 @@ def init_model(
     seed: int = 0,
 ) -> int:
     """0 when done."""
-    shape = ModelShape(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads or num_heads,
-        feed_forward_size=intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32,
-        context_tokens=context,
-    )
-    shape.refuse_impossible()
+    num_kv_heads = num_kv_heads or num_heads
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "context_tokens": context}
+    _refuse_impossible(vocab_size, num_heads, num_kv_heads, **sizes)
     if (out / "config.json").exists():
         raise SettingsError(f"{out} already contains a model: choose another --out, or delete it")
     texts = list(_texts(documents, document_format=document_format, text_field=text_field))
     if not texts:
         raise SettingsError(f"{documents} has no text to train a tokenizer on (field {text_field!r})")
-    vocab_size = write_tokenizer(texts, out, vocab_size=shape.vocab_size, context_tokens=shape.context_tokens)
-    if vocab_size < shape.vocab_size:
-        print(f"the documents give only {vocab_size} tokens, not {shape.vocab_size}", file=sys.stderr)
-    num_parameters = write_weights(out, shape, vocab_size=vocab_size, seed=seed)
+    wanted, vocab_size = vocab_size, write_tokenizer(texts, out, vocab_size=vocab_size, context_tokens=context)
+    if vocab_size < wanted:
+        print(f"the documents give only {vocab_size} tokens, not {wanted}", file=sys.stderr)
+    num_parameters = write_weights(
+        out,
+        seed=seed,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or -(-hidden_size * 8 // 3 // 32) * 32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=context,
+    )
     print(f"{out}: {num_parameters:,} parameters, {vocab_size} tokens in the vocabulary, no BOS, EOS {END_OF_TEXT}")
     return 0
+
+
+def _refuse_impossible(vocab_size: int, num_heads: int, num_kv_heads: int, **sizes: int) -> None:
+    """SettingsError names the option to change."""
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise SettingsError(f"--vocab-size must be at least {_SMALLEST_VOCABULARY}, got {vocab_size}")
+    for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
+        if size < 1:
+            raise SettingsError(f"{name} must be at least 1, got {size}")
+    if sizes["hidden_size"] % (2 * num_heads):
+        raise SettingsError(
+            f"--hidden-size {sizes['hidden_size']} must be a multiple of 2 x --num-heads {num_heads}: "
+            "rotary positions need heads of even width"
+        )
+    if num_heads % num_kv_heads:
+        raise SettingsError(f"--num-heads {num_heads} must be a multiple of --num-kv-heads {num_kv_heads}")
 
 
 def write_tokenizer(texts: list[str], out: Path, *, vocab_size: int, context_tokens: int) -> int:
@@ -100,46 +88,30 @@ def write_tokenizer(texts: list[str], out: Path, *, vocab_size: int, context_tok
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(texts, trainer=trainer, length=len(texts))
     make: Any = PreTrainedTokenizerFast  # transformers leaves the constructors unannotated
     tokenizer = make(
-        tokenizer_object=core,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=context_tokens,
+        tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=context_tokens,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
     tokenizer.save_pretrained(out)
     return len(tokenizer)
 
 
-def write_weights(out: Path, shape: ModelShape, *, vocab_size: int, seed: int) -> int:
-    """Random weights as safetensors; returns the number of parameters."""
+def write_weights(out: Path, *, seed: int, **shape: int) -> int:
+    """Random weights as safetensors; returns the number of parameters. `shape`: options of LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.feed_forward_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        max_position_embeddings=shape.context_tokens,
-        tie_word_embeddings=True,  # a second table would be most of a small model
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    tied = {"tie_word_embeddings": True}  # a second table would be most of a small model
+    config = LlamaConfig(**shape, **tied, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     make: Any = LlamaForCausalLM
     model = make(config)
     model.save_pretrained(out)

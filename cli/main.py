@@ -54,7 +54,7 @@ def build_app() -> typer.Typer:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Name and help text of each command."""
+    """Names and help texts."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
         with path.open(encoding="utf-8") as file:
             if found := _FIRST_LINE.match(file.readline()):

@@ -10,9 +10,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self, TypeVar
 from urllib.parse import quote
 
@@ -39,7 +39,7 @@ class Ports:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for lock in self._locks:
             lock.close()
         self._locks.clear()
@@ -58,16 +58,13 @@ class Ports:
 
     def _claim(self, host: str, port: int) -> bool:
         lock = (self._folder / f"{port}.lock").open("ab")
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        if not is_free(host, port):
-            lock.close()
-            return False
-        self._locks.append(lock)
-        return True
+            if is_free(host, port):
+                self._locks.append(lock)
+                return True
+        lock.close()
+        return False
 
 
 def is_free(host: str, port: int) -> bool:
@@ -91,8 +88,6 @@ def redis_url(port: int, password: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """One start of a run."""
-
     settings: Settings
     """With the ports that were taken. `redis.url` stays empty when Redis is embedded: its URL has a password."""
     secrets: Secrets
@@ -117,14 +112,8 @@ class Plan:
         """The role's /readyz; None for the trainer, which serves no requests."""
         if role == "trainer":
             return None
-        if role == "collector":
-            return f"{self.collector_url}/readyz"
-        return f"http://{_reachable(self.service(role).host)}:{self.service(role).port}/readyz"
-
-    @property
-    def collector_url(self) -> str:
-        collector = self.settings.collector
-        return f"http://{_reachable(collector.host)}:{collector.port}"
+        section = self.settings.collector if role == "collector" else self.service(role)
+        return f"http://{_reachable(section.host)}:{section.port}/readyz"
 
     def service(self, role: str) -> ServiceSettings:
         return service_settings(self.settings, role)
@@ -167,11 +156,8 @@ def make_plan(settings: Settings, ports: Ports, *, environ: Mapping[str, str] | 
 
 def needed_services(settings: Settings) -> list[str]:
     """Roles that the collector will call, wherever they run."""
-    wanted = {
-        "rollout": "rollout" in settings.kinds,
-        "rewriter": "rewrite" in settings.kinds,
-        "judge": settings.needs_judge,
-    }
+    kinds = settings.kinds
+    wanted = {"rollout": "rollout" in kinds, "rewriter": "rewrite" in kinds, "judge": settings.needs_judge}
     return [role for role in ENGINES if wanted[role]]
 
 

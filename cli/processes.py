@@ -32,14 +32,15 @@ class Child:
         wrapped = [sys.executable, "-I", "-S", str(_BOUND), str(os.getpid()), *self._command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                wrapped,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environ,
+                wrapped, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._environ,
                 start_new_session=True,
-            )
-        _feed(self._process, standard_input)
+            )  # fmt: skip
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(standard_input)
+            self._process.stdin.close()
+        except BrokenPipeError:
+            return  # it died at once; its log says why
 
     @property
     def pid(self) -> int:
@@ -56,7 +57,6 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def terminate(self) -> None:
-        """SIGTERM."""
         if self.is_running:
             os.kill(self.pid, signal.SIGTERM)
 
@@ -72,7 +72,9 @@ class Child:
         return [readable(line) for line in last_lines(self.log, lines)]
 
 
-def stop_children(children: Sequence[Child], *, timeout_s: float, hurried: Callable[[], bool]) -> list[str]:
+def stop_children(
+    children: Sequence[Child], *, timeout_s: float, hurried: Callable[[], bool] = lambda: False
+) -> list[str]:
     """SIGTERM to all; SIGKILL to those left after `timeout_s`, or once `hurried()`. Returns the killed roles."""
     for child in children:
         child.terminate()
@@ -93,15 +95,6 @@ def last_lines(path: Path, count: int) -> list[str]:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace")
     return text.splitlines()[-count:]
-
-
-def _feed(process: subprocess.Popen[bytes], content: bytes) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(content)
-        process.stdin.close()
-    except BrokenPipeError:
-        return  # it died at once; its log says why
 
 
 def readable(line: str) -> str:

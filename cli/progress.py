@@ -7,21 +7,22 @@ None in the snapshot, never zero.
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import redis
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import Engine
 
+from cli.plan import Plan
 from shared.database import StepRow, transaction
 from shared.errors import DatabaseError, StreamError
 from shared.http import authorization_header
-from shared.ledger import Balance, Ledger
+from shared.ledger import Balance
+from shared.runs import Run
 from shared.stream import Backlog, WindowStream
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ _PLAIN_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at a run."""
-
     step: int
     steps: int
     figures: dict[str, float] = field(default_factory=dict)
@@ -78,18 +77,12 @@ class Rate:
 
 
 class ProgressReader:
-    """Reads one run's database, Redis and collector."""
-
-    def __init__(
-        self, engine: Engine, run_id: str, *, steps: int, client: redis.Redis, collector_url: str, token: str
-    ) -> None:
-        self._engine = engine
-        self._ledger = Ledger(engine, run_id)
-        self._run_id = run_id
-        self._steps = steps
-        self._stream = WindowStream(client, run_id)
-        self._metrics_url = f"{collector_url}/metrics"
-        self._headers = authorization_header(token)
+    def __init__(self, run: Run, plan: Plan, client: redis.Redis) -> None:
+        self._run = run
+        self._steps = plan.settings.trainer.steps
+        self._stream = WindowStream(client, run.name)
+        self._metrics_url = str(plan.ready_url("collector")).replace("/readyz", "/metrics")
+        self._headers = authorization_header(plan.secrets.token)
         self._step_rate, self._candidate_rate = Rate(), Rate()
 
     def look(self) -> Snapshot:
@@ -99,33 +92,22 @@ class ProgressReader:
         if candidates is not None:
             self._candidate_rate.observe(candidates)
         per_second = self._step_rate.per_second
+        balance, backlog = None, None
+        with suppress(DatabaseError):  # locked for longer than its timeout: try again at the next look
+            balance = self._run.ledger.balance()
+        with suppress(StreamError):
+            backlog = self._stream.backlog()
         return Snapshot(
-            step=step,
-            steps=self._steps,
-            figures=figures,
-            balance=self._balance(),
-            backlog=self._backlog(),
+            step, self._steps, figures, balance, backlog,
             steps_per_minute=per_second * 60 if per_second else None,
             candidates_per_second=self._candidate_rate.per_second,
-        )
+        )  # fmt: skip
 
     def _newest_step(self) -> tuple[int, dict[str, float]]:
-        query = sa.select(StepRow).where(StepRow.run_id == self._run_id).order_by(StepRow.step.desc()).limit(1)
-        with transaction(self._engine) as session:
+        query = sa.select(StepRow).where(StepRow.run_id == self._run.name).order_by(StepRow.step.desc()).limit(1)
+        with transaction(self._run.database) as session:
             row = session.scalar(query)
             return (row.step, dict(row.figures)) if row else (0, {})
-
-    def _balance(self) -> Balance | None:
-        try:
-            return self._ledger.balance()
-        except DatabaseError:  # locked for longer than its timeout: try again at the next look
-            return None
-
-    def _backlog(self) -> Backlog | None:
-        try:
-            return self._stream.backlog()
-        except StreamError:
-            return None
 
     def _candidates(self) -> float | None:
         """Candidates gathered since the collector started."""
@@ -142,33 +124,18 @@ def sum_of_metric(text: str, name: str) -> float:
     return float(sum(sample.value for sample in samples if sample.name == name))
 
 
-class Display(Protocol):
-    """Where a run shows its progress."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None: ...
-
-    def say(self, text: str) -> None:
-        """An event, such as a process that died, as a line of its own."""
-
-    def show(self, snapshot: Snapshot) -> None: ...
-
-
-class PlainDisplay:
+class Display(AbstractContextManager["Display"]):
     """For logs and pipes: a line every ten seconds if the step has moved, and one at the end."""
 
     def __init__(self) -> None:
         self._shown_step = -1
         self._shown_at = 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing to close."""
 
     def say(self, text: str) -> None:
+        """An event, such as a process that died, on its own line."""
         print(text, flush=True)
 
     def show(self, snapshot: Snapshot) -> None:
@@ -180,21 +147,19 @@ class PlainDisplay:
         self.say("  ".join([f"step {snapshot.step}/{snapshot.steps}", *(f"{k} {v}" for k, v in rows(snapshot))]))
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """For terminals."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        self._console = Console()
-        self._live = Live(console=self._console, refresh_per_second=4, transient=False)
+        self._live = Live()
 
     def __enter__(self) -> Self:
         self._live.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def say(self, text: str) -> None:
@@ -221,48 +186,38 @@ def panel(snapshot: Snapshot) -> "Panel":
 
 
 def choose_display() -> Display:
-    return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()
+    return LiveDisplay() if sys.stdout.isatty() else Display()
 
 
 def rows(snapshot: Snapshot) -> list[tuple[str, str]]:
     """Name and value of everything known, the most interesting first."""
-    found: list[tuple[str, str]] = []
-    figures = snapshot.figures
+    return [*_figure_rows(snapshot.figures), *_delivery_rows(snapshot)]
+
+
+def _figure_rows(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
     if "loss" in figures:
-        found.append(("loss", f"{figures['loss']:.4f}"))
+        yield "loss", f"{figures['loss']:.4f}"
     rewards = [(kind, figures.get(f"reward_{kind}")) for kind in ("original", "rewrite", "rollout")]
-    known = [f"{kind} {reward:.3f}" for kind, reward in rewards if reward is not None]
-    if known:
-        found.append(("reward", ", ".join(known)))
+    if known := [f"{kind} {reward:.3f}" for kind, reward in rewards if reward is not None]:
+        yield "reward", ", ".join(known)
     if "chosen_rollout_rate" in figures:
-        found.append(("rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"))
+        yield "rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"
     if "policy_lag_max" in figures:
-        found.append(("policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"))
-    found += _delivery_rows(snapshot)
-    if snapshot.seconds_left is not None:
-        found.append(("left", duration(snapshot.seconds_left)))
-    return found
+        yield "policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"
 
 
-def _delivery_rows(snapshot: Snapshot) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+def _delivery_rows(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     if snapshot.backlog is not None:
-        found.append(("queue", f"{snapshot.backlog.unread} unread, {snapshot.backlog.pending} pending"))
+        yield "queue", f"{snapshot.backlog.unread} unread, {snapshot.backlog.pending} pending"
     if snapshot.balance is not None:
-        found.append(("documents", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"))
-        dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(snapshot.balance.dropped.items()))
-        found.append(("dropped", dropped or "none"))
-    rates = [
-        f"{value:.1f} {unit}"
-        for value, unit in (
-            (snapshot.steps_per_minute, "steps/min"),
-            (snapshot.candidates_per_second, "candidates/s"),
-        )
-        if value is not None
-    ]
-    if rates:
-        found.append(("rate", ", ".join(rates)))
-    return found
+        yield "documents", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"
+        dropped = sorted(snapshot.balance.dropped.items())
+        yield "dropped", ", ".join(f"{number} {reason}" for reason, number in dropped) or "none"
+    rates = ((snapshot.steps_per_minute, "steps/min"), (snapshot.candidates_per_second, "candidates/s"))
+    if known := [f"{value:.1f} {unit}" for value, unit in rates if value is not None]:
+        yield "rate", ", ".join(known)
+    if snapshot.seconds_left is not None:
+        yield "left", duration(snapshot.seconds_left)
 
 
 def duration(seconds: float) -> str:

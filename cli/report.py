@@ -5,13 +5,13 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from time import gmtime, strftime
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
-from cli.audit import audit_run, balance_line
+from cli.audit import audit_run
 from cli.progress import duration
 from cli.run_folder import RunFolder, RunName, find_run
 from shared.checkpoint_state import newest_checkpoint
@@ -30,13 +30,14 @@ _ROLE_COLOURS = {
     "rollout": "#2f9e6e", "rewrite": "#dd8452", "judge": "#8172b3", "wait": "#bbbbbb",
     "forward_backward": "#4c72b0", "optimizer": "#937860", "push": "#da8bc3", "checkpoint": "#ccb974",
 }  # fmt: skip
+_ABOUT_PLOTS = """\
+Pale: each step. Full: the mean of the last tenth of the steps. Seconds of rollout, rewrite and judge are
+the collector's waits, summed over the step's documents; it waits for several documents at once."""
 _BLUE, _RED = "#4c72b0", "#c44e52"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step as the database has it."""
-
     step: int
     at: float
     """Unix seconds."""
@@ -55,8 +56,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture: lines over steps."""
-
     file: str
     title: str
     unit: str
@@ -91,46 +90,27 @@ def report(run: RunName) -> int:
     return 0
 
 
-def write_report(engine: Engine, settings: Settings, folder: RunFolder) -> Path:
+def write_report(database: sa.Engine, settings: Settings, folder: RunFolder) -> Path:
     """The path of the page. HeadwaterError when the run has no step yet, or without matplotlib."""
     require_matplotlib()
-    steps = read_steps(engine, settings.run.name)
+    steps = read_steps(database, settings.run.name)
     if not steps:
         raise HeadwaterError(f"run {settings.run.name} has taken no step yet: nothing to report")
     folder.report.mkdir(exist_ok=True)
     plots = write_plots(steps, folder.report, kinds=settings.kinds)
-    lines = [
-        f"# Run {settings.run.name}",
-        "",
-        *_facts(engine, settings, folder, steps),
-        "",
-        "## Figures",
-        "",
-        *_figure_table(steps),
-        "",
-        "## Plots",
-        "",
-        "Pale: each step. Full: the mean of the last tenth of the steps. Seconds of rollout, rewrite and judge are",
-        "the collector's waits, summed over the step's documents; it waits for several documents at once.",
-        "",
-        *[f"![{plot.title}]({plot.file})\n" for plot in plots],
-        "## Audit",
-        "",
-        *_audit_lines(engine, settings, folder),
-        "",
-        "## Events",
-        "",
-        *_event_lines(engine, settings.run.name),
-    ]
+    lines = [f"# Run {settings.run.name}", "", *_facts(settings, folder, steps), ""]
+    lines += ["## Figures", "", *_figure_table(steps), "", "## Plots", "", _ABOUT_PLOTS, ""]
+    lines += [*(f"![{plot.title}]({plot.file})\n" for plot in plots)]
+    lines += ["## Audit", "", *_audit_lines(database, settings, folder), ""]
+    lines += ["## Events", "", *_event_lines(database, settings.run.name)]
     path = folder.report / "report.md"
     path.write_text(without_secrets("\n".join(lines)) + "\n", encoding="utf-8")
     return path
 
 
-def read_steps(engine: Engine, run_id: str) -> list[StepRecord]:
-    """In order."""
+def read_steps(database: sa.Engine, run_id: str) -> list[StepRecord]:
     query = sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         return [StepRecord(row.step, row.at, _finite(row.figures)) for row in session.scalars(query)]
 
 
@@ -138,7 +118,7 @@ def _finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
-def _facts(engine: Engine, settings: Settings, folder: RunFolder, steps: Sequence[StepRecord]) -> list[str]:
+def _facts(settings: Settings, folder: RunFolder, steps: Sequence[StepRecord]) -> list[str]:
     newest = newest_checkpoint(folder.checkpoints)
     return [
         f"- objective `{settings.trainer.objective}`, policy `{settings.policy.model}`",
@@ -154,34 +134,29 @@ def _figure_table(steps: Sequence[StepRecord]) -> list[str]:
     tenth = max(1, len(steps) // 10)
     first, last = _means(steps[:tenth]), _means(steps[-tenth:])
     lines = [f"| figure | mean of the first {tenth} steps | mean of the last {tenth} |", "|---|---:|---:|"]
-    for name in sorted(first.keys() | last.keys()):
-        lines.append(f"| {name} | {_number(first.get(name))} | {_number(last.get(name))} |")
-    return lines
+    shown = [{name: f"{value:.4g}" for name, value in means.items()} for means in (first, last)]
+    names = sorted(first.keys() | last.keys())
+    return lines + [f"| {name} | {shown[0].get(name, '')} | {shown[1].get(name, '')} |" for name in names]
 
 
 def _means(steps: Sequence[StepRecord]) -> dict[str, float]:
     """Mean of each figure over the steps that have it."""
     names = {name for step in steps for name in step.figures}
-    values = {name: [step.figures[name] for step in steps if name in step.figures] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+    return {name: fmean(step.figures[name] for step in steps if name in step.figures) for name in names}
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _audit_lines(engine: Engine, settings: Settings, folder: RunFolder) -> list[str]:
-    result = audit_run(engine, settings, folder)
-    lines = [f"{balance_line(result)}.", ""]
+def _audit_lines(database: sa.Engine, settings: Settings, folder: RunFolder) -> list[str]:
+    result = audit_run(database, settings, folder)
+    lines = [f"{result.equation}.", ""]
     if result.balance.dropped:
         dropped = sorted(result.balance.dropped.items())
         lines += ["| dropped because | windows |", "|---|---:|", *[f"| {reason} | {n} |" for reason, n in dropped], ""]
     return lines + [f"- {check.name}: **{check.outcome}** ({check.detail})" for check in result.checks]
 
 
-def _event_lines(engine: Engine, run_id: str) -> list[str]:
+def _event_lines(database: sa.Engine, run_id: str) -> list[str]:
     query = sa.select(EventRow).where(EventRow.run_id == run_id).order_by(EventRow.id.desc()).limit(_NEWEST_EVENTS)
-    with transaction(engine) as session:
+    with transaction(database) as session:
         rows = [(row.at, row.role, row.kind, row.message) for row in session.scalars(query)]
     if not rows:
         return ["None."]
@@ -244,19 +219,14 @@ def _draw_line(axes: Any, line: Line, steps: Sequence[StepRecord]) -> bool:
     places, values = [place for place, _ in points], [value for _, value in points]
     if len(points) < len(steps) / 2:  # not at every step, such as checkpoints
         axes.plot(places, values, color=line.colour, label=line.label, linestyle="", marker="o", markersize=4)
-        return True
-    width = max(1, len(values) // 10)
-    if width == 1:
+    elif (width := len(values) // 10) <= 1:
         axes.plot(places, values, color=line.colour, label=line.label, linewidth=1.6, marker="o", markersize=3)
-        return True
-    axes.plot(places, values, color=line.colour, alpha=0.25, linewidth=1)
-    axes.plot(places, running_mean(values, width), color=line.colour, label=line.label, linewidth=1.8)
+    else:
+        axes.plot(places, values, color=line.colour, alpha=0.25, linewidth=1)
+        axes.plot(places, running_mean(values, width), color=line.colour, label=line.label, linewidth=1.8)
     return True
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """At each place, the mean of the last `width` values."""
-    return [
-        sum(values[max(0, end - width) : end]) / len(values[max(0, end - width) : end])
-        for end in range(1, len(values) + 1)
-    ]
+    return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]

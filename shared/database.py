@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import JSON, Index, String, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -226,6 +224,9 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
 
 def migrate(database: sa.Engine, *, revision: str = "head") -> None:
     """Bring the schema up to `revision`. Several processes may call it at once: they take turns."""
+    from alembic import command  # 0.2 s that readers of a run need not pay
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with translated(), database.begin() as connection:

@@ -8,8 +8,10 @@ its scheme stays; settings refuse it (`url_of`), since libraries that fail on it
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator
+if TYPE_CHECKING:
+    from pydantic import AfterValidator
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
 _LEGAL = r"[A-Za-z0-9._~%!$&()*+,;=:/?\[\]{}|^-]"
@@ -46,9 +48,12 @@ def without_secrets(text: str) -> str:
     return _IN_TEXT.sub(lambda found: _cleaned(found[0]), text) if "://" in text else text
 
 
-def url_of(*schemes: str) -> AfterValidator:
-    """Validates a setting that holds a URL with one of `schemes`; without them, text that is no URL is a path and
-    valid. The ValueError repeats nothing of it."""
+def url_of(*schemes: str) -> "AfterValidator":
+    """Validates a setting that holds a URL. The ValueError repeats nothing of it.
+
+    With `schemes` the URL must have one of them; without, text that is no URL is a path and valid.
+    """
+    from pydantic import AfterValidator  # not for every error and log line
 
     def check(value: str) -> str:
         urls = re.split(_BORDER, value) if value else []

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Engine
 
 from cli.audit import AuditResult, audit_run
 from cli.init_model import init_model
@@ -50,28 +49,20 @@ class Recipe:
 
     def rewards(self) -> list[float]:
         """Of all candidates that were kept in the database."""
-        engine = self._database()
-        with transaction(engine) as session:
-            found = session.scalars(sa.select(CandidateRow.reward)).all()
-        engine.dispose()
-        return [reward for reward in found if reward is not None]
+        return [reward for reward in self._column(sa.select(CandidateRow.reward)) if reward is not None]
 
     def steps(self) -> list[int]:
-        engine = self._database()
-        with transaction(engine) as session:
-            found = list(session.scalars(sa.select(StepRow.step).order_by(StepRow.step)))
-        engine.dispose()
-        return found
+        return self._column(sa.select(StepRow.step).order_by(StepRow.step))
 
     def event_kinds(self) -> list[str]:
-        engine = self._database()
-        with transaction(engine) as session:
-            found = list(session.scalars(sa.select(EventRow.kind)))
-        engine.dispose()
-        return found
+        return self._column(sa.select(EventRow.kind))
 
-    def _database(self) -> Engine:
-        return open_database(f"sqlite:///{self.run_folder / 'headwater.db'}")
+    def _column(self, query: sa.Select[Any]) -> list[Any]:
+        database = open_database(f"sqlite:///{self.run_folder / 'headwater.db'}")
+        with transaction(database) as session:
+            found = list(session.scalars(query))
+        database.dispose()
+        return found
 
 
 class Launched:

@@ -5,13 +5,14 @@ import json
 import pytest
 import sqlalchemy as sa
 
-from cli.audit import AuditResult, audit, audit_run, balance_line
+from cli.audit import AuditResult, audit, audit_run
 from cli.plan import REDIS_HOST, Ports, child_environ, redis_url
 from cli.processes import Child
 from cli.stack import find_redis_server, server_configuration, wait_until_it_answers
 from shared.checkpoint_state import Evidence
 from shared.coordination import Coordination
 from shared.database import WindowRow, transaction
+from shared.records import WindowKey
 from shared.redis import connect
 from shared.stream import WindowStream
 from tests.cli.conftest import MadeRun, key
@@ -44,7 +45,7 @@ def test_an_honest_run_balances(made: MadeRun) -> None:
     assert _fails(result) == {}
     assert (result.read, result.balance.trained, result.balance.in_flight) == (4, 2, 1)
     assert result.balance.dropped == {"not_json": 1}
-    assert balance_line(result) == "4 windows read = 2 trained + 1 dropped + 1 in flight"
+    assert result.equation == "4 windows read = 2 trained + 1 dropped + 1 in flight"
 
 
 def test_an_empty_run_balances(made: MadeRun) -> None:
@@ -57,18 +58,20 @@ def test_the_equation_has_two_sides(made: MadeRun) -> None:
     with transaction(made.engine) as session:
         session.execute(sa.delete(WindowRow).where(WindowRow.window == 1))
     result = _audit(made)
-    assert balance_line(result) == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
+    assert result.equation == "4 windows read is NOT 1 trained + 1 dropped + 1 in flight"
     assert "documents are conserved" in _fails(result)
 
 
-def test_a_position_that_was_jumped_over_is_found(made: MadeRun) -> None:
-    made.read(key(0), key(2))
-    assert "document 0.0.1 has no row: part 0, epoch 0 was read up to position 2" in str(_fails(_audit(made)))
-
-
-def test_an_epoch_that_was_jumped_over_is_found(made: MadeRun) -> None:
-    made.read(key(0), key(0, epoch=2))
-    assert "part 0 was read in epochs [0, 2]" in str(_fails(_audit(made)))
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ((key(0), key(2)), "document 0.0.1 has no row: part 0, epoch 0 was read up to position 2"),
+        ((key(0), key(0, epoch=2)), "part 0 was read in epochs [0, 2]"),
+    ],
+)
+def test_what_was_jumped_over_is_found(made: MadeRun, keys: tuple[WindowKey, ...], problem: str) -> None:
+    made.read(*keys)
+    assert problem in str(_fails(_audit(made)))
 
 
 def test_a_document_in_two_checkpoints_is_found(made: MadeRun) -> None:
@@ -138,9 +141,7 @@ def test_a_document_nobody_read_is_found(made: MadeRun) -> None:
 def test_a_checkpoint_that_was_deleted_to_go_on_without_it_is_named(made: MadeRun) -> None:
     """What the next start then writes has its number again."""
     _honest(made)
-    made.evidence.append(
-        Evidence(number=2, after=1, step=3, finished={}, partial={}),
-    )
+    made.evidence.append(Evidence(number=2, after=1, step=3, finished={}, partial={}))
     assert "checkpoint number 2 has a second line (step 3)" in str(_fails(_audit(made)))
 
 

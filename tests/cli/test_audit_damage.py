@@ -114,9 +114,7 @@ def good_run(
 def run(good_run: tuple[Settings, Path], tmp_path: Path) -> Iterator[CopiedRun]:
     settings, folder = good_run
     shutil.copytree(folder, tmp_path / "copy")
-    moved = settings.model_copy(
-        update={"run": settings.run.model_copy(update={"directory": tmp_path / "copy"})},
-    )
+    moved = settings.model_copy(update={"run": settings.run.model_copy(update={"directory": tmp_path / "copy"})})
     made = CopiedRun(moved, redis.Redis.from_url(settings.redis.url))
     yield made
     made.engine.dispose()

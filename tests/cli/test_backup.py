@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from shared.database import StepRow, open_database, transaction
 from shared.errors import DatabaseError
 from tests.cli.launched import Launched, Recipe
-from tests.cli.test_run import ORIGINAL, recipe
+from tests.cli.test_run import NEXT_TOKEN, recipe
 from tests.shared.conftest import database_url, postgres_url
 
 __all__ = ["database_url", "postgres_url", "recipe"]  # fixtures
@@ -21,7 +21,6 @@ __all__ = ["database_url", "postgres_url", "recipe"]  # fixtures
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 16
-OPTIONS = ("--trainer.objective", "next_token", "--collector.schedule", ORIGINAL)
 
 
 class Operator:
@@ -90,7 +89,7 @@ def run_until(operator: Operator, recipe: Recipe, step: int, options: Sequence[s
 
 def test_a_run_that_lost_its_stores_goes_on_from_its_backup(recipe: Recipe, database_url: str, tmp_path: Path) -> None:
     operator = Operator(recipe, database_url, tmp_path / "backup")
-    options = (*OPTIONS, "--database.url", database_url)
+    options = (*NEXT_TOKEN, "--database.url", database_url)
     run_until(operator, recipe, 5, options)
     operator.back_up()
     saved = max(operator.steps())

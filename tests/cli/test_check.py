@@ -75,14 +75,18 @@ def test_no_secret_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert f"  NO   {place}" in output.out
 
 
-def test_a_context_longer_than_the_policys_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check(folder, "--chunks.context_tokens", "512") == 1
-    assert "room for 256 tokens, chunks.context_tokens is 512" in capsys.readouterr().out
-
-
-def test_a_refused_first_record_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check(folder, "--documents.text_field", "body") == 1
-    assert "the first record is refused (no_text_field)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--chunks.context_tokens", "512", "room for 256 tokens, chunks.context_tokens is 512"),
+        ("--documents.text_field", "body", "the first record is refused (no_text_field)"),
+    ],
+)
+def test_what_does_not_fit_is_a_problem(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, problem: str
+) -> None:
+    assert _check(folder, option, value) == 1
+    assert problem in capsys.readouterr().out
 
 
 def test_a_prompt_without_its_placeholder_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

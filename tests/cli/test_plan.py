@@ -95,22 +95,8 @@ def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: 
     assert environ["HEADWATER_TOKEN"] in environ["HEADWATER_REDIS__URL"]
 
 
-def _listening() -> socket.socket:
-    server = socket.socket()
-    server.bind((HOST, 0))
-    server.listen()
-    return server
-
-
-def test_a_free_port_is_taken_as_wanted() -> None:
-    with Ports() as ports:
-        port = ports.take(HOST, 0)
-    with Ports() as ports:
-        assert ports.take(HOST, port) == port
-
-
 def test_a_busy_port_is_replaced() -> None:
-    with _listening() as server, Ports() as ports:
+    with socket.create_server((HOST, 0)) as server, Ports() as ports:
         busy = server.getsockname()[1]
         assert not is_free(HOST, busy)
         assert ports.take(HOST, busy) not in (0, busy)

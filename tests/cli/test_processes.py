@@ -59,7 +59,7 @@ def test_the_tail_of_an_absent_log_is_empty(tmp_path: Path) -> None:
 def test_a_calm_child_stops_on_sigterm(start: Callable[[str], Child]) -> None:
     child = start("import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('up'); signal.pause()")
     _wait(lambda: child.tail() == ["up"])
-    assert stop_children([child], timeout_s=WAIT_S, hurried=lambda: False) == []
+    assert stop_children([child], timeout_s=WAIT_S) == []
     assert child.exit_code == 0
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from cli.progress import PlainDisplay, Rate, Snapshot, duration, panel, rows, sum_of_metric
+from cli.progress import Display, Rate, Snapshot, duration, panel, rows, sum_of_metric
 from shared.ledger import Balance
 from shared.stream import Backlog
 
@@ -60,7 +60,7 @@ def test_a_terminal_sees_every_row() -> None:
 
 
 def test_plain_lines_come_when_the_step_moves_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    display = PlainDisplay()
+    display = Display()
     for step in (1, 1, 2, 60, 60):
         display.show(_snapshot(step))
     lines = capsys.readouterr().out.splitlines()

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WORDS = ["the", "sea", "a", "hill", "of", "old", "stone", "and", "green", "light", "over", "quiet", "fields"]
 BY_LENGTH = '{"python": {"function": "tests.cli.scoring:prefer_short"}}'
-ORIGINAL = '[{"kinds": ["original"], "num_rollouts": 0}]'
+NEXT_TOKEN = (
+    "--trainer.objective", "next_token", "--collector.schedule", '[{"kinds": ["original"], "num_rollouts": 0}]'
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def _wait_until_dead(pids: dict[str, int]) -> None:
 
 
 def test_two_runs_at_once_do_not_meet(recipe: Recipe, tmp_path: Path) -> None:
-    options = ("--trainer.objective", "next_token", "--collector.schedule", ORIGINAL, "--trainer.steps", "4")
+    options = (*NEXT_TOKEN, "--trainer.steps", "4")
     with recipe.launch(*options) as one, recipe.launch(*options, "--run.name", "other") as two:
         assert (one.finish(), two.finish()) == (0, 0), one.output + two.output
     assert "collector listens on" in one.output + two.output
@@ -126,7 +128,7 @@ def test_two_runs_at_once_do_not_meet(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_run_whose_documents_ended_goes_on_with_more_epochs(recipe: Recipe) -> None:
     path = recipe.folder / "documents.jsonl"
     path.write_text("\n".join(path.read_text().splitlines()[:6]), encoding="utf-8")
-    options = ("--trainer.objective", "next_token", "--collector.schedule", ORIGINAL, "--trainer.steps", "100")
+    options = (*NEXT_TOKEN, "--trainer.steps", "100")
     with recipe.launch(*options, "--documents.max_epochs", "1") as run:
         assert run.finish() == 0, run.output
     once = recipe.audit().balance

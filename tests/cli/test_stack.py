@@ -60,9 +60,7 @@ def stack(tmp_path: Path, told: list[tuple[str, str]]) -> Iterator[Callable[...,
         folder = RunFolder(tmp_path)
         folder.create()
         tell = lambda role, kind, _text: told.append((role, kind))  # noqa: E731
-        stacks.append(
-            Stack(plan, folder, tell=tell, interrupted=lambda: interrupted, has_reason_to_end=lambda _role: over)
-        )
+        stacks.append(Stack(plan, folder, tell=tell, interrupted=lambda: interrupted, has_ended=lambda _role: over))
         return stacks[-1]
 
     yield make
@@ -85,21 +83,20 @@ def test_a_process_that_dies_starts_again(stack: Callable[..., Stack], told: lis
     assert told[:3] == [("collector", "start"), ("trainer", "start"), ("collector", "died")]
 
 
-def test_too_many_kills_end_the_run(stack: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.stack, "MAX_KILLS", 1)
-    running = stack(collector="import os; os.kill(os.getpid(), 9)", trainer=SLEEP)
-    running.start_work()
-    with pytest.raises(ProcessFailed, match="collector was killed by signal 9, 2 times"):
-        _watch_until(running, lambda: False)
-
-
-def test_too_many_failures_end_the_run_with_the_last_lines(
-    stack: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("limit", "program", "sentence"),
+    [
+        ("MAX_KILLS", "import os; os.kill(os.getpid(), 9)", "collector was killed by signal 9, 2 times"),
+        ("MAX_FAILURES", "print('no luck'); raise SystemExit(4)", r"ended with exit status 4, 2 times(.|\n)*no luck"),
+    ],
+)
+def test_too_many_deaths_end_the_run_with_the_last_lines(
+    stack: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch, limit: str, program: str, sentence: str
 ) -> None:
-    monkeypatch.setattr(cli.stack, "MAX_FAILURES", 1)
-    running = stack(collector="print('out of luck'); raise SystemExit(4)", trainer=SLEEP)
+    monkeypatch.setattr(cli.stack, limit, 1)
+    running = stack(collector=program, trainer=SLEEP)
     running.start_work()
-    with pytest.raises(ProcessFailed, match=r"collector ended with exit status 4, 2 times(.|\n)*out of luck"):
+    with pytest.raises(ProcessFailed, match=sentence):
         _watch_until(running, lambda: False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.swap_judge import VARIABLE, ComposeError, Part, keep_variable, mounted_path, report, swap_in, swap_judge
+from cli.swap_judge import VARIABLE, ComposeError, ComposeStack, Part, keep_variable, mounted_path, swap_in, swap_judge
 from shared.errors import SettingsError
 
 OLD = Part("old", "running", 0, 0, "/stack/configs/old.toml", {"ready": True, "fingerprint": "aaaa", "model": "small"})
@@ -20,11 +20,11 @@ def _new(
 READY = _new(readiness={"ready": True, "fingerprint": "bbbb", "model": "large"})
 
 
-class PlayedStack:
+class PlayedStack(ComposeStack):
     """Shows one list of judges after another; the last one stays."""
 
     def __init__(self, folder: Path, *looks: list[Part], fails: bool = False) -> None:
-        self.folder, self.project, self.env_file = folder, "played", folder / ".env"
+        self.folder, self.project, self._env_files = folder, "played", []
         self._looks = list(looks)
         self._fails = fails
         self.made_with: Mapping[str, str] = {}
@@ -38,7 +38,7 @@ class PlayedStack:
             raise ComposeError("no space left on device")
         self.made_with = environ
 
-    def log(self, service: str) -> list[str]:
+    def log(self, service: str, *, lines: int = 12) -> list[str]:
         return ["12:00 error no such model"]
 
 
@@ -53,10 +53,9 @@ def _ticking() -> Iterator[float]:
 
 def test_it_waits_for_the_new_judge_and_tells_both_fingerprints(tmp_path: Path) -> None:
     stack = PlayedStack(tmp_path, [OLD], [OLD], [_new()], [READY])
-    swap = swap_in(stack, "./configs/new.toml", timeout_s=60)
+    lines = swap_in(stack, "./configs/new.toml", timeout_s=60)
     assert stack.made_with == {VARIABLE: "./configs/new.toml"}
     assert stack.env_file.read_text() == "STACK_JUDGE_CONFIG='./configs/new.toml'\n"
-    lines = report(swap, "./configs/new.toml", project="played", env_file=stack.env_file)
     assert "  fingerprint  aaaa -> bbbb" in lines
     assert "  model        small -> large" in lines
 
