@@ -50,8 +50,11 @@ def teacher_log_prob(
 ) -> LikelihoodResult:
     """Sample one continuation of `new_tokens` tokens per prefix at T = 1 and score it under the teacher."""
     continuations = sample(policy_folder, prefixes, new_tokens=new_tokens, seed=seed)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
-    batches = zip(torch.tensor(prefixes).split(_BATCH_ROWS), continuations.split(_BATCH_ROWS), strict=True)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32)
+    teacher.eval()
+    batches = zip(
+        torch.split(torch.tensor(prefixes), _BATCH_ROWS), torch.split(continuations, _BATCH_ROWS), strict=True
+    )
     means = torch.cat([_mean_log_probs(teacher, *batch) for batch in batches])
     return LikelihoodResult(
         mean_log_prob=means.mean().item(),
@@ -63,10 +66,11 @@ def teacher_log_prob(
 
 def sample(policy_folder: Path, prefixes: Sequence[Sequence[int]], *, new_tokens: int, seed: int) -> torch.Tensor:
     """(prefixes, new_tokens): one continuation per prefix at T = 1, EOS forbidden. Prefixes must be equally long."""
-    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
+    policy: Any = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    policy.eval()
     torch.manual_seed(seed)
     rows = []
-    for batch in torch.tensor(prefixes).split(_BATCH_ROWS):
+    for batch in torch.split(torch.tensor(prefixes), _BATCH_ROWS):
         answer = policy.generate(
             batch,
             attention_mask=torch.ones_like(batch),

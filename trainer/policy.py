@@ -69,7 +69,8 @@ def _load_model(folder: Path | None, settings: Settings) -> PreTrainedModel:
         raise SettingsError(f"policy.model: {source} can't be loaded: {exc}") from exc
     assert isinstance(model, PreTrainedModel)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
