@@ -110,10 +110,10 @@ def write_weights(out: Path, *, seed: int, **shape: int) -> int:
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
-    tied = {"tie_word_embeddings": True}  # a second table would be most of a small model
-    config = LlamaConfig(**shape, **tied, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    options: dict[str, Any] = {**shape, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    options["tie_word_embeddings"] = True  # a second table would be most of a small model
     make: Any = LlamaForCausalLM
-    model = make(config)
+    model = make(LlamaConfig(**options))
     model.save_pretrained(out)
     return int(model.num_parameters())
 

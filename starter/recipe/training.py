@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 NUM_TAGS = 7
 IGNORE = -100
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_EVERY_S = 60.0
 NEWTON_SCHULZ_STEPS = ((3.4445, -4.7750, 2.0315),) * 5
 
@@ -163,10 +165,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, progress: float) -> None:
 def _save(
     path: Path, learner: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, step: int, spent: float
 ) -> None:
-    states = [optimizer.state_dict() for optimizer in optimizers]
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"learner.{name}": tensor.clone() for name, tensor in learner.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": value.clone() for key, value in state.items()}
     written = path.with_suffix(".tmp")
-    torch.save({"learner": learner.state_dict(), "optimizers": states, "step": step, "spent": spent}, written)
+    save_file(tensors, written, metadata={"step": str(step), "spent": f"{spent:.3f}"})
     written.rename(path)
 
 
@@ -174,8 +179,16 @@ def _resume(path: Path, learner: nn.Module, optimizers: Sequence[torch.optim.Opt
     """The number of steps done and the seconds spent on them."""
     if not path.is_file():
         return 0, 0.0
-    progress = torch.load(path, weights_only=True)
-    learner.load_state_dict(progress["learner"])
-    for optimizer, state in zip(optimizers, progress["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return progress["step"], progress["spent"]
+    with safe_open(path, framework="pt") as file:
+        progress = file.metadata()
+    tensors = load_file(path)
+    own = {name.removeprefix("learner."): tensor for name, tensor in tensors.items() if name.startswith("learner.")}
+    learner.load_state_dict(own)
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(progress["step"]), float(progress["spent"])
