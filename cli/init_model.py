@@ -102,7 +102,7 @@ def write_tokenizer(texts: list[str], out: Path, *, vocab_size: int, context_tok
     return len(tokenizer)
 
 
-def write_weights(out: Path, *, seed: int, **shape: int) -> int:
+def write_weights(out: Path, *, seed: int, **shape: Any) -> int:
     """Random weights as safetensors; returns the number of parameters. `shape`: options of LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +110,7 @@ def write_weights(out: Path, *, seed: int, **shape: int) -> int:
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
-    tied = {"tie_word_embeddings": True}  # a second table would be most of a small model
+    tied: dict[str, Any] = {"tie_word_embeddings": True}  # a second table would be most of a small model
     config = LlamaConfig(**shape, **tied, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     make: Any = LlamaForCausalLM
     model = make(config)
