@@ -102,7 +102,7 @@ def write_tokenizer(texts: list[str], out: Path, *, vocab_size: int, context_tok
     return len(tokenizer)
 
 
-def write_weights(out: Path, *, seed: int, **shape: int) -> int:
+def write_weights(out: Path, *, seed: int, **shape: Any) -> int:
     """Random weights as safetensors; returns the number of parameters. `shape`: options of LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
