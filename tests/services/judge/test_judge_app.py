@@ -72,25 +72,12 @@ def test_calls_and_failures_are_counted_by_criterion() -> None:
     assert [value(name) - past for name, past in zip(names, before, strict=True)] == [2, 2]
 
 
-def test_one_candidate_alone_is_refused() -> None:
-    with serving(FakeEngine(), settings()) as client:
-        assert ask(client, ITEM | {"candidates": [{"text": " moon"}]}).status_code == 422
-
-
-def test_offsets_outside_the_window_are_refused() -> None:
-    with serving(FakeEngine(), settings()) as client:
-        for place in ({"start": 6, "end": 5}, {"start": 0, "end": 9}):
-            answer = ask(client, ITEM | place)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidRequest")
-            assert "items must lie in text[0:8]" in answer.json()["error"]["message"]
-
-
 @pytest.mark.parametrize(
     ("item", "request_ids", "words"),
     [
         ({"candidates": [{"text": " moon"}]}, [], "candidates: Tuple should have at least 2 items"),
-        ({"start": 6, "end": 5}, [], "start <= end <= 8 (characters of text) must hold"),
-        ({"start": 0, "end": 9}, [], "start <= end <= 8 (characters of text) must hold"),
+        ({"start": 6, "end": 5}, [], "items must lie in text[0:8]"),
+        ({"start": 0, "end": 9}, [], "items must lie in text[0:8]"),
         ({"token_start": 2}, [], "but the request has no token_ids of the window"),
         ({"candidates": [{"text": "a", "token_ids": [1]}, {"text": "b"}]}, [], "has no token_ids of the window"),
         ({}, [1, 2, 3], "each item needs token_start, each candidate token_ids"),
