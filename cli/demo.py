@@ -177,7 +177,7 @@ def _evaluate(directory: Path, size: Size, console: Console, *, world: World, mo
     closing = [
         f"The trained policy: {folders['online DPO']} (AutoModelForCausalLM.from_pretrained loads it).",
         f"Plots and report: {report_folder / 'report.md'}; conservation: headwater audit {directory / 'online-dpo'}.",
-        "Next, your own documents: see 'Your own documents' in README.md.",
+        "Next, your own documents: see 'Run it on your documents' in README.md.",
     ]
     write_markdown(report_folder / "report.md", reports, plots, closing)
     measured = {name: estimates(report) for name, report in reports.items()}

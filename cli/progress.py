@@ -1,6 +1,6 @@
 """How far a run is: read about once a second, and shown as a live panel or as plain lines.
 
-Steps and documents come from the database, the backlog from Redis, rates from the collector. What does not answer is
+Steps and windows come from the database, the backlog from Redis, rates from the collector. What does not answer is
 None in the snapshot, never zero.
 """
 
@@ -210,7 +210,7 @@ def _delivery_rows(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     if snapshot.backlog is not None:
         yield "queue", f"{snapshot.backlog.unread} unread, {snapshot.backlog.pending} pending"
     if snapshot.balance is not None:
-        yield "documents", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"
+        yield "windows", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"
         dropped = sorted(snapshot.balance.dropped.items())
         yield "dropped", ", ".join(f"{number} {reason}" for reason, number in dropped) or "none"
     rates = ((snapshot.steps_per_minute, "steps/min"), (snapshot.candidates_per_second, "candidates/s"))

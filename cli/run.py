@@ -185,7 +185,7 @@ class Launcher:
         steps = self.plan.settings.trainer.steps
         return [
             f"step {step} of {steps}" + ("" if step >= steps else "; the same command resumes from here"),
-            f"documents: {result.equation}",
+            f"windows: {result.equation}",
             f"audit: {_verdict(result)}",
             *(f"  {one.outcome}: {one.name}: {one.detail}" for one in result.checks if one.outcome != "holds"),
             f"checkpoint: {path}",

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from starter.grammar import TEMPLATES
 from starter.world import World
@@ -97,6 +98,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def load_model(folder: Path, *, device: str = "cpu") -> LlamaForCausalLM:
     """The model in single precision, in evaluation mode."""
     _require(folder)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nn.Module.to(model, torch.device(device))
     return model

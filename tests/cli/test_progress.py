@@ -37,7 +37,7 @@ def test_everything_known_is_shown() -> None:
         "rollout chosen": "12%",
         "policy lag": "mean 1.5, max 3",
         "queue": "1 unread, 3 pending",
-        "documents": "9 read, 4 trained",
+        "windows": "9 read, 4 trained",
         "dropped": "1 stale",
         "rate": "6.0 steps/min, 12.3 candidates/s",
         "left": "8 min 20 s",
