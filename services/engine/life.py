@@ -7,7 +7,7 @@
     life.service.judge(...)    # what `build` returned; EngineError until then
 
 A failed start, or the failure of an engine that can never answer again, goes to `app.state.failure`, which ends the
-process (services/serve.py) for its supervisor to restart.
+process (services/__main__.py) for its supervisor to restart.
 """
 
 import asyncio
