@@ -1,4 +1,4 @@
-"""Waits for many coroutines at once: the judge at each of its levels, an engine for the rows of a request."""
+"""Many coroutines at once: their results, or the first error that mattered. For judge, engines and collector."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable

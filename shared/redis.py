@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import redis
 
-from shared.errors import StreamError
+from shared.errors import SettingsError, StreamError
+from shared.settings import RedisSettings
 
 
 def connect(url: str, *, timeout_s: float) -> redis.Redis:
@@ -13,6 +14,14 @@ def connect(url: str, *, timeout_s: float) -> redis.Redis:
     return redis.Redis.from_url(
         url, socket_timeout=timeout_s + 5.0, socket_connect_timeout=timeout_s, health_check_interval=15
     )
+
+
+def require_url(settings: RedisSettings) -> None:
+    """SettingsError if it is empty: only `headwater run` can start a Redis of its own."""
+    if not settings.url:
+        raise SettingsError(
+            "redis.url is empty: start with `headwater run`, or give --redis.url redis://127.0.0.1:6379"
+        )
 
 
 @contextmanager

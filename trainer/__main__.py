@@ -11,6 +11,7 @@ from threading import Event
 from shared.errors import SettingsError
 from shared.http import serving_metrics
 from shared.process import on_stop_signal, run_process
+from shared.redis import require_url
 from shared.settings import Secrets, Settings
 
 
@@ -25,8 +26,7 @@ def _work(settings: Settings, secrets: Secrets) -> None:
 
 
 def _check(settings: Settings) -> None:
-    if not settings.redis.url:
-        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
+    require_url(settings.redis)
     if not settings.policy.model:
         raise SettingsError("policy.model is empty: name a Hugging Face folder or model to start from")
     num_processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun

@@ -75,7 +75,7 @@ class ServiceClient:
     ) -> None:
         for base_url in base_urls:
             if not base_url.startswith(("http://", "https://")):
-                raise SettingsError(f"{role}.url is not an address: expected http://HOST:PORT")
+                raise SettingsError(f"{role}.url is not an address such as http://127.0.0.1:8001")
         self.role = role
         # Every attempt goes to the next replica, so a retry reaches another one.
         self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])

@@ -31,9 +31,8 @@ from services.concurrency import first_error
 from services.middleware import MetricsMiddleware
 from shared.api import Readiness
 from shared.coordination import Coordination
-from shared.errors import SettingsError
 from shared.http import build_server, listen, operations_app, refuse_open_binding
-from shared.redis import connect
+from shared.redis import connect, require_url
 from shared.runs import Run
 from shared.settings import Secrets, Settings
 from shared.stream import WindowStream
@@ -44,8 +43,7 @@ _log = logging.getLogger(__name__)
 def run(settings: Settings, secrets: Secrets) -> None:
     """Until the trainer has finished or a signal comes. Raises HeadwaterError."""
     refuse_open_binding(settings.collector.host, secrets)
-    if not settings.redis.url:
-        raise SettingsError("redis.url is empty: start through `headwater run`, or give --redis.url redis://HOST:PORT")
+    require_url(settings.redis)
     asyncio.run(_run_until_signal(settings, secrets))
 
 

@@ -6,9 +6,10 @@ import pytest
 import redis
 
 from shared.coordination import AnnouncedWeights, Coordination, TrainerReport
-from shared.errors import FencedError
+from shared.errors import FencedError, SettingsError
 from shared.records import Lease
-from shared.redis import lease_key
+from shared.redis import lease_key, require_url
+from shared.settings import RedisSettings
 
 
 @pytest.fixture
@@ -130,3 +131,9 @@ def test_the_source_is_exhausted_when_every_part_is_for_what_was_to_be_read(coor
 def test_runs_do_not_see_each_other(client: redis.Redis, run: str) -> None:
     Coordination(client, run).announce_weights(5)
     assert Coordination(client, f"{run}-other").announced_version() is None
+
+
+def test_an_empty_redis_url_says_how_to_give_one() -> None:
+    """The example must survive the removal of secrets from error texts."""
+    with pytest.raises(SettingsError, match=r"--redis\.url redis://127\.0\.0\.1:6379$"):
+        require_url(RedisSettings())
