@@ -320,6 +320,14 @@ class TrainerSettings(Section):
     """Preference pairs of one optimizer step; for NLL objectives: chosen suffixes."""
     beta: float = Field(default=0.1, gt=0)
     """DPO's inverse temperature. The paper does not give it; 0.1 is the default of DPO (arXiv 2305.18290)."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """`ipo`: the squared loss of IPO (arXiv 2310.12036)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """DPO: the share of preferences that are taken to be wrong (arXiv 2305.18290, conservative DPO)."""
+    length_normalised: bool = False
+    """DPO: log-probs per token instead of per suffix (arXiv 2411.15124, section 5.1)."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """DPO: weight of the NLL of the chosen suffixes beside it (arXiv 2404.19733)."""
     learning_rate: float = Field(default=5e-6, gt=0)
     """Its highest value: after a linear warm-up it falls along a cosine."""
     warmup_steps: int = Field(default=100, ge=0)
@@ -331,10 +339,23 @@ class TrainerSettings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_batch_tokens: int = Field(default=8_192, ge=1)
     """Tokens of one forward pass, padding included. A step accumulates gradients over as many passes as it needs."""
+    layout: Literal["auto", "tree", "separate"] = "auto"
+    """`tree`: all candidates of a window share one copy of it. `separate`: each suffix after its own copy of the prefix.
+    `auto`: tree, or separate with a warning where the check at the start finds a difference."""
+    attention: Literal["auto", "flex", "merged", "dense"] = "auto"
+    """Kernel of the tree layout; `auto`: flex on CUDA, merged on CPU. `dense` is the slow reference."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward and backward; losses and sums stay in float32. `auto`: bfloat16 on CUDA, policy.dtype on CPU."""
+    reference_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen reference's weights; `auto`: as compute_dtype."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile."""
     refresh_reference_every: int = Field(default=0, ge=0)
     """Steps after which the policy becomes the new reference; 0: never."""
     max_policy_lag: int = Field(default=16, ge=0)
-    """A window is dropped as stale if its oldest rollout is more weight versions behind."""
+    """A window is dropped as stale if its oldest rollout was sampled from weights that are more optimizer steps old."""
+    max_dropped_windows: int = Field(default=256, ge=1)
+    """Windows in a row that arrive only to be dropped, after which the trainer stops: a corpus must not burn unused."""
     replica_wait_s: float = Field(default=0.0, ge=0)
     """How long to wait, after a push, for live replicas that are further behind than max_policy_lag. 0: a late replica
     loses only its own rollouts, while waiting slows the run to its slowest replica."""
@@ -354,6 +375,10 @@ class TrainerSettings(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     stream_timeout_s: float = Field(default=0.0, ge=0)
     """Stop with an error when no window arrives for this long; 0: wait for ever."""
+    lease_s: float = Field(default=30.0, gt=0)
+    """A trainer that is silent for this long may be replaced by another one."""
+    profile_steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """First and last step that torch's profiler records, into `profile/` in the run folder; such as [20, 25]."""
     log_tensorboard: bool = False
     log_wandb: bool = False
     """They need `headwater[tensorboard]` and `headwater[wandb]`."""
