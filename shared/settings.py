@@ -340,7 +340,7 @@ class TrainerSettings(Section):
     max_batch_tokens: int = Field(default=8_192, ge=1)
     """Tokens of one forward pass, padding included. A step accumulates gradients over as many passes as it needs."""
     layout: Literal["auto", "tree", "separate"] = "auto"
-    """`tree`: all candidates of a window share one copy of it. `separate`: each suffix after its own copy of the prefix.
+    """`tree`: all candidates of a window share one copy of it. `separate`: each suffix has its own copy of its prefix.
     `auto`: tree, or separate with a warning where the check at the start finds a difference."""
     attention: Literal["auto", "flex", "merged", "dense"] = "auto"
     """Kernel of the tree layout; `auto`: flex on CUDA, merged on CPU. `dense` is the slow reference."""

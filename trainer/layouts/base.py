@@ -1,6 +1,6 @@
 """The seam between a step's windows and the model: plans, passes, and what a layout must do.
 
-    windows -> Layout.plan -> by rank, a list of PassPlan -> Layout.lay_out -> Pass -> SuffixLogProbs (trainer/log_probs.py)
+    windows -> Layout.plan -> PassPlans by rank -> Layout.lay_out -> Pass -> SuffixLogProbs (trainer/log_probs.py)
 
 A window is here the tuple of its pairs, in the order of its chunks; they share one trunk.
 """
