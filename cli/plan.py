@@ -121,6 +121,9 @@ class Plan:
     def command(self, role: str) -> list[str]:
         """The role's process reads its settings from the run folder."""
         words = ["trainer"] if role == "trainer" else ["services", role]
+        if role == "trainer" and (number := self.settings.trainer.num_processes) > 1:
+            words = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+            words += ["--shutdown-timeout=25", "-m", "trainer"]
         return [sys.executable, "-m", *words, "--config", str(self.settings.run.folder / "processes.toml")]
 
     def environ(self) -> dict[str, str]:

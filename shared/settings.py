@@ -370,6 +370,9 @@ class TrainerSettings(Section):
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Serves /metrics and /healthz; 0: off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_processes: int = Field(default=1, ge=1)
+    """Trainer processes that `headwater run` starts on this machine with torchrun, one a GPU. Elsewhere start
+    `python -m torch.distributed.run ... -m trainer` yourself (docs/training.md)."""
     num_threads: int = Field(default=1, ge=0)
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""

@@ -95,6 +95,11 @@ def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: 
     assert environ["HEADWATER_TOKEN"] in environ["HEADWATER_REDIS__URL"]
 
 
+def test_a_trainer_of_several_processes_starts_under_torchrun(ports: Ports) -> None:
+    words = " ".join(_plan(ports, "--trainer.num_processes", "8").command("trainer")[1:6])
+    assert words == "-m torch.distributed.run --standalone --nproc-per-node=8 --shutdown-timeout=25"
+
+
 def test_a_busy_port_is_replaced() -> None:
     with socket.create_server((HOST, 0)) as server, Ports() as ports:
         busy = server.getsockname()[1]
