@@ -22,6 +22,7 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.connections import Connections
 from trainer.figures import open_telemetry
 from trainer.inbox import Inbox, commit_finished
+from trainer.lag import PublishedSteps
 from trainer.loop import Trainer
 from trainer.losses import build_loss
 from trainer.policy import PolicyOptimizer, load_policy
@@ -53,7 +54,8 @@ def prepare(settings: Settings, retries: Retries) -> Trainer | None:
     if checkpoint is not None:
         state = checkpoint.state
         _log.info("resuming from %s", checkpoint.folder)
-        _settle(state, checkpoints, connections)
+        for earlier in checkpoints.states():
+            _settle(earlier, checkpoints, connections)
         if state.step >= settings.trainer.steps:
             _log.info("finished already at step %d; raise trainer.steps to train further", state.step)
             connections.coordination.report_trainer(TrainerReport(state.step, state.weight_version, "finished"))
@@ -62,7 +64,8 @@ def prepare(settings: Settings, retries: Retries) -> Trainer | None:
 
 
 def _settle(state: CheckpointState, checkpoints: Checkpoints, connections: Connections) -> None:
-    """Write what is missing if the trainer ended, or Redis or the database was away, right after this checkpoint."""
+    """Write what is missing if the trainer ended, or Redis or the database was away, right after this checkpoint. One
+    that was not settled is never pruned, so that it is found even if the trainer wrote another one after it."""
     checkpoints.keep_evidence(state)
     if state.row is not None:
         connections.run.record_step(state.step, state.row)
@@ -97,10 +100,15 @@ def _build(
         policy=policy,
         optimizer=optimizer,
         loss=loss,
-        inbox=Inbox(settings, connections, partial=last.partial if last else {}, tally=telemetry.tally),
+        inbox=Inbox(settings, connections, steps=publisher.steps, tally=telemetry.tally),
         publisher=publisher,
         replicas=Replicas(
-            connections.coordination, run, trainer.max_policy_lag, trainer.replica_wait_s, connections.stop
+            connections.coordination,
+            run,
+            PublishedSteps(publisher.steps),
+            max_lag=trainer.max_policy_lag,
+            max_wait_s=trainer.replica_wait_s,
+            stop=connections.stop,
         ),
         checkpoints=checkpoints,
         connections=connections,

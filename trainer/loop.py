@@ -1,10 +1,10 @@
 """The training loop: `Trainer.run`, one step on one screen (`Trainer.take_step`).
 
-    fill the inbox -> take pairs -> micro-batches -> loss, backward -> clip -> step -> publish -> row
+    take whole windows -> micro-batches -> loss, backward -> clip -> step -> publish -> row
                                                     every checkpoint_every steps: checkpoint -> acknowledge
 
-The loop blocks in `inbox.fill` until a collector writes, in `replicas.keep_up` if the settings say so, and in calls
-that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
+The loop blocks in `next_windows` until a collector has written, in `replicas.keep_up` if the settings say so, and in
+calls that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
 written, `run` returns. If an outage lasts too long, a checkpoint is written and its error raised.
 """
 
@@ -24,8 +24,8 @@ from shared.settings import TrainerSettings
 from trainer.batches import micro_batches, suffix_log_probs
 from trainer.checkpoint import Checkpoints
 from trainer.connections import Connections
-from trainer.figures import Telemetry, pair_figures
-from trainer.inbox import Inbox
+from trainer.figures import Telemetry, window_figures
+from trainer.inbox import Inbox, TakenWindow
 from trainer.losses import Loss
 from trainer.policy import Policy, PolicyOptimizer
 from trainer.preferences import Preference
@@ -78,39 +78,45 @@ class Trainer:
             except TrainingError as exc:
                 _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
             raise
+        finally:
+            self.inbox.close()
 
     def _train(self) -> TrainerState:
         self._publish()  # before the first step: a broken weight path shows at once
         self._report("training")
         while self.step < self.settings.steps:
-            pairs = self.next_pairs()
-            if not pairs:
+            windows = self.next_windows()
+            if not windows:
                 break
-            self.take_step(pairs)
+            self.take_step(windows)
             if self.step % self.settings.checkpoint_every == 0:
                 self.checkpoint()
         self.checkpoint()
         return self._conclude()
 
-    def next_pairs(self) -> list[Preference]:
-        """Exactly `pairs_per_step`; fewer at the end of the source; none means stop."""
+    def next_windows(self) -> list[TakenWindow]:
+        """At least `pairs_per_step` pairs; fewer at the end of the source; none means stop."""
         with self.telemetry.tally.spending("wait"):
-            self.inbox.fill(self.settings.pairs_per_step, weight_version=self.publisher.version)
-        return [] if self.connections.stop.is_set() else self.inbox.take(self.settings.pairs_per_step)
+            while not self.connections.stop.is_set():
+                windows = self.inbox.take(self.step + 1)
+                if windows is not None:
+                    return windows
+        return []
 
-    def take_step(self, pairs: list[Preference]) -> None:
-        """One optimizer step on exactly these pairs, or a skipped one if loss or gradient are not finite."""
+    def take_step(self, windows: list[TakenWindow]) -> None:
+        """One optimizer step on exactly these windows, or a skipped one if loss or gradient are not finite."""
         step, tally = self.step + 1, self.telemetry.tally
+        pairs = [pair for window in windows for pair in window.pairs]
         with tally.spending("forward_backward"):
             figures = self._accumulate_gradients(pairs)
         with tally.spending("optimizer"):
             figures["grad_norm"] = float(self.optimizer.clip())
             if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-                return self._skip(step, figures, num_pairs=len(pairs))
+                return self._skip(step, figures, windows)
             figures["learning_rate"] = self.optimizer.step(step)
         self.step, self.bad_steps = step, 0
-        self.inbox.mark_applied(pairs, step)
-        self.unwritten = figures | pair_figures(pairs, weight_version=self.publisher.version)
+        self.inbox.mark_applied(windows, step)
+        self.unwritten = figures | window_figures(windows)
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
             self.policy.refresh_reference(step)
@@ -141,15 +147,17 @@ class Trainer:
         figures["loss"] = float(sums["loss"]) / normaliser
         return figures | {"batch_tokens": num_batch_tokens}
 
-    def _skip(self, step: int, figures: dict[str, float], *, num_pairs: int) -> None:
-        """Nothing is applied; the pairs are used up. Raises TrainingError after `max_bad_steps` in a row."""
+    def _skip(self, step: int, figures: dict[str, float], windows: list[TakenWindow]) -> None:
+        """Nothing is applied; the windows are dropped. Raises TrainingError after `max_bad_steps` in a row."""
         self.bad_steps += 1
         self.optimizer.zero_grad()
         self.telemetry.tally.counts["skipped_steps"] += 1
         metrics.skipped_steps_total.inc()
         what = f"step {step} skipped: loss {figures['loss']}, gradient norm {figures['grad_norm']}"
         _log.error("%s (%d in a row)", what, self.bad_steps)
-        self.connections.run.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs)
+        skipped = [window.window_id for window in windows]
+        self.connections.run.record_event("trainer", "skipped_step", what, step=step, windows=skipped)
+        self.inbox.drop_skipped(windows)  # after the event, which is the audit's evidence
         if self.bad_steps >= self.settings.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_steps} steps in a row without a finite loss (trainer.max_bad_steps), the last: {what}; "
@@ -160,7 +168,7 @@ class Trainer:
         with self.telemetry.tally.spending("push"):
             self.publisher.publish(self.policy.model, self.step)
         with self.telemetry.tally.spending("replicas"):
-            self.replicas.keep_up(self.publisher.version)
+            self.replicas.keep_up(self.step)
 
     def _report(self, state: TrainerState) -> None:
         self.connections.coordination.report_trainer(TrainerReport(self.step, self.publisher.version, state))
@@ -181,7 +189,6 @@ class Trainer:
             weight_version=self.publisher.version,
             reference_step=self.policy.reference_step,
             finished=self.inbox.finished(),
-            partial=self.inbox.partial(),
             number=self.last.number + 1 if self.last else 1,
             after=self.checkpointed_step,
             row=self._owed_row(),
