@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORM = 3
 """Of everything that a run keeps: rows, entries of the stream, checkpoints. Raise it with a change that this version
-can't read in an older run, which is then refused (shared/identity.py). 3: a window is in one update with all its pairs, where
-checkpoints of form 2 have half-used windows; and the collector's schedule goes by steps."""
+can't read in an older run, which is then refused (shared/identity.py). 3: an update contains whole windows (checkpoints
+of form 2 have half-used ones), and the schedule of candidates goes by steps."""
 
 CandidateKind = Literal["original", "rewrite", "rollout"]
 CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")

@@ -153,7 +153,7 @@ class Run:
         published = sa.select(WeightVersionRow.version, WeightVersionRow.step)
         with transaction(self.database) as session:
             rows = session.execute(published.where(WeightVersionRow.run_id == self.name)).all()
-        return {version: step for version, step in rows}
+        return {row.version: row.step for row in rows}
 
     def newest_weight_version(self) -> int | None:
         newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.name)

@@ -421,9 +421,9 @@ class Settings(Section):
             )
         if self.weights_dtype == "bfloat16" and full > 1 and full * push > lag:
             raise ValueError(
-                f"weights.full_every * weights.push_every = {full * push} {too_old}, so a replica that missed a version "
-                f"would be stale before the next full one: lower full_every to {max(1, lag // push)}, or raise "
-                f"max_policy_lag to {full * push}"
+                f"weights.full_every * weights.push_every = {full * push} {too_old}, so rollouts of a replica that "
+                f"missed a version would be stale before the next full one: lower full_every to {max(1, lag // push)}, "
+                f"or raise max_policy_lag to {full * push}"
             )
         return self
 

@@ -3,8 +3,8 @@
     take whole windows -> micro-batches -> loss, backward -> clip -> step -> publish -> row
                                                     every checkpoint_every steps: checkpoint -> acknowledge
 
-The loop blocks in `next_windows` until a collector has written, in `replicas.keep_up` if the settings say so, and in
-calls that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
+The loop blocks in `next_windows` until a collector writes, in `replicas.keep_up` if the settings say so, and in calls
+that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
 written, `run` returns. If an outage lasts too long, a checkpoint is written and its error raised.
 """
 

@@ -109,7 +109,7 @@ class Reader:
                 elif self._source_has_ended():
                     return self._end()
                 self._answered_at = time.monotonic()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 (raised by `next`)
             with self._changed:
                 self._error = exc
                 self._changed.notify_all()

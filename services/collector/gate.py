@@ -75,8 +75,8 @@ class RunWatch:
     settings: Settings
     extent: str
     step: int
-    """That the trainer reported last. It starts from the database, and stays while there is no report: a Redis that lost
-    its data has none, and the schedule must not start over."""
+    """That the trainer reported last. It starts from the database, and stays while there is no report: a Redis that
+    lost its data has none, and the schedule must not start over."""
 
     async def run(self) -> None:
         """Until the trainer needs nothing more."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shared.coordination import Coordination
+from shared.database import WindowRow
 from shared.errors import DatabaseError, DatabaseRefusalError, HeadwaterError, StreamError, WeightStoreError
 from shared.ledger import Ledger
 from shared.retries import Retries
@@ -22,6 +23,7 @@ from shared.weights.store import WeightStore
 from tests.services.collector.processes import RedisProcess
 from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, Stack, assert_equal_weights, build_stack
+from tests.trainer.windows import plain_window
 from trainer.checkpoint import Checkpoints
 from trainer.inbox import Inbox
 from trainer.loop import Trainer
@@ -57,17 +59,17 @@ def own_stack(own_redis: RedisProcess, policy_folder: Path, tmp_path: Path) -> S
 
 
 @contextmanager
-def breaking(trainer: Trainer, place: str, happen: Callable[[], None]) -> Iterator[None]:
-    """`happen` each time that `place` is called after step 4; before it, or where `place` ends in "+" after it."""
+def breaking(trainer: Trainer, place: str, happen: Callable[[], None], *, step: int = 4) -> Iterator[None]:
+    """`happen` each time that `place` is called after `step`; before it, or where `place` ends in "+" after it."""
     owner, name = place.rstrip("+").split(".")
     (found,) = [one for one in OWNERS if one.__name__ == owner]
     original, after = getattr(found, name), place.endswith("+")
 
     def broken(*arguments: Any, **options: Any) -> Any:
-        if trainer.step == 4 and not after:
+        if trainer.step == step and not after:
             happen()
         answer = original(*arguments, **options)
-        if trainer.step == 4 and after:
+        if trainer.step == step and after:
             happen()
         return answer
 
@@ -229,3 +231,39 @@ def test_the_error_that_is_raised_is_the_one_that_ended_it(make_stack: MakeStack
 
     with breaking(trainer, "WindowStream.read", be_away), pytest.raises(StreamError, match="away"):
         trainer.run()
+
+
+LONG: dict[str, Any] = {"steps": 55, "pairs_per_step": 3, "checkpoint_every": 100, "warmup_steps": 10}
+
+
+def write_long(stack: Stack) -> None:
+    """Window n is for update n + 1 and was sampled ten steps before it. One in nine is 20 steps old and more: stale."""
+    for number in range(55):
+        stack.write([plain_window(number, version=max(0, number - 10), run=stack.run)])
+        if number > 20 and number % 9 == 0:
+            stack.write([plain_window(1000 + number, version=number - 20, run=stack.run)])
+
+
+def updates(stack: Stack) -> dict[str, tuple[str, int | None]]:
+    """State and update of each window."""
+    return {row.source_id: (row.state, row.trained_step) for row in stack.rows(WindowRow)}
+
+
+def test_a_run_killed_after_step_49_drops_nothing_that_an_uninterrupted_one_trains(make_stack: MakeStack) -> None:
+    """By default the first checkpoint is that of step 50: all 49 steps are redone, and the loaded weights get a version
+    far above those of the rollouts. In steps, nothing has aged."""
+    whole, cut = make_stack("whole", **LONG), make_stack("cut", **LONG)
+    for stack in (whole, cut):
+        assert stack.settings.trainer.max_policy_lag == 16
+        write_long(stack)
+    whole.train()
+    trainer = cut.prepare()
+    with breaking(trainer, "Coordination.report_trainer+", be_killed, step=49), pytest.raises(Killed):
+        trainer.run()
+    assert not cut.checkpoints.exists()
+    cut.train()
+    assert updates(cut) == updates(whole)
+    assert whole.counts() == (55, {"stale": 4}, 0)
+    assert_equal_weights(cut.weights_at(55), whole.weights_at(55))
+    assert [row.figures["policy_lag_max"] for row in cut.rows()] == [min(step, 10) for step in range(55)]
+    assert cut.contradictions() == []
