@@ -237,11 +237,11 @@ LONG: dict[str, Any] = {"steps": 55, "pairs_per_step": 3, "checkpoint_every": 10
 
 
 def write_long(stack: Stack) -> None:
-    """Window n is for update n + 1 and was sampled ten steps before it. One in nine is 20 steps old and more: stale."""
-    for number in range(55):
-        stack.write([plain_window(number, version=max(0, number - 10), run=stack.run)])
-        if number > 20 and number % 9 == 0:
-            stack.write([plain_window(1000 + number, version=number - 20, run=stack.run)])
+    """For each update a window that was sampled ten steps before it. Four more are 20 steps old by then: stale."""
+    versions = [max(0, number - 10) for number in range(55)]
+    for number in (54, 45, 36, 27):
+        versions.insert(number, number - 20)
+    stack.write(plain_window(place, version=version, run=stack.run) for place, version in enumerate(versions))
 
 
 def updates(stack: Stack) -> dict[str, tuple[str, int | None]]:
