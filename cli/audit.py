@@ -5,7 +5,6 @@ Each state is then compared with what was written elsewhere at another time: the
 of steps and weight versions, the leases, the stream. docs/cli.md lists the checks.
 """
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -131,7 +130,6 @@ def _look(database: sa.Engine, settings: Settings, folder: RunFolder) -> tuple[A
 
 
 def _of_stores(account: Account, earlier: Testimony, later: Testimony) -> Iterable[Check]:
-    marked = itertools.chain(audit_checks.unmarked(account, earlier), audit_checks.begun(account, later))
     found = {
         "every position of each part has its document": audit_checks.positions(account),
         "every document has all its windows": audit_checks.windows(account),
@@ -139,7 +137,8 @@ def _of_stores(account: Account, earlier: Testimony, later: Testimony) -> Iterab
         "every checkpoint left its evidence": audit_checks.lines(earlier, account),
         "no window is in two checkpoints": audit_checks.in_two_checkpoints(earlier),
         "trained windows are in a checkpoint": audit_checks.unproved(account, later),
-        "windows of the checkpoints are marked so": marked,
+        "windows of skipped steps were skipped": audit_checks.unskipped(account),
+        "windows of the checkpoints are marked so": audit_checks.unmarked(account, earlier),
         "steps have no gap up to the newest checkpoint": audit_checks.steps(account, earlier),
         "pairs of each step came from its windows": audit_checks.pairs(account, earlier),
         "weight versions have no gap": audit_checks.versions(account),

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from cli.audit_sources import Account, Testimony, Window
 from shared.checkpoint_state import Evidence, FinishedWindow
 from shared.ledger import DROPPED, READING, SCORED, TRAINED
-
-NON_FINITE = "non_finite_loss"
+from shared.records import NON_FINITE
 
 
 def windows_read(account: Account) -> int:
@@ -81,7 +80,7 @@ def _disagreeing_states(testimony: Testimony, account: Account) -> Iterator[str]
         if line is None:
             if step != newest or account.in_state(TRAINED).keys() & state.finished.keys():
                 yield f"checkpoint step-{step:08d} has no line: the evidence of step {step} is missing"
-        elif (line.number, line.finished, line.partial) != (state.number, state.finished, state.partial):
+        elif line != state.evidence:
             yield f"checkpoint step-{step:08d} and the evidence of step {step} disagree"
 
 
@@ -111,9 +110,13 @@ def unproved(account: Account, testimony: Testimony) -> Iterator[str]:
             yield f"window {name} is marked trained at step {step}, the newest checkpoint is of {testimony.newest_step}"
         elif name not in testimony.finished:
             yield f"window {name} is marked trained at step {step}, no checkpoint contains it"
+
+
+def unskipped(account: Account) -> Iterator[str]:
+    """Windows dropped for a loss that was not finite, and no skipped step had them."""
     for name, row in account.in_state(DROPPED).items():
-        if row.reason == NON_FINITE and name not in testimony.finished:
-            yield f"window {name} is dropped as {NON_FINITE}, no checkpoint says so"
+        if row.reason == NON_FINITE and name not in account.skipped:
+            yield f"window {name} is dropped as {NON_FINITE}, no skipped step had it"
 
 
 def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
@@ -130,25 +133,13 @@ def unmarked(account: Account, testimony: Testimony) -> Iterator[str]:
 
 def _disagreement(row: Window, finished: FinishedWindow, line: Evidence) -> Iterator[str]:
     says = f"the checkpoint of step {line.step} says"
-    wanted = DROPPED if finished.step is None else TRAINED
-    if row.state != wanted or (wanted == DROPPED and row.reason != NON_FINITE):
+    if row.state != TRAINED:
         state = f"{row.state} ({row.reason})" if row.reason else row.state
-        yield f"window {row} is {state}, {says} {wanted if finished.step else NON_FINITE}"
-    elif finished.step is not None and row.trained_step != finished.step:
+        yield f"window {row} is {state}, {says} {TRAINED}"
+    elif row.trained_step != finished.step:
         yield f"window {row} is marked trained at step {row.trained_step}, {says} step {finished.step}"
-    elif finished.step is not None and row.num_pairs != finished.num_pairs:
+    elif row.num_pairs != finished.num_pairs:
         yield f"window {row} is marked as giving {row.num_pairs} pairs, {says} {finished.num_pairs}"
-
-
-def begun(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Windows that the newest checkpoint used only in part and the database calls finished."""
-    for line in testimony.lines[-1:]:
-        for document in line.partial:
-            row = account.windows.get(document)
-            if row is None:
-                yield f"window {document} was begun by the checkpoint of step {line.step} and has no row"
-            elif row.state in (TRAINED, DROPPED):
-                yield f"window {document} is {row.state}, the checkpoint of step {line.step} has only begun it"
 
 
 def steps(account: Account, testimony: Testimony) -> Iterator[str]:
@@ -160,22 +151,23 @@ def steps(account: Account, testimony: Testimony) -> Iterator[str]:
 
 
 def pairs(account: Account, testimony: Testimony) -> Iterator[str]:
-    """Steps with another number of pairs than their windows gave, and windows that gave more than they have."""
+    """Steps with another number of pairs than their windows have, windows of a step that their checkpoint can't have,
+    and windows that gave more than they have."""
     given: Counter[int] = Counter()
-    for document in testimony.finished.values():
-        given.update(document.pairs_by_step)
-    for line in testimony.lines[-1:]:
-        for partial in line.partial.values():
-            given.update(partial.pairs_by_step)
+    for line in testimony.lines:
+        for name, finished in line.finished.items():
+            given[finished.step] += finished.num_pairs
+            if not line.after < finished.step <= line.step:
+                span = f"the checkpoint of step {line.step}, which begins after step {line.after}"
+                yield f"window {name} is in update {finished.step} by {span}"
     last = testimony.lines[-1].step if testimony.lines else 0
     for step, row in account.steps.items():
         if step <= last and row.num_pairs != given[step]:
             yield f"step {step} took {row.num_pairs} pairs by its row, {given[step]} by the checkpoints"
     for name, finished in testimony.finished.items():
         window = account.windows.get(name)
-        used = finished.num_pairs + finished.num_skipped
-        if window is not None and 0 < window.num_chunks < used:
-            yield f"window {name} gave {used} pairs, it has {window.num_chunks} scored chunks"
+        if window is not None and 0 < window.num_chunks < finished.num_pairs:
+            yield f"window {name} gave {finished.num_pairs} pairs, it has {window.num_chunks} scored chunks"
 
 
 def versions(account: Account) -> Iterator[str]:

@@ -78,6 +78,8 @@ class Account:
     """None unless the trainer's newest event says that it has finished."""
     source_ended_at: float | None
     """Unix seconds; None unless it finished because the source had ended."""
+    skipped: frozenset[str] = frozenset()
+    """Windows of steps that the trainer skipped, by its events."""
 
     def in_state(self, *states: str) -> dict[str, Window]:
         return {name: window for name, window in self.windows.items() if window.state in states}
@@ -101,6 +103,9 @@ class Account:
 def read_account(database: sa.Engine, run_id: str) -> Account:
     about_trainer = (EventRow.role == "trainer", EventRow.kind.in_(("started", "resumed", "finished")))
     newest_event = sa.select(EventRow).where(EventRow.run_id == run_id, *about_trainer).order_by(EventRow.id.desc())
+    skips = sa.select(EventRow).where(
+        EventRow.run_id == run_id, EventRow.role == "trainer", EventRow.kind == "skipped_step"
+    )
     cursors = sa.select(CursorRow).where(CursorRow.run_id == run_id)
     steps = sa.select(StepRow).where(StepRow.run_id == run_id).order_by(StepRow.step)
     versions = sa.select(WeightVersionRow).where(WeightVersionRow.run_id == run_id)
@@ -116,6 +121,7 @@ def read_account(database: sa.Engine, run_id: str) -> Account:
             versions={row.version: row.step for row in session.scalars(versions)},
             finished_step=data.get("step"),
             source_ended_at=event.at if event is not None and data.get("source_ended") else None,
+            skipped=frozenset(window for skip in session.scalars(skips) for window in skip.data["windows"]),
         )
 
 

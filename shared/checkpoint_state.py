@@ -29,28 +29,13 @@ _BLOCK_BYTES = 1 << 20
 
 
 class FinishedWindow(Record):
-    """A window whose last pairs were used since the checkpoint before."""
+    """A window that an update since the checkpoint before contains, with all its pairs."""
 
     entry_id: str
     """Its entry on the stream, acknowledged once this checkpoint is on disk."""
-    step: int | None
-    """The last update that contains it; None if every step it was part of was skipped as non-finite."""
-    pairs_by_step: dict[int, int] = Field(default_factory=dict)
-    """Update -> how many of its pairs are in it."""
-    num_skipped: int = Field(default=0, ge=0)
-    """Pairs that skipped steps used up."""
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(self.pairs_by_step.values())
-
-
-class PartialWindow(Record):
-    """A window of which the first `used` pairs were used; the rest as in FinishedWindow."""
-
-    used: int = Field(ge=1)
-    step: int | None
-    pairs_by_step: dict[int, int] = Field(default_factory=dict)
+    step: int = Field(ge=1)
+    """The update."""
+    num_pairs: int = Field(ge=1)
 
 
 class Evidence(Record):
@@ -60,8 +45,7 @@ class Evidence(Record):
     """Step of the checkpoint before it, 0 if there was none: the line accounts for the updates since."""
     step: int = Field(ge=0)
     finished: dict[str, FinishedWindow]
-    partial: dict[str, PartialWindow]
-    """Both by window id."""
+    """By window id."""
 
 
 class StepFigures(Record):
@@ -162,20 +146,23 @@ class EvidenceFile:
             ) from exc
 
     def read(self) -> tuple[list[Evidence], list[str]]:
-        """All lines in order, and what is wrong with unreadable ones. A torn last line does not count."""
-        found: list[Evidence] = []
+        """All lines in order, and what is wrong with unreadable ones. A torn last line does not count, nor does an
+        exact copy: a trainer that was replaced while it wrote may repeat a line that its successor has written."""
+        found: dict[bytes, Evidence] = {}
         damaged: list[str] = []
         if not self.path.exists():
-            return found, damaged
+            return [], damaged
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
+                if line in found:
+                    continue
                 try:
-                    found.append(Evidence.model_validate_json(line))
+                    found[line] = Evidence.model_validate_json(line)
                 except ValidationError as exc:
                     damaged.append(f"line {number} can't be read: {_first_error(exc)}")
-        return found, damaged
+        return list(found.values()), damaged
 
 
 def _last_line(file: BinaryIO) -> tuple[bytes, int]:

@@ -26,13 +26,16 @@ IDENTITY = ("run.seed", "policy.model", "policy.tokenizer", "documents", "chunks
 FREE = frozenset({"documents.max_epochs"})
 """Settings within those that may change: more of the same documents."""
 _FORM_1_SETTINGS = (("collector", "max_documents_in_flight"), ("chunks", "chunks_per_document"))
-"""Every run of form 1 has written them down; later versions have other names for them."""
+"""Every run of form 1 has written them down; later versions have other names for them. A run of form 2 has written
+`from_version` into every stage of its schedule."""
 
 
 def form_of(settings: Mapping[str, Any]) -> int:
     """The form of a run by the settings that it wrote down."""
-    is_first = any(name in settings.get(section, {}) for section, name in _FORM_1_SETTINGS)
-    return 1 if is_first else FORM
+    if any(name in settings.get(section, {}) for section, name in _FORM_1_SETTINGS):
+        return 1
+    is_second = any("from_version" in stage for stage in settings.get("collector", {}).get("schedule", ()))
+    return 2 if is_second else FORM
 
 
 def refuse_other_form(form: int, *, run: str) -> None:

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FORM = 2
+FORM = 3
 """Of everything that a run keeps: rows, entries of the stream, checkpoints. Raise it with a change that this version
-can't read in an older run, which is then refused (shared/identity.py)."""
+can't read in an older run, which is then refused (shared/identity.py). 3: an update contains whole windows (checkpoints
+of form 2 have half-used ones), and the schedule of candidates goes by steps."""
 
 CandidateKind = Literal["original", "rewrite", "rollout"]
 CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
@@ -92,6 +93,10 @@ class ScoredChunk(Record):
 
 NO_PREFERENCE = "no_preference"
 """Why a chunk was dropped whose candidates are all equal; no judge was asked."""
+
+
+NON_FINITE = "non_finite_loss"
+"""Why the windows of a skipped step were dropped."""
 
 
 class DroppedChunk(Record):

@@ -142,6 +142,19 @@ class Run:
         with transaction(self.database) as session:
             session.execute(sa.delete(StepRow).where(StepRow.run_id == self.name, StepRow.step > step))
 
+    def newest_step(self) -> int:
+        """The last one with a row; 0 if there is none."""
+        newest = sa.select(sa.func.max(StepRow.step)).where(StepRow.run_id == self.name)
+        with transaction(self.database) as session:
+            return session.scalar(newest) or 0
+
+    def published_steps(self) -> dict[int, int]:
+        """Weight version -> the step after which it was published."""
+        published = sa.select(WeightVersionRow.version, WeightVersionRow.step)
+        with transaction(self.database) as session:
+            rows = session.execute(published.where(WeightVersionRow.run_id == self.name)).all()
+        return {row.version: row.step for row in rows}
+
     def newest_weight_version(self) -> int | None:
         newest = sa.select(sa.func.max(WeightVersionRow.version)).where(WeightVersionRow.run_id == self.name)
         with transaction(self.database) as session:

@@ -123,8 +123,8 @@ class WeightsSettings(Section):
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of weight versions; empty: rollout.engine.dtype, since replicas would round them anyway."""
     full_every: int = Field(default=10, ge=1)
-    """bfloat16: every n-th version is full, the others hold what changed; 1: all are full. Keep it below
-    trainer.max_policy_lag, so that a replica that missed a version recovers before its rollouts are stale."""
+    """bfloat16: every n-th version is full, the others hold what changed; 1: all are full. A replica that missed a
+    version recovers at a full one: full_every * push_every steps must not exceed trainer.max_policy_lag."""
     keep_versions: int = Field(default=3, ge=2)
     """Older versions are deleted. 3 gives a slow replica time to finish its download."""
 
@@ -263,9 +263,9 @@ class JudgeSettings(ServiceSettings):
 
 
 class ScheduleStage(Section):
-    """Which candidates a chunk gets, from weight version `from_version` on."""
+    """Which candidates a chunk gets, once the trainer has completed step `from_step`."""
 
-    from_version: int = Field(default=0, ge=0)
+    from_step: int = Field(default=0, ge=0)
     kinds: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
     num_rollouts: int = Field(default=16, ge=0, le=MAX_ROLLOUTS)
 
@@ -282,7 +282,7 @@ class CollectorSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8004, ge=0, le=65535)
     schedule: tuple[ScheduleStage, ...] = (ScheduleStage(),)
-    """Candidates by weight version: the first stage begins at version 0, each later one at a higher version."""
+    """Candidates by the trainer's step: the first stage begins at step 0, each later one at a higher step."""
     max_windows_in_flight: int = Field(default=8, ge=1)
     max_backlog: int = Field(default=16, ge=1)
     """A window is begun only while fewer than this are in flight or unread on the stream."""
@@ -302,14 +302,14 @@ class CollectorSettings(Section):
 
     @model_validator(mode="after")
     def _schedule_is_ordered(self) -> Self:
-        versions = [stage.from_version for stage in self.schedule]
-        if not versions or versions[0] != 0 or versions != sorted(set(versions)):
-            raise ValueError(f"schedule must begin at from_version 0 and ascend, got {versions}")
+        steps = [stage.from_step for stage in self.schedule]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"schedule must begin at from_step 0 and ascend, got {steps}")
         return self
 
-    def stage_at(self, version: int) -> ScheduleStage:
-        """The stage in force at weight version `version`."""
-        return [stage for stage in self.schedule if stage.from_version <= version][-1]
+    def stage_at(self, step: int) -> ScheduleStage:
+        """The stage in force after the trainer's step `step`."""
+        return [stage for stage in self.schedule if stage.from_step <= step][-1]
 
 
 class TrainerSettings(Section):
@@ -405,12 +405,29 @@ class Settings(Section):
     def _objective_gets_its_candidates(self) -> Self:
         objective = f"trainer.objective = '{self.trainer.objective}'"
         for stage in self.collector.schedule:
-            makes = f"but collector.schedule from version {stage.from_version} makes"
+            makes = f"but collector.schedule from step {stage.from_step} makes"
             if missing := OBJECTIVES[self.trainer.objective].kinds - set(stage.kinds):
                 kinds = list(stage.kinds)
                 raise ValueError(f"{objective} needs candidates of kind {sorted(missing)}, {makes} only {kinds}")
             if self.needs_judge and len(stage.kinds) + max(0, stage.num_rollouts - 1) < 2:
                 raise ValueError(f"{objective} needs at least two candidates a chunk, {makes} one")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_can_stay_within_the_lag(self) -> Self:
+        push, full, lag = self.weights.push_every, self.weights.full_every, self.trainer.max_policy_lag
+        too_old = f"exceeds trainer.max_policy_lag = {lag} steps"
+        if push - 1 > lag:
+            raise ValueError(
+                f"weights.push_every - 1 = {push - 1} {too_old}, so rollouts of the newest weights would be dropped as "
+                f"stale: lower push_every to {lag + 1}, or raise max_policy_lag to {push - 1}"
+            )
+        if self.weights_dtype == "bfloat16" and full > 1 and full * push > lag:
+            raise ValueError(
+                f"weights.full_every * weights.push_every = {full * push} {too_old}, so rollouts of a replica that "
+                f"missed a version would be stale before the next full one: lower full_every to {max(1, lag // push)}, "
+                f"or raise max_policy_lag to {full * push}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from shared.checkpoint_state import (
     checkpoint_folder,
     checkpoint_steps,
     read_state,
+    read_states,
 )
 from shared.errors import TrainingError
 from trainer.policy import Policy, PolicyOptimizer
@@ -70,6 +71,10 @@ class Checkpoints:
             return None
         folder = checkpoint_folder(self.root, steps[-1])
         return Checkpoint(folder, read_state(folder))
+
+    def states(self) -> list[CheckpointState]:
+        """Of all complete checkpoints, oldest first. Raises TrainingError if one is damaged."""
+        return list(read_states(self.root).values())
 
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
         """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""

@@ -37,7 +37,7 @@ FIGURES: dict[str, str] = {
     "reward_original": "mean reward of all originals in the windows admitted since the step before",
     "reward_rewrite": "the same of rewrites",
     "reward_rollout": "the same of rollouts",
-    "policy_lag_mean": "weight versions between the newest published and the oldest rollout of a pair's window",
+    "policy_lag_mean": "optimizer steps between the weights of the oldest rollout of a pair's window and the update",
     "policy_lag_max": "the largest of these in the step",
     "pairs": "pairs in the step",
     "target_tokens": "suffix tokens whose log-probs enter the loss",
@@ -105,13 +105,23 @@ class Tally:
         return drained
 
 
-def pair_figures(pairs: Sequence[Preference], *, weight_version: int) -> dict[str, float]:
-    """Number, source mix and policy lag of a step's pairs."""
+class Taken(Protocol):
+    """What a step takes: TakenWindow (inbox.py)."""
+
+    @property
+    def pairs(self) -> Sequence[Preference]: ...
+    @property
+    def lag(self) -> int | None: ...
+
+
+def window_figures(windows: Sequence[Taken]) -> dict[str, float]:
+    """Number, source mix and policy lag of the pairs of a step's windows."""
+    pairs = [pair for window in windows for pair in window.pairs]
     chosen = [kind for pair in pairs for kind in set(pair.chosen.kinds)]
     figures: dict[str, float] = {"pairs": len(pairs)}
     figures |= {f"chosen_{kind}_rate": chosen.count(kind) / len(pairs) for kind in CANDIDATE_KINDS}
     figures["target_tokens"] = sum(len(suffix) for pair in pairs for suffix in pair.suffixes)
-    lags = [weight_version - pair.weight_version for pair in pairs if pair.weight_version is not None]
+    lags = [window.lag for window in windows if window.lag is not None for _ in window.pairs]
     if lags:
         figures |= {"policy_lag_mean": sum(lags) / len(lags), "policy_lag_max": max(lags)}
     return figures

@@ -1,196 +1,220 @@
-"""The trainer's side of the stream: reads windows, filters them, and holds their pairs until a checkpoint has them.
+"""The trainer's side of the stream: gives each step its whole windows, and holds them until a checkpoint has them.
 
-    delivery -> duplicate? newer? stale? no pair? -> held -> taken by steps -> finished
+    reader (reader.py) -> duplicate? broken? newer? stale? no pair? -> taken by one step -> applied -> finished
     checkpoint and its evidence on disk -> ledger: trained -> stream: acknowledged -> forgotten
 
-`fill` is where the trainer blocks until a collector writes, `stop` is set, or the source ends. Windows are read one at
-a time, so that nothing beyond the next step's needs is held and grows stale.
+    windows = inbox.take(step)               # None: not yet, ask again; []: the source has ended
+    inbox.mark_applied(windows, step)        # or inbox.drop_skipped(windows)
+    finished = inbox.finished()              # for the checkpoint, which then calls inbox.commit(finished)
+
+Whether a window is too old is decided when a step takes it, in the order of the stream and in optimizer steps: a run
+that is resumed decides as before. `commit` may be called from another thread, everything else from the loop's.
 """
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared import metrics
-from shared.checkpoint_state import FinishedWindow, PartialWindow
+from shared.checkpoint_state import FinishedWindow
 from shared.errors import TrainingError
-from shared.records import WindowKey
+from shared.records import NON_FINITE, WindowKey
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry
 from trainer.connections import Connections
 from trainer.figures import Tally
-from trainer.preferences import Preference, select_pairs
+from trainer.lag import PublishedSteps
+from trainer.layouts.base import WindowPairs
+from trainer.reader import Arrival, Duplicate, Ended, Prepared, Reader
 
+_REMEDIES = {
+    "stale": "raise trainer.max_policy_lag, or lower collector.max_backlog so that windows wait for less long",
+    "newer_than_policy": "rollout replicas serve weights that this run has not published: give them its weights.store "
+    "and redis.url, and restart them",
+    "no_preference": "look at the judge's rewards, trainer.min_reward_gap, and the kinds in collector.schedule",
+    "broken_entry": "bring collectors and trainer to the same version",
+}
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Held:
-    """A window since the last checkpoint."""
+@dataclass(frozen=True)
+class TakenWindow:
+    """A window in the hands of one step, with all its pairs."""
 
+    window_id: str
     entry_id: str
-    unused: deque[Preference]
-    used: int
-    step: int | None
-    """The last applied update that contains one of its pairs."""
-    pairs_by_step: Counter[int]
-    """Applied update -> how many of its pairs are in it."""
+    pairs: WindowPairs
+    lag: int | None
+    """Optimizer steps between its oldest rollout's weights and the step; None without rollouts."""
 
 
 class Inbox:
-    def __init__(
-        self, settings: Settings, connections: Connections, *, partial: Mapping[str, PartialWindow], tally: Tally
-    ) -> None:
-        """`partial`: the windows that were half used at the checkpoint that the trainer resumes from."""
-        self._settings, self._connections, self._tally = settings, connections, tally
-        self._partial = dict(partial)
-        self._held: dict[str, _Held] = {}
-        self.num_pairs = 0
-        """Pairs held and not yet taken."""
+    def __init__(self, settings: Settings, connections: Connections, *, steps: Mapping[int, int], tally: Tally) -> None:
+        """`steps`: weight version -> the step after which it was published (WeightPublisher.steps)."""
+        self._settings, self._connections, self._tally = settings.trainer, connections, tally
+        self._published = PublishedSteps(steps)
+        self._reader = Reader(settings, connections)
+        self._taken: list[TakenWindow] = []
+        """Of a step that does not have all its pairs yet."""
+        self._applied: dict[str, FinishedWindow] = {}
+        self._dropped: Counter[str] = Counter()
+        """Windows dropped since one was taken, by reason."""
+        self._waiting_since: float | None = None
 
-    def fill(self, num_pairs: int, *, weight_version: int) -> None:
-        """Read until `num_pairs` are held, `stop` is set, or the source has ended. Drops windows more than
-        `max_policy_lag` versions behind `weight_version`, and those ahead of it. Raises TrainingError when nothing
-        arrives for `trainer.stream_timeout_s`."""
-        arrived = time.monotonic()
-        while self.num_pairs < num_pairs and not self._connections.stop.is_set():
-            delivery = self._connections.deliveries.next()
-            if delivery is not None:
-                self._admit(delivery, weight_version)
-                arrived = time.monotonic()
-            elif self._source_has_ended():
-                return
-            elif (limit_s := self._settings.trainer.stream_timeout_s) and time.monotonic() - arrived > limit_s:
-                raise TrainingError(
-                    f"no window arrived for {limit_s:g} s (trainer.stream_timeout_s): is a collector running, and are "
-                    "the services that it calls ready?"
-                )
+    def take(self, step: int, *, timeout_s: float = 1.0) -> list[TakenWindow] | None:
+        """Whole windows for update `step`, until `pairs_per_step` pairs are there; fewer at the end of the source, then
+        an empty list. None if they are not there within about `timeout_s`: what came is kept for the next call.
 
-    def take(self, num_pairs: int) -> list[Preference]:
-        """Up to `num_pairs`, oldest window first. They count as used; `mark_applied` says that they were trained."""
-        taken: list[Preference] = []
-        for held in self._held.values():
-            while held.unused and len(taken) < num_pairs:
-                taken.append(held.unused.popleft())
-                held.used += 1
-        self.num_pairs -= len(taken)
+        Raises TrainingError when no window was taken for `trainer.stream_timeout_s`, or `trainer.max_dropped_windows`
+        in a row were dropped; and what ended the reader: StreamError, DatabaseError or StreamSchemaError.
+        """
+        self._reader.start()
+        deadline = time.monotonic() + timeout_s
+        self._waiting_since = self._waiting_since or time.monotonic()
+        while sum(len(window.pairs) for window in self._taken) < self._settings.pairs_per_step:
+            arrival = self._reader.next(deadline - time.monotonic())
+            if isinstance(arrival, Ended):
+                break
+            if arrival is not None:
+                self._consider(arrival, step)
+            self._refuse_to_wait_for_ever()
+            if time.monotonic() >= deadline:
+                return None
+        taken, self._taken, self._waiting_since = self._taken, [], None
         return taken
 
-    def mark_applied(self, pairs: list[Preference], step: int) -> None:
-        for pair in pairs:
-            held = self._held[pair.window_id]
-            held.step = step
-            held.pairs_by_step[step] += 1
+    def mark_applied(self, windows: Sequence[TakenWindow], step: int) -> None:
+        """Update `step` contains all their pairs."""
+        for window in windows:
+            self._applied[window.window_id] = FinishedWindow(
+                entry_id=window.entry_id, step=step, num_pairs=len(window.pairs)
+            )
+
+    def drop_skipped(self, windows: Sequence[TakenWindow]) -> None:
+        """Their step was skipped: nothing of them was applied, and no later step takes them."""
+        for window in windows:
+            self._drop(window.window_id, window.entry_id, NON_FINITE)
 
     def finished(self) -> dict[str, FinishedWindow]:
-        """Windows whose pairs are all used, by id."""
-        return {
-            window_id: FinishedWindow(
-                entry_id=held.entry_id,
-                step=held.step,
-                pairs_by_step=dict(held.pairs_by_step),
-                num_skipped=held.used - held.pairs_by_step.total(),
-            )
-            for window_id, held in self._held.items()
-            if not held.unused
-        }
-
-    def partial(self) -> dict[str, PartialWindow]:
-        """Half-used windows by id, also those not yet redelivered since a resume."""
-        begun = {
-            window_id: PartialWindow(used=held.used, step=held.step, pairs_by_step=dict(held.pairs_by_step))
-            for window_id, held in self._held.items()
-            if held.unused and held.used
-        }
-        return self._partial | begun
+        """By id the windows applied since the last call, for the checkpoint that is about to be written."""
+        finished, self._applied = self._applied, {}
+        return finished
 
     def commit(self, finished: Mapping[str, FinishedWindow]) -> None:
         """A checkpoint that contains these windows is on disk: mark, acknowledge and forget them."""
         commit_finished(finished, self._connections)
         for window_id in finished:
-            del self._held[window_id]
+            self._reader.forget(window_id)
 
-    def _admit(self, delivery: StreamEntry | BrokenEntry, weight_version: int) -> None:
-        if isinstance(delivery, BrokenEntry):
-            return self._drop_broken(delivery)
-        window = delivery.window
-        held = self._held.get(window.window_id)
-        if held is not None and held.entry_id == delivery.entry_id:
-            return None  # the same delivery once more: it must stay pending
-        if held is not None or self._is_finished(window.window_id):
+    def close(self) -> None:
+        """Stop reading ahead. Windows in hand that no checkpoint contains stay pending."""
+        self._reader.close()
+
+    def _consider(self, arrival: Arrival, step: int) -> None:
+        if isinstance(arrival, BrokenEntry):
+            self._drop_broken(arrival)
+        elif isinstance(arrival, Duplicate):
             self._tally.counts["duplicate_windows"] += 1
-            _log.info("window %s came again as entry %s", window.window_id, delivery.entry_id)
-            return self._acknowledge(delivery)
-        begun = self._partial.get(window.window_id)
-        if begun is None and window.weight_versions:
-            oldest, newest = min(window.weight_versions), max(window.weight_versions)
-            read = f"read at version {weight_version}"
-            # Version 0 is also that of a replica that has loaded nothing yet.
-            if newest > max(weight_version, 0):  # this trainer has not published it: rollouts of another policy
-                return self._drop(delivery, "newer_than_policy", f"sampled under version {newest}, {read}")
-            if weight_version - oldest > self._settings.trainer.max_policy_lag:
-                self._tally.counts["stale_windows"] += 1
-                return self._drop(delivery, "stale", f"sampled under version {oldest}, {read}")
-        return self._hold(delivery, begun)
+            _log.info("window %s came again as entry %s", arrival.entry.window_id, arrival.entry.entry_id)
+            self._acknowledge(arrival.entry.entry_id, arrival.entry.window_id)
+        else:
+            self._admit(arrival, step)
 
-    def _hold(self, entry: StreamEntry, begun: PartialWindow | None) -> None:
-        window, trainer = entry.window, self._settings.trainer
-        seed = self._settings.run.seed
-        selection = select_pairs(window, trainer.objective, min_reward_gap=trainer.min_reward_gap, seed=seed)
-        self._tally.add_window(window, selection)
-        if not selection.pairs and begun is None:
+    def _admit(self, arrival: Prepared, step: int) -> None:
+        window, pairs, lag = arrival.entry.window, arrival.selection.pairs, None
+        if window.weight_versions:
+            newest, published = max(window.weight_versions), self._published.newest_version
+            if newest > published:  # rollouts of a policy that this run has not published
+                detail = f"sampled under version {newest}, taken at version {published}"
+                return self._refuse(arrival.entry, "newer_than_policy", detail)
+            lag = self._published.lag(window.weight_versions, step=step)
+            if lag > self._settings.max_policy_lag:
+                self._tally.counts["stale_windows"] += 1
+                return self._refuse(arrival.entry, "stale", f"its oldest rollout is {lag} steps behind update {step}")
+        self._tally.add_window(window, arrival.selection)
+        if not pairs:
             self._tally.counts["no_preference_windows"] += 1
-            why = (
-                f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed "
-                f"candidates, of {len(window.chunks) + len(window.dropped_chunks)}"
-            )
-            return self._drop(entry, "no_preference", why)
-        self._partial.pop(window.window_id, None)
-        used, step, pairs_by_step = (begun.used, begun.step, begun.pairs_by_step) if begun else (0, None, {})
-        unused = deque(selection.pairs[used:])
-        self._held[window.window_id] = _Held(entry.entry_id, unused, used, step, Counter(pairs_by_step))
-        self.num_pairs += len(unused)
+            return self._refuse(arrival.entry, "no_preference", _without_pairs(arrival))
+        self._taken.append(TakenWindow(window.window_id, arrival.entry.entry_id, pairs, lag))
+        self._dropped.clear()
+        self._waiting_since = time.monotonic()
         return None
 
-    def _is_finished(self, window_id: str) -> bool:
-        return bool(self._connections.ledger.finished_among([window_id]))
+    def _refuse(self, entry: StreamEntry, reason: str, detail: str) -> None:
+        self._drop(entry.window_id, entry.entry_id, reason, detail=detail, source_id=entry.window.source_id)
+        self._count_dropped(reason)
 
-    def _drop(self, entry: StreamEntry, reason: str, detail: str) -> None:
+    def _drop(self, window_id: str, entry_id: str, reason: str, *, detail: str = "", source_id: str = "") -> None:
         """The ledger first: after a crash in between, the redelivered entry is known as dropped."""
-        window = entry.window
-        if self._connections.ledger.drop(window.key, reason=reason, detail=detail, source_id=window.source_id):
+        key = WindowKey.parse(window_id)
+        if self._connections.ledger.drop(key, reason=reason, detail=detail, source_id=source_id):
             metrics.windows_dropped_total.labels(reason).inc()
-        self._acknowledge(entry)
+        self._acknowledge(entry_id, window_id)
+        self._reader.forget(window_id)
 
     def _drop_broken(self, entry: BrokenEntry) -> None:
+        """An entry whose window is known as finished, in hand, or by no readable id, is only acknowledged."""
         self._tally.counts["broken_windows"] += 1
         _log.error("entry %s (window %r) is broken: %s", entry.entry_id, entry.window_id, entry.reason)
-        try:
-            key = WindowKey.parse(entry.window_id)
-        except ValueError:
-            key = None
-        if key is not None and entry.window_id not in self._held and not self._is_finished(entry.window_id):
-            self._connections.ledger.drop(key, reason="broken_entry", detail=entry.reason)
-        self._acknowledge(entry)
+        known = _is_key(entry.window_id) and not self._reader.has(entry.window_id)
+        if known and not self._connections.ledger.finished_among([entry.window_id]):
+            self._drop(entry.window_id, entry.entry_id, "broken_entry", detail=entry.reason)
+        else:
+            self._acknowledge(entry.entry_id, entry.window_id)
+        self._count_dropped("broken_entry")
 
-    def _acknowledge(self, entry: StreamEntry | BrokenEntry) -> None:
-        self._connections.stream.acknowledge({entry.entry_id: entry.window_id})
+    def _acknowledge(self, entry_id: str, window_id: str) -> None:
+        self._connections.stream.acknowledge({entry_id: window_id})
 
-    def _source_has_ended(self) -> bool:
-        """Nothing is written once the source is exhausted, so that is asked first: an empty stream then stays empty."""
-        source, connections = self._settings.documents, self._connections
-        extent = connections.run.extent(max_epochs=source.max_epochs)
-        ended = connections.coordination.source_exhausted(num_parts=source.num_parts, extent=extent)
-        return ended and connections.stream.backlog().unread == 0
+    def _count_dropped(self, reason: str) -> None:
+        self._dropped[reason] += 1
+        if self._dropped.total() >= self._settings.max_dropped_windows:
+            raise TrainingError(
+                f"{self._dropped.total()} windows in a row arrived only to be dropped (trainer.max_dropped_windows): "
+                f"{self._reasons()}"
+            )
+
+    def _refuse_to_wait_for_ever(self) -> None:
+        limit_s, since = self._settings.stream_timeout_s, self._waiting_since
+        if not limit_s or since is None or self._reader.answered_at - since <= limit_s:
+            return
+        if self._dropped:
+            raise TrainingError(
+                f"no window that can be trained arrived for {limit_s:g} s (trainer.stream_timeout_s), "
+                f"{self._dropped.total()} were dropped: {self._reasons()}"
+            )
+        raise TrainingError(
+            f"no window arrived for {limit_s:g} s (trainer.stream_timeout_s): is a collector running, and are the "
+            "services that it calls ready?"
+        )
+
+    def _reasons(self) -> str:
+        """`31 stale, 2 no_preference; raise trainer.max_policy_lag, ...`: the remedy is for the most frequent."""
+        counted = self._dropped.most_common()
+        return f"{', '.join(f'{number} {reason}' for reason, number in counted)}; {_REMEDIES[counted[0][0]]}"
 
 
 def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connections) -> None:
     """The ledger first, then the stream. Repeating it, as after a crash in between, changes nothing."""
-    steps = {window_id: window.step for window_id, window in finished.items() if window.step is not None}
-    num_pairs = {window_id: window.num_pairs for window_id, window in finished.items() if window.num_pairs}
+    steps = {window_id: window.step for window_id, window in finished.items()}
+    num_pairs = {window_id: window.num_pairs for window_id, window in finished.items()}
     connections.ledger.mark_trained(steps, num_pairs=num_pairs)
-    for window_id in finished.keys() - steps.keys():
-        connections.ledger.drop(WindowKey.parse(window_id), reason="non_finite_loss")
     connections.stream.acknowledge({window.entry_id: window_id for window_id, window in finished.items()})
+
+
+def _without_pairs(arrival: Prepared) -> str:
+    window, selection = arrival.entry.window, arrival.selection
+    return (
+        f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
+        f"of {len(window.chunks) + len(window.dropped_chunks)}"
+    )
+
+
+def _is_key(window_id: str) -> bool:
+    try:
+        WindowKey.parse(window_id)
+    except ValueError:
+        return False
+    return True

@@ -68,6 +68,8 @@ class WeightPublisher:
     """The newest published version; -1 before the first."""
     epoch: str = ""
     """The lineage of version numbers; set by `continue_after`."""
+    steps: dict[int, int] = field(default_factory=dict, init=False)
+    """Weight version -> the step after which it was published. A version is in it before it is announced."""
     last: _Update | None = field(default=None, init=False)
     """To compare the next version with; None if that will be full."""
 
@@ -83,6 +85,7 @@ class WeightPublisher:
         for version in stored:
             if recorded is not None and version > recorded:
                 self._write_row(self.store.manifest(version), seconds=0.0)
+        self.steps.update(self.run.published_steps())
 
     def _continued_epoch(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
         """The announced epoch if the store still has the announced version or a newer one of that epoch, else empty.
@@ -102,6 +105,7 @@ class WeightPublisher:
         update = self._prepare(weight_bytes(model, DTYPES[self.dtype]))
         manifest = self._write(update, step)
         self._record(manifest, seconds=time.perf_counter() - began)
+        self.steps[update.version] = step
         self.coordination.announce_weights(update.version, epoch=self.epoch)
         self.version = update.version
         if self.dtype == "bfloat16" and self.settings.full_every > 1:  # otherwise all versions are full

@@ -1,6 +1,6 @@
 """Back-pressure: a window starts only while there is room for it.
 
-    RunWatch.look   reads the stream's backlog, the weight version and the trainer's state from Redis, 5 times a second
+    RunWatch.look   reads the stream's backlog and the trainer's report from Redis, 5 times a second
     Gate blocks     `enter`, while max_windows_in_flight windows are in work, or in flight + unread >= max_backlog
     Gate unblocks   `leave`, when a window is finished or dropped; `note_backlog`, when the trainer has read
 
@@ -74,9 +74,9 @@ class RunWatch:
     gate: Gate
     settings: Settings
     extent: str
-    weight_version: int
-    """The trainer's newest. It starts from the database and never falls: a Redis that lost its data reports none, and
-    the schedule must not start over."""
+    step: int
+    """That the trainer reported last. It starts from the database, and stays while there is no report: a Redis that
+    lost its data has none, and the schedule must not start over."""
 
     async def run(self) -> None:
         """Until the trainer needs nothing more."""
@@ -89,16 +89,17 @@ class RunWatch:
     async def look(self) -> bool:
         """Whether the trainer needs nothing more. Raises StreamError."""
         written_before = self.gate.num_written
-        report, announced, backlog = await self.storage.once(self._read_redis)
+        report, backlog = await self.storage.once(self._read_redis)
         self.gate.note_backlog(backlog.unread, written_before=written_before)
         metrics.stream_unread.set(backlog.unread)
         metrics.stream_pending.set(backlog.pending)
-        self.weight_version = max(self.weight_version, announced or 0, report.weight_version if report else 0)
-        return report is not None and await self._is_finished(report)
+        if report is None:
+            return False
+        self.step = report.step
+        return await self._is_finished(report)
 
-    def _read_redis(self) -> tuple[TrainerReport | None, int | None, Backlog]:
-        coordination = self.storage.coordination
-        return coordination.trainer_report(), coordination.announced_version(), self.storage.stream.backlog()
+    def _read_redis(self) -> tuple[TrainerReport | None, Backlog]:
+        return self.storage.coordination.trainer_report(), self.storage.stream.backlog()
 
     async def _is_finished(self, report: TrainerReport) -> bool:
         """A run that goes on to more steps finds the report of its earlier end, which must not stop it."""

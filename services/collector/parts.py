@@ -158,7 +158,7 @@ class PartWorker:
         try:
             show = partial(self.maker.tokenizer.show, window.token_ids, window.chunks)
             text = await asyncio.get_running_loop().run_in_executor(self._tokenizing, show)
-            stage = self.settings.collector.stage_at(self.watch.weight_version)
+            stage = self.settings.collector.stage_at(self.watch.step)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if isinstance(outcome, DroppedWindow):
                 await self.storage.drop(

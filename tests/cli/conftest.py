@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine
 
 from cli.run_folder import RunFolder
-from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow, PartialWindow
+from shared.checkpoint_state import EVIDENCE_FILE, Evidence, EvidenceFile, FinishedWindow
 from shared.configuration import load_settings
 from shared.database import StepRow, WeightVersionRow, transaction
 from shared.ledger import Ledger, WindowStart
@@ -46,15 +46,13 @@ class MadeRun:
         for one in keys:
             self.ledger.mark_scored(one, num_chunks=1, num_dropped_chunks=0, weight_version=0)
 
-    def train(self, step: int, *documents: str, partial: tuple[str, ...] = (), skipped: tuple[str, ...] = ()) -> None:
-        """A step, its checkpoint, and what follows: one pair of each document is in it."""
-        self.step(step, pairs=len(documents) + len(partial))
-        self.checkpoint(step, {**dict.fromkeys(documents, step), **dict.fromkeys(skipped)}, partial=partial)
+    def train(self, step: int, *documents: str) -> None:
+        """A step, its checkpoint, and what follows: each document's only pair is in it."""
+        self.step(step, pairs=len(documents))
+        self.checkpoint(step, dict.fromkeys(documents, step))
         self.ledger.mark_trained(dict.fromkeys(documents, step), num_pairs=dict.fromkeys(documents, 1))
-        for document in skipped:
-            self.ledger.drop(WindowKey.parse(document), reason="non_finite_loss")
 
-    def checkpoint(self, step: int, finished: dict[str, int | None], partial: tuple[str, ...] = ()) -> None:
+    def checkpoint(self, step: int, finished: dict[str, int]) -> None:
         """What the trainer's state.json says about documents, and the line that it leaves."""
         lines, _ = self.evidence.read()
         line = Evidence(
@@ -62,15 +60,9 @@ class MadeRun:
             after=lines[-1].step if lines else 0,
             step=step,
             finished={
-                document: FinishedWindow(
-                    entry_id=f"{step}-{number}",
-                    step=at,
-                    pairs_by_step={} if at is None else {at: 1},
-                    num_skipped=1 if at is None else 0,
-                )
+                document: FinishedWindow(entry_id=f"{step}-{number}", step=at, num_pairs=1)
                 for number, (document, at) in enumerate(finished.items())
             },
-            partial={document: PartialWindow(used=1, step=step, pairs_by_step={step: 1}) for document in partial},
         )
         self.write_state(step, line.model_dump(mode="json"))
         self.evidence.append(line)

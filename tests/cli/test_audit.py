@@ -121,15 +121,20 @@ def test_the_row_that_a_checkpoint_carries_is_not_missed(made: MadeRun) -> None:
     assert _fails(_audit(made)) == {}
 
 
-def test_a_document_that_was_only_begun_does_not_count_as_trained(made: MadeRun) -> None:
+def test_an_update_of_another_checkpoint_is_found(made: MadeRun) -> None:
+    """The windows of update 2 belong into the checkpoint of step 2."""
     _honest(made)
-    made.train(3, partial=("0.0.0.0",))
-    assert "window 0.0.0.0 is trained, the checkpoint of step 3 has only begun it" in str(_fails(_audit(made)))
+    made.step(3, pairs=0)
+    made.checkpoint(3, {"0.0.2.0": 2})
+    expected = "window 0.0.2.0 is in update 2 by the checkpoint of step 3, which begins after step 2"
+    assert expected in str(_fails(_audit(made)))
 
 
-def test_a_document_whose_steps_were_all_skipped_counts_as_dropped(made: MadeRun) -> None:
+def test_a_window_is_dropped_as_non_finite_only_by_a_step_that_was_skipped(made: MadeRun) -> None:
     _honest(made)
-    made.train(3, skipped=("0.0.2.0",))
+    made.ledger.drop(key(2), reason="non_finite_loss")
+    assert "window 0.0.2.0 is dropped as non_finite_loss, no skipped step had it" in str(_fails(_audit(made)))
+    made.run.record_event("trainer", "skipped_step", "step 3 skipped", step=3, windows=["0.0.2.0"])
     assert _fails(_audit(made)) == {}
 
 
@@ -141,7 +146,7 @@ def test_a_document_nobody_read_is_found(made: MadeRun) -> None:
 def test_a_checkpoint_that_was_deleted_to_go_on_without_it_is_named(made: MadeRun) -> None:
     """What the next start then writes has its number again."""
     _honest(made)
-    made.evidence.append(Evidence(number=2, after=1, step=3, finished={}, partial={}))
+    made.evidence.append(Evidence(number=2, after=1, step=3, finished={}))
     assert "checkpoint number 2 has a second line (step 3)" in str(_fails(_audit(made)))
 
 

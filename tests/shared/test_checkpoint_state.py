@@ -17,8 +17,8 @@ from shared.errors import HeadwaterError, TrainingError
 
 
 def line(number: int, *windows: str) -> Evidence:
-    finished = {one: FinishedWindow(entry_id=f"{number}-0", step=number, pairs_by_step={number: 1}) for one in windows}
-    return Evidence(number=number, after=number - 1, step=number, finished=finished, partial={})
+    finished = {one: FinishedWindow(entry_id=f"{number}-0", step=number, num_pairs=1) for one in windows}
+    return Evidence(number=number, after=number - 1, step=number, finished=finished)
 
 
 def write_state(root: Path, evidence: Evidence) -> CheckpointState:
@@ -74,6 +74,17 @@ def test_a_line_is_written_once_however_long_it_is(tmp_path: Path, monkeypatch: 
     for number in (1, 1, 2, 2, 1):
         file.append(line(number, *(f"0.0.{n}.{number}" for n in range(20))))
     assert [one.number for one in file.read()[0]] == [1, 2]
+
+
+def test_an_exact_copy_of_a_line_is_read_once_and_any_other_is_not_taken_for_one(tmp_path: Path) -> None:
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    for number in (1, 2):
+        file.append(line(number, f"0.0.{number}.0"))
+    first, second = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(first + second + first)
+    assert file.read() == ([line(1, "0.0.1.0"), line(2, "0.0.2.0")], [])
+    file.path.write_bytes(first + second + first.replace(b'"num_pairs":1', b'"num_pairs":2'))
+    assert len(file.read()[0]) == 3
 
 
 def test_a_damaged_line_is_named_and_never_written_over(tmp_path: Path) -> None:

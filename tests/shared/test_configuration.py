@@ -108,9 +108,38 @@ def test_secrets_come_from_the_environment_and_are_no_settings() -> None:
 
 
 def test_the_stage_in_force_is_the_last_that_has_begun() -> None:
-    schedule = '[{"kinds": ["original","rewrite"], "num_rollouts": 0}, {"from_version": 5, "num_rollouts": 4}]'
+    schedule = '[{"kinds": ["original","rewrite"], "num_rollouts": 0}, {"from_step": 5, "num_rollouts": 4}]'
     collector = load_settings(None, ["--collector.schedule", schedule], {}).collector
-    assert [collector.stage_at(version).num_rollouts for version in (0, 4, 5, 9)] == [0, 0, 4, 4]
+    assert [collector.stage_at(step).num_rollouts for step in (0, 4, 5, 9)] == [0, 0, 4, 4]
+
+
+BFLOAT16 = ["--weights.dtype", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--weights.push_every", "18"], "lower push_every to 17, or raise max_policy_lag to 17"),
+        ([*BFLOAT16, "--weights.full_every", "17"], "lower full_every to 16, or raise max_policy_lag to 17"),
+        ([*BFLOAT16, "--weights.push_every", "2"], "lower full_every to 8, or raise max_policy_lag to 20"),
+    ],
+)
+def test_weights_that_are_always_stale_are_refused_with_the_remedy(options: list[str], remedy: str) -> None:
+    with pytest.raises(SettingsError, match=remedy):
+        load_settings(None, options, {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--weights.push_every", "17"],
+        ["--weights.full_every", "1000"],  # in float32 all are full
+        [*BFLOAT16, "--weights.full_every", "16"],
+        [*BFLOAT16, "--weights.full_every", "1", "--weights.push_every", "17"],
+    ],
+)
+def test_weights_within_the_lag_are_not(options: list[str]) -> None:
+    load_settings(None, options, {})
 
 
 SECRET_URLS = {

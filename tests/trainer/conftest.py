@@ -174,7 +174,7 @@ def build_stack(
             "database": {"url": database_url},
             "documents": {"num_parts": num_parts},
             "chunks": {"context_tokens": 64, "suffix_tokens": 4, "min_prefix_tokens": 4, "min_suffix_tokens": 1},
-            "trainer": defaults | {"device": "cpu", "max_policy_lag": 1000, "stream_timeout_s": 30.0} | trainer,
+            "trainer": defaults | {"device": "cpu", "stream_timeout_s": 30.0} | trainer,
         }
     )
     client = redis.Redis.from_url(redis_url)

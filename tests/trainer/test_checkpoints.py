@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +15,7 @@ from tests.trainer.conftest import MakeStack
 from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
 
-STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
+STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={})
 
 
 def test_a_checkpoint_loads_as_an_ordinary_model_and_once_damaged_is_an_error_not_a_step_back(
@@ -76,19 +77,39 @@ def test_older_checkpoints_and_half_written_ones_are_deleted_and_a_refreshed_ref
     assert (stack.checkpoints / "step-00000003/reference/model.safetensors").is_file()
 
 
-def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
-    """Three windows of three pairs, steps of four: the second is in both steps, the third has one pair left."""
+def test_evidence_says_which_update_contains_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
+    """Three pairs a window, steps of at least four: two windows a step, the fifth is left."""
     stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
-    stack.write_plain(range(3))
+    stack.write_plain(range(5))
     stack.train()
     (first, second), damaged = EvidenceFile(stack.checkpoints / "finished.jsonl").read()
     assert not damaged
     assert (first.number, first.after, first.step) == (1, 0, 1)
     assert (second.number, second.after, second.step) == (2, 1, 2)
-    assert {name: one.pairs_by_step for name, one in first.finished.items()} == {"0.0.0.0": {1: 3}}
-    assert {name: one.pairs_by_step for name, one in second.finished.items()} == {"0.0.1.0": {1: 1, 2: 2}}
-    assert {name: (one.used, one.pairs_by_step) for name, one in second.partial.items()} == {"0.0.2.0": (2, {2: 2})}
-    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, None]
+    assert {name: (one.step, one.num_pairs) for name, one in first.finished.items()} == {
+        "0.0.0.0": (1, 3),
+        "0.0.1.0": (1, 3),
+    }
+    assert {name: (one.step, one.num_pairs) for name, one in second.finished.items()} == {
+        "0.0.2.0": (2, 3),
+        "0.0.3.0": (2, 3),
+    }
+    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, 3, 3, None]
+
+
+def test_a_checkpoint_that_was_not_settled_is_settled_at_the_next_start_though_another_followed(
+    make_stack: MakeStack,
+) -> None:
+    """Neither is told to ledger and stream."""
+    stack = make_stack(steps=2, pairs_per_step=3, checkpoint_every=1)
+    stack.write_plain(range(3))
+    trainer = stack.prepare()
+    with patch("trainer.inbox.commit_finished", lambda *_: None):
+        trainer.run()
+    assert stack.counts() == (0, {}, 3)
+    stack.with_settings("trainer", steps=3).train()
+    assert (stack.counts(), stack.stream.window_ids(), stack.contradictions()) == ((3, {}, 0), set(), [])
+    assert [row.trained_step for row in stack.rows(WindowRow)] == [1, 2, 3]
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

@@ -2,7 +2,8 @@ from collections import Counter
 
 from shared.records import Candidate, DroppedChunk, ScoredChunk, ScoredWindow
 from tests.trainer.windows import candidate, chunk, window
-from trainer.figures import pair_figures
+from trainer.figures import window_figures
+from trainer.inbox import TakenWindow
 from trainer.preferences import Selection, rewards_by_kind, select_pairs
 
 ORIGINAL, REWRITE = candidate("original", 1, 2), candidate("rewrite", 3, 4)
@@ -127,9 +128,16 @@ def test_the_rewrite_is_never_rejected_against_itself() -> None:
 def test_a_chosen_candidate_counts_for_each_of_its_kinds_once() -> None:
     copied = candidate(("original", "rewrite", "rollout", "rollout"), 1, 2)
     chunks = [chunk(2, [copied, ROLLOUTS[0]], (1.0, 0.0)), chunk(4, [ORIGINAL, ROLLOUTS[0]], (0.0, 1.0))]
-    figures = pair_figures(select(chunks).pairs, weight_version=3)
+    figures = window_figures([TakenWindow("0.0.0.0", "1-0", select(chunks).pairs, lag=3)])
     rates = [figures[f"chosen_{kind}_rate"] for kind in ("original", "rewrite", "rollout")]
     assert rates == [0.5, 0.5, 1.0]
+
+
+def test_the_lag_of_a_step_is_the_mean_over_its_pairs() -> None:
+    pairs = select([chunk(start, [ORIGINAL, ROLLOUTS[0]], (0.0, 1.0)) for start in (2, 4, 6)]).pairs
+    taken = [TakenWindow("a", "1-0", pairs, lag=1), TakenWindow("b", "2-0", pairs[:1], lag=5)]
+    figures = window_figures([*taken, TakenWindow("c", "3-0", pairs, lag=None)])
+    assert (figures["pairs"], figures["policy_lag_mean"], figures["policy_lag_max"]) == (7, 2.0, 5)
 
 
 def test_rewards_by_kind_sum_over_the_pool_and_count_each_copy() -> None:

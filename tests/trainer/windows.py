@@ -49,3 +49,8 @@ def plain_window(position: int, *, num_chunks: int = 3, version: int = 0, run: s
         pool = [candidate("original", *trunk[start : start + 4]), candidate("rollout", *loser, version=version)]
         chunks.append(chunk(start, pool, (1.0, 0.0)))
     return window(position, chunks, token_ids=trunk, run=run)
+
+
+def tie(position: int, run: str = RUN) -> ScoredWindow:
+    """Its only chunk has no preference."""
+    return window(position, [chunk(4, [candidate("original", 1), candidate("rewrite", 2)], (0.5, 0.5))], run=run)

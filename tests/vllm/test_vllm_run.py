@@ -176,7 +176,7 @@ def test_two_replicas_one_late_hold_the_trainers_weights_bit_for_bit(tmp_path: P
     redis_server.start()
     options = [
         "--redis.url", redis_server.url, "--rollout.engine.dtype", "bfloat16", "--trainer.learning_rate", "2e-5",
-        "--trainer.max_policy_lag", "3", "--trainer.replica_wait_s", "60", "--weights.full_every", "7",
+        "--trainer.max_policy_lag", "3", "--trainer.replica_wait_s", "60", "--weights.full_every", "3",
     ]  # fmt: skip
     start_late = [
         sys.executable, "-m", "services", "rollout", "--config", str(tmp_path / "runs/vllm/processes.toml"),
