@@ -147,6 +147,12 @@ class Run:
         with transaction(self.database) as session:
             return session.scalar(newest)
 
+    def weight_version_steps(self) -> dict[int, int]:
+        """The step of every recorded weight version."""
+        found = sa.select(WeightVersionRow.version, WeightVersionRow.step).where(WeightVersionRow.run_id == self.name)
+        with transaction(self.database) as session:
+            return {row.version: row.step for row in session.execute(found)}
+
     def record_version(
         self, version: int, *, step: int, form: str, num_bytes: int, seconds: float, created_at: float
     ) -> None:

@@ -18,7 +18,7 @@ from shared.weights.checkpoint_names import NameGroup, checkpoint_layouts, name_
 
 
 class Snapshot:
-    """Of one model: always the same one."""
+    """Of one model, at one dtype: what belongs to them is made by the first `take`."""
 
     def __init__(self) -> None:
         self._model: PreTrainedModel | None = None
@@ -31,10 +31,9 @@ class Snapshot:
     @torch.no_grad()
     def take(self, model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
         """Copy the weights as they are now; floating tensors are rounded to `dtype`. Done when it returns."""
-        if self._model is None:
-            self._model, self._groups = model, name_groups(model)
+        if model is not self._model:
+            self._model, self._groups, self._shards = model, name_groups(model), {}
             self.layouts = checkpoint_layouts(model, dtype)
-        assert model is self._model, "a snapshot is made for one model"
         device = model.device
         for name, tensor in untied_state(model).items():
             shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
