@@ -106,7 +106,7 @@ class WeightPublisher:
         return self.version if self._offered == step else self.publish(model, step)
 
     def wait(self) -> None:
-        """Until the thread is idle: as long as `retries` waits for store, database and Redis. Raises its error, once."""
+        """Until the thread is idle: as long as `retries` waits for store, database and Redis. Raises its error."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
