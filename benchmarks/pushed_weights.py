@@ -1,6 +1,6 @@
 """The trainer's side of benchmarks/weight_push.py: a model in real training, each step published in two forms.
 
-`build_llama` and `build_publisher` serve benchmarks/replica_update.py too.
+benchmarks/publishing.py and benchmarks/replica_update.py use its parts too.
 """
 
 import statistics
@@ -20,10 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 import starter
 from shared.coordination import Coordination
 from shared.database import migrate, open_database
+from shared.retries import Retries
 from shared.runs import Run
 from shared.settings import WeightsSettings
+from shared.weights.checkpoint_names import untied_state
 from shared.weights.store import WeightStore
-from trainer.publisher import WeightPublisher, untied_state
+from trainer.publisher import WeightPublisher
 
 RATES = (5e-6, 1e-6)
 """The paper's learning rate in the continual setting, and a fifth of it, where its cosine spends its last steps."""
@@ -62,7 +64,7 @@ class Pushed:
     checkpoints: list[Path] = field(default_factory=list)
     """The same steps by `save_pretrained`."""
     push_seconds: dict[str, list[float]] = field(default_factory=dict)
-    """How long the trainer was held up, by form and by `save_pretrained`; the first version is not among them."""
+    """How long a version took, by form and by `save_pretrained`; the first version is not among them."""
     changed_shares: list[float] = field(default_factory=list)
     """Of elements, by version."""
 
@@ -83,10 +85,10 @@ def push_versions(size: Size, folder: Path, *, num_versions: int) -> Iterator[Pu
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     model = build_llama(folder / "model", hidden=size.hidden, layers=size.layers, heads=size.heads)
-    batches = _batches(size, folder / "model")
+    batches = training_batches(size, folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=SETTLING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(SETTLING_STEPS):
-        _step(model, optimizer, next(batches))
+        train_step(model, optimizer, next(batches))
     with redis_in(folder) as client:
         for rate in RATES:
             for group in optimizer.param_groups:
@@ -100,7 +102,7 @@ def push_versions(size: Size, folder: Path, *, num_versions: int) -> Iterator[Pu
             _publish(pushed, publishers, model, 0, folder)
             for version in range(1, num_versions + 1):
                 before = _bits(model)
-                _step(model, optimizer, next(batches))
+                train_step(model, optimizer, next(batches))
                 pushed.changed_shares.append(_changed_share(before, _bits(model)))
                 _publish(pushed, publishers, model, version, folder / f"checkpoints-{rate:g}")
             yield pushed
@@ -143,6 +145,7 @@ def build_publisher(client: Any, folder: Path, *, full_every: int) -> WeightPubl
         run=run,
         settings=WeightsSettings(full_every=full_every, keep_versions=1_000_000),
         dtype="bfloat16",
+        retries=Retries(give_up_s=60.0),
     )
 
 
@@ -168,7 +171,7 @@ def build_llama(folder: Path, *, hidden: int, layers: int, heads: int) -> LlamaF
     return model
 
 
-def _batches(size: Size, tokenizer: Path) -> Iterator[Tensor]:
+def training_batches(size: Size, tokenizer: Path) -> Iterator[Tensor]:
     """Token ids (B, T) of the project's own pages, without end."""
     pages = sorted([*_ROOT.glob("*.md"), *_ROOT.glob("docs/**/*.md")])
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
@@ -180,7 +183,7 @@ def _batches(size: Size, tokenizer: Path) -> Iterator[Tensor]:
         yield torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
-def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
     """Next-token loss, clipped as the trainer does."""
     optimizer.zero_grad()
     model(input_ids=batch, labels=batch).loss.backward()

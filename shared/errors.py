@@ -90,6 +90,10 @@ class WeightStoreError(HeadwaterError, status=409):
     """A weight version is missing, incomplete or does not match its checksums."""
 
 
+class WeightStoreAwayError(WeightStoreError, status=503, retryable=True):
+    """The weight store can't be reached or written just now."""
+
+
 class DatabaseError(HeadwaterError, status=503, retryable=True):
     """The database can't be reached, is locked, or has another schema version."""
 

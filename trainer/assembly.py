@@ -38,7 +38,7 @@ def train(settings: Settings, stop: Event) -> None:
     try:
         trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
         if trainer is not None:
-            with closing(trainer.telemetry):
+            with closing(trainer.telemetry), closing(trainer.publisher):
                 trainer.run()
     except (StreamError, DatabaseError) as exc:
         if not (stop.is_set() and exc.retryable):
@@ -91,7 +91,9 @@ def _build(
     run.record_event("trainer", "resumed" if last else "started", f"at step {step}")
     telemetry = open_telemetry(settings, run, resume_step=step)
     store = WeightStore(settings.weight_store_url)
-    publisher = WeightPublisher(store, connections.coordination, run, settings.weights, settings.weights_dtype)
+    publisher = WeightPublisher(
+        store, connections.coordination, run, settings.weights, settings.weights_dtype, connections.retries
+    )
     publisher.continue_after(last.weight_version if last else -1)
     return Trainer(
         settings=trainer,

@@ -82,7 +82,9 @@ class Trainer:
             raise
 
     def _train(self) -> TrainerState:
-        self._publish()  # before the first step: a broken weight path shows at once
+        with self.telemetry.tally.spending("push"):  # a broken weight path shows before the first step
+            self.publisher.publish(self.policy.model, self.step)
+        self._keep_up()
         self._report("training")
         while self.step < self.settings.steps:
             pairs = self.next_pairs()
@@ -91,6 +93,8 @@ class Trainer:
             self.take_step(pairs)
             if self.step % self.settings.checkpoint_every == 0:
                 self.checkpoint()
+        with self.telemetry.tally.spending("push"):
+            self.publisher.finish(self.policy.model, self.step)
         self.checkpoint()
         return self._conclude()
 
@@ -116,8 +120,9 @@ class Trainer:
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
             self.policy.refresh_reference(step)
-        if step % self.publisher.settings.push_every == 0:
-            self._publish()
+        with tally.spending("push"):
+            self.publisher.offer(self.policy.model, step)
+        self._keep_up()
         self.unwritten |= tally.drain()
         self.telemetry.write(step, self.publisher.version, self.unwritten)
         self.unwritten = None
@@ -160,9 +165,7 @@ class Trainer:
                 f"the checkpoint of step {self.checkpointed_step} is intact: lower learning_rate and start again"
             )
 
-    def _publish(self) -> None:
-        with self.telemetry.tally.spending("push"):
-            self.publisher.publish(self.policy.model, self.step)
+    def _keep_up(self) -> None:
         with self.telemetry.tally.spending("replicas"):
             self.replicas.keep_up(self.publisher.version)
 

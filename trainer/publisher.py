@@ -1,10 +1,14 @@
-"""Publishes the policy's weights to the rollout service: store, row, announcement. Called by the loop.
+"""Publishes the policy's weights to the rollout service: store, row, announcement. The step does not wait for it.
 
-    state_dict -> safetensors bytes in the dtype that replicas serve -> full, or changes since the version before
-               -> WeightStore.publish (manifest last) -> row in the database -> announcement
+    loop      offer(model, step) -> snapshot, if the thread is idle (if not: at the next idle moment)
+    thread    snapshot -> full, or changes since the version before -> files in the store, manifest last
+                       -> row in the database -> `steps` -> announcement -> older versions deleted
 
     publisher.continue_after(checkpoint_version)     # once, at the start
-    version = publisher.publish(model, step)
+    publisher.publish(model, step)                   # before the first step, and waits: a broken weight path shows
+    publisher.offer(model, step)                     # after every step; raises what the thread met
+    publisher.finish(model, step)                    # at the end: the last step is published whatever push_every says
+    publisher.close()
 
 Version numbers only ascend: after a resume the loaded weights get a number above all that the store, Redis, a live
 replica or the checkpoint has seen. Where the store or Redis may have been wiped or restored, a new *epoch* begins:
@@ -12,70 +16,117 @@ replicas take its versions whatever their numbers.
 
 A version is full if it is the first of the process, the `full_every`th, or no smaller as changes. The last published
 bits stay in memory for comparison: 2 bytes a parameter in bfloat16, nothing in float32, where all versions are full.
+
+An outage of the store is waited out like one of Redis. What waiting can't cure (no such folder, no right to write) is
+raised at once.
 """
 
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared import metrics
 from shared.coordination import AnnouncedWeights, Coordination
-from shared.errors import DatabaseError, WeightStoreError
+from shared.errors import DatabaseError, WeightStoreAwayError, WeightStoreError
+from shared.retries import Retries
 from shared.runs import Run
 from shared.settings import WeightsSettings
-from shared.weights.patches import encode_patches, find_patches, foresee
-from shared.weights.state import State, StateSums, lay_out, parse_state
-from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
+from shared.weights.state import StateSums
+from shared.weights.store import SPARSE_FILE, Manifest, WeightStore, file_names
 from trainer.policy import DTYPES
+from trainer.publication import Changes, PublishedBits, layouts_of, summed, write_full
+from trainer.snapshot import Snapshot
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.bool: "BOOL"}
-_DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
-"""What safetensors calls the dtypes of a state whose floating tensors are rounded."""
+_INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One version and its one file."""
-
-    version: int
-    name: str
-    content: bytes | bytearray
-    state: State
-    """Bit for bit as replicas have it."""
-    sums: StateSums
-    base: int | None = None
-    changed_checksum: str = ""
-    num_sparse: int = 0
-    """Sparse versions since the last full one, this one included."""
+_T = TypeVar("_T")
 
 
 @dataclass
 class WeightPublisher:
+    """The thread writes `version` and `steps`; the training thread calls all public methods."""
+
     store: WeightStore
     coordination: Coordination
     run: Run
     settings: WeightsSettings
     dtype: Literal["float32", "bfloat16"]
+    retries: Retries
     version: int = -1
-    """The newest published version; -1 before the first."""
+    """The newest announced version; -1 before the first."""
+    steps: dict[int, int] = field(default_factory=dict)
+    """The step of each version of the run, known before it is announced."""
     epoch: str = ""
     """The lineage of version numbers; set by `continue_after`."""
-    steps: dict[int, int] = field(default_factory=dict, init=False)
-    """Weight version -> the step after which it was published. A version is in it before it is announced."""
-    last: _Update | None = field(default=None, init=False)
+    _snapshot: Snapshot = field(default_factory=Snapshot, init=False)
+    _published: PublishedBits | None = field(default=None, init=False)
     """To compare the next version with; None if that will be full."""
+    _num_sparse: int = field(default=0, init=False)
+    """Sparse versions since the last full one."""
+    _thread: ThreadPoolExecutor = field(init=False)
+    _job: Future[None] | None = field(default=None, init=False)
+    _offered: int | None = field(default=None, init=False)
+    """The step of the newest snapshot of this process."""
+    _is_due: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+
+    @property
+    def idle(self) -> bool:
+        return self._job is None or self._job.done()
+
+    def offer(self, model: PreTrainedModel, step: int) -> bool:
+        """Called after every step: publish its weights if a version is due and the thread is idle. Returns whether a
+        snapshot was taken. Raises the thread's error."""
+        self.raise_if_failed()
+        self._is_due |= step % self.settings.push_every == 0
+        if not (self._is_due and self.idle):
+            return False
+        self._begin(model, step)
+        return True
+
+    def publish(self, model: PreTrainedModel, step: int) -> int:
+        """Publish the weights after `step` and wait until they are announced; returns their version."""
+        self.wait()
+        self._begin(model, step)
+        self.wait()
+        return self.version
+
+    def finish(self, model: PreTrainedModel, step: int) -> int:
+        """The same, unless the newest version is of this step already."""
+        self.wait()
+        return self.version if self._offered == step else self.publish(model, step)
+
+    def wait(self) -> None:
+        """Until the thread is idle: as long as `retries` waits for store, database and Redis. Raises its error."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def raise_if_failed(self) -> None:
+        if self.idle:
+            self.wait()
+
+    def close(self) -> None:
+        """Waits for the version in the making."""
+        self._thread.shutdown()
+
+    def _begin(self, model: PreTrainedModel, step: int) -> None:
+        self._snapshot.take(model, dtype=DTYPES[self.dtype])
+        self._offered, self._is_due = step, False
+        self._job = self._thread.submit(self._publish, step)
 
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that were ever seen; 0 if none were."""
-        announced, stored = self.coordination.announced_weights(), self.store.versions()
+        announced, stored = self.coordination.announced_weights(), self._with_store(self.store.versions)
         served = [version for version in self.coordination.live_replicas().values() if version]
         self.version = max(checkpoint_version, *stored, *served, announced.version if announced else -1)
         self.epoch = self._continued_epoch(announced, stored) or uuid.uuid4().hex
@@ -84,8 +135,8 @@ class WeightPublisher:
         recorded = self.run.newest_weight_version()
         for version in stored:
             if recorded is not None and version > recorded:
-                self._write_row(self.store.manifest(version), seconds=0.0)
-        self.steps.update(self.run.published_steps())
+                self._write_row(self._read_manifest(version), seconds=0.0)
+        self.steps |= self.run.published_steps()
 
     def _continued_epoch(self, announced: AnnouncedWeights | None, stored: Sequence[int]) -> str:
         """The announced epoch if the store still has the announced version or a newer one of that epoch, else empty.
@@ -93,57 +144,83 @@ class WeightPublisher:
         if announced is None or not stored or stored[-1] < announced.version:
             return ""
         try:
-            newest = self.store.manifest(stored[-1])
+            newest = self._read_manifest(stored[-1])
+        except WeightStoreAwayError:
+            raise
         except WeightStoreError as exc:
             _log.warning("a new epoch of weight versions begins: %s", exc)
             return ""
         return announced.epoch if newest.epoch == announced.epoch else ""
 
-    def publish(self, model: PreTrainedModel, step: int) -> int:
-        """Write, record and announce the weights after `step`; returns their version. Raises WeightStoreError."""
+    def _publish(self, step: int) -> None:
+        """In the thread. Its error is raised to the training thread; after one the next version is full."""
+        try:
+            self._publish_next(step)
+        except BaseException:
+            self._published = None
+            raise
+
+    def _publish_next(self, step: int) -> None:
         began = time.perf_counter()
-        update = self._prepare(weight_bytes(model, DTYPES[self.dtype]))
-        manifest = self._write(update, step)
+        manifest = self._write(self.version + 1, step)
         self._record(manifest, seconds=time.perf_counter() - began)
-        self.steps[update.version] = step
-        self.coordination.announce_weights(update.version, epoch=self.epoch)
-        self.version = update.version
-        if self.dtype == "bfloat16" and self.settings.full_every > 1:  # otherwise all versions are full
-            self.last = replace(update, content=b"")
+        self.steps[manifest.version] = step
+        self.coordination.announce_weights(manifest.version, epoch=self.epoch)
+        self.version = manifest.version
         self._prune()
         metrics.weight_push_seconds.observe(time.perf_counter() - began)
         metrics.weight_push_bytes_total.labels(manifest.form).inc(manifest.num_bytes)
-        return update.version
 
-    def _prepare(self, content: bytearray) -> _Update:
+    def _write(self, version: int, step: int) -> Manifest:
         """The changes since the last version where there is one, no full one is due, and they are smaller."""
-        state, last, version = parse_state(content, where="the policy"), self.last, self.version + 1
-        if last is None or last.num_sparse + 1 >= self.settings.full_every:
-            return _Update(version, FULL_FILE, content, state, StateSums.of(state))
-        patches = find_patches(last.state, state)
-        sums, changed_checksum = foresee(last.sums, patches, last.state)
-        changes = encode_patches(patches, last.state)
-        if len(changes) >= len(content):
-            return _Update(version, FULL_FILE, content, state, sums)
-        return _Update(version, SPARSE_FILE, changes, state, sums, last.version, changed_checksum, last.num_sparse + 1)
+        if self.dtype != "bfloat16" or self.settings.full_every == 1:
+            return self._complete(version, lambda: self._write_full(version, step))
+        if self._published is None:
+            self._published = PublishedBits()
+            self._published.hold(self._snapshot.tensors())
+        elif self._num_sparse + 1 >= self.settings.full_every:
+            self._published.hold(self._snapshot.tensors())
+        elif changes := self._published.changes(self._snapshot.tensors()):
+            self._num_sparse += 1
+            return self._complete(version, lambda: self._write_changes(version, step, changes))
+        self._num_sparse = 0
+        return self._complete(version, lambda: self._write_full(version, step))
 
-    def _write(self, update: _Update, step: int) -> Manifest:
-        try:
-            return self.store.publish(
-                {update.name: update.content},
-                version=update.version,
-                step=step,
-                epoch=self.epoch,
-                base=update.base,
-                state_checksum=update.sums.checksum,
-                changed_checksum=update.changed_checksum,
-            )
-        except OSError as exc:
-            # without a manifest the version does not exist; the next start overwrites its folder
-            raise WeightStoreError(
-                f"weight version {update.version} ({len(update.content)} bytes) can't be written to {self.store.root}: "
-                f"{exc}; free space or mend weights.store, then start again"
-            ) from exc
+    def _write_full(self, version: int, step: int) -> Manifest:
+        writer = self.store.begin(version, step=step, epoch=self.epoch)
+        if self._published is not None:
+            sums = self._published.sums
+            tensors = ((name, tensor.bits) for name, tensor in self._published.state.items())
+        else:
+            sums = StateSums(layouts_of(self._snapshot), {})
+            tensors = summed(self._snapshot.tensors(), sums.rows)
+        write_full(writer, layouts_of(self._snapshot), tensors)
+        return writer.finish(state_checksum=sums.checksum)
+
+    def _write_changes(self, version: int, step: int, changes: Changes) -> Manifest:
+        assert self._published is not None
+        return self.store.publish(
+            dict(zip(file_names(SPARSE_FILE, len(changes.pieces)), changes.pieces, strict=True)),
+            version=version,
+            step=step,
+            epoch=self.epoch,
+            base=self.version,
+            state_checksum=self._published.sums.checksum,
+            changed_checksum=changes.changed_checksum,
+        )
+
+    def _complete(self, version: int, write: Callable[[], Manifest]) -> Manifest:
+        """Written as often as it takes. An earlier attempt whose answer was lost may have been the one."""
+        num_attempts = 0
+
+        def attempt() -> Manifest:
+            nonlocal num_attempts
+            num_attempts += 1
+            if num_attempts > 1 and version in self.store.versions():
+                return self.store.manifest(version)
+            return write()
+
+        return self._with_store(attempt, doing=f"weight version {version} can't be written to")
 
     def _record(self, manifest: Manifest, seconds: float) -> None:
         """Deletes a version that can't be recorded: the next start publishes the same weights again, and every start
@@ -174,26 +251,24 @@ class WeightPublisher:
         except (OSError, WeightStoreError) as exc:
             _log.warning("old weight versions in %s can't be deleted: %s", self.store.root, exc)
 
+    def _read_manifest(self, version: int) -> Manifest:
+        return self._with_store(lambda: self.store.manifest(version))
 
-def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> bytearray:
-    """The state as one safetensors file: floating tensors rounded to `dtype`, tied weights once."""
-    state = untied_state(model)
-    dtypes = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    shapes = {name: (_DTYPE_NAMES[dtypes[name]], tuple(tensor.shape)) for name, tensor in state.items()}
-    layout = lay_out(shapes, {"format": "pt"})
-    content = bytearray(layout.num_bytes)
-    content[: len(layout.header)] = layout.header
-    for name, offset in layout.offsets.items():
-        if count := state[name].numel():
-            place = torch.frombuffer(content, dtype=dtypes[name], count=count, offset=offset)
-            place.view(state[name].shape).copy_(state[name])
-    return content
+    def _with_store(self, call: Callable[[], _T], *, doing: str = "can't read") -> _T:
+        """Waits out an outage of the store."""
+
+        def guarded() -> _T:
+            with _away(self.store.root, doing):
+                return call()
+
+        return self.retries(guarded)
 
 
-def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Name -> tensor. Of tied weights only the first name is kept, as `save_pretrained` does."""
-    first: dict[tuple[int, torch.Size], str] = {}
-    tensors = model.state_dict()
-    for name, tensor in tensors.items():
-        first.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return {name: tensors[name] for name in first.values()}
+@contextmanager
+def _away(root: str, doing: str) -> Iterator[None]:
+    """Says of an error of the file system whether waiting may cure it."""
+    try:
+        yield
+    except OSError as exc:
+        kind = WeightStoreError if isinstance(exc, _INCURABLE) else WeightStoreAwayError
+        raise kind(f"{doing} {root}: {exc}; free space or mend weights.store, then start again") from exc

@@ -5,7 +5,7 @@ only if it matches the manifest.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +24,39 @@ class MismatchError(WeightStoreError):
 class HeldWeights:
     """`checksum` follows `apply` and `undo`."""
 
-    def __init__(self, content: NDArray[np.uint8], *, where: str) -> None:
-        """`content` is a safetensors file, writable; this object owns it from now on."""
-        self._content = content
-        self._state = parse_state(content.data, where=where)
+    def __init__(self, files: Mapping[str, NDArray[np.uint8]], *, where: str) -> None:
+        """`files`: safetensors files by name, writable; this object owns them from now on."""
+        self._files = dict(files)
+        self._state: dict[str, BitTensor] = {}
+        for name, content in self._files.items():
+            self._state |= parse_state(content.data, where=f"{where}/{name}")
         self._sums = StateSums.of(self._state)
 
     @classmethod
-    def read(cls, file: Path) -> "HeldWeights":
-        """MismatchError if the file is missing or unreadable."""
+    def read(cls, folder: Path) -> "HeldWeights":
+        """All safetensors files of `folder`. MismatchError if there is none, or one is unreadable."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise MismatchError(f"no *.safetensors file in {folder}")
         try:
-            return cls(np.fromfile(file, np.uint8), where=str(file))
+            return cls({file.name: np.fromfile(file, np.uint8) for file in files}, where=str(folder))
         except (WeightStoreError, FileNotFoundError) as exc:
-            raise MismatchError(f"{file}: {exc}") from exc
+            raise MismatchError(f"{folder}: {exc}") from exc
 
     @property
     def checksum(self) -> str:
         return self._sums.checksum
 
     def copy(self) -> "HeldWeights":
-        return HeldWeights(self._content.copy(), where="a copy of the weights in memory")
+        files = {name: content.copy() for name, content in self._files.items()}
+        return HeldWeights(files, where="a copy of the weights in memory")
 
     def is_intact(self) -> bool:
         """Reads the whole state."""
         return StateSums.of(self._state).checksum == self._sums.checksum
 
-    def apply(self, file: Path, wanted: Manifest) -> list[TensorPatch]:
-        """Become version `wanted` by the changes in `file`, which are returned.
+    def apply(self, files: Sequence[Path], wanted: Manifest) -> list[TensorPatch]:
+        """Become version `wanted` by the changes in `files`, which are returned.
 
         Raises MismatchError, and changes nothing, if the result would not have the manifest's checksums."""
         name, checksum = f"weight version {wanted.version}", wanted.state_checksum
@@ -60,7 +66,9 @@ class HeldWeights:
                 "restart the trainer, which begins with a full version"
             )
         try:
-            patches = decode_patches(file.read_bytes(), self._state, where=file.name)
+            patches = [
+                patch for file in files for patch in decode_patches(file.read_bytes(), self._state, where=file.name)
+            ]
         except WeightStoreError as exc:
             raise MismatchError(f"{name}: {exc}") from exc
         sums, changed = foresee(self._sums, patches, self._state)
@@ -80,9 +88,10 @@ class HeldWeights:
             self._sums, _ = foresee(self._sums, [inverse], self._state)
             apply_patches(self._state, [inverse])
 
-    def write(self, file: Path) -> None:
-        """As a safetensors file."""
-        self._content.tofile(file)
+    def write(self, folder: Path) -> None:
+        """As safetensors files, under the names under which they were read."""
+        for name, content in self._files.items():
+            content.tofile(folder / name)
 
     def write_changes(self, file: Path, patches: Sequence[TensorPatch]) -> None:
         """The changed elements with their present values, as `PatchableEngine.patch_weights` reads them."""

@@ -1,6 +1,6 @@
 """A replica's copy of the weights that it serves: a full version on disk, and one in memory to apply changes to.
 
-    FOLDER/v00000012/model.safetensors   a full version; a restart begins with the newest
+    FOLDER/v00000012/*.safetensors       a full version in one or several files; a restart begins with the newest
     FOLDER/v00000012/copy.json           its version, epoch and state checksum
     FOLDER/v00000013.tmp/                being fetched or written; renamed when complete
     FOLDER/v00000013.patches             what changed, for an engine that takes changes in place (safetensors)
@@ -34,7 +34,7 @@ from shared import metrics
 from shared.errors import SettingsError, WeightStoreError
 from shared.records import Record
 from shared.weights.patches import TensorPatch
-from shared.weights.state import map_state, state_checksum
+from shared.weights.state import map_folder, state_checksum
 from shared.weights.store import FULL_FILE, SPARSE_FILE, Manifest, WeightStore
 
 COPY_EVERY = 20
@@ -210,7 +210,7 @@ class WeightCopy:
                 good, trouble = _fetch_links(store, links, temporary)
                 began = time.perf_counter()
                 for link in good:
-                    applied += self._held.apply(temporary / _link_name(link), link)
+                    applied += self._held.apply(_link_files(link, temporary), link)
                 changed = self._folder / f"{_folder_name(good[-1].version)}.patches"
                 self._held.write_changes(changed, applied)
                 metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
@@ -228,14 +228,13 @@ class WeightCopy:
             if changes:
                 began = time.perf_counter()
                 if good[0].form == "full":
-                    whole = HeldWeights.read(temporary / FULL_FILE)
+                    whole = HeldWeights.read(temporary)
                 else:
                     whole = self._held.copy() if self._held is not None else self._read_disk()
                 for link in changes:
-                    file = temporary / _link_name(link)
-                    whole.apply(file, link)
-                    file.unlink()
-                whole.write(temporary / FULL_FILE)
+                    whole.apply(_link_files(link, temporary), link)
+                    shutil.rmtree(_link_folder(link, temporary))
+                whole.write(temporary)
                 metrics.weight_load_seconds.labels("patch").observe(time.perf_counter() - began)
             state = CopyState.of(good[-1])
             return Staged(state, self._name(temporary, state), trouble=trouble)
@@ -243,7 +242,7 @@ class WeightCopy:
     def _read_disk(self) -> HeldWeights:
         assert self._disk is not None, "a chain that begins with a sparse version begins at this copy"
         state, folder = self._disk
-        held = HeldWeights.read(folder / FULL_FILE)
+        held = HeldWeights.read(folder)
         if held.checksum != state.state_checksum:
             raise MismatchError(f"{folder} holds {held.checksum} and was {state.state_checksum}")
         return held
@@ -268,7 +267,7 @@ class WeightCopy:
 
     def _write(self, held: HeldWeights, state: CopyState) -> Path:
         with self._room(state.version) as temporary:
-            held.write(temporary / FULL_FILE)
+            held.write(temporary)
             return self._name(temporary, state)
 
     def _name(self, temporary: Path, state: CopyState) -> Path:
@@ -287,7 +286,7 @@ def _folder_name(version: int) -> str:
 
 def _try_read(folder: Path) -> HeldWeights | None:
     try:
-        return HeldWeights.read(folder / FULL_FILE)
+        return HeldWeights.read(folder)
     except (OSError, WeightStoreError) as exc:
         _log.warning("%s can't be read into memory: %s", folder, exc)
         return None
@@ -300,8 +299,14 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _link_name(link: Manifest) -> str:
-    return f"{link.version}.{SPARSE_FILE}"
+def _link_folder(link: Manifest, room: Path) -> Path:
+    """A full version lies in `room` itself, where it becomes the replica's copy."""
+    return room if link.form == "full" else room / f"{link.version}.changes"
+
+
+def _link_files(link: Manifest, room: Path) -> list[Path]:
+    """In the order in which they are applied."""
+    return [_link_folder(link, room) / file.name for file in link.files]
 
 
 def _fetch_links(store: WeightStore, links: Sequence[Manifest], into: Path) -> tuple[list[Manifest], str]:
@@ -320,15 +325,13 @@ def _fetch_links(store: WeightStore, links: Sequence[Manifest], into: Path) -> t
 
 
 def _fetch_link(store: WeightStore, link: Manifest, into: Path) -> None:
-    wanted = FULL_FILE if link.form == "full" else SPARSE_FILE
-    if [file.name for file in link.files] != [wanted]:
+    suffix = Path(FULL_FILE if link.form == "full" else SPARSE_FILE).suffix
+    if not link.files or any(Path(file.name).suffix != suffix for file in link.files):
         raise WeightStoreError(
-            f"weight version {link.version} is {link.form} and should be the one file {wanted}, "
+            f"weight version {link.version} is {link.form} and should be files ending in {suffix}, "
             f"its manifest names {[file.name for file in link.files]}"
         )
-    store.fetch(link, into)
-    if link.form == "sparse":
-        (into / SPARSE_FILE).rename(into / _link_name(link))
+    store.fetch(link, _link_folder(link, into))
     metrics.weight_bytes_fetched_total.labels(link.form).inc(link.num_bytes)
 
 
@@ -337,7 +340,7 @@ def _intact(folder: Path) -> CopyState | None:
     try:
         state = CopyState.model_validate_json((folder / _COPY).read_bytes())
         right_place = folder.name.removesuffix("-2") == _folder_name(state.version)
-        if right_place and state.state_checksum == state_checksum(map_state(folder / FULL_FILE)):
+        if right_place and state.state_checksum == state_checksum(map_folder(folder)):
             return state
     except (OSError, ValidationError, WeightStoreError) as exc:
         _log.warning("the copy in %s can't be used: %s", folder, exc)

@@ -7,6 +7,7 @@ last place. So an index is stored as its distance from the one before, and a val
 the base's, modulo 2^width: exact for every bit pattern and nearly always +1 or -1. Byte planes (all lowest bytes, then
 all next ones, ...) show zstd how small they are.
 
+An update may be several such files, so that nobody holds the bytes of all changes to pack or unpack them.
 services/rollout/held_weights.py compares the checksums in the manifest before it applies a patch.
 """
 
@@ -45,13 +46,14 @@ def find_patches(base: State, new: State) -> list[TensorPatch]:
     """The changed tensors, sorted by name. Raises ValueError if names, dtypes or shapes differ."""
     if {name: tensor.layout for name, tensor in base.items()} != {name: tensor.layout for name, tensor in new.items()}:
         raise ValueError("states with different names, dtypes or shapes have no sparse difference")
-    patches = []
-    for name in sorted(new):
-        before, after = base[name].bits, new[name].bits
-        indices = np.flatnonzero(before != after)
-        if len(indices):
-            patches.append(TensorPatch(name, indices, after[indices] - before[indices]))
-    return patches
+    found = (find_patch(name, base[name].bits, new[name].bits) for name in sorted(new))
+    return [patch for patch in found if len(patch.indices)]
+
+
+def find_patch(name: str, before: Bits, after: Bits, *, start: int = 0) -> TensorPatch:
+    """The changes between two times N elements of a tensor, of which the first is number `start`."""
+    indices = np.flatnonzero(before != after)
+    return TensorPatch(name, indices + start if start else indices, after[indices] - before[indices])
 
 
 def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
@@ -63,14 +65,27 @@ def apply_patches(state: State, patches: Sequence[TensorPatch]) -> None:
 def foresee(sums: StateSums, patches: Sequence[TensorPatch], base: State) -> tuple[StateSums, str]:
     """The sums of `base` (now `sums`) after `patches`, and the checksum of the changed elements alone. The sums show
     whether the patches fit the base, the checksum whether the bits in memory are still the base's."""
-    changes = {}
-    digest = xxhash.xxh3_128()
+    foreseen, changed = sums.copy(), ChangedChecksum()
     for patch in patches:
         before = base[patch.name].bits[patch.indices]
         after = before + patch.changes
-        changes[patch.name] = (patch.indices, before, after)
-        digest.update(after.data)
-    return sums.changed(changes), f"xxh3_128:{digest.hexdigest()}"
+        foreseen.change(patch.name, patch.indices, before, after)
+        changed.add(after)
+    return foreseen, changed.checksum
+
+
+class ChangedChecksum:
+    """Of the changed elements, after the changes, in the order in which they are sent."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, after: Bits) -> None:
+        self._digest.update(after.data)
+
+    @property
+    def checksum(self) -> str:
+        return f"xxh3_128:{self._digest.hexdigest()}"
 
 
 def encode_patches(patches: Sequence[TensorPatch], base: State) -> bytes:

@@ -67,6 +67,14 @@ def parse_state(content: Content, *, where: str) -> dict[str, BitTensor]:
         raise WeightStoreError(f"{where} is not a readable safetensors file: {exc!r}") from exc
 
 
+def map_folder(folder: Path) -> dict[str, BitTensor]:
+    """The tensors of all safetensors files in a folder. WeightStoreError if there are none, or one can't be read."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightStoreError(f"no *.safetensors file in {folder}")
+    return {name: tensor for file in files for name, tensor in map_state(file).items()}
+
+
 def map_state(file: Path) -> dict[str, BitTensor]:
     """The tensors of a safetensors file on disk. The mapping lives as long as the views do."""
     try:
@@ -102,6 +110,23 @@ def lay_out(layouts: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappin
     return FileLayout(len(words).to_bytes(_LENGTH_BYTES, "little") + words, offsets, start + at)
 
 
+def lay_out_files(
+    layouts: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], *, max_bytes: int
+) -> list[FileLayout]:
+    """The same in files of at most `max_bytes` of tensors, or one tensor, each; the order of tensors stays if wider
+    dtypes come first."""
+    files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    room = max_bytes
+    for name, (dtype, shape) in layouts.items():
+        num_bytes = prod(shape) * _ITEM_BYTES[dtype]
+        if num_bytes > room and files[-1]:
+            files.append({})
+            room = max_bytes
+        files[-1][name] = (dtype, shape)
+        room -= num_bytes
+    return [lay_out(of_file, metadata) for of_file in files]
+
+
 def write_state(file: Path, state: State, metadata: Mapping[str, str]) -> None:
     layout = lay_out({name: tensor.layout for name, tensor in state.items()}, metadata)
     with file.open("wb") as opened:
@@ -119,16 +144,15 @@ class StateSums:
     @classmethod
     def of(cls, state: State) -> Self:
         layouts = {name: tensor.layout for name, tensor in state.items()}
-        return cls(layouts, {name: _row_sums(tensor.bits) for name, tensor in state.items()})
+        return cls(layouts, {name: row_sums(tensor.bits) for name, tensor in state.items()})
 
-    def changed(self, changes: Mapping[str, tuple[NDArray[np.int64], Bits, Bits]]) -> "StateSums":
-        """The sums after N elements changed, in O(N). `changes`, by tensor: indices (N,) into the flattened tensor,
-        ascending, distinct; bits (N,) before and after."""
-        rows = dict(self.rows)
-        for name, (indices, before, after) in changes.items():
-            rows[name] = rows[name].copy()
-            _add_changes(rows[name], indices, before, after)
-        return StateSums(self.layouts, rows)
+    def copy(self) -> "StateSums":
+        return StateSums(self.layouts, {name: rows.copy() for name, rows in self.rows.items()})
+
+    def change(self, name: str, indices: NDArray[np.int64], before: Bits, after: Bits) -> None:
+        """Follow N changed elements of a tensor, in O(N): indices (N,) into the flattened tensor, ascending, distinct;
+        bits (N,) before and after."""
+        _add_changes(self.rows[name], indices, before, after)
 
     @property
     def checksum(self) -> str:
@@ -145,7 +169,8 @@ def state_checksum(state: State) -> str:
     return StateSums.of(state).checksum
 
 
-def _row_sums(bits: Bits) -> Sums:
+def row_sums(bits: Bits) -> Sums:
+    """Of one tensor: (num_rows,)."""
     content = np.ascontiguousarray(bits).view(np.uint8)
     num_full = len(content) // _ROW_BYTES
     sums = np.zeros(-(-len(content) // _ROW_BYTES), "<u8")

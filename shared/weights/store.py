@@ -4,6 +4,9 @@
     v00000013/changes.zst         sparse: what changed since the base that its manifest names
     v00000013/manifest.json       written last: if it is there, the version is complete
 
+Large versions have several files, such as model-00001-of-00003.safetensors or changes-00001-of-00002.zst, in the order
+of the manifest.
+
 The trainer is the only writer. Versions only ascend, also after a resume from an older checkpoint. A sparse version
 rests on its base and so, link by link, on a full one: `chain` lists them.
 
@@ -31,6 +34,9 @@ MANIFEST = "manifest.json"
 FULL_FILE = "model.safetensors"
 SPARSE_FILE = "changes.zst"
 
+Buffer = bytes | bytearray | memoryview
+_BLOCK_BYTES = 8 << 20
+"""Written and hashed at once."""
 _VERSION_FOLDER = re.compile(r"^v(\d{8})$")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "r2", "memory"})
 """Here putting an object is atomic, and renaming one is a copy followed by a deletion."""
@@ -101,10 +107,9 @@ class WeightStore:
         self._known: dict[int, Manifest] = {}
         """Manifests seen before; they never change."""
 
-    @_translated()
     def publish(
         self,
-        files: Mapping[str, bytes | bytearray],
+        files: Mapping[str, Buffer],
         *,
         version: int,
         step: int,
@@ -113,32 +118,44 @@ class WeightStore:
         state_checksum: str = "",
         changed_checksum: str = "",
     ) -> Manifest:
-        """Write all files, then the manifest; sparse if there is a `base`. WeightStoreError if the version exists."""
+        """Write a version whose files are in memory; sparse if there is a `base`. Raises as `begin`."""
+        writer = self.begin(version, step=step, epoch=epoch, base=base)
+        for name, content in files.items():
+            writer.write(name, [content])
+        return writer.finish(state_checksum=state_checksum, changed_checksum=changed_checksum)
+
+    @_translated()
+    def begin(self, version: int, *, step: int, epoch: str = "", base: int | None = None) -> "VersionWriter":
+        """A version in the making; sparse if there is a `base`. WeightStoreError if the version exists."""
         folder = self._folder(version)
         if self._fs.exists(f"{folder}/{MANIFEST}"):
             raise WeightStoreError(f"weight version {version} is already in {self.root}: versions only ascend")
-        listed = tuple(
-            WeightFile(name=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-            for name, content in files.items()
-        )
-        manifest = Manifest(
-            version=version,
-            epoch=epoch,
-            step=step,
-            form="full" if base is None else "sparse",
-            base=base,
-            state_checksum=state_checksum,
-            changed_checksum=changed_checksum,
-            files=listed,
-            created_at=time.time(),
-        )
         if not self._puts_are_atomic:
             self._fs.makedirs(folder, exist_ok=True)
-        for name, content in files.items():
-            self._fs.pipe_file(f"{folder}/{name}", content)
-        self._write_at_once(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
-        self._known[version] = manifest
-        return manifest
+        return VersionWriter(self, version, step=step, epoch=epoch, base=base)
+
+    def _write_file(self, path: str, blocks: Iterable[Buffer]) -> tuple[int, str]:
+        """Bytes and sha256 of a file that is hashed while it is written. Errors of `blocks` travel as they are."""
+        digest, num_bytes = hashlib.sha256(), 0
+        with _translated():
+            opened = self._fs.open(path, "wb")
+        try:
+            for block in blocks:
+                for piece in _pieces(block):
+                    with _translated():
+                        opened.write(piece)
+                    digest.update(piece)
+                    num_bytes += len(piece)
+        finally:
+            with _translated():
+                opened.close()
+        return num_bytes, digest.hexdigest()
+
+    @_translated()
+    def _finish(self, manifest: Manifest) -> None:
+        path = f"{self._folder(manifest.version)}/{MANIFEST}"
+        self._write_at_once(path, manifest.model_dump_json(indent=2).encode())
+        self._known[manifest.version] = manifest
 
     @_translated()
     def versions(self) -> list[int]:
@@ -236,3 +253,48 @@ class WeightStore:
 
     def _folder(self, version: int) -> str:
         return f"{self._root}/v{version:08d}"
+
+
+class VersionWriter:
+    """A version in the making: files, then `finish`. Until then readers don't see it. Raises OSError."""
+
+    def __init__(self, store: WeightStore, version: int, *, step: int, epoch: str, base: int | None) -> None:
+        self._store, self._version, self._step, self._epoch, self._base = store, version, step, epoch, base
+        self._files: list[WeightFile] = []
+
+    def write(self, name: str, blocks: Iterable[Buffer]) -> None:
+        """One file, as it comes: nothing of its size is held in memory."""
+        num_bytes, sha256 = self._store._write_file(f"{self._store._folder(self._version)}/{name}", blocks)
+        self._files.append(WeightFile(name=name, num_bytes=num_bytes, sha256=sha256))
+
+    def finish(self, *, state_checksum: str = "", changed_checksum: str = "") -> Manifest:
+        """Write the manifest: now the version is there."""
+        manifest = Manifest(
+            version=self._version,
+            epoch=self._epoch,
+            step=self._step,
+            form="full" if self._base is None else "sparse",
+            base=self._base,
+            state_checksum=state_checksum,
+            changed_checksum=changed_checksum,
+            files=tuple(self._files),
+            created_at=time.time(),
+        )
+        self._store._finish(manifest)
+        return manifest
+
+
+def _pieces(block: Buffer) -> Iterator[memoryview]:
+    content = memoryview(block).cast("B")
+    for start in range(0, len(content), _BLOCK_BYTES):
+        yield content[start : start + _BLOCK_BYTES]
+
+
+def file_names(name: str, count: int, *, writer: int = 0) -> list[str]:
+    """model.safetensors, or model-00001-of-00002.safetensors, model-00002-of-00002.safetensors; with a `writer`, which
+    keeps its files apart from another one's, model-w7.safetensors."""
+    stem, suffix = name.split(".", 1)
+    stem += f"-w{writer}" if writer else ""
+    if count == 1:
+        return [f"{stem}.{suffix}"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]
