@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from trainer.policy import output_head
+from trainer.log_probs import output_head
 from trainer.preferences import Preference
 
 

@@ -81,9 +81,7 @@ def _blueprint(whole: PreTrainedModel) -> _Blueprint:
 
 def _on_meta(blueprint: _Blueprint, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            blueprint.config, dtype=dtype, attn_implementation=blueprint.attention
-        )
+        model = AutoModelForCausalLM.from_config(blueprint.config, dtype=dtype, attn_implementation=blueprint.attention)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -100,7 +98,9 @@ def _shard(root: SuffixLogProbs, ranks: Ranks, compute: torch.dtype, *, frozen: 
             module.set_gradient_divide_factor(1.0)
 
 
-def _fill(model: PreTrainedModel, whole: PreTrainedModel | None, buffers: dict[str, torch.Tensor], ranks: Ranks) -> None:
+def _fill(
+    model: PreTrainedModel, whole: PreTrainedModel | None, buffers: dict[str, torch.Tensor], ranks: Ranks
+) -> None:
     model.to_empty(device=ranks.device)
     model.tie_weights()
     full = dict(whole.state_dict()) if whole is not None else {}

@@ -77,9 +77,11 @@ def checkpoint_layouts(
 ) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """By the checkpoint's names, in the order of `name_groups`; floating tensors as `dtype` if one is given."""
     state = untied_state(model)
+    meta = {
+        name: torch.empty(tensor.shape, dtype=rounded(tensor, dtype), device="meta") for name, tensor in state.items()
+    }
     found = {}
     for group in name_groups(model):
-        meta = {name: torch.empty_like(state[name], dtype=rounded(state[name], dtype), device="meta") for name in group.names}
         for name, tensor in group.to_checkpoint(model, meta):
             found[name] = (tensor.dtype, tensor.shape)
     return found
