@@ -1,4 +1,4 @@
-"""`python -m trainer --config FILE [--section.key VALUE ...]`: one trainer process until its run ends.
+"""`python -m trainer --config FILE [--section.key VALUE ...]`: a trainer until its run ends, alone or under torchrun.
 
 Exits 0 when the run is finished or SIGTERM or SIGINT asked it to stop (a checkpoint is written first), and 1 with one
 error line when training can't continue.
@@ -17,7 +17,9 @@ from shared.settings import Secrets, Settings
 
 def _work(settings: Settings, secrets: Secrets) -> None:
     _check(settings)
-    with serving_metrics("trainer", settings.trainer.host, settings.trainer.metrics_port, secrets):
+    is_main = os.environ.get("RANK", "0") == "0"  # set by torchrun
+    port = settings.trainer.metrics_port if is_main else 0
+    with serving_metrics("trainer", settings.trainer.host, port, secrets):
         from trainer.assembly import train  # torch loads only once the settings are known to be good
 
         stop = Event()
@@ -29,13 +31,6 @@ def _check(settings: Settings) -> None:
     require_url(settings.redis)
     if not settings.policy.model:
         raise SettingsError("policy.model is empty: name a Hugging Face folder or model to start from")
-    num_processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
-    if num_processes != "1":
-        # each of them would read the stream and publish weights as if it were alone
-        raise SettingsError(
-            f"torchrun started {num_processes} trainer processes, but the trainer is one process on one device: "
-            "give torchrun --nnodes 1 --nproc-per-node 1"
-        )
 
 
 if __name__ == "__main__":

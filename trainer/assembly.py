@@ -25,8 +25,10 @@ from trainer.inbox import Inbox, commit_finished
 from trainer.layouts.separate import SeparateLayout
 from trainer.loop import Trainer
 from trainer.losses import build_loss
-from trainer.policy import PolicyOptimizer, load_policy
+from trainer.optimizer import PolicyOptimizer
+from trainer.policy import load_policy
 from trainer.publisher import WeightPublisher
+from trainer.ranks import Ranks
 from trainer.replicas import Replicas
 
 _GIVE_UP_S = 900.0
@@ -49,7 +51,9 @@ def train(settings: Settings, stop: Event) -> None:
 def prepare(settings: Settings, retries: Retries) -> Trainer | None:
     """The trainer before its first step of this process; None if all its steps are done."""
     connections = Connections.open(settings, retries)
-    checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints)
+    ranks = Ranks.join(settings.trainer.device)
+    checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints, ranks=ranks)
+    checkpoints.clear_unfinished()
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
         state = checkpoint.state
@@ -83,10 +87,11 @@ def _build(
         checkpoint.folder if checkpoint else None,
         with_reference=loss.needs_reference,
         reference_step=last.reference_step if last else 0,
+        ranks=checkpoints.ranks,
     )
     optimizer = PolicyOptimizer(policy.model, trainer)
     if checkpoint is not None:
-        checkpoint.load_optimizer(optimizer)
+        checkpoint.load_optimizer(optimizer, checkpoints.ranks)
     run.delete_steps_beyond(step)
     run.record_event("trainer", "resumed" if last else "started", f"at step {step}")
     telemetry = open_telemetry(settings, run, resume_step=step)

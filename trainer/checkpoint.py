@@ -1,23 +1,31 @@
-"""Checkpoints: a folder per step, complete or absent.
+"""Checkpoints: a folder per step, complete or absent, written while the next steps compute.
 
-    checkpoints/step-00000050/policy/                 `AutoModelForCausalLM.from_pretrained`, tokenizer included
-                              reference/              only if the reference was ever refreshed
-                              optimizer.safetensors   moments by parameter name, and the random state
-                              state.json              written last: step, version, windows
-    checkpoints/finished.jsonl                        evidence: what each checkpoint finished, kept for ever
+    checkpoints/step-00000050/policy/        `AutoModelForCausalLM.from_pretrained`, tokenizer included
+                              reference/     only if the reference was ever refreshed
+                              optimizer/     moments and random state, by torch.distributed.checkpoint
+                              state.json     written last: step, version, windows
+    checkpoints/finished.jsonl               evidence: what each checkpoint finished, kept for ever
 
-The folder is written as `step-00000050.tmp`, synced and renamed. Next come its line in finished.jsonl, acknowledging
-its windows (inbox.py), and deleting older checkpoints. The records are in shared/checkpoint_state.py.
+    checkpoints.begin(state, policy, optimizer, then=...)     # all ranks: copies to memory, then returns
+    checkpoints.wait()                                        # until it is on disk; raises the thread's error
+
+The thread of every rank takes part, over a gloo group of its own. Rank 0 writes `step-00000050.<random>.tmp`, syncs and
+renames it, appends the line in finished.jsonl and calls `then` (ledger, acknowledgement). Whoever begins the next one
+waits for the one before. The records are in shared/checkpoint_state.py, the folder of a model in model_folder.py.
 """
 
 import os
 import shutil
-from dataclasses import dataclass
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.checkpoint_state import (
     EVIDENCE_FILE,
@@ -30,9 +38,14 @@ from shared.checkpoint_state import (
     read_states,
 )
 from shared.errors import TrainingError
-from trainer.policy import Policy, PolicyOptimizer
+from trainer.model_folder import ModelFolder
+from trainer.moments import Moments, read_moments
+from trainer.optimizer import PolicyOptimizer
+from trainer.policy import Policy
+from trainer.ranks import Ranks
+from trainer.snapshot import Snapshot
 
-_OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -40,29 +53,36 @@ class Checkpoint:
     folder: Path
     state: CheckpointState
 
-    def load_optimizer(self, optimizer: PolicyOptimizer) -> None:
-        """Moments and random state. Raises TrainingError if they don't fit the policy."""
+    def load_optimizer(self, optimizer: PolicyOptimizer, ranks: Ranks) -> None:
+        """Moments and random state, all ranks together; it may have been written by another number of ranks. Raises
+        TrainingError if they don't fit the policy."""
         path = self.folder / _OPTIMIZER
         try:
-            tensors = load_file(path)
-            torch.set_rng_state(tensors.pop("random.cpu"))
-            cuda = tensors.pop("random.cuda", None)
-            if cuda is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(cuda)
-            optimizer.load_state(tensors)
-        except (OSError, SafetensorError, KeyError) as exc:
+            read_moments(path, optimizer, ranks)
+        except (OSError, TrainingError, ValueError, KeyError, CheckpointException) as exc:
             raise TrainingError(
-                f"{path} can't be used: {exc!r}; restore the checkpoint, or delete its folder to go back to the one "
-                "before it"
+                f"{path} can't be used: {_reason(exc)}; restore the checkpoint, or delete its folder to go back to the "
+                "one before it"
             ) from exc
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. All ranks have one and call `begin` and `wait` together."""
 
     root: Path
     keep: int
+    ranks: Ranks
+    confirm: Callable[[], None] = lambda: None
+    """Raises if another trainer has taken over; called on rank 0 before the rename and before the evidence."""
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+    _weights: Snapshot = field(init=False)
+    _reference: Snapshot = field(init=False)
+
+    def __post_init__(self) -> None:
+        group = self.ranks.group("checkpoint") if self.ranks.size > 1 else None
+        self._weights, self._reference = Snapshot(group), Snapshot(group)
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step; None before the first. Raises TrainingError if it is damaged:
@@ -76,22 +96,137 @@ class Checkpoints:
         """Of all complete checkpoints, oldest first. Raises TrainingError if one is damaged."""
         return list(read_states(self.root).values())
 
-    def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
-        """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""
-        folder = checkpoint_folder(self.root, state.step)
-        temporary = folder.with_suffix(".tmp")
+    def begin(
+        self,
+        state: CheckpointState | None,
+        policy: Policy,
+        optimizer: PolicyOptimizer,
+        *,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy everything to memory and write it in the background. `state` and `then` are rank 0's: `then` is called
+        when the checkpoint and its evidence are on disk. Raises the error of the checkpoint before it."""
+        self.wait()
+        self._weights.take(policy.model)
+        parts: dict[str, tuple[Snapshot, ModelFolder]] = {
+            "policy": (self._weights, ModelFolder.of(policy.model, policy.tokenizer))
+        }
+        if policy.reference is not None and policy.reference_step:
+            self._reference.take(policy.reference)
+            parts["reference"] = (self._reference, ModelFolder.of(policy.reference, None))
+        moments = Moments.take(optimizer, self.ranks)
+        self._thread = threading.Thread(
+            target=self._work, args=(state, parts, moments, then), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Of this rank; `wait` raises the error. The loop asks `ranks.any(checkpoints.failed)`, then all wait."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint begun last is on disk and `then` is done. Raises its error: TrainingError if the disk
+        refuses (earlier checkpoints stay intact), or what `confirm` or `then` raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None]) -> None:
+        """In the thread: every rank ends with the same outcome."""
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_into(temporary, state, policy, optimizer)
+            with self.ranks.guarding("a checkpoint"):
+                self._write_together(state, parts, moments, then)
+        except BaseException as exc:  # noqa: BLE001  # the thread's error is raised by `wait`
+            self._error = exc
+
+    def _write_together(
+        self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None]
+    ) -> None:
+        folder, error = self._agree(lambda: self._make_folder(state))
+        if error is None:
+            error = self._write_parts(folder, parts, moments)
+        _, outcome = self._agree(lambda: self._complete(folder, state, then, error))
+        if outcome is not None:
+            raise outcome
+
+    def _agree(self, work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """What `work` returned or raised on rank 0, on every rank."""
+        answer: list[tuple[Any, BaseException | None]] = [(None, None)]
+        if self.ranks.is_main:
+            try:
+                answer = [(work(), None)]
+            except Exception as exc:  # noqa: BLE001  # it is raised on every rank
+                answer = [(None, exc)]
+        if self.ranks.size == 1:
+            return answer[0]
+        mine = answer[0]
+        told = [(mine[0], None if mine[1] is None else TrainingError(str(mine[1])))]
+        dist.broadcast_object_list(told, src=0, group=self.ranks.group("checkpoint"))
+        return mine if self.ranks.is_main else told[0]
+
+    def _make_folder(self, state: CheckpointState | None) -> Path:
+        """Its name is no other process's: one that lost its lease must not touch the new trainer's."""
+        assert state is not None
+        folder = checkpoint_folder(self.root, state.step)
+        folder = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as exc:
+            raise _refused(folder, exc) from exc
+        return folder
+
+    def _write_parts(self, folder: Path, parts: "_Parts", moments: Moments) -> Exception | None:
+        """The first error of this rank, None if all went well. A rank never leaves a gather half way."""
+        error: Exception | None = None
+        try:
+            moments.write(folder / _OPTIMIZER, self.ranks)
+        except (OSError, CheckpointException) as exc:
+            error = exc
+        for name, (snapshot, target) in parts.items():
+            tensors = snapshot.tensors()
+            try:
+                if self.ranks.is_main and error is None:
+                    target.write(folder / name, tensors)
+            except (OSError, SafetensorError) as exc:
+                error = exc
+            for _ in tensors:  # other ranks, and what is left after an error
+                pass
+        return error
+
+    def _complete(
+        self, temporary: Path, state: CheckpointState | None, then: Callable[[], None], error: BaseException | None
+    ) -> None:
+        """State, sync, rename, evidence, `then`."""
+        if temporary is None:  # not even the folder
+            assert error is not None
+            raise error
+        assert state is not None
+        folder = checkpoint_folder(self.root, state.step)
+        try:
+            if error is not None:
+                raise error
+            (temporary / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
+            self.confirm()
             temporary.rename(folder)
             _sync(self.root)
-        except (OSError, SafetensorError) as exc:
+        except BaseException as exc:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise TrainingError(f"checkpoint {folder} can't be written: {exc}; earlier ones are intact") from exc
-        return folder
+            if isinstance(exc, OSError | SafetensorError | CheckpointException):
+                raise _refused(folder, exc) from exc
+            raise
+        self.confirm()
+        self.keep_evidence(state)
+        then()
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
@@ -99,25 +234,33 @@ class Checkpoints:
         _sync(self.root)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash never
-        leaves half a checkpoint under a complete one's name."""
+        """Delete all but the newest `keep`. Renamed first, so that a crash never leaves half a checkpoint under a
+        complete one's name."""
         for step in checkpoint_steps(self.root)[: -self.keep]:
             folder = checkpoint_folder(self.root, step)
-            folder.rename(folder.with_suffix(".tmp"))
+            old = folder.with_name(f"{folder.name}.old.tmp")
+            folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def clear_unfinished(self) -> None:
+        """Delete what an earlier process left half written. Once, at the start, by the trainer with the lease."""
         for leftover in self.root.glob("step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> None:
-    policy.model.save_pretrained(folder / "policy")
-    policy.tokenizer.save_pretrained(folder / "policy")
-    if policy.reference is not None and state.reference_step:
-        policy.reference.save_pretrained(folder / "reference")
-    tensors = optimizer.state() | {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / _OPTIMIZER)
-    (folder / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+_Parts = dict[str, tuple[Snapshot, ModelFolder]]
+
+
+def _refused(folder: Path, exc: BaseException) -> TrainingError:
+    return TrainingError(f"checkpoint {folder} can't be written: {_reason(exc)}; earlier ones are intact")
+
+
+def _reason(exc: BaseException) -> str:
+    """Of a CheckpointException the first rank's."""
+    if isinstance(exc, CheckpointException) and exc.failures:
+        rank, (inner, _) = next(iter(exc.failures.items()))
+        return f"{inner} (rank {rank})"
+    return repr(exc) if isinstance(exc, KeyError) else str(exc)
 
 
 def _sync(path: Path) -> None:

@@ -28,7 +28,8 @@ from trainer.inbox import Inbox
 from trainer.layouts.base import Layout, WindowPairs
 from trainer.log_probs import SuffixLogProbs
 from trainer.losses import Loss
-from trainer.policy import Policy, PolicyOptimizer
+from trainer.optimizer import PolicyOptimizer
+from trainer.policy import Policy
 from trainer.preferences import Preference
 from trainer.publisher import WeightPublisher
 from trainer.replicas import Replicas
@@ -193,10 +194,10 @@ class Trainer:
             after=self.checkpointed_step,
             row=self._owed_row(),
         )
-        folder = self.checkpoints.write(state, self.policy, self.optimizer)
+        self.checkpoints.begin(state, self.policy, self.optimizer)
+        self.checkpoints.wait()
         self.last = state
-        self.checkpoints.keep_evidence(state)
-        _log.info("checkpoint %s: %d windows finished", folder, len(state.finished))
+        _log.info("checkpoint of step %d: %d windows finished", state.step, len(state.finished))
         return state
 
     def _owed_row(self) -> StepFigures | None:

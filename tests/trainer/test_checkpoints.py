@@ -1,21 +1,26 @@
 """Checkpoints on disk, and the evidence that each leaves in finished.jsonl."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.checkpoint_state import CheckpointState, EvidenceFile
 from shared.database import WindowRow
-from shared.errors import SettingsError, TrainingError
-from shared.settings import Settings
-from tests.trainer.conftest import MakeStack
+from shared.errors import DatabaseError, FencedError, SettingsError, TrainingError
+from shared.settings import Settings, TrainerSettings
+from tests.trainer.conftest import MakeStack, assert_equal_weights, tiny_llama
 from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
+from trainer.model_folder import ModelFolder
+from trainer.optimizer import PolicyOptimizer
+from trainer.ranks import Ranks
 
-STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={})
+LONE = Ranks.join("cpu", {})
+STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
 
 
 def test_a_checkpoint_loads_as_an_ordinary_model_and_once_damaged_is_an_error_not_a_step_back(
@@ -34,33 +39,86 @@ def test_a_checkpoint_loads_as_an_ordinary_model_and_once_damaged_is_an_error_no
 
 def test_a_disk_that_refuses_leaves_earlier_checkpoints_and_nothing_half(make_stack: MakeStack, tmp_path: Path) -> None:
     trainer, root = make_stack().prepare(), tmp_path / "checkpoints"
-    checkpoints = Checkpoints(root, keep=2)
-    checkpoints.write(STATE, trainer.policy, trainer.optimizer)
+    checkpoints = Checkpoints(root, keep=2, ranks=LONE)
+    checkpoints.begin(STATE, trainer.policy, trainer.optimizer)
+    checkpoints.wait()
     (root / "step-00000004").mkdir()
     (root / "step-00000004" / "in-the-way").write_text("the rename on top of a full folder fails")
     with pytest.raises(TrainingError, match="earlier ones are intact"):
-        checkpoints.write(STATE.model_copy(update={"step": 4}), trainer.policy, trainer.optimizer)
+        checkpoints.begin(STATE.model_copy(update={"step": 4}), trainer.policy, trainer.optimizer)
+        checkpoints.wait()
     assert not list(root.glob("*.tmp"))
     assert (root / "step-00000003/state.json").is_file()
 
 
 def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000007.tmp").mkdir()
-    assert Checkpoints(tmp_path, keep=1).newest() is None
-    assert Checkpoints(tmp_path / "absent", keep=1).newest() is None
+    checkpoints = Checkpoints(tmp_path, keep=1, ranks=LONE)
+    assert checkpoints.newest() is None
+    assert Checkpoints(tmp_path / "absent", keep=1, ranks=LONE).newest() is None
+    checkpoints.clear_unfinished()
+    assert not list(tmp_path.iterdir())
 
 
-def test_moments_of_another_model_are_refused(make_stack: MakeStack, tmp_path: Path) -> None:
-    trainer, checkpoints = make_stack().prepare(), Checkpoints(tmp_path / "checkpoints", keep=1)
-    _, *others = trainer.policy.model.parameters()  # the moments of the first will be missing
+def test_parameters_that_never_had_a_gradient_resume_without_moments_and_those_of_another_model_are_refused(
+    make_stack: MakeStack, tmp_path: Path
+) -> None:
+    trainer = make_stack().prepare()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, ranks=LONE)
+    untouched, *others = trainer.policy.model.parameters()
     for parameter in others:
         parameter.grad = parameter.detach().clone()
     trainer.optimizer.step(1)
-    checkpoints.write(STATE, trainer.policy, trainer.optimizer)
+    checkpoints.begin(STATE, trainer.policy, trainer.optimizer)
+    checkpoints.wait()
     checkpoint = checkpoints.newest()
     assert checkpoint is not None
-    with pytest.raises(TrainingError, match=r"optimizer\.safetensors can't be used"):
-        checkpoint.load_optimizer(trainer.optimizer)
+    resumed = PolicyOptimizer(trainer.policy.model, TrainerSettings())
+    checkpoint.load_optimizer(resumed, LONE)
+    assert_equal_weights(trainer.optimizer.state(), resumed.state())
+    assert len(resumed.state()) == 3 * len(others)
+    del untouched
+    with pytest.raises(TrainingError, match="optimizer can't be used: moments of another model"):
+        checkpoint.load_optimizer(PolicyOptimizer(torch.nn.Linear(2, 2), TrainerSettings()), LONE)
+
+
+def test_one_that_lost_its_lease_leaves_no_checkpoint_and_no_evidence(make_stack: MakeStack, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise FencedError("another trainer has taken over")
+
+    trainer, root = make_stack().prepare(), tmp_path / "checkpoints"
+    checkpoints = Checkpoints(root, keep=1, ranks=LONE, confirm=refuse)
+    checkpoints.begin(STATE, trainer.policy, trainer.optimizer)
+    with pytest.raises(FencedError):
+        checkpoints.wait()
+    assert not list(root.iterdir())
+
+
+def test_what_follows_a_checkpoint_finds_it_complete_and_its_error_is_the_loops(
+    make_stack: MakeStack, tmp_path: Path
+) -> None:
+    trainer, root = make_stack().prepare(), tmp_path / "checkpoints"
+    found: list[str] = []
+
+    def then() -> None:
+        found.extend(sorted(entry.name for entry in root.iterdir()))
+        raise DatabaseError("the database is away")
+
+    checkpoints = Checkpoints(root, keep=1, ranks=LONE)
+    checkpoints.begin(STATE, trainer.policy, trainer.optimizer, then=then)
+    with pytest.raises(DatabaseError, match="is away"):
+        checkpoints.wait()
+    assert found == ["finished.jsonl", "step-00000003"]
+    checkpoints.wait()  # an error is raised once
+
+
+def test_a_large_model_is_cut_into_files_with_an_index(tmp_path: Path) -> None:
+    model = tiny_llama(tie=False)
+    folder = replace(ModelFolder.of(model, None), max_file_bytes=4000)
+    folder.write(tmp_path / "policy", iter(model.state_dict().items()))
+    assert len(list((tmp_path / "policy").glob("model-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert_equal_weights(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
 def test_older_checkpoints_and_half_written_ones_are_deleted_and_a_refreshed_reference_is_saved(
@@ -77,39 +135,19 @@ def test_older_checkpoints_and_half_written_ones_are_deleted_and_a_refreshed_ref
     assert (stack.checkpoints / "step-00000003/reference/model.safetensors").is_file()
 
 
-def test_evidence_says_which_update_contains_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
-    """Three pairs a window, steps of at least four: two windows a step, the fifth is left."""
+def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
+    """Three windows of three pairs, steps of four: the second is in both steps, the third has one pair left."""
     stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
-    stack.write_plain(range(5))
+    stack.write_plain(range(3))
     stack.train()
     (first, second), damaged = EvidenceFile(stack.checkpoints / "finished.jsonl").read()
     assert not damaged
     assert (first.number, first.after, first.step) == (1, 0, 1)
     assert (second.number, second.after, second.step) == (2, 1, 2)
-    assert {name: (one.step, one.num_pairs) for name, one in first.finished.items()} == {
-        "0.0.0.0": (1, 3),
-        "0.0.1.0": (1, 3),
-    }
-    assert {name: (one.step, one.num_pairs) for name, one in second.finished.items()} == {
-        "0.0.2.0": (2, 3),
-        "0.0.3.0": (2, 3),
-    }
-    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, 3, 3, None]
-
-
-def test_a_checkpoint_that_was_not_settled_is_settled_at_the_next_start_though_another_followed(
-    make_stack: MakeStack,
-) -> None:
-    """Neither is told to ledger and stream."""
-    stack = make_stack(steps=2, pairs_per_step=3, checkpoint_every=1)
-    stack.write_plain(range(3))
-    trainer = stack.prepare()
-    with patch("trainer.inbox.commit_finished", lambda *_: None):
-        trainer.run()
-    assert stack.counts() == (0, {}, 3)
-    stack.with_settings("trainer", steps=3).train()
-    assert (stack.counts(), stack.stream.window_ids(), stack.contradictions()) == ((3, {}, 0), set(), [])
-    assert [row.trained_step for row in stack.rows(WindowRow)] == [1, 2, 3]
+    assert {name: one.pairs_by_step for name, one in first.finished.items()} == {"0.0.0.0": {1: 3}}
+    assert {name: one.pairs_by_step for name, one in second.finished.items()} == {"0.0.1.0": {1: 1, 2: 2}}
+    assert {name: (one.used, one.pairs_by_step) for name, one in second.partial.items()} == {"0.0.2.0": (2, {2: 2})}
+    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, None]
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
