@@ -132,7 +132,7 @@ class Trainer:
             if self.policy.reference is not None:
                 with torch.no_grad():
                     reference = suffix_log_probs(self.policy.reference, batch)
-            terms = self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
+            terms = self.loss.terms(suffix_log_probs(self.policy.model, batch), reference, batch.num_targets)
             (terms.loss_sum / normaliser).backward()  # type: ignore[no-untyped-call]
             for name, value in (terms.figures | {"loss": terms.loss_sum.detach()}).items():
                 sums[name] = sums[name] + value if name in sums else value
