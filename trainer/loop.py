@@ -94,7 +94,7 @@ class Trainer:
 
     def next_pairs(self) -> list[Preference]:
         """Exactly `pairs_per_step`; fewer at the end of the source; none means stop."""
-        with self.telemetry.tally.spending("wait"):
+        with self.telemetry.tally.spending("wait_windows"):
             self.inbox.fill(self.settings.pairs_per_step, weight_version=self.publisher.version)
         return [] if self.connections.stop.is_set() else self.inbox.take(self.settings.pairs_per_step)
 
@@ -157,9 +157,9 @@ class Trainer:
             )
 
     def _publish(self) -> None:
-        with self.telemetry.tally.spending("push"):
+        with self.telemetry.tally.spending("wait_publish"):
             self.publisher.publish(self.policy.model, self.step)
-        with self.telemetry.tally.spending("replicas"):
+        with self.telemetry.tally.spending("wait_replicas"):
             self.replicas.keep_up(self.publisher.version)
 
     def _report(self, state: TrainerState) -> None:
@@ -167,7 +167,7 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """In this order: checkpoint and evidence on disk, ledger, acknowledgement, older ones deleted."""
-        with self.telemetry.tally.spending("checkpoint"):
+        with self.telemetry.tally.spending("wait_checkpoint"):
             if state := self._write_checkpoint():
                 self.inbox.commit(state.finished)
                 self.checkpoints.prune()
