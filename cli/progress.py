@@ -204,6 +204,16 @@ def _figure_rows(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
         yield "rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"
     if "policy_lag_max" in figures:
         yield "policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"
+    if "tokens_per_second" in figures:
+        yield "speed", ", ".join(_speeds(figures))
+
+
+def _speeds(figures: dict[str, float]) -> Iterator[str]:
+    yield f"{figures['tokens_per_second']:,.0f} tokens/s"
+    if (saved := figures.get("saved_token_share", 0.0)) > 0:
+        yield f"{saved:.0%} of tokens saved by the tree"
+    if "mfu" in figures:
+        yield f"MFU {figures['mfu']:.0%}"
 
 
 def _delivery_rows(snapshot: Snapshot) -> Iterator[tuple[str, str]]:

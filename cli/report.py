@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 
 _NEWEST_EVENTS = 30
 _KIND_COLOURS = {"original": "#4c72b0", "rewrite": "#dd8452", "rollout": "#2f9e6e"}
-_ROLE_COLOURS = {
-    "rollout": "#2f9e6e", "rewrite": "#dd8452", "judge": "#8172b3", "wait": "#bbbbbb",
-    "forward_backward": "#4c72b0", "optimizer": "#937860", "push": "#da8bc3", "checkpoint": "#ccb974",
-}  # fmt: skip
+_SECONDS = (
+    ("rollout", "rollout", "#2f9e6e"),
+    ("rewrite", "rewrite", "#dd8452"),
+    ("judge", "judge", "#8172b3"),
+    ("forward_backward", "forward + backward", "#4c72b0"),
+    ("optimizer", "optimizer", "#937860"),
+    ("wait_windows", "wait for windows", "#bbbbbb"),
+    ("wait_publish", "wait for publication", "#da8bc3"),
+    ("wait_checkpoint", "wait for checkpoints", "#ccb974"),
+    ("wait_ranks", "wait for other ranks", "#64b5cd"),
+)
 _ABOUT_PLOTS = """\
 Pale: each step. Full: the mean of the last tenth of the steps. Seconds of rollout, rewrite and judge are
 the collector's waits, summed over the step's documents; it waits for several documents at once."""
@@ -74,10 +81,11 @@ PLOTS = (
     Plot("margin.png", "Reward margin", "margin (nats x beta)", (Line("reward_margin", "margin", _BLUE),)),
     Plot("accuracy.png", "Pairs with a positive margin", "share of pairs",
          (Line("reward_accuracy", "accuracy", _BLUE),), share=True),
-    Plot("lag.png", "Policy lag of the trained pairs", "weight versions",
+    Plot("lag.png", "Policy lag of the trained pairs", "optimizer steps",
          (Line("policy_lag_mean", "mean", _BLUE), Line("policy_lag_max", "largest", _RED))),
     Plot("seconds.png", "Seconds a step by role", "seconds a step",
-         tuple(Line(f"seconds_{role}", role.replace("_", " + "), colour) for role, colour in _ROLE_COLOURS.items())),
+         tuple(Line(f"seconds_{role}", label, colour) for role, label, colour in _SECONDS)),
+    Plot("tokens.png", "Tokens a second", "tokens a second", (Line("tokens_per_second", "tokens", _BLUE),)),
 )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from shared.objectives import OBJECTIVES, ObjectiveName
 from shared.records import CandidateKind
 from shared.secret_urls import url_of
 
+_DPO_OPTIONS = ("dpo_loss", "label_smoothing", "length_normalised", "nll_weight")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -321,13 +323,13 @@ class TrainerSettings(Section):
     beta: float = Field(default=0.1, gt=0)
     """DPO's inverse temperature. The paper does not give it; 0.1 is the default of DPO (arXiv 2305.18290)."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """`ipo`: the squared loss of IPO (arXiv 2310.12036)."""
+    """`ipo`: the squared loss of IPO (arXiv 2310.12036), with log-probs per token as in TRL."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """DPO: the share of preferences that are taken to be wrong (arXiv 2305.18290, conservative DPO)."""
+    """DPO: the share of preferences taken to be wrong (conservative DPO, https://ericmitchell.ai/cdpo.pdf)."""
     length_normalised: bool = False
-    """DPO: log-probs per token instead of per suffix (arXiv 2411.15124, section 5.1)."""
+    """DPO: log-probs per token instead of per suffix (Tulu 3, arXiv 2411.15124, with beta = 5)."""
     nll_weight: float = Field(default=0.0, ge=0)
-    """DPO: weight of the NLL of the chosen suffixes beside it (arXiv 2404.19733)."""
+    """DPO: weight of the NLL per token of the chosen suffixes beside it (arXiv 2404.19733, with weight 1)."""
     learning_rate: float = Field(default=5e-6, gt=0)
     """Its highest value: after a linear warm-up it falls along a cosine."""
     warmup_steps: int = Field(default=100, ge=0)
@@ -385,6 +387,26 @@ class TrainerSettings(Section):
     log_tensorboard: bool = False
     log_wandb: bool = False
     """They need `headwater[tensorboard]` and `headwater[wandb]`."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_objective(self) -> Self:
+        chosen = [name for name in _DPO_OPTIONS if getattr(self, name) != type(self).model_fields[name].default]
+        if chosen and OBJECTIVES[self.objective].loss != "dpo":
+            raise ValueError(
+                f"objective = '{self.objective}' trains by NLL, which has no {' and no '.join(chosen)}: leave that out"
+            )
+        if self.dpo_loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing has no meaning with dpo_loss = 'ipo', which has no sigmoid: leave it out")
+        if self.dpo_loss == "ipo" and self.length_normalised:
+            raise ValueError("dpo_loss = 'ipo' averages log-probs over tokens in any case: leave length_normalised out")
+        return self
+
+    @model_validator(mode="after")
+    def _profile_steps_ascend(self) -> Self:
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps = [{first}, {last}] ends before it begins: give [first, last]")
+        return self
 
 
 class Settings(Section):

@@ -134,7 +134,8 @@ def dpo_loss(
     rows = [Row(prefix + suffix, dict(enumerate(suffix, start=len(prefix) - 1))) for prefix, suffix in suffixes]
     with torch.no_grad():
         before = _log_prob(reference, rows)
-    return Dpo(BETA).terms(_log_prob(model, rows), before).loss_sum / len(pairs)
+    num_targets = torch.tensor([len(suffix) for _, suffix in suffixes], device=model.device)
+    return Dpo(BETA).terms(_log_prob(model, rows), before, num_targets).loss_sum / len(pairs)
 
 
 def _log_prob(model: LlamaForCausalLM, rows: Sequence[Row]) -> Tensor:

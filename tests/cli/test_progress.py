@@ -18,6 +18,9 @@ def _snapshot(step: int) -> Snapshot:
         "chosen_rollout_rate": 0.125,
         "policy_lag_mean": 1.5,
         "policy_lag_max": 3.0,
+        "tokens_per_second": 12345.6,
+        "saved_token_share": 0.8,
+        "mfu": 0.415,
     }
     return Snapshot(
         step=step,
@@ -36,12 +39,18 @@ def test_everything_known_is_shown() -> None:
         "reward": "original 0.500, rollout 0.250",
         "rollout chosen": "12%",
         "policy lag": "mean 1.5, max 3",
+        "speed": "12,346 tokens/s, 80% of tokens saved by the tree, MFU 42%",
         "queue": "1 unread, 3 pending",
         "windows": "9 read, 4 trained",
         "dropped": "1 stale",
         "rate": "6.0 steps/min, 12.3 candidates/s",
         "left": "8 min 20 s",
     }
+
+
+def test_separate_sequences_on_a_cpu_have_a_speed_only() -> None:
+    figures = {"tokens_per_second": 900.0, "saved_token_share": -0.07}
+    assert rows(Snapshot(step=1, steps=60, figures=figures)) == [("speed", "900 tokens/s")]
 
 
 def test_what_is_unknown_is_absent() -> None:

@@ -37,7 +37,7 @@ def test_figures_have_their_names_and_values(make_stack: MakeStack) -> None:
     assert "reward_rewrite" not in first
     assert (first["policy_lag_max"], second["policy_lag_max"]) == (0, 1)
     assert (first["windows"], first["seconds_rollout"], first["target_tokens"]) == (1, 0.5, 12 + 1 + 2 + 3)
-    assert second["seconds_push"] > 0
+    assert second["seconds_wait_publish"] > 0
     (events,) = (stack.settings.run.folder / "tensorboard").iterdir()
     assert b"reward_margin" in events.read_bytes()
 
