@@ -6,12 +6,17 @@
                               state.json              written last: step, version, windows
     checkpoints/finished.jsonl                        evidence: what each checkpoint finished, kept for ever
 
-The folder is written as `step-00000050.tmp`, synced and renamed. Next come its line in finished.jsonl, acknowledging
-its windows (inbox.py), and deleting older checkpoints. The records are in shared/checkpoint_state.py.
+The folder is written as `step-00000050.7.tmp`, 7 being the number of the trainer's lease, synced and renamed. Next come
+its line in finished.jsonl, acknowledging its windows (inbox.py), and deleting older checkpoints. The records are in
+shared/checkpoint_state.py.
+
+A trainer that was replaced without knowing it leaves nothing: it asks (`confirm`) before the rename and before the
+line, and the new trainer deletes every `.tmp` before it looks for checkpoints, so that a rename after that finds none.
 """
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +33,7 @@ from shared.checkpoint_state import (
     checkpoint_steps,
     read_state,
 )
-from shared.errors import TrainingError
+from shared.errors import FencedError, TrainingError
 from trainer.policy import Policy, PolicyOptimizer
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -62,6 +67,15 @@ class Checkpoints:
 
     root: Path
     keep: int
+    writer: int = 0
+    """The number of the trainer's lease: no two trainers write into one `.tmp`."""
+    confirm: Callable[[], None] = lambda: None
+    """Raises FencedError if another trainer has taken over."""
+
+    def clear(self) -> None:
+        """Delete what an earlier trainer left half written, or may still be writing."""
+        for leftover in self.root.glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """The complete checkpoint with the highest step; None before the first. Raises TrainingError if it is damaged:
@@ -74,33 +88,40 @@ class Checkpoints:
     def write(self, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> Path:
         """All or nothing. Raises TrainingError if the disk refuses; earlier checkpoints stay intact."""
         folder = checkpoint_folder(self.root, state.step)
-        temporary = folder.with_suffix(".tmp")
+        temporary = self._temporary(state.step)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _write_into(temporary, state, policy, optimizer)
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
+            self.confirm()
             temporary.rename(folder)
             _sync(self.root)
+        except FencedError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (OSError, SafetensorError) as exc:
             shutil.rmtree(temporary, ignore_errors=True)
+            self.confirm()  # else a new trainer has deleted the folder
             raise TrainingError(f"checkpoint {folder} can't be written: {exc}; earlier ones are intact") from exc
         return folder
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
+        self.confirm()
         EvidenceFile(self.root / EVIDENCE_FILE).append(state.evidence)
         _sync(self.root)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep`, and what a crash left half written. Renamed first, so that a crash never
-        leaves half a checkpoint under a complete one's name."""
+        """Delete all but the newest `keep`. Renamed first, so that a crash never leaves half a checkpoint under a
+        complete one's name."""
         for step in checkpoint_steps(self.root)[: -self.keep]:
-            folder = checkpoint_folder(self.root, step)
-            folder.rename(folder.with_suffix(".tmp"))
-        for leftover in self.root.glob("step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(checkpoint_folder(self.root, step).rename(self._temporary(step)), ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        folder = checkpoint_folder(self.root, step)
+        return folder.with_name(f"{folder.name}.{self.writer}.tmp")
 
 
 def _write_into(folder: Path, state: CheckpointState, policy: Policy, optimizer: PolicyOptimizer) -> None:
