@@ -4,6 +4,7 @@
     rollout   -> trainer      `report_replica`: which weight version each living replica serves, with expiry
     trainer   -> collector    `report_trainer`: step, weight version, whether the run is finished
     collector -> collectors   leases on parts of the source, with expiry, and fencing numbers (shared/records.py)
+    trainer   -> trainers     the same for the run as a whole (trainer/lease.py)
     collector -> trainer      `mark_exhausted`: a part of the source has no more documents
 
     coordination = Coordination(client, "web")
@@ -63,6 +64,12 @@ if redis.call('get', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('hset', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
+# KEYS fences, the key to write; ARGV part, lease epoch ('' without a lease), command and its arguments
+_WRITE = """
+if ARGV[2] ~= '' and redis.call('hget', KEYS[1], ARGV[1]) ~= ARGV[2] then return false end
+redis.call(ARGV[3], KEYS[2], unpack(ARGV, 4))
+return 1
+"""
 # KEYS fences, exhausted parts; ARGV part, lease epoch, extent
 _MARK_EXHAUSTED = """
 if redis.call('hget', KEYS[1], ARGV[1]) ~= ARGV[2] then return false end
@@ -87,15 +94,23 @@ class AnnouncedWeights:
 
 
 class Coordination:
-    """One run's facts in Redis. Raises StreamError when Redis can't be reached."""
+    """One run's facts in Redis. Raises StreamError when Redis can't be reached.
 
-    def __init__(self, client: redis.Redis, run: str) -> None:
+    `lease` is the trainer's: its announcements and reports raise FencedError, and change nothing, once another trainer
+    has taken over.
+    """
+
+    def __init__(self, client: redis.Redis, run: str, lease: Lease | None = None) -> None:
         self._client: Any = client
         self._run = run
+        self._lease = lease
+
+    def under(self, lease: Lease) -> "Coordination":
+        """The same run, told by the trainer that holds `lease`."""
+        return Coordination(self._client, self._run, lease)
 
     def announce_weights(self, version: int, *, epoch: str = "") -> None:
-        with translated():
-            self._client.set(weights_key(self._run), f"{version} {epoch}")
+        self._write("set", weights_key(self._run), f"{version} {epoch}")
 
     def announced_weights(self) -> AnnouncedWeights | None:
         with translated():
@@ -131,8 +146,15 @@ class Coordination:
         return {name: int(version) for name, version in found.items() if version is not None}
 
     def report_trainer(self, report: TrainerReport) -> None:
+        words = [word for name, value in asdict(report).items() for word in (name, value)]
+        self._write("hset", trainer_key(self._run), *words)
+
+    def _write(self, command: str, key: str, *arguments: str | int) -> None:
+        part, epoch = (self._lease.part, self._lease.epoch) if self._lease else ("", "")
         with translated():
-            self._client.hset(trainer_key(self._run), mapping=asdict(report))
+            done = self._client.eval(_WRITE, 2, fences_key(self._run), key, part, epoch, command, *arguments)
+        if done is None and self._lease:
+            raise FencedError(f"{self._lease.loss}, or Redis has lost its data: {key} is not written")
 
     def trainer_report(self) -> TrainerReport | None:
         with translated():

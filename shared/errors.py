@@ -83,7 +83,7 @@ class StreamSchemaError(HeadwaterError):
 
 
 class FencedError(HeadwaterError, status=409):
-    """Another collector has taken the part: nothing was written, stop working on it."""
+    """Another collector has taken the part, or another trainer the run: nothing was written, stop working on it."""
 
 
 class WeightStoreError(HeadwaterError, status=409):

@@ -11,9 +11,9 @@ The table answers two questions: where to read on (`unfinished`, `next_position`
 
     read = trained + dropped (by reason) + in flight
 
-A collector writes under its lease (shared/records.py). Each of its transactions begins with an update of the part's
-row that matches only the lease's number. On both databases this locks the row (on SQLite the whole file) until the
-transaction ends, so nobody can take the part between the check and the write.
+Collectors and the trainer write under a lease (shared/records.py). Each such transaction begins with an update of the
+part's row that matches only the lease's number. On both databases this locks the row (on SQLite the whole file) until
+the transaction ends, so nobody can take the part between the check and the write.
 """
 
 import time
@@ -64,12 +64,13 @@ class Balance:
 class Ledger:
     """One run's windows. Blocking: use it from a thread in async code.
 
-    Methods with a `lease` raise FencedError, and change nothing, once another collector has taken the part. The
-    trainer, which holds no part, gives None.
+    Methods that write raise FencedError, and change nothing, once somebody else has taken the part of their lease.
     """
 
     database: sa.Engine
     run_id: str
+    lease: Lease | None = None
+    """The trainer's. A collector has several parts and gives a lease with each call."""
 
     def lease_epoch(self, part: int) -> int:
         with transaction(self.database) as session:
@@ -89,6 +90,11 @@ class Ledger:
         if lease is not None:
             self._move_epoch(session, lease.part, lease.epoch, lease.epoch)
 
+    def confirm(self) -> None:
+        """FencedError if another trainer has taken over."""
+        with transaction(self.database) as session:
+            self.refuse_if_fenced(session, self.lease)
+
     def _move_epoch(self, session: Session, part: int, expected: int, epoch: int) -> None:
         held = session.execute(
             sa.update(PartRow)
@@ -96,7 +102,7 @@ class Ledger:
             .values(lease_epoch=epoch)
         )
         if not _num_rows(held):
-            raise FencedError(f"part {part} was taken by another collector after lease number {expected}")
+            raise FencedError(Lease(part, "", expected).loss)
 
     def begin(self, windows: Sequence[WindowStart], lease: Lease | None = None) -> None:
         """Rows for all windows of documents, and the cursor behind them. Repeating it changes nothing."""
@@ -145,7 +151,7 @@ class Ledger:
             **_worked_on(lease),
         }
         with transaction(self.database) as session:
-            self.refuse_if_fenced(session, lease)
+            self.refuse_if_fenced(session, lease or self.lease)
             if self._update(session, [key], from_states=(READING, SCORED), **outcome):
                 return True
             row = session.get(WindowRow, self._primary_key(key))
@@ -162,6 +168,7 @@ class Ledger:
     def mark_trained(self, steps: Mapping[str, int], *, num_pairs: Mapping[str, int] = MappingProxyType({})) -> None:
         """`{window id: step}` and `{window id: pairs in updates}` of windows in a checkpoint. May be repeated."""
         with transaction(self.database) as session:
+            self.refuse_if_fenced(session, self.lease)
             for window_id, step in steps.items():
                 self._update(
                     session,

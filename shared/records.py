@@ -16,6 +16,9 @@ FORM = 3
 can't read in an older run, which is then refused (shared/identity.py). 3: an update contains whole windows (checkpoints
 of form 2 have half-used ones), and the schedule of candidates goes by steps."""
 
+TRAINER_PART = -1
+"""The trainer leases the run as a collector leases a part of its source, under this number: there is one trainer."""
+
 CandidateKind = Literal["original", "rewrite", "rollout"]
 CANDIDATE_KINDS: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
 
@@ -156,10 +159,17 @@ class ScoredWindow(Record):
 
 @dataclass(frozen=True)
 class Lease:
-    """One taking of a part."""
+    """One taking of a part of the source by a collector, or of the run by its trainer (TRAINER_PART)."""
 
     part: int
     owner: str
-    """The collector's name, unique per process."""
+    """The process's name, which no other has."""
     epoch: int
     """The fencing number: 1, 2, ..., raised whenever the part is taken."""
+
+    @property
+    def loss(self) -> str:
+        """What has happened if a write under it is refused, for the error's sentence."""
+        if self.part == TRAINER_PART:
+            return f"another trainer has taken over the run after lease number {self.epoch}"
+        return f"part {self.part} was taken by another collector after lease number {self.epoch}"

@@ -11,11 +11,12 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from shared.checkpoint_state import StepFigures
 from shared.configuration import without_passwords
@@ -77,6 +78,8 @@ class Run:
 
     database: sa.Engine
     name: str
+    lease: Lease | None = None
+    """The trainer's: its writes raise FencedError, and change nothing, once another trainer has taken over."""
 
     @classmethod
     def of(cls, settings: Settings) -> "Run":
@@ -114,7 +117,17 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.database, self.name)
+        return Ledger(self.database, self.name, self.lease)
+
+    def under(self, lease: Lease) -> "Run":
+        """The same run, written by the trainer that holds `lease`."""
+        return replace(self, lease=lease)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with transaction(self.database) as session:
+            self.ledger.refuse_if_fenced(session, self.lease)
+            yield session
 
     def adopt_source(self, manifest: Manifest) -> None:
         """Keep what the run's documents are; SourceError if others are kept."""
@@ -131,15 +144,15 @@ class Run:
         return f"{max_epochs} epochs of documents {digest}"
 
     def record_event(self, role: str, kind: str, message: str, **data: Any) -> None:
-        with transaction(self.database) as session:
+        with self._writing() as session:
             session.add(EventRow.of(self.name, role, kind, message, **data))
 
     def record_step(self, step: int, row: StepFigures) -> None:
-        with transaction(self.database) as session:  # merge replaces the row that the step may have
+        with self._writing() as session:  # merge replaces the row that the step may have
             session.merge(StepRow(run_id=self.name, step=step, **row.model_dump()))
 
     def delete_steps_beyond(self, step: int) -> None:
-        with transaction(self.database) as session:
+        with self._writing() as session:
             session.execute(sa.delete(StepRow).where(StepRow.run_id == self.name, StepRow.step > step))
 
     def newest_step(self) -> int:
@@ -166,7 +179,7 @@ class Run:
         """`seconds` is what publishing took. Replaces the row that the version may have."""
         row = WeightVersionRow(run_id=self.name, version=version, step=step, form=form, num_bytes=num_bytes)
         row.seconds, row.created_at = seconds, created_at
-        with transaction(self.database) as session:
+        with self._writing() as session:
             session.merge(row)
 
     def record_chunks(self, window: ScoredWindow, prefixes: Sequence[str], lease: Lease) -> None:

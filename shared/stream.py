@@ -15,6 +15,7 @@ A hash holds the ids of the windows on the stream. One script writes an entry un
 repeated; another acknowledges an entry and deletes its id. Redis 6.2 is enough.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,30 @@ if not entry then
 end
 return entry
 """
-# KEYS stream, ids; ARGV group, then entry id and window id of each
-_ACKNOWLEDGE = """
-for i = 2, #ARGV, 2 do
+# What the trainer's scripts begin with. KEYS stream, ids, fences; ARGV group, part, lease epoch ('' without a lease)
+_UNLESS_FENCED = "if ARGV[3] ~= '' and redis.call('hget', KEYS[3], ARGV[2]) ~= ARGV[3] then return false end "
+# ARGV further: consumer, how many
+_READ = (
+    _UNLESS_FENCED
+    + """
+local answer = redis.call('xreadgroup', 'GROUP', ARGV[1], ARGV[4], 'COUNT', ARGV[5], 'STREAMS', KEYS[1], '>')
+return answer and answer[1][2] or {}
+"""
+)
+# ARGV further: consumer, how many, first id. The next id, and the entries
+_CLAIM = _UNLESS_FENCED + "return redis.call('xautoclaim', KEYS[1], ARGV[1], ARGV[4], 0, ARGV[6], 'COUNT', ARGV[5])"
+# ARGV further: entry id and window id of each
+_ACKNOWLEDGE = (
+    _UNLESS_FENCED
+    + """
+for i = 4, #ARGV, 2 do
   redis.call('xack', KEYS[1], ARGV[1], ARGV[i])
   redis.call('xdel', KEYS[1], ARGV[i])
   if redis.call('hget', KEYS[2], ARGV[i + 1]) == ARGV[i] then redis.call('hdel', KEYS[2], ARGV[i + 1]) end
 end
+return {}
 """
+)
 # KEYS stream, ids. The schema of the oldest entry ('' if it has none). Of an empty stream nothing; ids are deleted.
 _OLDEST_SCHEMA = """
 local oldest = redis.call('xrange', KEYS[1], '-', '+', 'COUNT', 1)[1]
@@ -77,6 +94,8 @@ end
 return found
 """
 _ACKNOWLEDGED_AT_ONCE = 1000
+_POLL_S = 0.05
+"""Between two looks for new entries: a script, which checks the lease and reads at one moment, can't wait."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +146,21 @@ def decode(body: bytes) -> ScoredWindow:
 
 
 class WindowStream:
-    """One run's stream, for writer and reader. Blocking: use it from a thread in async code."""
+    """One run's stream, for writer and reader. Blocking: use it from a thread in async code.
 
-    def __init__(self, client: redis.Redis, run: str, *, consumer: str = "trainer-0") -> None:
+    `lease` is the trainer's: reading and acknowledging raise FencedError, and change nothing, once another trainer has
+    taken over. Collectors give a lease with each write.
+    """
+
+    def __init__(
+        self, client: redis.Redis, run: str, *, consumer: str = "trainer-0", lease: Lease | None = None
+    ) -> None:
         self._client: Any = client  # redis-py types every answer as a union over sync and async
         self._key = windows_key(run)
         self._ids_key = window_ids_key(run)
         self._fences_key = fences_key(run)
         self._consumer = consumer
+        self._lease = lease
 
     def create(self) -> None:
         """Create stream and group unless they exist. Raises StreamSchemaError if another version wrote the stream."""
@@ -165,20 +191,17 @@ class WindowStream:
     def read(self, *, count: int, block_s: float) -> list[StreamEntry | BrokenEntry]:
         """Up to `count` new entries; an empty list if none came within `block_s`. Raises StreamSchemaError for an entry
         of another version; it stays pending."""
-        block = max(1, int(block_s * 1000))
-        with translated():
-            answer = self._client.xreadgroup(GROUP, self._consumer, {self._key: ">"}, count=count, block=block)
-        return [self._entry(entry_id, fields) for _, entries in answer or [] for entry_id, fields in entries]
+        until = time.monotonic() + block_s
+        while not (entries := self._eval(_READ, self._consumer, count)) and time.monotonic() < until:
+            time.sleep(_POLL_S)
+        return [self._entry(entry_id, fields) for entry_id, fields in entries]
 
     def read_pending(self, *, count: int = 64) -> Iterator[StreamEntry | BrokenEntry]:
         """What was delivered but not acknowledged, oldest first, also to consumers that are gone."""
         cursor = "0-0"
         while True:
-            with translated():
-                cursor_bytes, entries, *_ = self._client.xautoclaim(
-                    self._key, GROUP, self._consumer, min_idle_time=0, start_id=cursor, count=count
-                )
-            yield from (self._entry(entry_id, fields) for entry_id, fields in entries if fields)
+            cursor_bytes, entries, *_ = self._eval(_CLAIM, self._consumer, count, cursor)
+            yield from (self._entry(*entry) for entry in entries if entry and all(entry))  # others are deleted
             cursor = _text(cursor_bytes)
             if cursor == "0-0":
                 return
@@ -188,8 +211,17 @@ class WindowStream:
         pairs = list(entries.items())
         for start in range(0, len(pairs), _ACKNOWLEDGED_AT_ONCE):
             words = [word for pair in pairs[start : start + _ACKNOWLEDGED_AT_ONCE] for word in pair]
-            with translated():
-                self._client.eval(_ACKNOWLEDGE, 2, self._key, self._ids_key, GROUP, *words)
+            self._eval(_ACKNOWLEDGE, *words)
+
+    def _eval(self, script: str, *arguments: str | int) -> Any:
+        """Run a script of the trainer's side. FencedError if another trainer has taken over."""
+        part, epoch = (self._lease.part, self._lease.epoch) if self._lease else ("", "")
+        keys = (self._key, self._ids_key, self._fences_key)
+        with translated():
+            answer = self._client.eval(script, len(keys), *keys, GROUP, part, epoch, *arguments)
+        if answer is None and self._lease:
+            raise FencedError(f"{self._lease.loss}, or Redis has lost its data: its stream is left alone")
+        return answer
 
     def backlog(self) -> Backlog:
         with translated():
@@ -222,7 +254,9 @@ class WindowStream:
         if schema is not None:
             self._check_schema(schema)
 
-    def _entry(self, entry_id: bytes, fields: dict[bytes, bytes]) -> StreamEntry | BrokenEntry:
+    def _entry(self, entry_id: bytes, words: list[bytes]) -> StreamEntry | BrokenEntry:
+        """Of an entry's names and values in turn."""
+        fields = dict(zip(words[::2], words[1::2], strict=True))
         self._check_schema(fields.get(b"schema", b""))
         try:
             return StreamEntry(_text(entry_id), decode(fields[b"body"]))

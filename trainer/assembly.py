@@ -7,7 +7,7 @@ What an interrupted checkpoint still owes (row, ledger, acknowledgement) is writ
 """
 
 import logging
-from contextlib import closing
+from contextlib import ExitStack, closing
 from threading import Event
 
 import torch
@@ -40,7 +40,7 @@ def train(settings: Settings, stop: Event) -> None:
     try:
         trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
         if trainer is not None:
-            with closing(trainer.telemetry), closing(trainer.publisher):
+            with closing(trainer.connections), closing(trainer.telemetry):
                 trainer.run()
     except (StreamError, DatabaseError) as exc:
         if not (stop.is_set() and exc.retryable):
@@ -49,11 +49,29 @@ def train(settings: Settings, stop: Event) -> None:
 
 
 def prepare(settings: Settings, retries: Retries) -> Trainer | None:
-    """The trainer before its first step of this process; None if all its steps are done."""
+    """The trainer before its first step of this process, which holds the lease until its connections are closed; None
+    if all its steps are done, or it was asked to stop while another trainer held the run."""
     connections = Connections.open(settings, retries)
-    ranks = Ranks.join(settings.trainer.device)
-    checkpoints = Checkpoints(settings.run.folder / "checkpoints", keep=settings.trainer.keep_checkpoints, ranks=ranks)
-    checkpoints.clear_unfinished()
+    if connections is None:
+        _log.info("stopped before it was the run's trainer")
+        return None
+    with ExitStack() as closing_on_return:
+        closing_on_return.callback(connections.close)
+        trainer = _prepare(settings, connections)
+        if trainer is not None:
+            closing_on_return.pop_all()
+    return trainer
+
+
+def _prepare(settings: Settings, connections: Connections) -> Trainer | None:
+    lease = connections.lease
+    checkpoints = Checkpoints(
+        settings.run.folder / "checkpoints",
+        keep=settings.trainer.keep_checkpoints,
+        writer=lease.lease.epoch,
+        confirm=lease.confirm,
+    )
+    checkpoints.clear()  # before looking: a trainer that was replaced may still rename what it finds
     checkpoint = checkpoints.newest()
     if checkpoint is not None:
         state = checkpoint.state
@@ -95,10 +113,9 @@ def _build(
     run.delete_steps_beyond(step)
     run.record_event("trainer", "resumed" if last else "started", f"at step {step}")
     telemetry = open_telemetry(settings, run, resume_step=step)
-    store = WeightStore(settings.weight_store_url)
-    publisher = WeightPublisher(
-        store, connections.coordination, run, settings.weights, settings.weights_dtype, connections.retries
-    )
+    lease = connections.lease
+    store = WeightStore(settings.weight_store_url, writer=lease.lease.epoch, confirm=lease.confirm)
+    publisher = WeightPublisher(store, connections.coordination, run, settings.weights, settings.weights_dtype)
     publisher.continue_after(last.weight_version if last else -1)
     return Trainer(
         settings=trainer,

@@ -12,6 +12,9 @@
 The thread of every rank takes part, over a gloo group of its own. Rank 0 writes `step-00000050.<random>.tmp`, syncs and
 renames it, appends the line in finished.jsonl and calls `then` (ledger, acknowledgement). Whoever begins the next one
 waits for the one before. The records are in shared/checkpoint_state.py, the folder of a model in model_folder.py.
+
+A trainer that was replaced without knowing it leaves nothing: it asks (`confirm`) before the rename and before the
+line, and the new trainer deletes every `.tmp` before it looks for checkpoints, so that a rename after that finds none.
 """
 
 import os
@@ -222,6 +225,7 @@ class Checkpoints:
         except BaseException as exc:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(exc, OSError | SafetensorError | CheckpointException):
+                self.confirm()  # else a new trainer has deleted the folder
                 raise _refused(folder, exc) from exc
             raise
         self.confirm()
@@ -230,6 +234,7 @@ class Checkpoints:
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""
+        self.confirm()
         EvidenceFile(self.root / EVIDENCE_FILE).append(state.evidence)
         _sync(self.root)
 

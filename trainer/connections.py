@@ -1,9 +1,10 @@
 """What the trainer shares with other processes: the stream, the facts in Redis, and the database.
 
-    connections = Connections.open(settings, Retries(give_up_s=900, stop=stop))
+    connections = Connections.open(settings, Retries(give_up_s=900, stop=stop))     # waits until it is the only trainer
     connections.ledger.mark_trained(...)      # blocks while the database is away
 
-Every method waits out an outage (shared/retries.py), so it must be safe to repeat.
+Every method waits out an outage (shared/retries.py), so it must be safe to repeat. Every write carries the trainer's
+lease (lease.py).
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from shared.retries import Retries
 from shared.runs import Run
 from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry, WindowStream
+from trainer.lease import TrainerLease
 
 _BLOCK_S = 1.0
 _T = TypeVar("_T")
@@ -51,8 +53,10 @@ class Deliveries:
 
 @dataclass(frozen=True)
 class Connections:
-    """Methods raise StreamError or DatabaseError only after `retries` gave up."""
+    """Methods raise StreamError or DatabaseError only after `retries` gave up, and FencedError once another trainer has
+    taken over."""
 
+    lease: TrainerLease
     deliveries: Deliveries
     stream: WindowStream
     """To acknowledge and to count; entries are read from `deliveries`."""
@@ -67,22 +71,34 @@ class Connections:
         return self.retries.stop
 
     @classmethod
-    def open(cls, settings: Settings, retries: Retries) -> "Connections":
-        """The database is migrated, and the run's row and stream exist afterwards."""
-        run = Run.of(settings)
-        client = connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
-        stream = WindowStream(client, settings.run.name)
+    def open(cls, settings: Settings, retries: Retries) -> "Connections | None":
+        """Waits for the lease; None if asked to stop before. Then the database is migrated, and the run's row and
+        stream exist. `close` releases the lease."""
+        run, client = Run.of(settings), connect(settings.redis.url, timeout_s=settings.redis.timeout_s)
+        coordination = Coordination(client, settings.run.name)
+        retries(lambda: run.open(settings))
+        held = TrainerLease.take(coordination, run.ledger, retries, lease_s=settings.trainer.lease_s)
+        if held is None:
+            return None
+        run, stream = run.under(held.lease), WindowStream(client, settings.run.name, lease=held.lease)
         connections = cls(
+            lease=held,
             deliveries=retrying(Deliveries(stream), retries),
             stream=retrying(stream, retries),
-            coordination=retrying(Coordination(client, settings.run.name), retries),
+            coordination=retrying(coordination.under(held.lease), retries),
             run=retrying(run, retries),
             ledger=retrying(run.ledger, retries),
             retries=retries,
         )
-        connections.run.open(settings)
-        connections.stream.create()
+        try:
+            connections.stream.create()
+        except BaseException:
+            connections.close()
+            raise
         return connections
+
+    def close(self) -> None:
+        self.lease.release()
 
 
 def retrying(store: _T, retries: Retries) -> _T:

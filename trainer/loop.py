@@ -70,7 +70,8 @@ class Trainer:
 
     def run(self) -> TrainerState:
         """Train until `settings.steps`, the end of the source, or `stop`. Raises the error of Redis, database or weight
-        store if that stays away. Always leaves a checkpoint of the newest step on disk."""
+        store if that stays away, and leaves a checkpoint of the newest step on disk. Raises FencedError, and leaves
+        nothing, once another trainer has taken over."""
         if self.connections.stop.is_set():
             return "training"
         try:
@@ -78,7 +79,7 @@ class Trainer:
         except (StreamError, DatabaseError, WeightStoreError):
             try:
                 self._write_checkpoint()  # the next start writes what it owes to ledger and stream
-            except TrainingError as exc:
+            except (TrainingError, StreamError, DatabaseError) as exc:
                 _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
             raise
 
@@ -88,6 +89,7 @@ class Trainer:
         self._keep_up()
         self._report("training")
         while self.step < self.settings.steps:
+            self.connections.lease.raise_if_lost()
             pairs = self.next_pairs()
             if not pairs:
                 break

@@ -1,29 +1,34 @@
 """The weight store: numbered versions of the policy in a folder or at an fsspec URL.
 
-    v00000012/model.safetensors   full: every tensor, in the dtype that replicas serve
-    v00000013/changes.zst         sparse: what changed since the base that its manifest names
-    v00000013/manifest.json       written last: if it is there, the version is complete
+    v00000012/7.model.safetensors   full: every tensor, in the dtype that replicas serve
+    v00000013/7.changes.zst         sparse: what changed since the base that its manifest names
+    v00000013/manifest.json         written last: if it is there, the version is complete
 
-Large versions have several files, such as model-00001-of-00003.safetensors or changes-00001-of-00002.zst, in the order
-of the manifest.
+Large versions have several files, such as 7.model-00001-of-00003.safetensors or 7.changes-00001-of-00002.zst, in the
+order of the manifest.
 
-The trainer is the only writer. Versions only ascend, also after a resume from an older checkpoint. A sparse version
-rests on its base and so, link by link, on a full one: `chain` lists them.
+The trainer is the only writer, and its lease has the number 7. One that was replaced without knowing it, and writes the
+same version, has another number and so overwrites no file; a manifest is only ever created. Versions only ascend, also
+after a resume from an older checkpoint. A sparse version rests on its base and so, link by link, on a full one: `chain`
+lists them.
 
 Numbers are comparable within one *epoch* only. A trainer that can't continue from what was announced, because the store
 or Redis was wiped or restored, begins a new one (trainer/publisher.py).
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import HeadwaterError, SettingsError, WeightStoreError
@@ -40,12 +45,16 @@ _BLOCK_BYTES = 8 << 20
 _VERSION_FOLDER = re.compile(r"^v(\d{8})$")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "r2", "memory"})
 """Here putting an object is atomic, and renaming one is a copy followed by a deletion."""
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class WeightFile(Record):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: _FileName
+    """What the reader gets."""
     num_bytes: int
     sha256: str
+    stored_as: _FileName | None = None
+    """Its name in the version's folder; None: `name`."""
 
 
 class Manifest(Record):
@@ -89,9 +98,14 @@ def _translated() -> Iterator[None]:
 
 
 class WeightStore:
-    """Versions under one root. `root` is a folder or any fsspec URL. One thread at a time."""
+    """Versions under one root. `root` is a folder or any fsspec URL. One thread at a time.
 
-    def __init__(self, root: str) -> None:
+    To publish give the number of the trainer's lease as `writer`, and a `confirm` that raises FencedError once another
+    trainer has taken over.
+    """
+
+    def __init__(self, root: str, *, writer: int | None = None, confirm: Callable[[], None] = lambda: None) -> None:
+        self._writer, self._confirm = writer, confirm
         try:
             self._fs, self._root = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as exc:
@@ -153,8 +167,8 @@ class WeightStore:
 
     @_translated()
     def _finish(self, manifest: Manifest) -> None:
-        path = f"{self._folder(manifest.version)}/{MANIFEST}"
-        self._write_at_once(path, manifest.model_dump_json(indent=2).encode())
+        self._confirm()
+        self._create_manifest(self._folder(manifest.version), manifest)
         self._known[manifest.version] = manifest
 
     @_translated()
@@ -200,7 +214,8 @@ class WeightStore:
         """Copy a version's files. WeightStoreError at the first that is missing, or corrupt: this one is deleted."""
         into.mkdir(parents=True, exist_ok=True)
         for file in manifest.files:
-            self._fetch_file(file, f"{self._folder(manifest.version)}/{file.name}", into / file.name)
+            stored_as = file.stored_as or file.name
+            self._fetch_file(file, f"{self._folder(manifest.version)}/{stored_as}", into / file.name)
 
     @_translated()
     def prune(self, *, keep: int) -> list[int]:
@@ -244,12 +259,57 @@ class WeightStore:
             expected = f"{file.num_bytes} with sha256 {file.sha256[:12]}"
             raise WeightStoreError(f"{path} is corrupt: {num_bytes} bytes, expected {expected}")
 
-    def _write_at_once(self, path: str, content: bytes) -> None:
-        """Readers see all or nothing. Not synced: checksums show what a crash lost, a start writes a full version."""
-        written = path if self._puts_are_atomic else f"{path}.tmp"
+    def _stored_as(self, name: str) -> str:
+        return name if self._writer is None else f"{self._writer}.{name}"
+
+    def _create_manifest(self, folder: str, manifest: Manifest) -> None:
+        """WeightStoreError if there is one. Readers see all or nothing. Not synced: checksums show what a crash lost, a
+        start writes a full version."""
+        path, content = f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=2).encode()
+        try:
+            if self._puts_are_atomic:
+                self._create_object(path, content)
+            else:
+                self._create_file(path, content)
+        except FileExistsError as exc:
+            if self._fs.cat_file(path) != content:  # ours: the answer to the first attempt was lost
+                message = f"weight version {manifest.version} is already in {self.root}: another trainer published it"
+                raise WeightStoreError(message) from exc
+
+    def _create_file(self, path: str, content: bytes) -> None:
+        written = f"{path}.{self._writer}.tmp"
         self._fs.pipe_file(written, content)
-        if written != path:
-            self._fs.mv(written, path)
+        try:
+            if not self._linked(written, path):
+                if self._fs.exists(path):
+                    raise FileExistsError(path)
+                return self._fs.mv(written, path)
+        except FileExistsError:
+            self._fs.rm_file(written)
+            raise
+        return self._fs.rm_file(written)
+
+    def _linked(self, written: str, path: str) -> bool:
+        """A link, unlike a rename, does not replace. False where there are none: some mounts, and remote folders."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return False
+        try:
+            os.link(written, path)
+        except OSError as exc:
+            if exc.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                return False
+            raise
+        return True
+
+    def _create_object(self, path: str, content: bytes) -> None:
+        """S3, Google and Azure create an object only if it is absent, in one operation."""
+        try:
+            self._fs.pipe_file(path, content, mode="create")
+        except OSError as exc:
+            answer = getattr(exc.__cause__, "response", {})
+            if answer.get("Error", {}).get("Code") != "NotImplemented":
+                raise
+            self._fs.pipe_file(path, content)  # an S3-compatible store without conditional writes
 
     def _folder(self, version: int) -> str:
         return f"{self._root}/v{version:08d}"
@@ -264,11 +324,12 @@ class VersionWriter:
 
     def write(self, name: str, blocks: Iterable[Buffer]) -> None:
         """One file, as it comes: nothing of its size is held in memory."""
-        num_bytes, sha256 = self._store._write_file(f"{self._store._folder(self._version)}/{name}", blocks)
-        self._files.append(WeightFile(name=name, num_bytes=num_bytes, sha256=sha256))
+        stored_as = self._store._stored_as(name)
+        num_bytes, sha256 = self._store._write_file(f"{self._store._folder(self._version)}/{stored_as}", blocks)
+        self._files.append(WeightFile(name=name, num_bytes=num_bytes, sha256=sha256, stored_as=stored_as))
 
     def finish(self, *, state_checksum: str = "", changed_checksum: str = "") -> Manifest:
-        """Write the manifest: now the version is there."""
+        """Write the manifest: now the version is there. FencedError if another trainer has taken over."""
         manifest = Manifest(
             version=self._version,
             epoch=self._epoch,
@@ -290,11 +351,9 @@ def _pieces(block: Buffer) -> Iterator[memoryview]:
         yield content[start : start + _BLOCK_BYTES]
 
 
-def file_names(name: str, count: int, *, writer: int = 0) -> list[str]:
-    """model.safetensors, or model-00001-of-00002.safetensors, model-00002-of-00002.safetensors; with a `writer`, which
-    keeps its files apart from another one's, model-w7.safetensors."""
+def file_names(name: str, count: int) -> list[str]:
+    """model.safetensors, or model-00001-of-00002.safetensors, model-00002-of-00002.safetensors."""
     stem, suffix = name.split(".", 1)
-    stem += f"-w{writer}" if writer else ""
     if count == 1:
         return [f"{stem}.{suffix}"]
     return [f"{stem}-{number:05d}-of-{count:05d}.{suffix}" for number in range(1, count + 1)]

@@ -1,7 +1,7 @@
 """A real Redis, a tiny random policy, and one run of the trainer on both."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -74,6 +74,8 @@ class Stack:
     stream: WindowStream
     coordination: Coordination
     records: Run
+    trainers: list[Trainer] = field(default_factory=list)
+    """Prepared in this process. The next one stands for a start after the end of the one before it."""
 
     @property
     def run(self) -> str:
@@ -113,11 +115,19 @@ class Stack:
         return replace(self, settings=Settings.model_validate(data))
 
     def prepare(self, retries: Retries | None = None) -> Trainer:
+        self.end_trainers()
         trainer = prepare(self.settings, retries or Retries())
         assert trainer is not None
+        self.trainers.append(trainer)
         return trainer
 
+    def end_trainers(self) -> None:
+        """As the end of their processes does: their lease is free."""
+        while self.trainers:
+            self.trainers.pop().connections.close()
+
     def train(self, stop: Event | None = None) -> None:
+        self.end_trainers()
         train(self.settings, stop or Event())
 
     @property
@@ -187,11 +197,16 @@ MakeStack = Callable[..., Stack]
 
 
 @pytest.fixture
-def make_stack(redis_server: RedisProcess, policy_folder: Path, tmp_path: Path) -> MakeStack:
+def make_stack(redis_server: RedisProcess, policy_folder: Path, tmp_path: Path) -> Iterator[MakeStack]:
     """`make_stack(name, **trainer settings)`; names keep the runs of one test apart."""
+
+    made: list[Stack] = []
 
     def make(name: str = "run", **options: Any) -> Stack:
         run = f"{tmp_path.name}-{name}"[-60:].lstrip("-_.")
-        return build_stack(tmp_path, policy_folder, redis_server.url, run=run, **options)
+        made.append(build_stack(tmp_path, policy_folder, redis_server.url, run=run, **options))
+        return made[-1]
 
-    return make
+    yield make
+    for stack in made:
+        stack.end_trainers()

@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: MakeStack, tm
     with room_for(10_000), pytest.raises(WeightStoreError, match=refusal):
         trainer.publisher.publish(trainer.policy.model, 0)
     (half,) = Path(store.root).glob("v*/*")
-    assert (half.name, half.stat().st_size) == (FULL_FILE, 10_000)
+    assert (half.name, half.stat().st_size) == (f"1.{FULL_FILE}", 10_000)
     assert (store.versions(), stack.coordination.announced_version()) == ([], None)
     assert trainer.publisher.publish(trainer.policy.model, 0) == 0
     store.fetch(store.manifest(0), tmp_path)

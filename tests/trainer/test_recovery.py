@@ -54,8 +54,10 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @pytest.fixture
-def own_stack(own_redis: RedisProcess, policy_folder: Path, tmp_path: Path) -> Stack:
-    return build_stack(tmp_path, policy_folder, own_redis.url, **OPTIONS)
+def own_stack(own_redis: RedisProcess, policy_folder: Path, tmp_path: Path) -> Iterator[Stack]:
+    stack = build_stack(tmp_path, policy_folder, own_redis.url, **OPTIONS)
+    yield stack
+    stack.end_trainers()
 
 
 @contextmanager
