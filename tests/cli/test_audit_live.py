@@ -24,6 +24,8 @@ from trainer.assembly import train
 __all__ = ["database", "database_url", "make_stack", "policy_folder", "postgres_url", "redis_server"]  # fixtures
 
 STEPS = 24
+NUM_WINDOWS = 2 * STEPS
+"""Of three pairs, where a step needs four."""
 
 
 def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
@@ -31,7 +33,7 @@ def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
     folder = RunFolder(stack.settings.run.folder)
 
     def collect() -> None:
-        for number in range(STEPS * 4 // 3):
+        for number in range(NUM_WINDOWS):
             stack.write([plain_window(number, run=stack.run)])
 
     with ThreadPoolExecutor(2) as threads:
@@ -47,7 +49,7 @@ def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
         for work in working:
             work.result()
     assert looks > 5
-    assert (result.read, result.balance.trained) == (STEPS * 4 // 3, STEPS * 4 // 3)
+    assert (result.read, result.balance.trained) == (NUM_WINDOWS, NUM_WINDOWS)
 
 
 def test_the_database_is_read_as_of_one_moment(database: Engine, database_url: str) -> None:
