@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from services.engine.weights import apply_patches, apply_weights, read_patches, read_weights
+from services.engine.weights import apply_patches, apply_weights, in_memory, read_patches, read_weights
 from services.rollout.weight_copy import WeightCopy
 from shared.weights.state import map_folder, state_checksum
 from shared.weights.store import Manifest, WeightStore
@@ -125,3 +125,12 @@ def test_an_update_that_grows_too_large_on_the_way_is_full(make_stack: MakeStack
     assert [published(publisher, version).form for version in range(3)] == ["full", "full", "sparse"]
     expected = expected_checksum(model, torch.bfloat16, tmp_path / "saved")
     assert published(publisher, 2).state_checksum == expected
+
+
+def test_an_engine_that_keeps_experts_fused_loads_their_checkpoint(make_stack: MakeStack, tmp_path: Path) -> None:
+    stack, model = make_stack(), MODELS["mixtral"]()
+    engine = MODELS["mixtral"]().to(torch.bfloat16)
+    publisher = publisher_of(stack, "bfloat16")
+    publisher.store.fetch(published(publisher, publisher.publish(model, 0)), tmp_path)
+    apply_weights(engine, in_memory(engine, read_weights(engine, tmp_path)))
+    assert_equal_weights(dict(engine.state_dict()), rounded(model))
