@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.errors import EngineError
+from shared.weights.checkpoint_names import checkpoint_layouts, keeps_other_names
 
 
 def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
             tensors.update(load_file(file))
         except (SafetensorError, OSError, ValueError) as exc:
             raise EngineError(f"{file} is not a readable safetensors file: {exc}") from exc
-    own = module.state_dict(keep_vars=True)
+    own = _own_tensors(module)
     for name, tensor in tensors.items():
         _check_fit(own, name, tuple(tensor.shape), tensor, str(folder))
     # Tied names share one parameter: one of them is enough.
@@ -37,6 +38,15 @@ def read_weights(module: Any, folder: Path) -> dict[str, Tensor]:
     if missing := [name for name, tensor in own.items() if id(tensor) not in written]:
         raise EngineError(f"{folder}: {len(missing)} of the model's tensors are missing, such as {missing[0]!r}")
     return tensors
+
+
+def in_memory(module: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same by the names in memory. Where those are not the checkpoint's, a second model is loaded for a moment."""
+    if not keeps_other_names(module):
+        return tensors
+    loaded = type(module).from_pretrained(None, config=module.config, state_dict=tensors, dtype=module.dtype)
+    found: dict[str, Tensor] = loaded.state_dict()
+    return found
 
 
 @torch.no_grad()
@@ -74,7 +84,7 @@ def read_patches(file: Path, *, module: Any = None) -> list[Patch]:
     for patch in patches:
         _check_indices(patch, file)
     if module is not None:
-        own = module.state_dict()
+        own = _own_tensors(module)
         for patch in patches:
             _check_fit(own, patch.name, patch.shape, patch.values, "the patch")
     return patches
@@ -88,6 +98,15 @@ def apply_patches(module: Any, patches: Sequence[Patch]) -> None:
         tensor = own[patch.name]
         # put_ takes flat indices whatever the strides are
         tensor.put_(patch.indices.to(tensor.device), patch.values.to(tensor.device, tensor.dtype))
+
+
+def _own_tensors(module: Any) -> dict[str, Tensor]:
+    """By the checkpoint's names; without values where a model keeps other ones in memory."""
+    if not keeps_other_names(module):
+        own: dict[str, Tensor] = module.state_dict(keep_vars=True)
+        return own
+    layouts = checkpoint_layouts(module)
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layouts.items()}
 
 
 def _check_indices(patch: Patch, file: Path) -> None:

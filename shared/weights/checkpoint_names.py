@@ -61,6 +61,13 @@ def name_groups(model: PreTrainedModel) -> list[NameGroup]:
     return sorted(found, key=lambda group: -state[group.names[0]].itemsize)
 
 
+def keeps_other_names(module: Any) -> bool:
+    """Whether a model's names in memory are not its checkpoint's."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    return any(group.names != (group.renamed,) for group in name_groups(module))
+
+
 def _reversed_conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     """Renamings and converters from memory to checkpoint: the ones that `revert_weight_conversion` uses."""
     conversions = getattr(model, "_weight_conversions", None)

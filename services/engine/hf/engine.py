@@ -13,20 +13,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
+from torch import Tensor
 
 from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
 from services.engine.hf.decode import Row, generate
 from services.engine.hf.model import CausalModel, load_model
 from services.engine.hf.queue import Batch, GenerateJob, Job, JobQueue, LoadJob, ScoreJob
 from services.engine.local import LocalEngine
-from services.engine.weights import apply_patches, apply_weights, read_patches, read_weights
+from services.engine.weights import apply_patches, apply_weights, in_memory, read_patches, read_weights
 from shared import metrics
 from shared.errors import EngineError, PromptError
 from shared.settings import EngineSettings
+from shared.weights.checkpoint_names import keeps_other_names
 
 T = TypeVar("T")
 
@@ -58,7 +60,8 @@ class TransformersEngine(LocalEngine):
 
     async def start(self) -> None:
         await self._load_tokenizer()
-        self._model = await asyncio.wrap_future(self._worker.start())
+        self._model = model = await asyncio.wrap_future(self._worker.start())
+        self.can_patch = not await asyncio.to_thread(keeps_other_names, model.module)  # patches have the checkpoint's
 
     async def close(self) -> None:
         self._queue.close("the engine is closed")
@@ -79,7 +82,7 @@ class TransformersEngine(LocalEngine):
         return await self._answer(ScoreJob(self._prepare(prompt, room=max(map(len, encoded)) - 1), encoded))
 
     async def load_weights(self, folder: Path, version: int) -> None:
-        tensors = await asyncio.to_thread(read_weights, self._started.module, folder)
+        tensors = await asyncio.to_thread(_read_for, self._started.module, folder)
         await self._answer(LoadJob(lambda module: apply_weights(module, tensors), version))
 
     async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
@@ -94,6 +97,10 @@ class TransformersEngine(LocalEngine):
         except TimeoutError as exc:
             late = f"{self.name} gave no answer within engine.timeout_s = {self._settings.timeout_s}"
             raise EngineError(late) from exc
+
+
+def _read_for(module: Any, folder: Path) -> dict[str, Tensor]:
+    return in_memory(module, read_weights(module, folder))
 
 
 class _Worker:
