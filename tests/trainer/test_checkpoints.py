@@ -44,8 +44,8 @@ def test_a_disk_that_refuses_leaves_earlier_checkpoints_and_nothing_half(make_st
     checkpoints.wait()
     (root / "step-00000004").mkdir()
     (root / "step-00000004" / "in-the-way").write_text("the rename on top of a full folder fails")
+    checkpoints.begin(STATE.model_copy(update={"step": 4}), trainer.policy, trainer.optimizer)
     with pytest.raises(TrainingError, match="earlier ones are intact"):
-        checkpoints.begin(STATE.model_copy(update={"step": 4}), trainer.policy, trainer.optimizer)
         checkpoints.wait()
     assert not list(root.glob("*.tmp"))
     assert (root / "step-00000003/state.json").is_file()
