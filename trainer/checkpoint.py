@@ -105,7 +105,7 @@ class Checkpoints:
         policy: Policy,
         optimizer: PolicyOptimizer,
         *,
-        then: Callable[[], None] = lambda: None,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Copy everything to memory and write it in the background. `state` and `then` are rank 0's: `then` is called
         when the checkpoint and its evidence are on disk. Raises the error of the checkpoint before it."""
@@ -142,7 +142,9 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def _work(self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None]) -> None:
+    def _work(
+        self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None] | None
+    ) -> None:
         """In the thread: every rank ends with the same outcome."""
         try:
             with self.ranks.guarding("a checkpoint"):
@@ -151,7 +153,7 @@ class Checkpoints:
             self._error = exc
 
     def _write_together(
-        self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None]
+        self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None] | None
     ) -> None:
         folder, error = self._agree(lambda: self._make_folder(state))
         if error is None:
@@ -230,7 +232,8 @@ class Checkpoints:
             raise
         self.confirm()
         self.keep_evidence(state)
-        then()
+        if then is not None:
+            then()
 
     def keep_evidence(self, state: CheckpointState) -> None:
         """Append what the checkpoint on disk contains; repeating it changes nothing. Raises TrainingError."""

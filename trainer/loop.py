@@ -1,38 +1,42 @@
-"""The training loop: `Trainer.run`, one step on one screen (`Trainer.take_step`).
+"""The training loop: `Trainer.run`, one step on one screen (`Trainer.take_step`). Every rank runs it.
 
-    fill the inbox -> take pairs -> micro-batches -> loss, backward -> clip -> step -> publish -> row
-                                                    every checkpoint_every steps: checkpoint -> acknowledge
+    order from rank 0 -> publish? -> passes -> loss, backward -> clip -> optimizer -> row
+                         every checkpoint_every steps: copy to memory -> checkpoint -> acknowledge, in the background
 
-The loop blocks in `inbox.fill` until a collector writes, in `replicas.keep_up` if the settings say so, and in calls
-that wait out an outage of Redis or the database. SIGTERM sets `stop`: the step in hand is finished, a checkpoint is
-written, `run` returns. If an outage lasts too long, a checkpoint is written and its error raised.
+While a step computes, the inbox reads ahead, the publisher writes weights, and a checkpoint is written. The loop itself
+waits for windows (in slices, so that every rank can be stopped), for a checkpoint only if the one before is still being
+written, and in `replicas.keep_up` if the settings say so.
+
+SIGTERM on any rank sets `stop`: all ranks finish the step in hand, write a checkpoint, and `run` returns.
 """
 
 import logging
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Event
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from shared import metrics
-from shared.checkpoint_state import CheckpointState, StepFigures
-from shared.coordination import TrainerReport, TrainerState
-from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
+from shared.coordination import TrainerState
+from shared.errors import HeadwaterError, TrainingError
 from shared.settings import TrainerSettings
 from trainer.checkpoint import Checkpoints
-from trainer.connections import Connections
-from trainer.figures import Telemetry, pair_figures
-from trainer.inbox import Inbox
-from trainer.layouts.base import Layout, WindowPairs
-from trainer.log_probs import SuffixLogProbs
-from trainer.losses import Loss
+from trainer.figures import Tally
+from trainer.layouts.base import Layout, Pass
+from trainer.lead import Lead, Order
+from trainer.losses import Loss, LossTerms
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import Policy
-from trainer.preferences import Preference
+from trainer.profiler import StepProfiler
 from trainer.publisher import WeightPublisher
-from trainer.replicas import Replicas
+from trainer.ranks import Ranks
+from trainer.sender import WeightSender
+from trainer.throughput import Work
 
 _log = logging.getLogger(__name__)
 
@@ -42,186 +46,162 @@ class Trainer:
     """Put together by trainer/assembly.py."""
 
     settings: TrainerSettings
+    ranks: Ranks
     policy: Policy
     optimizer: PolicyOptimizer
     loss: Loss
-    inbox: Inbox
-    publisher: WeightPublisher
-    replicas: Replicas
-    checkpoints: Checkpoints
-    connections: Connections
-    telemetry: Telemetry
     layout: Layout
-    last: CheckpointState | None
-    """The newest checkpoint; None before the first."""
-    step: int = field(init=False)
+    publisher: WeightPublisher | WeightSender
+    checkpoints: Checkpoints
+    profiler: StepProfiler
+    tally: Tally
+    lead: Lead | None
+    """On rank 0 only."""
+    step: int
     """Updates applied."""
+    stop: Event = field(default_factory=Event)
+    """Set when this rank is asked to stop."""
+    opened: ExitStack = field(default_factory=ExitStack)
+    """What `close` closes: threads, sinks, the lease."""
+    checkpointed_step: int = field(init=False)
+    """Of the newest checkpoint, which may still be being written; 0 before the first."""
     bad_steps: int = field(default=0, init=False)
     """Skipped steps in a row."""
-    unwritten: dict[str, float] | None = field(default=None, init=False)
-    """Figures of the newest step until the database has its row."""
 
     def __post_init__(self) -> None:
-        self.step = self.checkpointed_step
+        self.checkpointed_step = self.step
 
-    @property
-    def checkpointed_step(self) -> int:
-        return self.last.step if self.last else 0
+    def close(self) -> None:
+        self.opened.close()
 
     def run(self) -> TrainerState:
-        """Train until `settings.steps`, the end of the source, or `stop`. Raises the error of Redis, database or weight
-        store if that stays away, and leaves a checkpoint of the newest step on disk. Raises FencedError, and leaves
-        nothing, once another trainer has taken over."""
-        if self.connections.stop.is_set():
+        """Train until `settings.steps`, the end of the source, or `stop`. Raises what keeps rank 0 from continuing; the
+        newest step then has a checkpoint, unless another trainer has the run or the disk refuses."""
+        if self.ranks.any(self.stop.is_set()):
             return "training"
-        try:
-            return self._train()
-        except (StreamError, DatabaseError, WeightStoreError):
-            try:
-                self._write_checkpoint()  # the next start writes what it owes to ledger and stream
-            except (TrainingError, StreamError, DatabaseError) as exc:
-                _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
-            raise
-
-    def _train(self) -> TrainerState:
-        with self.telemetry.tally.spending("push"):  # a broken weight path shows before the first step
-            self.publisher.publish(self.policy.model, self.step)
-        self._keep_up()
-        self._report("training")
-        while self.step < self.settings.steps:
-            self.connections.lease.raise_if_lost()
-            pairs = self.next_pairs()
-            if not pairs:
-                break
-            self.take_step(pairs)
-            if self.step % self.settings.checkpoint_every == 0:
-                self.checkpoint()
-        with self.telemetry.tally.spending("push"):
-            self.publisher.finish(self.policy.model, self.step)
-        self.checkpoint()
+        self._publish()  # before the first step: a broken weight path shows at once
+        self.publisher.wait()
+        with self.profiler:
+            while not (order := self.next_order()).ends:
+                if order.publishes:
+                    self._publish()
+                if order.plans:
+                    self.take_step(order)
         return self._conclude()
 
-    def next_pairs(self) -> list[Preference]:
-        """Exactly `pairs_per_step`; fewer at the end of the source; none means stop."""
-        with self.telemetry.tally.spending("wait"):
-            self.inbox.fill(self.settings.pairs_per_step, weight_version=self.publisher.version)
-        return [] if self.connections.stop.is_set() else self.inbox.take(self.settings.pairs_per_step)
+    def next_order(self) -> Order:
+        """About a second later at most."""
+        with self.tally.spending("wait_ranks"):
+            stop = self.ranks.any(self.stop.is_set())
+        order = self.ranks.scatter(self.lead.orders(self.step, stop=stop) if self.lead else None)
+        if order.failure:
+            self._fail(order)
+        return order
 
-    def take_step(self, pairs: list[Preference]) -> None:
-        """One optimizer step on exactly these pairs, or a skipped one if loss or gradient are not finite."""
-        step, tally = self.step + 1, self.telemetry.tally
-        with tally.spending("forward_backward"):
-            figures = self._accumulate_gradients(pairs)
-        with tally.spending("optimizer"):
-            figures["grad_norm"] = float(self.optimizer.clip())
+    def take_step(self, order: Order) -> None:
+        """One optimizer step of all ranks, or a skipped one if loss or gradient are not finite."""
+        step, began = self.step + 1, time.perf_counter()
+        self.profiler.step(step)
+        with self.ranks.guarding(f"step {step}"):
+            figures, work = self._accumulate_gradients(order)
+            figures["grad_norm"] = self.optimizer.clip()
             if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-                return self._skip(step, figures, num_pairs=len(pairs))
+                return self._skip(step, figures)
             figures["learning_rate"] = self.optimizer.step(step)
         self.step, self.bad_steps = step, 0
-        self.inbox.mark_applied(pairs, step)
-        self.unwritten = figures | pair_figures(pairs, weight_version=self.publisher.version)
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
             self.policy.refresh_reference(step)
-        with tally.spending("push"):
-            self.publisher.offer(self.policy.model, step)
-        self._keep_up()
-        self.unwritten |= tally.drain()
-        self.telemetry.write(step, self.publisher.version, self.unwritten)
-        self.unwritten = None
-        return self._report("training")
+        if self.lead:
+            self.lead.applied(step, figures, work, computing_s=time.perf_counter() - began)
+        if step % self.settings.checkpoint_every == 0:
+            self._checkpoint()
+        return None
 
-    def _accumulate_gradients(self, pairs: list[Preference]) -> dict[str, float]:
-        """Backward over all micro-batches; returns the loss and the mean figures of the step."""
+    def _accumulate_gradients(self, order: Order) -> tuple[dict[str, float], Tensor]:
+        """Backward over this rank's passes. Returns the loss, the mean figures and the work of the whole step."""
         self.optimizer.zero_grad()
-        normaliser = self.loss.normaliser(pairs)
-        sums: dict[str, Tensor] = {}
-        num_batch_tokens = 0
-        (plans,) = self.layout.plan(_by_window(pairs), max_tokens=self.settings.max_batch_tokens)
-        for plan in plans:
-            batch = self.layout.lay_out(plan, device=self.policy.model.device)
-            reference = None
-            if self.policy.reference is not None:
-                with torch.no_grad():
-                    reference = SuffixLogProbs(self.policy.reference)(batch)
-            terms = self.loss.terms(SuffixLogProbs(self.policy.model)(batch), reference)
-            (terms.loss_sum / normaliser).backward()  # type: ignore[no-untyped-call]
-            for name, value in (terms.figures | {"loss": terms.loss_sum.detach()}).items():
-                sums[name] = sums[name] + value if name in sums else value
-            num_batch_tokens += batch.num_tokens
-        figures = {name: float(value) / len(pairs) for name, value in sums.items()}
-        figures["loss"] = float(sums["loss"]) / normaliser
-        return figures | {"batch_tokens": num_batch_tokens}
+        work, sums = Work(), dict[str, Tensor]()
+        with self.tally.spending("forward_backward"):
+            for plan in order.plans:
+                one = self.layout.lay_out(plan, device=self.ranks.device)
+                terms = self._terms(one)
+                (terms.loss_sum * (plan.counted / order.normaliser)).backward()  # type: ignore[no-untyped-call]
+                if plan.counted:
+                    work.add(one)
+                for name, value in (terms.figures | {"loss": terms.loss_sum.detach().double()}).items():
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * plan.counted
+            totals = self.ranks.sum(torch.cat([work.tensor(), torch.stack([*sums.values()]).cpu()]))
+        counts, values = totals[: -len(sums)], totals[-len(sums) :].tolist()
+        figures = {name: value / order.num_pairs for name, value in zip(sums, values, strict=True)}
+        figures["loss"] *= order.num_pairs / order.normaliser
+        return figures, counts
 
-    def _skip(self, step: int, figures: dict[str, float], *, num_pairs: int) -> None:
-        """Nothing is applied; the pairs are used up. Raises TrainingError after `max_bad_steps` in a row."""
+    def _terms(self, one: Pass) -> LossTerms:
+        reference = None
+        if self.policy.reference_log_probs is not None:
+            with torch.no_grad():
+                reference = self.policy.reference_log_probs(one)
+        return self.loss.terms(self.policy.log_probs(one), reference, one.num_targets)
+
+    def _skip(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing is applied; the windows are used up. Raises TrainingError after `max_bad_steps` in a row."""
         self.bad_steps += 1
         self.optimizer.zero_grad()
-        self.telemetry.tally.counts["skipped_steps"] += 1
-        metrics.skipped_steps_total.inc()
         what = f"step {step} skipped: loss {figures['loss']}, gradient norm {figures['grad_norm']}"
         _log.error("%s (%d in a row)", what, self.bad_steps)
-        self.connections.run.record_event("trainer", "skipped_step", what, step=step, pairs=num_pairs)
+        if self.lead:
+            self.lead.skipped(what, step=step)
         if self.bad_steps >= self.settings.max_bad_steps:
+            self.checkpoints.wait()
             raise TrainingError(
                 f"{self.bad_steps} steps in a row without a finite loss (trainer.max_bad_steps), the last: {what}; "
                 f"the checkpoint of step {self.checkpointed_step} is intact: lower learning_rate and start again"
             )
 
-    def _keep_up(self) -> None:
-        with self.telemetry.tally.spending("replicas"):
-            self.replicas.keep_up(self.publisher.version)
+    def _publish(self) -> None:
+        with self.tally.spending("wait_publish"):
+            self.publisher.begin(self.policy.model, self.step)
 
-    def _report(self, state: TrainerState) -> None:
-        self.connections.coordination.report_trainer(TrainerReport(self.step, self.publisher.version, state))
-
-    def checkpoint(self) -> None:
-        """In this order: checkpoint and evidence on disk, ledger, acknowledgement, older ones deleted."""
-        with self.telemetry.tally.spending("checkpoint"):
-            if state := self._write_checkpoint():
-                self.inbox.commit(state.finished)
-                self.checkpoints.prune()
-
-    def _write_checkpoint(self) -> CheckpointState | None:
-        """None if this step has one. Needs neither Redis nor the database. Raises TrainingError."""
+    def _checkpoint(self, *, settles: bool = True) -> None:
+        """Begin the checkpoint of this step, unless it has one. It is written while training continues; then the ledger
+        and the stream are told, if it `settles`: else the next start does."""
         if self.checkpointed_step == self.step:
-            return None
-        state = CheckpointState(
-            step=self.step,
-            weight_version=self.publisher.version,
-            reference_step=self.policy.reference_step,
-            finished=self.inbox.finished(),
-            partial=self.inbox.partial(),
-            number=self.last.number + 1 if self.last else 1,
-            after=self.checkpointed_step,
-            row=self._owed_row(),
-        )
-        self.checkpoints.begin(state, self.policy, self.optimizer)
-        self.checkpoints.wait()
-        self.last = state
-        _log.info("checkpoint of step %d: %d windows finished", state.step, len(state.finished))
-        return state
+            return
+        with self.tally.spending("wait_checkpoint"):
+            self.checkpoints.wait()
+            state = then = None
+            if self.lead:
+                state = self.lead.next_state(self.step, reference_step=self.policy.reference_step)
+                then = partial(self.lead.settle, state) if settles else None
+            self.checkpoints.begin(state, self.policy, self.optimizer, then=then)
+        self.checkpointed_step = self.step
 
-    def _owed_row(self) -> StepFigures | None:
-        if self.unwritten is None:
-            return None
-        figures = self.telemetry.tally.drain() | self.unwritten  # in this order: it may hold the drained tally already
-        return StepFigures(at=time.time(), weight_version=self.publisher.version, figures=figures)
+    def _fail(self, order: Order) -> NoReturn:
+        """Rank 0 can't continue, so no rank can."""
+        if order.leaves_checkpoint:
+            try:
+                self._checkpoint(settles=False)  # the next start writes what it owes to ledger and stream
+                self.checkpoints.wait()
+            except HeadwaterError as exc:
+                _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
+        if self.lead and self.lead.error:
+            raise self.lead.error
+        raise TrainingError(f"rank 0 ended: {order.failure}")
 
     def _conclude(self) -> TrainerState:
-        source_ended = self.step < self.settings.steps
-        if source_ended and self.connections.stop.is_set():
-            _log.info("stopped at step %d of %d", self.step, self.settings.steps)
-            return "training"
-        message = f"{'the source ended' if source_ended else 'finished'} at step {self.step} of {self.settings.steps}"
-        _log.info(message)
-        self.connections.run.record_event("trainer", "finished", message, step=self.step, source_ended=source_ended)
-        self._report("finished")
-        return "finished"
+        """The last step has its checkpoint, and is published whatever `push_every` says."""
+        stopped = self.ranks.any(self.stop.is_set())
+        self._checkpoint()
+        self.publisher.wait()
+        if self.publisher.offered_step != self.step and not stopped:
+            self._publish()
+        self.publisher.wait()
+        self.checkpoints.wait()
+        state = self.ranks.on_main(partial(self._told, stopped=stopped))
+        self.ranks.leave()
+        return state
 
-
-def _by_window(pairs: list[Preference]) -> list[WindowPairs]:
-    windows: dict[str, list[Preference]] = {}
-    for pair in pairs:
-        windows.setdefault(pair.window_id, []).append(pair)
-    return [tuple(window) for window in windows.values()]
+    def _told(self, *, stopped: bool) -> TrainerState:
+        assert self.lead is not None
+        return self.lead.conclude(self.step, stopped=stopped)

@@ -4,10 +4,8 @@ Both are called through SuffixLogProbs: `policy.log_probs(one_pass)`. Both run i
 equal policy and reference have equal log-probs. How they lie on many ranks is in sharding.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +18,6 @@ from trainer.log_probs import SuffixLogProbs, output_head
 from trainer.ranks import Ranks
 from trainer.sharding import Precision, copy_weights, distribute, layers
 
-_T = TypeVar("_T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,6 +30,8 @@ class Policy:
     """DPO only."""
     reference_step: int = 0
     """The step after which the reference was copied; 0: it is the model that the run began with."""
+    compute_dtype: torch.dtype = torch.float32
+    """Of forward and backward of both."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -70,8 +69,8 @@ def load_policy(
     if with_reference:
         kept = checkpoint / "reference" if checkpoint and reference_step else None
         frozen = _load(settings, kept, reference, frozen=True, ranks=ranks, attention=attention)
-    tokenizer = _only_on_main(ranks, lambda: _load_tokenizer(settings))
-    return Policy(model, tokenizer, frozen, reference_step)
+    tokenizer = ranks.only_on_main(lambda: _load_tokenizer(settings))
+    return Policy(model, tokenizer, frozen, reference_step, policy.compute)
 
 
 def _precisions(settings: Settings, device: torch.device) -> tuple[Precision, Precision]:
@@ -92,18 +91,11 @@ def _load(
     """From `folder`; None: the model that the run begins with."""
     recompute = settings.trainer.activation_checkpointing and not frozen
     source = str(folder or settings.policy.model)
-    whole = _only_on_main(ranks, lambda: _load_whole(source, precision.weights, attention, recompute=recompute))
+    whole = ranks.only_on_main(lambda: _load_whole(source, precision.weights, attention, recompute=recompute))
     model = distribute(whole, ranks=ranks, precision=precision, frozen=frozen, compile=settings.trainer.compile)
     if recompute:
         _checkpoint_activations(model.model)
     return model
-
-
-def _only_on_main(ranks: Ranks, work: Callable[[], _T]) -> _T | None:
-    """None on other ranks: it is not sent."""
-    kept: list[_T] = []
-    ranks.on_main(lambda: kept.append(work()))
-    return kept[0] if kept else None
 
 
 def _load_whole(source: str, dtype: torch.dtype, attention: str, *, recompute: bool) -> PreTrainedModel:

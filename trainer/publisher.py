@@ -1,14 +1,14 @@
 """Publishes the policy's weights to the rollout service: store, row, announcement. The step does not wait for it.
 
-    loop      offer(model, step) -> snapshot, if the thread is idle (if not: at the next idle moment)
-    thread    snapshot -> full, or changes since the version before -> files in the store, manifest last
-                       -> row in the database -> `steps` -> announcement -> older versions deleted
+    loop      is_due(step)? begin(model, step)       copies the weights (sender.py)
+    thread    full, or changes since the version before -> files in the store, manifest last
+              -> row in the database -> `steps` -> announcement -> older versions deleted
 
     publisher.continue_after(checkpoint_version)     # once, at the start
-    publisher.publish(model, step)                   # before the first step, and waits: a broken weight path shows
-    publisher.offer(model, step)                     # after every step; raises what the thread met
-    publisher.finish(model, step)                    # at the end: the last step is published whatever push_every says
-    publisher.close()
+    publisher.publish(model, step)                   # and waits until it is announced
+
+A version that is due while the thread is busy is not published: at the next boundary that finds the thread idle, the
+then newest weights are.
 
 Version numbers only ascend: after a resume the loaded weights get a number above all that the store, Redis, a live
 replica or the checkpoint has seen. Where the store or Redis may have been wiped or restored, a new *epoch* begins:
@@ -25,10 +25,9 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
@@ -40,24 +39,22 @@ from shared.runs import Run
 from shared.settings import WeightsSettings
 from shared.weights.state import StateSums
 from shared.weights.store import SPARSE_FILE, Manifest, WeightStore, file_names
-from trainer.policy import DTYPES
 from trainer.publication import Changes, PublishedBits, layouts_of, summed, write_full
-from trainer.snapshot import Snapshot
+from trainer.sender import WeightSender
 
 _INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-@dataclass
-class WeightPublisher:
-    """The thread writes `version` and `steps`; the training thread calls all public methods."""
+@dataclass(kw_only=True)
+class WeightPublisher(WeightSender):
+    """Rank 0's. The thread writes `version` and `steps`; the training thread calls all public methods."""
 
     store: WeightStore
     coordination: Coordination
     run: Run
     settings: WeightsSettings
-    dtype: Literal["float32", "bfloat16"]
     retries: Retries
     version: int = -1
     """The newest announced version; -1 before the first."""
@@ -65,64 +62,24 @@ class WeightPublisher:
     """The step of each version of the run, known before it is announced."""
     epoch: str = ""
     """The lineage of version numbers; set by `continue_after`."""
-    _snapshot: Snapshot = field(default_factory=Snapshot, init=False)
     _published: PublishedBits | None = field(default=None, init=False)
     """To compare the next version with; None if that will be full."""
     _num_sparse: int = field(default=0, init=False)
     """Sparse versions since the last full one."""
-    _thread: ThreadPoolExecutor = field(init=False)
-    _job: Future[None] | None = field(default=None, init=False)
-    _offered: int | None = field(default=None, init=False)
-    """The step of the newest snapshot of this process."""
-    _is_due: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
-
-    @property
-    def idle(self) -> bool:
-        return self._job is None or self._job.done()
-
-    def offer(self, model: PreTrainedModel, step: int) -> bool:
-        """Called after every step: publish its weights if a version is due and the thread is idle. Returns whether a
-        snapshot was taken. Raises the thread's error."""
-        self.raise_if_failed()
-        self._is_due |= step % self.settings.push_every == 0
-        if not (self._is_due and self.idle):
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after `step` should be published now: a version is due, and the thread is idle. Raises
+        the thread's error."""
+        if self._job is not None and not self._job.done():
             return False
-        self._begin(model, step)
-        return True
+        self.wait()
+        return self.offered_step < step - step % self.settings.push_every
 
     def publish(self, model: PreTrainedModel, step: int) -> int:
         """Publish the weights after `step` and wait until they are announced; returns their version."""
-        self.wait()
-        self._begin(model, step)
+        self.begin(model, step)
         self.wait()
         return self.version
-
-    def finish(self, model: PreTrainedModel, step: int) -> int:
-        """The same, unless the newest version is of this step already."""
-        self.wait()
-        return self.version if self._offered == step else self.publish(model, step)
-
-    def wait(self) -> None:
-        """Until the thread is idle: as long as `retries` waits for store, database and Redis. Raises its error."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
-
-    def raise_if_failed(self) -> None:
-        if self.idle:
-            self.wait()
-
-    def close(self) -> None:
-        """Waits for the version in the making."""
-        self._thread.shutdown()
-
-    def _begin(self, model: PreTrainedModel, step: int) -> None:
-        self._snapshot.take(model, dtype=DTYPES[self.dtype])
-        self._offered, self._is_due = step, False
-        self._job = self._thread.submit(self._publish, step)
 
     def continue_after(self, checkpoint_version: int) -> None:
         """The next version is above all that were ever seen; 0 if none were."""
@@ -152,8 +109,9 @@ class WeightPublisher:
             return ""
         return announced.epoch if newest.epoch == announced.epoch else ""
 
-    def _publish(self, step: int) -> None:
-        """In the thread. Its error is raised to the training thread; after one the next version is full."""
+    def _work(self, step: int) -> None:
+        """After an error the next version is full."""
+        super()._work(step)
         try:
             self._publish_next(step)
         except BaseException:

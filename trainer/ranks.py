@@ -149,6 +149,12 @@ class Ranks:
             raise error
         return cast(_T, value)
 
+    def only_on_main(self, work: Callable[[], _T]) -> _T | None:
+        """The same, but what `work` returns stays on rank 0: None elsewhere."""
+        kept: list[_T] = []
+        self.on_main(lambda: kept.append(work()))
+        return kept[0] if kept else None
+
     @contextmanager
     def guarding(self, what: str) -> Iterator[None]:
         """Raises TrainingError with the rank that is gone where a collective in the block fails."""

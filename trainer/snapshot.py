@@ -31,6 +31,8 @@ class Snapshot:
         """By the name in memory: this process's part of the tensor."""
         self._shapes: dict[str, torch.Size] = {}
         """By the name in memory, of the whole tensors that lie on several ranks, split in their first dimension."""
+        self._wholes: dict[str, Tensor] = {}
+        """By the name in memory, on rank 0 after `gather`."""
         self.layouts: dict[str, tuple[torch.dtype, torch.Size]] = {}
         """Of the tensors that `tensors` yields, in the same order."""
 
@@ -40,7 +42,7 @@ class Snapshot:
         if model is not self._model:
             self._model, self._groups, self._shards = model, name_groups(model), {}
             self.layouts = checkpoint_layouts(model, dtype)
-        device = model.device
+        self._wholes, device = {}, model.device
         for name, tensor in untied_state(model).items():
             shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             into = rounded(shard, dtype)
@@ -53,6 +55,13 @@ class Snapshot:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    def gather(self) -> None:
+        """All ranks: bring the whole tensors to rank 0, which can then go through `tensors` alone, more than once."""
+        for name in self._shapes:
+            whole = self._whole(name)
+            if self._group is not None and self._group.rank() == 0:
+                self._wholes[name] = whole
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(the checkpoint's own name, whole tensor) on the CPU; of a converted group all tensors exist at once. May be
         called again. They are valid until the next `take`. Other ranks than 0 join the gather and yield nothing."""
@@ -64,6 +73,8 @@ class Snapshot:
 
     def _whole(self, name: str) -> Tensor:
         """The whole tensor of a name in memory; on other ranks than 0 of a sharded model only this rank's part."""
+        if name in self._wholes:
+            return self._wholes[name]
         if self._group is None or name not in self._shapes:
             return self._shards[name]
         return _gather(self._shards[name], self._shapes[name], self._group)
