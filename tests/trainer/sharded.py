@@ -94,7 +94,7 @@ class Run:
     def checkpoint(self, step: int) -> None:
         at = self.policy.reference_step
         state = CheckpointState(
-            number=1, after=0, step=step, weight_version=0, reference_step=at, finished={}, partial={}
+            number=1, after=0, step=step, weight_version=0, reference_step=at, finished={}
         )
         self.checkpoints.begin(state if self.ranks.is_main else None, self.policy, self.optimizer)
 

@@ -20,7 +20,7 @@ from trainer.optimizer import PolicyOptimizer
 from trainer.ranks import Ranks
 
 LONE = Ranks.join("cpu", {})
-STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={}, partial={})
+STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={})
 
 
 def test_a_checkpoint_loads_as_an_ordinary_model_and_once_damaged_is_an_error_not_a_step_back(
