@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +36,11 @@ def tree_pass() -> Pass:
     )
 
 
+def plain_pass() -> Pass:
+    """The separate pass without position ids: each row counts from 0."""
+    return replace(separate_pass(), position_ids=None)
+
+
 def work_of(*passes: Pass) -> Work:
     work = Work()
     for one in passes:
@@ -43,6 +50,7 @@ def work_of(*passes: Pass) -> Work:
 
 def test_the_work_of_passes_is_added_up() -> None:
     assert work_of(separate_pass()).tensor().tolist() == [8, 7, 3, 2 * (1 + 2 + 3 + 4)]
+    assert work_of(plain_pass()).tensor().tolist() == [8, 7, 3, 2 * (1 + 2 + 3 + 4)]
     assert work_of(tree_pass()).tensor().tolist() == [5, 7, 3, 1 + 2 + 3 + 4 + 3]
     assert work_of(separate_pass(), tree_pass()).tensor().tolist() == [13, 14, 6, 33]
 
@@ -89,7 +97,7 @@ def test_a_mixture_of_experts_has_no_flops() -> None:
         vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
-    assert ModelFlops.of(MixtralForCausalLM(config)) is None
+    assert ModelFlops.of(MixtralForCausalLM(config)) is None  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
