@@ -120,7 +120,7 @@ class Throughput:
     """A second, of all ranks together."""
     forwards: int
     """A backward pass computes as much as two forward passes: 3 in all, 4 with a reference."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     clock: Callable[[], float] = time.perf_counter
     _since: float = field(init=False)
 
