@@ -15,7 +15,7 @@ The paper (2601.21343) does not state beta. Its DPO has none of these options, w
                         (conservative DPO, equation 3 of ericmitchell.ai/cdpo.pdf; not the "robust" DPO of 2403.00409)
     dpo_loss = "ipo"    (d - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17), always with ratio(y) / |y|: the equation
                         sums, TRL averages and says that its authors do too
-    nll_weight          + nll_weight * -log pi(y_w|x) / |y_w| (arXiv 2404.19733, equation 1). Per suffix, so that the
+    nll_weight          + nll_weight * -log pi(y_w|x) / |y_w| (arXiv 2404.19733). Per suffix, so that the
                         number of pairs normalises all of it. TRL's `sft` averages over the tokens of a batch instead;
                         the two are equal when the chosen suffixes have equal lengths
 

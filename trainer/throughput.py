@@ -120,6 +120,7 @@ class Throughput:
     """A second, of all ranks together."""
     forwards: int
     """A backward pass computes as much as two forward passes: 3 in all, 4 with a reference."""
+    device: torch.device
     clock: Callable[[], float] = time.perf_counter
     _since: float = field(init=False)
 
@@ -129,7 +130,8 @@ class Throughput:
     @classmethod
     def of(cls, model: PreTrainedModel, *, with_reference: bool, num_ranks: int = 1) -> "Throughput":
         peak = peak_flops(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
-        return cls(ModelFlops.of(model), peak and peak * num_ranks, forwards=4 if with_reference else 3)
+        forwards = 4 if with_reference else 3
+        return cls(ModelFlops.of(model), peak and peak * num_ranks, forwards, model.device)
 
     def figures(self, work: Tensor, pairs: Sequence[Preference], *, computing_s: float) -> dict[str, float]:
         """Of one step, with rates over all seconds since the call before. `work` as of `Work.tensor`, `pairs` of all
@@ -143,7 +145,7 @@ class Throughput:
             "pairs_per_second": len(pairs) / seconds,
             "windows_per_second": len({pair.window_id for pair in pairs}) / seconds,
             "saved_token_share": 1 - tokens / separate_tokens,
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": _peak_memory_bytes(self.device),
         }
         if self.flops and self.peak_flops:
             spent = self.forwards * self.flops.forward(tokens, targets, score_pairs)
@@ -151,8 +153,8 @@ class Throughput:
         return figures
 
 
-def _peak_memory_bytes() -> float:
-    """Since the process began: allocated on its GPU, without one the resident set."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return float(torch.cuda.max_memory_allocated())
+def _peak_memory_bytes(device: torch.device) -> float:
+    """Since the process began: allocated on its GPU; on a CPU the resident set."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in kibibytes

@@ -81,7 +81,7 @@ def our_loss(loss: Dpo, model: PreTrainedModel, layout: Layout) -> float:
     pairs, reference = some_pairs(), tiny_llama(1)
     for each in (model, reference):
         each.set_attn_implementation(layout.attention_implementation)
-    (plans,), total = layout.plan([pairs], max_tokens=60), 0.0
+    (plans,), total = layout.plan([pairs], max_tokens=30), 0.0
     assert len(plans) > 1
     for plan in plans:
         one = layout.lay_out(plan, device=torch.device("cpu"))
