@@ -32,6 +32,8 @@ from trainer.heartbeats import Heartbeats
 GroupName = Literal["control", "publication", "checkpoint"]
 _WAIT_S = 1800.0
 """Longer than rank 0 waits out an outage of Redis or the database (900 s)."""
+_STEP_S = 600.0
+"""For the model's own collectives: no rank waits for the outside between them."""
 _JOIN_S = 600.0
 _BROKEN = ("connection", "timed out", "timeout", "gloo", "nccl", "closed", "broken pipe", "socket")
 """Words in the errors of collectives; torch has no class of its own for those of gloo."""
@@ -79,7 +81,7 @@ class Ranks:
 
     def _open(self, store: Store) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        wait = timedelta(seconds=_WAIT_S)
+        wait = timedelta(seconds=_STEP_S)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
 
     def _gloo(self) -> dist.ProcessGroup:
