@@ -22,7 +22,7 @@ class Heartbeats:
     def __init__(self, store: Store, *, rank: int, size: int) -> None:
         self._store = store
         self._rank, self._size = rank, size
-        self._beating = store.clone()  # a store serves one thread at a time
+        self._beating: Store = store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
         self._left = threading.Event()
         threading.Thread(target=self._beat, name="heartbeats", daemon=True).start()
 

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,13 @@ def test_the_state_round_trip_continues_exactly() -> None:
 
 
 def test_activation_checkpointing_is_refused_where_it_would_bring_dropout_on(tmp_path: Path) -> None:
-    shape = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
     OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=16, dropout=0.1)).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
     given = {"device": "cpu", "activation_checkpointing": True}
     settings = Settings.model_validate({"policy": {"model": str(tmp_path)}, "trainer": given})
