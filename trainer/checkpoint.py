@@ -188,9 +188,9 @@ class Checkpoints:
             raise _refused(folder, exc) from exc
         return folder
 
-    def _write_parts(self, folder: Path, parts: "_Parts", moments: Moments) -> Exception | None:
+    def _write_parts(self, folder: Path, parts: "_Parts", moments: Moments) -> BaseException | None:
         """The first error of this rank, None if all went well. A rank never leaves a gather half way."""
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             moments.write(folder / _OPTIMIZER, self.ranks)
         except (OSError, CheckpointException) as exc:
@@ -200,14 +200,18 @@ class Checkpoints:
             try:
                 if self.ranks.is_main and error is None:
                     target.write(folder / name, tensors)
-            except (OSError, SafetensorError) as exc:
-                error = exc
+            except (OSError, SafetensorError) as failed:
+                error = failed
             for _ in tensors:  # other ranks, and what is left after an error
                 pass
         return error
 
     def _complete(
-        self, temporary: Path, state: CheckpointState | None, then: Callable[[], None], error: BaseException | None
+        self,
+        temporary: Path | None,
+        state: CheckpointState | None,
+        then: Callable[[], None],
+        error: BaseException | None,
     ) -> None:
         """State, sync, rename, evidence, `then`."""
         if temporary is None:  # not even the folder

@@ -11,6 +11,7 @@ import threading
 import time
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 _BEAT_S = 0.5
 _WATCH_S = 3.0
@@ -18,10 +19,10 @@ _VERDICT = "gone"
 
 
 class Heartbeats:
-    def __init__(self, store: dist.Store, *, rank: int, size: int) -> None:
+    def __init__(self, store: Store, *, rank: int, size: int) -> None:
         self._store = store
         self._rank, self._size = rank, size
-        self._beating = store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
+        self._beating: Store = store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
         self._left = threading.Event()
         threading.Thread(target=self._beat, name="heartbeats", daemon=True).start()
 

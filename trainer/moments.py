@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -39,19 +41,19 @@ class Moments:
 
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Raises OSError or CheckpointException on every rank."""
-        writer = dcp.FileSystemWriter(folder)
-        dcp.save(dict(self.tensors), storage_writer=writer, process_group=ranks.group("checkpoint"))
+        writer = FileSystemWriter(folder)
+        save(dict(self.tensors), storage_writer=writer, process_group=ranks.group("checkpoint"))
 
 
 def read_moments(folder: Path, optimizer: PolicyOptimizer, ranks: Ranks) -> None:
     """Parameters that never had a gradient have no moments, and get none."""
-    found = set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    found = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
     tensors = optimizer.empty_state(found - {_CPU, _CUDA})
     random: dict[str, Tensor] = {_CPU: torch.get_rng_state()}
     if ranks.device.type == "cuda" and _CUDA in found:
         random[_CUDA] = torch.cuda.get_rng_state()
-    reader = dcp.FileSystemReader(folder)
-    dcp.load({**tensors, **random}, storage_reader=reader, process_group=ranks.group("checkpoint"))
+    reader = FileSystemReader(folder)
+    load({**tensors, **random}, storage_reader=reader, process_group=ranks.group("checkpoint"))
     optimizer.load_state(tensors)
     torch.set_rng_state(random[_CPU])
     if _CUDA in random:

@@ -22,7 +22,9 @@ from typing import Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from shared.errors import HeadwaterError, SettingsError, TrainingError
 from trainer.heartbeats import Heartbeats
@@ -30,6 +32,8 @@ from trainer.heartbeats import Heartbeats
 GroupName = Literal["control", "publication", "checkpoint"]
 _WAIT_S = 1800.0
 """Longer than rank 0 waits out an outage of Redis or the database (900 s)."""
+_STEP_S = 600.0
+"""For the model's own collectives: no rank waits for the outside between them."""
 _JOIN_S = 600.0
 _BROKEN = ("connection", "timed out", "timeout", "gloo", "nccl", "closed", "broken pipe", "socket")
 """Words in the errors of collectives; torch has no class of its own for those of gloo."""
@@ -64,7 +68,7 @@ class Ranks:
     def _connect(self, environment: Mapping[str, str]) -> None:
         address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=_JOIN_S)))
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_S)))
             self._open(store)
             self._groups = {name: self._gloo() for name in ("control", "publication", "checkpoint")}
         except (RuntimeError, ValueError, dist.DistError) as exc:
@@ -75,9 +79,9 @@ class Ranks:
         self._heartbeats = Heartbeats(store, rank=self.rank, size=self.size)
         _log.info("rank %d of %d on %s", self.rank, self.size, self.device)
 
-    def _open(self, store: dist.Store) -> None:
+    def _open(self, store: Store) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        wait = timedelta(seconds=_WAIT_S)
+        wait = timedelta(seconds=_STEP_S)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
 
     def _gloo(self) -> dist.ProcessGroup:
@@ -88,7 +92,7 @@ class Ranks:
         if self.size > 1:
             return self._groups[name]
         if not dist.is_initialized():
-            self._open(dist.HashStore())
+            self._open(HashStore())
         if name not in self._groups:
             self._groups[name] = self._gloo() if self.device.type == "cuda" else _world()
         return self._groups[name]

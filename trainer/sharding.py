@@ -12,6 +12,7 @@ holds a whole model on its device, and only rank 0 one in memory.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,8 +81,9 @@ def _blueprint(whole: PreTrainedModel) -> _Blueprint:
 
 
 def _on_meta(blueprint: _Blueprint, dtype: torch.dtype) -> PreTrainedModel:
+    build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(blueprint.config, dtype=dtype, attn_implementation=blueprint.attention)
+        model = build(blueprint.config, dtype=dtype, attn_implementation=blueprint.attention)
     assert isinstance(model, PreTrainedModel)
     return model
 

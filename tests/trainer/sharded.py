@@ -28,6 +28,7 @@ from trainer.optimizer import PolicyOptimizer
 from trainer.policy import Policy, load_policy
 from trainer.preferences import Preference, select_pairs
 from trainer.ranks import Ranks
+from trainer.sharding import local
 from trainer.snapshot import Snapshot
 
 NUM_STEPS, CHECKPOINT_AT, REFRESH_AT = 6, 3, 2
@@ -144,7 +145,8 @@ def checks_of_many(run: Run, folder: Path) -> dict[str, Any]:
         found["bad folder"] = f"{type(exc).__name__}: {exc}"
     run.backward(1)
     if last:
-        next(one.grad for one in run.policy.model.parameters() if one.grad is not None).to_local().fill_(float("inf"))
+        gradient = next(one.grad for one in run.policy.model.parameters() if one.grad is not None)
+        local(gradient).fill_(float("inf"))
     found["norm"] = run.optimizer.clip()
     return found
 

@@ -1,12 +1,18 @@
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from shared.settings import TrainerSettings
+from shared.errors import TrainingError
+from shared.settings import Settings, TrainerSettings
 from tests.trainer.conftest import tiny_llama
 from trainer.optimizer import PolicyOptimizer, learning_rate
+from trainer.policy import load_policy
+from trainer.ranks import Ranks
+from trainer.sharding import local
 
 SETTINGS = TrainerSettings(steps=110, warmup_steps=10, learning_rate=1.0, min_learning_rate_ratio=0.1)
 
@@ -67,3 +73,32 @@ def test_the_state_round_trip_continues_exactly() -> None:
     step_with_gradient(model, optimizer, 2, gradient=1.0)
     step_with_gradient(resumed, other, 2, gradient=1.0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_activation_checkpointing_is_refused_where_it_would_bring_dropout_on(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
+    OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=16, dropout=0.1)).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    given = {"device": "cpu", "activation_checkpointing": True}
+    settings = Settings.model_validate({"policy": {"model": str(tmp_path)}, "trainer": given})
+    with pytest.raises(TrainingError, match="would bring dropout on in OPTForCausalLM"):
+        load_policy(settings, None, with_reference=False, ranks=Ranks.join("cpu", {}))
+
+
+def test_a_refreshed_reference_is_the_policy_rounded_to_its_own_dtype(policy_folder: Path) -> None:
+    given = {"device": "cpu", "compute_dtype": "float32", "reference_dtype": "bfloat16"}
+    settings = Settings.model_validate({"policy": {"model": str(policy_folder)}, "trainer": given})
+    policy = load_policy(settings, None, with_reference=True, ranks=Ranks.join("cpu", {}))
+    assert policy.reference is not None
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+    policy.refresh_reference(7)
+    for one, other in zip(policy.model.parameters(), policy.reference.parameters(), strict=True):
+        assert not other.requires_grad
+        assert torch.equal(one.detach().to(torch.bfloat16), local(other.detach()))

@@ -93,7 +93,7 @@ def be_killed() -> None:
     raise Killed
 
 
-KILLS = "WeightStore.publish WeightStore.publish+ Run.record_step Coordination.report_trainer Checkpoints.write"
+KILLS = "WeightStore.publish WeightStore.publish+ Run.record_step Coordination.report_trainer Checkpoints.begin"
 KILLS += " Checkpoints.keep_evidence Ledger.mark_trained WindowStream.acknowledge Checkpoints.prune"
 
 
