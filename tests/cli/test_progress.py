@@ -25,6 +25,7 @@ def _snapshot(step: int) -> Snapshot:
         figures=figures,
         balance=Balance(read=9, trained=4, dropped={"stale": 1}, reading=2, scored=2),
         backlog=Backlog(unread=1, pending=3),
+        trainer="host:71:5f",
         steps_per_minute=6.0,
         candidates_per_second=12.34,
     )
@@ -37,6 +38,7 @@ def test_everything_known_is_shown() -> None:
         "rollout chosen": "12%",
         "policy lag": "mean 1.5, max 3",
         "queue": "1 unread, 3 pending",
+        "trainer": "host:71:5f",
         "windows": "9 read, 4 trained",
         "dropped": "1 stale",
         "rate": "6.0 steps/min, 12.3 candidates/s",
