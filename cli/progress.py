@@ -18,10 +18,12 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
 from cli.plan import Plan
+from shared.coordination import Coordination
 from shared.database import StepRow, transaction
 from shared.errors import DatabaseError, StreamError
 from shared.http import authorization_header
 from shared.ledger import Balance
+from shared.records import TRAINER_PART
 from shared.runs import Run
 from shared.stream import Backlog, WindowStream
 
@@ -40,6 +42,8 @@ class Snapshot:
     """Of the newest step, by the names of trainer/figures.py."""
     balance: Balance | None = None
     backlog: Backlog | None = None
+    trainer: str | None = None
+    """Who holds the trainer's lease, `host:process id:random`."""
     steps_per_minute: float | None = None
     candidates_per_second: float | None = None
 
@@ -81,6 +85,7 @@ class ProgressReader:
         self._run = run
         self._steps = plan.settings.trainer.steps
         self._stream = WindowStream(client, run.name)
+        self._coordination = Coordination(client, run.name)
         self._metrics_url = str(plan.ready_url("collector")).replace("/readyz", "/metrics")
         self._headers = authorization_header(plan.secrets.token)
         self._step_rate, self._candidate_rate = Rate(), Rate()
@@ -92,13 +97,14 @@ class ProgressReader:
         if candidates is not None:
             self._candidate_rate.observe(candidates)
         per_second = self._step_rate.per_second
-        balance, backlog = None, None
+        balance, backlog, trainer = None, None, None
         with suppress(DatabaseError):  # locked for longer than its timeout: try again at the next look
             balance = self._run.ledger.balance()
         with suppress(StreamError):
             backlog = self._stream.backlog()
+            trainer = self._coordination.lease_owner(TRAINER_PART)
         return Snapshot(
-            step, self._steps, figures, balance, backlog,
+            step, self._steps, figures, balance, backlog, trainer,
             steps_per_minute=per_second * 60 if per_second else None,
             candidates_per_second=self._candidate_rate.per_second,
         )  # fmt: skip
@@ -219,6 +225,8 @@ def _speeds(figures: dict[str, float]) -> Iterator[str]:
 def _delivery_rows(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     if snapshot.backlog is not None:
         yield "queue", f"{snapshot.backlog.unread} unread, {snapshot.backlog.pending} pending"
+    if snapshot.trainer is not None:  # not always ours: a new one waits for the end of an earlier start's
+        yield "trainer", snapshot.trainer
     if snapshot.balance is not None:
         yield "windows", f"{snapshot.balance.read} read, {snapshot.balance.trained} trained"
         dropped = sorted(snapshot.balance.dropped.items())

@@ -280,14 +280,15 @@ class WeightStore:
         written = f"{path}.{self._writer}.tmp"
         self._fs.pipe_file(written, content)
         try:
-            if not self._linked(written, path):
-                if self._fs.exists(path):
-                    raise FileExistsError(path)
-                return self._fs.mv(written, path)
+            if self._linked(written, path):
+                self._fs.rm_file(written)
+            elif self._fs.exists(path):
+                raise FileExistsError(path)
+            else:
+                self._fs.mv(written, path)
         except FileExistsError:
             self._fs.rm_file(written)
             raise
-        return self._fs.rm_file(written)
 
     def _linked(self, written: str, path: str) -> bool:
         """A link, unlike a rename, does not replace. False where there are none: some mounts, and remote folders."""

@@ -78,7 +78,7 @@ class Launched:
             "--chunks.context_tokens", "64", "--chunks.suffix_tokens", "8", "--chunks.min_prefix_tokens", "8",
             "--chunks.min_suffix_tokens", "4", "--chunks.chunks_per_window", "2", "--trainer.pairs_per_step", "2",
             "--trainer.checkpoint_every", "2", "--collector.record_share", "1",
-            "--collector.lease_s", "2", "--collector.max_backlog", "4", *options,
+            "--collector.lease_s", "2", "--trainer.lease_s", "2", "--collector.max_backlog", "4", *options,
         ]  # fmt: skip
 
     def __enter__(self) -> "Launched":

@@ -28,6 +28,7 @@ def _snapshot(step: int) -> Snapshot:
         figures=figures,
         balance=Balance(read=9, trained=4, dropped={"stale": 1}, reading=2, scored=2),
         backlog=Backlog(unread=1, pending=3),
+        trainer="host:71:5f",
         steps_per_minute=6.0,
         candidates_per_second=12.34,
     )
@@ -41,6 +42,7 @@ def test_everything_known_is_shown() -> None:
         "policy lag": "mean 1.5, max 3",
         "speed": "12,346 tokens/s, 80% of tokens saved by the tree, MFU 42%",
         "queue": "1 unread, 3 pending",
+        "trainer": "host:71:5f",
         "windows": "9 read, 4 trained",
         "dropped": "1 stale",
         "rate": "6.0 steps/min, 12.3 candidates/s",

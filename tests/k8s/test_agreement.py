@@ -31,8 +31,8 @@ def test_services_are_started_by_the_same_command(role: str) -> None:
 def test_the_trainer_is_the_same_module_under_torchrun() -> None:
     python, *module = COMPOSE["trainer"]["command"]
     command = container(overlay("cpu"), "trainer")["command"]
-    assert (python, command[0]) == ("python", "torchrun")
-    assert command[command.index("-m") :] == module
+    assert command[:3] == [python, "-m", "torch.distributed.run"]
+    assert command[command.index("-m", 3) :] == module
 
 
 @pytest.mark.parametrize(("role", "step"), [("trainer", "prepare"), ("collector", "documents")])

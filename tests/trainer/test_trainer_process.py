@@ -15,7 +15,7 @@ from shared.configuration import write_settings
 from tests.trainer.conftest import MakeStack, Stack, assert_equal_weights
 from tests.trainer.windows import plain_window
 
-OPTIONS = {"steps": 12, "pairs_per_step": 4, "checkpoint_every": 3, "stream_timeout_s": 60.0}
+OPTIONS = {"steps": 12, "pairs_per_step": 4, "checkpoint_every": 3, "stream_timeout_s": 60.0, "lease_s": 2.0}
 
 
 class Process:

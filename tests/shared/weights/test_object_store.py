@@ -7,9 +7,12 @@ import fsspec
 import pytest
 
 from shared.errors import SettingsError, WeightStoreError
-from shared.weights.store import FULL_FILE, MANIFEST, SPARSE_FILE, WeightStore
+from shared.weights.store import FULL_FILE, MANIFEST, SPARSE_FILE, Manifest, WeightStore
 
 FULL, CHANGES = {FULL_FILE: bytearray(b"weights")}, {SPARSE_FILE: b"changes"}  # as the trainer gives them
+
+
+SECOND: dict[str, Any] = {"version": 0, "step": 2}
 
 
 @pytest.fixture
@@ -38,6 +41,18 @@ def test_a_manifest_appears_at_once_under_its_own_name(store: WeightStore, s3: A
     store.publish(FULL, version=0, step=0)
     names = fsspec.filesystem("s3").find("weights/run")
     assert names == [f"weights/run/v00000000/{MANIFEST}", f"weights/run/v00000000/{FULL_FILE}"]
+
+
+def test_a_manifest_is_created_and_never_replaced(store: WeightStore, s3: Any, tmp_path: Path) -> None:
+    """By a condition of the put itself: the writer has looked before another one published the same version."""
+    new = WeightStore("s3://weights/run", writer=8)
+    stale = WeightStore("s3://weights/run", writer=7, confirm=lambda: published.append(new.publish(FULL, **SECOND)))
+    published: list[Manifest] = []
+    with pytest.raises(WeightStoreError, match="another trainer published it"):
+        stale.publish({FULL_FILE: b"late"}, version=0, step=1)
+    assert [store.manifest(0)] == published
+    store.fetch(store.manifest(0), tmp_path)
+    assert (tmp_path / FULL_FILE).read_bytes() == FULL[FULL_FILE]
 
 
 def test_a_corrupt_object_is_refused(store: WeightStore, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """A version is complete and intact, or it is not there."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
-from shared.errors import SettingsError, WeightStoreError
+from shared.errors import FencedError, SettingsError, WeightStoreError
 from shared.weights.store import MANIFEST, WeightStore
 
 FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
@@ -45,6 +46,45 @@ def test_a_version_is_never_overwritten(store: WeightStore) -> None:
     store.publish(FILES, version=1, step=1)
     with pytest.raises(WeightStoreError, match="versions only ascend"):
         store.publish(FILES, version=1, step=2)
+
+
+def test_a_writer_that_was_replaced_takes_no_file_from_the_new_one(tmp_path: Path) -> None:
+    """It is frozen between its files and its manifest, the new one publishes the same version, and it wakes."""
+    root = str(tmp_path / "store")
+    new = WeightStore(root, writer=8)
+    stale = WeightStore(root, writer=7, confirm=lambda: void(new.publish(FILES, version=1, step=2)))
+    with pytest.raises(WeightStoreError, match="another trainer published it"):
+        stale.publish(dict.fromkeys(FILES, b"late"), version=1, step=1)
+    assert stale.manifest(1).step == 2
+    assert fetched(stale, 1, tmp_path / "local") == FILES
+    names = sorted(path.name for path in folder(new, 1).iterdir())
+    assert names == [f"{writer}.{name}" for writer in (7, 8) for name in sorted(FILES)] + [MANIFEST]
+
+
+def void(_: object) -> None:
+    """What a `confirm` returns."""
+
+
+def test_without_its_lease_a_writer_leaves_no_manifest(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise FencedError("another trainer has taken over the run")
+
+    store = WeightStore(str(tmp_path), writer=7, confirm=refuse)
+    with pytest.raises(FencedError):
+        store.publish(FILES, version=1, step=1)
+    assert store.versions() == []
+
+
+def test_a_folder_without_hard_links_is_written_by_renaming(
+    store: WeightStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: str) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr("os.link", link)
+    store.publish(FILES, version=1, step=1)
+    assert fetched(store, 1, tmp_path / "local") == FILES
+    assert sorted(path.name for path in folder(store, 1).iterdir()) == sorted([*FILES, MANIFEST])
 
 
 def test_a_half_written_version_may_be_written_again(store: WeightStore, tmp_path: Path) -> None:
