@@ -17,12 +17,12 @@ def test_a_stop_reaches_the_trainer_which_writes_a_checkpoint_and_resumes(
     make_stack: MakeStack, tmp_path: Path
 ) -> None:
     stack, launcher = make_stack(steps=6, checkpoint_every=5), (*TORCHRUN, "--nproc-per-node=1")
-    stack.write_plain(range(3))  # 9 pairs: two steps, then it waits
+    stack.write_plain(range(5))  # two make a step: two steps, then it waits
     first = Process(stack, tmp_path / "config.toml", launcher)
     first.wait_for_step(2)
     _, errors = first.end(signal.SIGTERM)
     assert [folder.name for folder in stack.checkpoints.glob("step-*")] == ["step-00000002"], errors
-    stack.write_plain(range(3, 8))
+    stack.write_plain(range(5, 12))
     status, errors = Process(stack, tmp_path / "config.toml", launcher).end()
     assert (status, "finished" in errors) == (0, True), errors
     assert (stack.checkpoints / "step-00000006/state.json").is_file()
