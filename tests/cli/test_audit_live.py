@@ -29,7 +29,7 @@ NUM_WINDOWS = 2 * STEPS
 
 
 def test_a_run_holds_at_any_moment(make_stack: Callable[..., Stack]) -> None:
-    stack = make_stack(steps=STEPS, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
+    stack = make_stack(steps=STEPS, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1, max_policy_lag=STEPS)
     folder = RunFolder(stack.settings.run.folder)
 
     def collect() -> None:

@@ -47,9 +47,11 @@ def test_other_settings_may_change_and_are_kept(folder: RunFolder) -> None:
     assert load_settings(folder.settings_file, environ={}) == changed
 
 
-def test_a_run_of_an_earlier_version_is_refused_with_one_sentence(folder: RunFolder) -> None:
+@pytest.mark.parametrize(
+    ("now", "then"), [("max_windows_in_flight", "max_documents_in_flight"), ("from_step", "from_version")]
+)
+def test_a_run_of_an_earlier_version_is_refused_with_one_sentence(folder: RunFolder, now: str, then: str) -> None:
     """Its settings have names that this version does not know."""
-    now, then = "max_windows_in_flight", "max_documents_in_flight"
     folder.settings_file.write_text(folder.settings_file.read_text().replace(now, then))
     sentence = "^run 'run' was begun by an earlier version of Headwater, .* start a new run with --run.name NAME$"
     with pytest.raises(SettingsError, match=sentence):

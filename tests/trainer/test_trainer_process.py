@@ -50,30 +50,30 @@ class Process:
 
 @pytest.mark.slow
 def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: MakeStack, tmp_path: Path) -> None:
-    """Equal weights in the end mean that every pair was trained exactly once and in its order."""
+    """Equal weights in the end mean that every window was trained exactly once and in its order."""
     whole, broken = make_stack("whole", **OPTIONS), make_stack("broken", **OPTIONS)
-    windows = [plain_window(number, run=broken.run) for number in range(16)]  # 48 pairs
+    windows = [plain_window(number, run=broken.run) for number in range(24)]  # two make a step
     config = tmp_path / "config.toml"
 
-    broken.write(windows[:6])  # 18 pairs: steps 1 to 4, then it waits with 2 pairs in hand
+    broken.write(windows[:9])  # steps 1 to 4, then it waits with one window in hand
     first = Process(broken, config)
     first.wait_for_step(4)
     assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
-    assert broken.counts()[0] == 4  # the checkpoint of step 3 holds 12 pairs
+    assert broken.counts()[0] == 6  # in the checkpoint of step 3
 
-    broken.write(windows[6:10])
+    broken.write(windows[9:15])
     second = Process(broken, config)
     second.wait_for_step(5)
     assert second.end(signal.SIGTERM)[0] == 0
 
-    broken.write(windows[10:])
+    broken.write(windows[15:])
     status, errors = Process(broken, config).end()
     assert (status, "finished" in errors) == (0, True), errors
 
     whole.write(window.model_copy(update={"run_id": whole.run}) for window in windows)
     whole.train()
     assert_equal_weights(whole.weights_at(12), broken.weights_at(12))
-    assert (broken.counts(), broken.stream.window_ids(), broken.contradictions()) == ((16, {}, 0), set(), [])
+    assert (broken.counts(), broken.stream.window_ids(), broken.contradictions()) == ((24, {}, 0), set(), [])
 
 
 @pytest.mark.parametrize("given", ["--trainer.stepz", "--redis.url"])
