@@ -180,7 +180,8 @@ def test_a_key_that_would_become_part_of_the_path_is_refused(root: str) -> None:
 
 def test_a_version_is_written_file_by_file_as_it_comes(store: WeightStore, tmp_path: Path) -> None:
     writer = store.begin(4, step=3)
-    writer.write("a", iter([b"one ", bytearray(b"two "), memoryview(b"three")]))
+    blocks: list[bytes | bytearray | memoryview] = [b"one ", bytearray(b"two "), memoryview(b"three")]
+    writer.write("a", iter(blocks))
     assert store.versions() == []
     writer.write("b", iter([]))
     manifest = writer.finish(state_checksum="sum")
