@@ -203,10 +203,10 @@ def test_an_outage_without_end_leaves_a_checkpoint_and_stays_an_error(
 
 
 def assert_it_resumes_after_step_4(trainer: Trainer, stack: Stack, uninterrupted: dict[str, torch.Tensor]) -> None:
-    """No step is redone."""
-    assert (trainer.step, trainer.checkpointed_step) == (4, 4)
+    """No step is redone. What fails in the publisher's thread shows one step later."""
+    assert trainer.step == trainer.checkpointed_step in (4, 5)
     resumed = stack.prepare()
-    assert resumed.step == 4
+    assert resumed.step == trainer.step
     resumed.run()
     assert_it_ended_as_if_uninterrupted(stack, uninterrupted)
 
