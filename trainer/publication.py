@@ -63,6 +63,10 @@ class PublishedBits:
     def sums(self) -> StateSums:
         return StateSums({name: tensor.layout for name, tensor in self.state.items()}, self._rows)
 
+    def bits(self) -> Iterator[tuple[str, Bits]]:
+        """In the order in which the tensors came."""
+        return ((name, tensor.bits) for name, tensor in self.state.items())
+
     def hold(self, tensors: NamedTensors) -> None:
         """Take over a state; its memory is this object's own."""
         for name, tensor in tensors:

@@ -37,7 +37,7 @@ from shared.errors import DatabaseError, WeightStoreAwayError, WeightStoreError
 from shared.retries import Retries
 from shared.runs import Run
 from shared.settings import WeightsSettings
-from shared.weights.state import StateSums
+from shared.weights.state import StateSums, Sums
 from shared.weights.store import SPARSE_FILE, Manifest, WeightStore, file_names
 from trainer.publication import Changes, PublishedBits, layouts_of, summed, write_full
 from trainer.sender import WeightSender
@@ -145,14 +145,14 @@ class WeightPublisher(WeightSender):
         return self._complete(version, lambda: self._write_full(version, step))
 
     def _write_full(self, version: int, step: int) -> Manifest:
-        writer = self.store.begin(version, step=step, epoch=self.epoch)
+        writer, layouts = self.store.begin(version, step=step, epoch=self.epoch), layouts_of(self._snapshot)
         if self._published is not None:
+            write_full(writer, layouts, self._published.bits())
             sums = self._published.sums
-            tensors = ((name, tensor.bits) for name, tensor in self._published.state.items())
         else:
-            sums = StateSums(layouts_of(self._snapshot), {})
-            tensors = summed(self._snapshot.tensors(), sums.rows)
-        write_full(writer, layouts_of(self._snapshot), tensors)
+            rows: dict[str, Sums] = {}
+            write_full(writer, layouts, summed(self._snapshot.tensors(), rows))
+            sums = StateSums(layouts, rows)
         return writer.finish(state_checksum=sums.checksum)
 
     def _write_changes(self, version: int, step: int, changes: Changes) -> Manifest:

@@ -6,6 +6,7 @@ from threading import Event, Thread
 import pytest
 import torch
 
+from shared.database import WeightVersionRow
 from shared.errors import SettingsError, TrainingError
 from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, assert_equal_weights
@@ -19,8 +20,10 @@ def test_a_run_trains_checkpoints_marks_and_acknowledges(make_stack: MakeStack) 
     stack.write_plain(range(6))  # of three pairs: two make a step
     stack.train()
     assert (stack.counts(), stack.stream.window_ids(), stack.contradictions()) == ((6, {}, 0), set(), [])
-    assert stack.report() == (3, 3, "finished")
-    assert [row.weight_version for row in stack.rows()] == [1, 2, 3]
+    step, version, state = stack.report()
+    assert (step, version, state) == (3, stack.coordination.announced_version(), "finished")
+    versions = stack.rows(WeightVersionRow)
+    assert (versions[0].step, versions[-1].step, versions[-1].version) == (0, 3, version)
 
 
 def test_figures_have_their_names_and_values(make_stack: MakeStack) -> None:

@@ -38,9 +38,14 @@ def move(model: PreTrainedModel, step: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=1e-3)
 
 
+def rounded_model(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    model.to(dtype)  # type: ignore[arg-type]
+    return model
+
+
 def expected_checksum(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> str:
     """By the library's own way: a rounded copy of the model, saved."""
-    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    rounded_model(copy.deepcopy(model), dtype).save_pretrained(folder)
     return state_checksum(map_folder(folder))
 
 
@@ -74,7 +79,7 @@ def published(publisher: WeightPublisher, version: int) -> Manifest:
 
 
 def test_an_engine_loads_several_files_and_patches_from_several(make_stack: MakeStack, tmp_path: Path) -> None:
-    stack, model, engine = make_stack(), tiny_llama(), tiny_llama(seed=8).to(torch.bfloat16)
+    stack, model, engine = make_stack(), tiny_llama(), rounded_model(tiny_llama(seed=8))
     publisher, replica = publisher_of(stack, "bfloat16"), WeightCopy(tmp_path / "replica")
     replica.open()
     publisher.publish(model, 0)
@@ -129,7 +134,7 @@ def test_an_update_that_grows_too_large_on_the_way_is_full(make_stack: MakeStack
 
 def test_an_engine_that_keeps_experts_fused_loads_their_checkpoint(make_stack: MakeStack, tmp_path: Path) -> None:
     stack, model = make_stack(), MODELS["mixtral"]()
-    engine = MODELS["mixtral"]().to(torch.bfloat16)
+    engine = rounded_model(MODELS["mixtral"]())
     publisher = publisher_of(stack, "bfloat16")
     publisher.store.fetch(published(publisher, publisher.publish(model, 0)), tmp_path)
     apply_weights(engine, in_memory(engine, read_weights(engine, tmp_path)))

@@ -93,7 +93,7 @@ def be_killed() -> None:
     raise Killed
 
 
-KILLS = "WeightStore.publish WeightStore.publish+ Run.record_step Coordination.report_trainer Checkpoints.begin"
+KILLS = "WeightStore.begin WeightStore._finish+ Run.record_step Coordination.report_trainer Checkpoints.begin"
 KILLS += " Checkpoints.keep_evidence Ledger.mark_trained WindowStream.acknowledge Checkpoints.prune"
 
 
@@ -165,7 +165,7 @@ def test_a_stop_while_redis_is_away_is_no_error_and_loses_no_step(
     assert_it_ended_as_if_uninterrupted(own_stack, uninterrupted)
 
 
-STOPS = "WeightStore.publish Coordination.announce_weights Coordination.live_replicas Coordination.report_trainer"
+STOPS = "WeightStore.begin Coordination.announce_weights Coordination.live_replicas Coordination.report_trainer"
 
 
 @pytest.mark.parametrize("place", [*STOPS.split(), "Inbox.take", "WindowStream.read"])
@@ -193,7 +193,7 @@ def test_a_stop_while_redis_is_away_leaves_a_checkpoint_wherever_the_trainer_is(
         ("Ledger.finished_among", DatabaseError),
         ("Run.record_step", DatabaseError),
         ("Run.record_version", DatabaseRefusalError),
-        ("WeightStore.publish", WeightStoreError),
+        ("WeightStore.begin", WeightStoreError),
     ],
 )
 def test_an_outage_without_end_leaves_a_checkpoint_and_stays_an_error(

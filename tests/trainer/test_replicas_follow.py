@@ -23,7 +23,7 @@ POLLING = {"poll_interval_s": 0.02}
 
 @dataclass
 class Followers:
-    """A sink: looks at all replicas after every push. The trainer has waited until they serve its version."""
+    """A sink: looks at all replicas after every step, once they serve its weights."""
 
     settings: Settings
     model: Path
@@ -46,10 +46,14 @@ class Followers:
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
         assert self.trainer is not None
+        publisher = self.trainer.publisher
+        publisher.wait()
+        self.trainer.replicas.keep_up(publisher.version)
+        assert publisher.steps[publisher.version] == step
         for name, engine in self.engines.items():
-            assert engine.weight_version == weight_version, name
+            assert engine.weight_version == publisher.version, name
             assert_equal_weights(bits(engine._started.module), bits(self.trainer.policy.model))
-        self.compared.append((weight_version, len(self.engines)))
+        self.compared.append((publisher.version, len(self.engines)))
         if step == LATE_FROM:
             self.start("late")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,48 +11,34 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     MixtralConfig,
-    MixtralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from tests.trainer.conftest import tiny_llama
 from trainer.snapshot import Snapshot
 
-SHAPE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 64}
-SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+SHAPE |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, **SPECIAL))
-
-
-def qwen2() -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **SPECIAL, tie_word_embeddings=True))
-
-
-def qwen3_moe() -> PreTrainedModel:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **SPECIAL, **experts))
-
-
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**SHAPE, **SPECIAL, num_local_experts=4, num_experts_per_tok=2))
+def built(config: PreTrainedConfig) -> PreTrainedModel:
+    model: PreTrainedModel = cast(Any, AutoModelForCausalLM).from_config(config)
+    return model
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama, tied": lambda: tiny_llama(tie=True),
     "llama, untied": lambda: tiny_llama(tie=False),
-    "qwen2": qwen2,
-    "gpt2": gpt2,
-    "qwen3-moe": qwen3_moe,
-    "mixtral": mixtral,
+    "qwen2": lambda: built(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "gpt2": lambda: built(GPT2Config(**SHAPE)),
+    "qwen3-moe": lambda: built(Qwen3MoeConfig(**SHAPE, **EXPERTS)),
+    "mixtral": lambda: built(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)),
 }
 
 

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from shared.errors import WeightStoreError
-from shared.weights.patches import PREFIX, apply_patches, decode_patches, encode_patches, find_patches, foresee
+from shared.weights.patches import (
+    PREFIX,
+    apply_patches,
+    decode_patches,
+    encode_patches,
+    find_patch,
+    find_patches,
+    foresee,
+)
 from shared.weights.state import BitTensor, State, StateSums, state_checksum
 from tests.shared.weights.states import bf16, equal, state_of
 
@@ -185,3 +193,19 @@ def test_bits_that_are_not_the_bases_any_more_show_in_the_checksum_of_the_change
     (good, changed), (also_good, other) = foresee(sums, patches, base), foresee(sums, patches, rotten)
     assert good.checksum == also_good.checksum
     assert changed != other
+
+
+def test_changes_of_one_tensor_may_come_in_two_files() -> None:
+    draw = np.random.default_rng(3)
+    base = state_of(x=draw.integers(0, 2**16, 100_000, np.uint16))
+    new = state_of(x=(base["x"].bits + (draw.random(100_000) < 0.1)).astype(np.uint16))
+    before, after = base["x"].bits, new["x"].bits
+    cut = 60_000
+    halves = [find_patch("x", before[:cut], after[:cut]), find_patch("x", before[cut:], after[cut:], start=cut)]
+    files = [encode_patches([half], base) for half in halves]
+    patches = [patch for file in files for patch in decode_patches(file, base, where="update")]
+    foreseen, changed = foresee(StateSums.of(base), patches, base)
+    assert foreseen.checksum == state_checksum(new)
+    assert changed == f"xxh3_128:{xxhash.xxh3_128_hexdigest(after[after != before].tobytes())}"
+    apply_patches(base, patches)
+    assert equal(base, new)

@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import load_file, save
 
 from shared.errors import WeightStoreError
-from shared.weights.state import BitTensor, StateSums, map_state, parse_state, state_checksum, write_state
+from shared.weights.state import (
+    BitTensor,
+    StateSums,
+    lay_out_files,
+    map_folder,
+    map_state,
+    parse_state,
+    state_checksum,
+    write_state,
+)
 from tests.shared.weights.states import bf16, equal, state_of
 
 
@@ -30,6 +39,28 @@ def test_a_written_state_is_what_the_library_reads(tmp_path: Path) -> None:
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_state_is_laid_out_in_files_of_bounded_size(tmp_path: Path) -> None:
+    """A tensor that is larger than a file may be has one of its own."""
+    layouts = {
+        "a": ("F32", (4,)),
+        "b": ("F32", (4,)),
+        "large": ("BF16", (100,)),
+        "c": ("BF16", (2,)),
+        "d": ("U8", (3,)),
+    }
+    files = lay_out_files(layouts, {"format": "pt"}, max_bytes=32)
+    assert [list(file.offsets) for file in files] == [["a", "b"], ["large"], ["c", "d"]]
+    for number, file in enumerate(files):
+        content = file.header + bytes(file.num_bytes - len(file.header))
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+    assert {name: tensor.layout for name, tensor in map_folder(tmp_path).items()} == layouts
+
+
+def test_a_folder_without_a_file_is_no_state(tmp_path: Path) -> None:
+    with pytest.raises(WeightStoreError, match=r"no \*\.safetensors file"):
+        map_folder(tmp_path)
 
 
 def splitmix64(number: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import FencedError, SettingsError, WeightStoreError
-from shared.weights.store import MANIFEST, WeightStore
+from shared.weights.store import MANIFEST, WeightStore, file_names
 
 FILES = {"model.safetensors": b"weights", "extra.json": b"{}"}
 
@@ -216,3 +216,28 @@ def test_a_key_that_would_become_part_of_the_path_is_refused(root: str) -> None:
     with pytest.raises(SettingsError, match="takes no keys or options") as caught:
         WeightStore(root)
     assert "hUsh" not in str(caught.value)
+
+
+def test_a_version_is_written_file_by_file_as_it_comes(store: WeightStore, tmp_path: Path) -> None:
+    writer = store.begin(4, step=3)
+    blocks: list[bytes | bytearray | memoryview] = [b"one ", bytearray(b"two "), memoryview(b"three")]
+    writer.write("a", iter(blocks))
+    assert store.versions() == []
+    writer.write("b", iter([]))
+    manifest = writer.finish(state_checksum="sum")
+    assert store.manifest(4) == manifest
+    assert [(file.name, file.num_bytes) for file in manifest.files] == [("a", 13), ("b", 0)]
+    assert fetched(store, 4, tmp_path / "local") == {"a": b"one two three", "b": b""}
+
+
+def test_an_error_of_what_is_written_travels_as_it_is(store: WeightStore) -> None:
+    """It is no outage of the store, which would be waited out."""
+    with pytest.raises(ZeroDivisionError):
+        store.begin(4, step=3).write("a", (bytes([1 // number]) for number in (1, 0)))
+    assert store.versions() == []
+
+
+def test_files_are_numbered_where_there_are_several() -> None:
+    assert file_names("model.safetensors", 1) == ["model.safetensors"]
+    assert file_names("changes.zst", 2) == ["changes-00001-of-00002.zst", "changes-00002-of-00002.zst"]
+    assert file_names("changes.zst", 1, writer=7) == ["changes-w7.zst"]
