@@ -45,7 +45,7 @@ class Loss(Protocol):
         """The step's count: of pairs (DPO) or of suffix tokens (NLL)."""
 
     def terms(self, log_probs: Tensor, reference: Tensor | None) -> LossTerms:
-        """`log_probs` and `reference` (B,) as in SequenceBatch: chosen rows first, then rejected ones."""
+        """`log_probs` and `reference` (M,) in the order of a Pass: the chosen suffixes, then the rejected ones."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def tree_attention(
         raise ValueError(f"tree attention has no {refused[0]}: use trainer.layout = 'separate'")
     if dropout:
         raise ValueError(f"tree attention has no dropout, got {dropout}: use trainer.layout = 'separate'")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation gives float32
     out: Tensor = _MergedAttention.apply(query, key, value, tree, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 

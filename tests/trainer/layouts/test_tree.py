@@ -150,6 +150,15 @@ def test_half_precision_keeps_its_dtype_and_stays_close() -> None:
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
+def test_autocast_reaches_the_kernel() -> None:
+    model = grouped_query_model()
+    expected = scored(model, SeparateLayout(), [some_pairs()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scored(model, TreeLayout(Merged()), [some_pairs()])
+    torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.1)
+    assert 0 < (found[1] - expected[1]).norm() < 0.3 * expected[1].norm()
+
+
 def test_separate_sequences_need_no_mask_and_the_merged_kernel_gets_none() -> None:
     model = grouped_query_model()
     seen: list[Any] = []
