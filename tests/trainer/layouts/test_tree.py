@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from tests.tiny_llama import tiny_llama
 from tests.trainer.layouts.windows import CPU, pair, some_pairs, the_only_pass
@@ -25,7 +25,7 @@ TRUNK = tuple(1 + (5 * i) % 31 for i in range(40))
 Windows = Sequence[WindowPairs]
 
 
-def grouped_query_model(**shape: Any) -> PreTrainedModel:
+def grouped_query_model(**shape: Any) -> LlamaForCausalLM:
     """Four query heads over two key heads, weights not tied."""
     return tiny_llama(VOCABULARY, tie_word_embeddings=False, **shape)
 
@@ -146,7 +146,8 @@ def test_an_original_costs_no_branch() -> None:
 def test_half_precision_keeps_its_dtype_and_stays_close() -> None:
     model = grouped_query_model()
     expected = scored(model, SeparateLayout(), [some_pairs()])[0]
-    found = scored(model.to(torch.bfloat16), TreeLayout(Merged()), [some_pairs()])[0]
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    found = scored(model, TreeLayout(Merged()), [some_pairs()])[0]
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
