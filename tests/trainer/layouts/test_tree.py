@@ -19,7 +19,7 @@ from trainer.layouts.separate import SeparateLayout
 from trainer.layouts.tree import TreeLayout
 from trainer.log_probs import SuffixLogProbs
 
-KERNELS = [Dense(), Merged()]
+KERNELS: list[Kernel] = [Dense(), Merged()]
 VOCABULARY = 32
 TRUNK = tuple(1 + (5 * i) % 31 for i in range(40))
 Windows = Sequence[WindowPairs]
@@ -39,7 +39,7 @@ def scored(
     found: dict[tuple[str, int, int], float] = {}
     for plan in layout.plan(windows, max_tokens=max_tokens)[0]:
         log_probs = SuffixLogProbs(model)(layout.lay_out(plan, device=CPU))
-        log_probs.sin().sum().backward()  # type: ignore[no-untyped-call]
+        log_probs.sin().sum().backward()
         names = [(one.window_id, one.start, side) for side in range(len(plan.pairs[0].suffixes)) for one in plan.pairs]
         found |= dict(zip(names, log_probs.tolist(), strict=True))
     gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
