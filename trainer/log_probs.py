@@ -26,7 +26,7 @@ class SuffixLogProbs(nn.Module):
 
     def forward(self, one: Pass) -> Tensor:
         """(M,) fp32: the log-probability of each suffix given its prefix, summed over its tokens."""
-        body = cast(nn.Module, self.model.base_model)
+        body = self.model.base_model
         positions = {} if one.position_ids is None else {"position_ids": one.position_ids}
         answer = body(input_ids=one.input_ids, use_cache=False, **positions, **one.attention)
         hidden = answer.last_hidden_state.flatten(0, 1)[one.rows]  # (N, H)

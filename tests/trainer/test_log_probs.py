@@ -39,7 +39,12 @@ def test_a_chunked_head_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(log_probs, "_MIN_ROWS", 1)
     kept: list[int] = []
     head, hidden = nn.Linear(8, 64, bias=False), torch.randn(100, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+
+    def keep(one: Tensor) -> Tensor:
+        kept.append(one.numel())
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         _token_log_probs(head, hidden, torch.zeros(100, dtype=torch.long))
     assert max(kept) == 100 * 8
 

@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from trainer.layouts.shape import Segment, TreeShape
 
 BLOCK = 128
 """FlexAttention's own."""
+NAME = "headwater_flex"
 
 
 class Flex:
-    attention_implementation = "flex_attention"
+    attention_implementation = NAME
     block = BLOCK
     bucket = 8 * BLOCK
 
@@ -48,6 +51,15 @@ def block_mask(shape: TreeShape, device: torch.device) -> BlockMask:
     )
 
 
+def flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' own, also under autocast, where the rotation gives float32 and FlexAttention wants one dtype."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out, lse = flex_attention_forward(module, query, key, value, attention_mask, **options)
+    return out, lse
+
+
 def _rows(segment: Segment) -> list[tuple[list[int], list[int]]]:
     """For each of its row blocks the key blocks that it sees in full, and those in part."""
     own, trunk = segment.begin // BLOCK, segment.trunk // BLOCK
@@ -63,3 +75,6 @@ def _table(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     for row, blocks in zip(indices, rows, strict=True):
         row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     return counts[None, None].to(device), indices[None, None].to(device)
+
+
+AttentionInterface.register(NAME, flex_attention)

@@ -51,6 +51,7 @@ def tree_attention(
         raise ValueError(f"tree attention has no {refused[0]}: use trainer.layout = 'separate'")
     if dropout:
         raise ValueError(f"tree attention has no dropout, got {dropout}: use trainer.layout = 'separate'")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation gives float32
     out: Tensor = _MergedAttention.apply(query, key, value, tree, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
@@ -86,8 +87,8 @@ class _MergedAttention(torch.autograd.Function):
                 _batched(total, run).copy_(part)
         for one in ctx.tree.crossings:
             rows, keys = slice(one.begin, one.end), slice(one.trunk, one.trunk + one.start)
-            parts = (grad_out[:, :, rows], *_crossed(one, query, key, value), out[:, :, rows])
-            found = _flash_backward(*parts, lse[:, :, rows], is_causal=False, scaling=ctx.scaling)
+            crossed = (grad_out[:, :, rows], *_crossed(one, query, key, value), out[:, :, rows])
+            found = _flash_backward(*crossed, lse[:, :, rows], is_causal=False, scaling=ctx.scaling)
             for total, part, where in zip(sums, found, (rows, keys, keys), strict=True):
                 total[:, :, where] += part
         return (*(total.to(query.dtype) for total in sums), None, None)
@@ -95,7 +96,8 @@ class _MergedAttention(torch.autograd.Function):
 
 def _batched(heads: Tensor, run: Run) -> Tensor:
     """A view: (1, H, S, D) -> (count, H, length, D)."""
-    return heads[0, :, run.begin : run.end].unflatten(1, (run.count, run.length)).transpose(0, 1)
+    rows = heads[0, :, run.begin : run.end]
+    return rows.view(len(rows), run.count, run.length, -1).transpose(0, 1)
 
 
 def _crossed(one: Crossing, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,8 +134,8 @@ def is_exact() -> bool:
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(1, n, 13, 8, generator=generator).requires_grad_() for n in (4, 2, 2)]
     mask = Dense().arguments(tree, torch.device("cpu"))["attention_mask"]
-    wide = [heads[0], *(each.repeat_interleave(2, dim=1) for each in heads[1:])]
-    expected = functional.scaled_dot_product_attention(*wide, attn_mask=mask)
+    key, value = (each.repeat_interleave(2, dim=1) for each in heads[1:])
+    expected = functional.scaled_dot_product_attention(heads[0], key, value, attn_mask=mask)
     try:
         found = _MergedAttention.apply(*heads, tree, None)  # type: ignore[no-untyped-call]
         gradients = torch.autograd.grad(found.square().sum(), heads)

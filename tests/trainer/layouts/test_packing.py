@@ -10,7 +10,7 @@ from trainer.layouts.merged import Merged
 from trainer.layouts.separate import SeparateLayout
 from trainer.layouts.tree import TreeLayout
 
-LAYOUTS = [SeparateLayout(), TreeLayout(Merged())]
+LAYOUTS: list[Layout] = [SeparateLayout(), TreeLayout(Merged())]
 
 
 def names(plans: list[PassPlan]) -> Counter[tuple[str, int]]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from tests.tiny_llama import tiny_llama
 from tests.trainer.layouts.windows import CPU, pair, some_pairs, the_only_pass
@@ -19,13 +19,13 @@ from trainer.layouts.separate import SeparateLayout
 from trainer.layouts.tree import TreeLayout
 from trainer.log_probs import SuffixLogProbs
 
-KERNELS = [Dense(), Merged()]
+KERNELS: list[Kernel] = [Dense(), Merged()]
 VOCABULARY = 32
 TRUNK = tuple(1 + (5 * i) % 31 for i in range(40))
 Windows = Sequence[WindowPairs]
 
 
-def grouped_query_model(**shape: Any) -> PreTrainedModel:
+def grouped_query_model(**shape: Any) -> LlamaForCausalLM:
     """Four query heads over two key heads, weights not tied."""
     return tiny_llama(VOCABULARY, tie_word_embeddings=False, **shape)
 
@@ -39,7 +39,7 @@ def scored(
     found: dict[tuple[str, int, int], float] = {}
     for plan in layout.plan(windows, max_tokens=max_tokens)[0]:
         log_probs = SuffixLogProbs(model)(layout.lay_out(plan, device=CPU))
-        log_probs.sin().sum().backward()  # type: ignore[no-untyped-call]
+        log_probs.sin().sum().backward()
         names = [(one.window_id, one.start, side) for side in range(len(plan.pairs[0].suffixes)) for one in plan.pairs]
         found |= dict(zip(names, log_probs.tolist(), strict=True))
     gradients = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
@@ -146,8 +146,18 @@ def test_an_original_costs_no_branch() -> None:
 def test_half_precision_keeps_its_dtype_and_stays_close() -> None:
     model = grouped_query_model()
     expected = scored(model, SeparateLayout(), [some_pairs()])[0]
-    found = scored(model.to(torch.bfloat16), TreeLayout(Merged()), [some_pairs()])[0]
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    found = scored(model, TreeLayout(Merged()), [some_pairs()])[0]
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
+def test_autocast_reaches_the_kernel() -> None:
+    model = grouped_query_model()
+    expected = scored(model, SeparateLayout(), [some_pairs()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scored(model, TreeLayout(Merged()), [some_pairs()])
+    torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.1)
+    assert 0 < (found[1] - expected[1]).norm() < 0.3 * expected[1].norm()
 
 
 def test_separate_sequences_need_no_mask_and_the_merged_kernel_gets_none() -> None:
