@@ -175,7 +175,9 @@ class WeightPublisher(WeightSender):
             nonlocal num_attempts
             num_attempts += 1
             if num_attempts > 1 and version in self.store.versions():
-                return self.store.manifest(version)
+                earlier = self.store.manifest(version)
+                if self.store.has_written(earlier):
+                    return earlier
             return write()
 
         return self._with_store(attempt, doing=f"weight version {version} can't be written to")

@@ -259,6 +259,10 @@ class WeightStore:
             expected = f"{file.num_bytes} with sha256 {file.sha256[:12]}"
             raise WeightStoreError(f"{path} is corrupt: {num_bytes} bytes, expected {expected}")
 
+    def has_written(self, manifest: Manifest) -> bool:
+        """Whether this writer did, and not another trainer."""
+        return all(file.stored_as == self._stored_as(file.name) for file in manifest.files)
+
     def _stored_as(self, name: str) -> str:
         return name if self._writer is None else f"{self._writer}.{name}"
 

@@ -94,9 +94,7 @@ class Run:
 
     def checkpoint(self, step: int) -> None:
         at = self.policy.reference_step
-        state = CheckpointState(
-            number=1, after=0, step=step, weight_version=0, reference_step=at, finished={}
-        )
+        state = CheckpointState(number=1, after=0, step=step, weight_version=0, reference_step=at, finished={})
         self.checkpoints.begin(state if self.ranks.is_main else None, self.policy, self.optimizer)
 
     def weights(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
