@@ -1,8 +1,8 @@
 """Documents for benchmarks/trainer.py, and what a preference step on them costs by the model of floating-point
 operations.
 
-Tokens and operations are those of the work itself: each token that a form needs goes through the model once, and a query
-attends to the keys that it may see. Padding is not part of it.
+Tokens and operations are those of the work itself: each token that a form needs goes through the model once, and each
+query attends to the keys that it may see. Padding is not part of it.
 """
 
 import random

@@ -133,10 +133,9 @@ class OurStep:
         return float(loss), num_tokens
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
-        enabled = self._case.dtype == "bfloat16"
-        return cast(
-            "contextlib.AbstractContextManager[None]", torch.autocast(self._case.device, torch.bfloat16, enabled)
-        )
+        if self._case.dtype == "float32":
+            return contextlib.nullcontext()
+        return cast("contextlib.AbstractContextManager[None]", torch.autocast(self._case.device, torch.bfloat16))
 
     def _keep(self, plan: PassPlan, log_probs: Tensor) -> None:
         names = [f"{pair.start}.{side}" for side in range(2) for pair in plan.pairs]

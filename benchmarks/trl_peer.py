@@ -1,8 +1,9 @@
 """TRL's DPOTrainer as the peer of benchmarks/trainer.py: `training_step` on our token ids.
 
-TRL re-tokenises its data set and appends an EOS, so the ids go straight to its collator. Reference log-probs are computed
-in the step, as ours are. Since 1.16 its fused head scores only the rows that predict suffix tokens where Triton runs, and
-every row elsewhere; `suffix_rows` gives it the short form on a CPU too, by the switch that it reads for this alone.
+TRL re-tokenises its data set and appends an EOS, so the ids go straight to its collator. Reference log-probs are
+computed in the step, as ours are. The fused head of TRL 1.16 scores only the rows that predict suffix tokens where Triton
+runs, and every row elsewhere; `suffix_rows` gives it the short form on a CPU too, by the switch that it reads for this
+alone.
 """
 
 import tempfile
@@ -23,9 +24,10 @@ class TrlPeer:
     def __init__(
         self, policy: PreTrainedModel, reference: PreTrainedModel, *, beta: float, suffix_rows: bool, bf16: bool
     ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="headwater-trl-")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._trainer = _build(policy, reference, beta=beta, bf16=bf16)
+            self._trainer = _build(policy, reference, beta=beta, bf16=bf16, folder=self._folder.name)
         if suffix_rows:
             import trl.trainer.utils
 
@@ -46,12 +48,12 @@ def _always(_device: torch.device) -> bool:
     return True
 
 
-def _build(policy: PreTrainedModel, reference: PreTrainedModel, *, beta: float, bf16: bool) -> Any:
+def _build(policy: PreTrainedModel, reference: PreTrainedModel, *, beta: float, bf16: bool, folder: str) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="headwater-trl-"),
+        output_dir=folder,
         beta=beta,
         bf16=bf16,
         use_cpu=policy.device.type == "cpu",
