@@ -22,6 +22,7 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.connections import Connections
 from trainer.figures import open_telemetry
 from trainer.inbox import Inbox, commit_finished
+from trainer.layouts.separate import SeparateLayout
 from trainer.loop import Trainer
 from trainer.losses import build_loss
 from trainer.policy import PolicyOptimizer, load_policy
@@ -105,5 +106,6 @@ def _build(
         checkpoints=checkpoints,
         connections=connections,
         telemetry=telemetry,
+        layout=SeparateLayout(),
         last=last,
     )

@@ -21,11 +21,12 @@ from shared.checkpoint_state import CheckpointState, StepFigures
 from shared.coordination import TrainerReport, TrainerState
 from shared.errors import DatabaseError, StreamError, TrainingError, WeightStoreError
 from shared.settings import TrainerSettings
-from trainer.batches import micro_batches, suffix_log_probs
 from trainer.checkpoint import Checkpoints
 from trainer.connections import Connections
 from trainer.figures import Telemetry, pair_figures
 from trainer.inbox import Inbox
+from trainer.layouts.base import Layout, WindowPairs
+from trainer.log_probs import SuffixLogProbs
 from trainer.losses import Loss
 from trainer.policy import Policy, PolicyOptimizer
 from trainer.preferences import Preference
@@ -49,6 +50,7 @@ class Trainer:
     checkpoints: Checkpoints
     connections: Connections
     telemetry: Telemetry
+    layout: Layout
     last: CheckpointState | None
     """The newest checkpoint; None before the first."""
     step: int = field(init=False)
@@ -127,16 +129,18 @@ class Trainer:
         normaliser = self.loss.normaliser(pairs)
         sums: dict[str, Tensor] = {}
         num_batch_tokens = 0
-        for batch in micro_batches(pairs, self.settings.max_batch_tokens, device=self.policy.model.device):
+        (plans,) = self.layout.plan(_by_window(pairs), max_tokens=self.settings.max_batch_tokens)
+        for plan in plans:
+            batch = self.layout.lay_out(plan, device=self.policy.model.device)
             reference = None
             if self.policy.reference is not None:
                 with torch.no_grad():
-                    reference = suffix_log_probs(self.policy.reference, batch)
-            terms = self.loss.terms(suffix_log_probs(self.policy.model, batch), reference)
+                    reference = SuffixLogProbs(self.policy.reference)(batch)
+            terms = self.loss.terms(SuffixLogProbs(self.policy.model)(batch), reference)
             (terms.loss_sum / normaliser).backward()  # type: ignore[no-untyped-call]
             for name, value in (terms.figures | {"loss": terms.loss_sum.detach()}).items():
                 sums[name] = sums[name] + value if name in sums else value
-            num_batch_tokens += batch.input_ids.numel()
+            num_batch_tokens += batch.num_tokens
         figures = {name: float(value) / len(pairs) for name, value in sums.items()}
         figures["loss"] = float(sums["loss"]) / normaliser
         return figures | {"batch_tokens": num_batch_tokens}
@@ -208,3 +212,10 @@ class Trainer:
         self.connections.run.record_event("trainer", "finished", message, step=self.step, source_ended=source_ended)
         self._report("finished")
         return "finished"
+
+
+def _by_window(pairs: list[Preference]) -> list[WindowPairs]:
+    windows: dict[str, list[Preference]] = {}
+    for pair in pairs:
+        windows.setdefault(pair.window_id, []).append(pair)
+    return [tuple(window) for window in windows.values()]

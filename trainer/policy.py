@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import SettingsError, TrainingError
 from shared.settings import Settings, TrainerSettings
+from trainer.log_probs import output_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -79,14 +80,6 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def output_head(model: PreTrainedModel) -> nn.Module:
-    """Hidden states -> logits. Raises TrainingError if the model has none."""
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Module):
-        raise TrainingError(f"{type(model).__name__} has no output head: give a causal language model")
-    return head
 
 
 @torch.no_grad()

@@ -9,8 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.trainer.conftest import tiny_llama
-from tests.trainer.test_batches import CPU, some_pairs
-from trainer.batches import micro_batches, suffix_log_probs
+from tests.trainer.layouts.windows import CPU, some_pairs
+from trainer.layouts.base import Layout
+from trainer.layouts.merged import Merged
+from trainer.layouts.separate import SeparateLayout
+from trainer.layouts.tree import TreeLayout
+from trainer.log_probs import SuffixLogProbs
 from trainer.losses import Dpo
 
 BETA = 0.3
@@ -30,13 +34,17 @@ def trl_trainer(policy_folder: Path, tmp_path: Path) -> Any:
         return DPOTrainer(model, reference, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
-def test_loss_and_gradients_are_those_of_trl(trl_trainer: Any) -> None:
+@pytest.mark.parametrize("layout", [SeparateLayout(), TreeLayout(Merged())])
+def test_loss_and_gradients_are_those_of_trl(trl_trainer: Any, layout: Layout) -> None:
     pairs, model, reference = some_pairs(), tiny_llama(0), tiny_llama(1)
+    for each in (model, reference):
+        each.set_attn_implementation(layout.attention_implementation)
     ours = 0.0
-    for batch in micro_batches(pairs, 60, device=CPU):
+    for plan in layout.plan([pairs], max_tokens=40)[0]:
+        one = layout.lay_out(plan, device=CPU)
         with torch.no_grad():
-            fixed = suffix_log_probs(reference, batch)
-        part = Dpo(BETA).terms(suffix_log_probs(model, batch), fixed).loss_sum / len(pairs)
+            fixed = SuffixLogProbs(reference)(one)
+        part = Dpo(BETA).terms(SuffixLogProbs(model)(one), fixed).loss_sum / len(pairs)
         part.backward()  # type: ignore[no-untyped-call]
         ours += part.item()
     names = ("prompt_ids", "chosen_ids", "rejected_ids")

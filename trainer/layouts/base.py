@@ -40,8 +40,8 @@ class Pass:
 
     input_ids: Tensor
     """(B, S) long."""
-    position_ids: Tensor
-    """(B, S) long: the place of each token in its own sequence, from 0."""
+    position_ids: Tensor | None
+    """(B, S) long: the place of each token in its own sequence, from 0. None: 0..S-1 in every row."""
     rows: Tensor
     """(N,) flat index into B * S of the token that predicts each suffix token: the one before it."""
     targets: Tensor

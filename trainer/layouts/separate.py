@@ -1,7 +1,7 @@
 """The reference layout: each suffix after its own copy of the prefix, right-padded, sorted by length.
 
-There is no attention mask: attention is causal and padding is on the right, so no real token sees it, and the kernels
-keep their causal fast path.
+There is no attention mask and there are no position ids: attention is causal and padding is on the right, so no real
+token sees it, and the kernels keep their causal fast path.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.layouts.base import Pass, PassPlan, WindowPairs
+from trainer.layouts.packing import Unit, plan_passes
 from trainer.preferences import Preference
 
 
@@ -17,15 +18,9 @@ class SeparateLayout:
     attention_implementation = "sdpa"
 
     def plan(self, windows: Sequence[WindowPairs], *, max_tokens: int, num_ranks: int = 1) -> list[list[PassPlan]]:
-        assert num_ranks == 1, "not yet"
-        plans: list[PassPlan] = []
-        batch: list[Preference] = []
-        for pair in sorted((pair for window in windows for pair in window), key=_length):
-            if batch and (len(batch) + 1) * len(pair.suffixes) * _length(pair) > max_tokens:
-                plans.append(PassPlan((tuple(batch),)))
-                batch = []
-            batch.append(pair)
-        return [[*plans, PassPlan((tuple(batch),))]] if batch else [plans]
+        """Of single pairs: each is a window of its own."""
+        units = [Unit((pair,), _length(pair)) for window in windows for pair in window]
+        return plan_passes(units, _cost, max_tokens=max_tokens, num_ranks=num_ranks)
 
     def lay_out(self, plan: PassPlan, *, device: torch.device) -> Pass:
         """All chosen sequences, then all rejected ones."""
@@ -37,11 +32,10 @@ class SeparateLayout:
         suffixes = torch.repeat_interleave(torch.arange(len(sequences)), num_targets)
         columns = torch.cat([torch.arange(len(suffix)) for _, suffix in sequences])
         input_ids = pad_sequence([torch.tensor([*prefix, *suffix]) for prefix, suffix in sequences], batch_first=True)
-        length = input_ids.shape[1]
         return Pass(
             input_ids=input_ids.to(device),
-            position_ids=torch.arange(length, device=device).expand(input_ids.shape),
-            rows=(suffixes * length + starts[suffixes] + columns - 1).to(device),
+            position_ids=None,
+            rows=(suffixes * input_ids.shape[1] + starts[suffixes] + columns - 1).to(device),
             targets=input_ids[suffixes, starts[suffixes] + columns].to(device),
             suffixes=suffixes.to(device),
             num_targets=num_targets.to(device),
@@ -51,3 +45,8 @@ class SeparateLayout:
 
 def _length(pair: Preference) -> int:
     return pair.start + max(len(suffix) for suffix in pair.suffixes)
+
+
+def _cost(units: Sequence[Unit]) -> int:
+    """Padding included."""
+    return max(unit.size for unit in units) * sum(len(pair.suffixes) for unit in units for pair in unit.pairs)
