@@ -23,7 +23,9 @@ from benchmarks.document_pairs import SUFFIX_TOKENS, Chunks, Work
 from benchmarks.trl_peer import TrlPeer
 from shared.settings import TrainerSettings
 from trainer.layouts.base import Layout, PassPlan, WindowPairs
+from trainer.layouts.merged import Merged
 from trainer.layouts.separate import SeparateLayout
+from trainer.layouts.tree import TreeLayout
 from trainer.log_probs import SuffixLogProbs
 from trainer.losses import Dpo
 from trainer.policy import PolicyOptimizer
@@ -181,8 +183,9 @@ def main(case: Case) -> Outcome:
 
 
 def build_layout(case: Case) -> Layout:
-    assert case.contestant == "separate", "not yet"
-    return SeparateLayout()
+    if case.contestant == "separate":
+        return SeparateLayout()
+    return TreeLayout(Merged())
 
 
 def build_model(case: Case, *, seed: int) -> PreTrainedModel:

@@ -1,8 +1,8 @@
 """TRL's DPOTrainer as the peer of benchmarks/trainer.py: `training_step` on our token ids.
 
 TRL re-tokenises its data set and appends an EOS, so the ids go straight to its collator. Reference log-probs are
-computed in the step, as ours are. The fused head of TRL 1.16 scores only the rows that predict suffix tokens where Triton
-runs, and every row elsewhere; `suffix_rows` gives it the short form on a CPU too, by the switch that it reads for this
+computed in the step, as ours are. The fused head of TRL 1.16 scores only the rows that predict suffix tokens where
+Triton runs, and every row elsewhere; with `suffix_rows` it does so on a CPU too, by the switch that it reads for this
 alone.
 """
 
