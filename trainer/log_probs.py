@@ -27,7 +27,8 @@ class SuffixLogProbs(nn.Module):
     def forward(self, one: Pass) -> Tensor:
         """(M,) fp32: the log-probability of each suffix given its prefix, summed over its tokens."""
         body = cast(nn.Module, self.model.base_model)
-        answer = body(input_ids=one.input_ids, position_ids=one.position_ids, use_cache=False, **one.attention)
+        positions = {} if one.position_ids is None else {"position_ids": one.position_ids}
+        answer = body(input_ids=one.input_ids, use_cache=False, **positions, **one.attention)
         hidden = answer.last_hidden_state.flatten(0, 1)[one.rows]  # (N, H)
         token_log_probs = _token_log_probs(output_head(self.model), hidden, one.targets)  # (N,)
         return torch.zeros_like(one.num_targets, dtype=torch.float32).index_add(0, one.suffixes, token_log_probs)

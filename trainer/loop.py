@@ -1,6 +1,6 @@
 """The training loop: `Trainer.run`, one step on one screen (`Trainer.take_step`).
 
-    fill the inbox -> take pairs -> micro-batches -> loss, backward -> clip -> step -> publish -> row
+    fill the inbox -> take pairs -> passes -> loss, backward -> clip -> step -> publish -> row
                                                     every checkpoint_every steps: checkpoint -> acknowledge
 
 The loop blocks in `inbox.fill` until a collector writes, in `replicas.keep_up` if the settings say so, and in calls
@@ -124,7 +124,7 @@ class Trainer:
         return self._report("training")
 
     def _accumulate_gradients(self, pairs: list[Preference]) -> dict[str, float]:
-        """Backward over all micro-batches; returns the loss and the mean figures of the step."""
+        """Backward over all passes; returns the loss and the mean figures of the step."""
         self.optimizer.zero_grad()
         normaliser = self.loss.normaliser(pairs)
         sums: dict[str, Tensor] = {}

@@ -2,9 +2,10 @@
 
 import torch
 
-from tests.trainer.windows import plain_window
+from shared.records import TokenIds
+from tests.trainer.windows import candidate, plain_window
 from trainer.layouts.base import Layout, Pass, WindowPairs
-from trainer.preferences import select_pairs
+from trainer.preferences import Preference, select_pairs
 
 CPU = torch.device("cpu")
 
@@ -18,3 +19,11 @@ def some_pairs(position: int = 3, *, num_chunks: int = 5, objective: str = "dpo"
 def the_only_pass(layout: Layout, *windows: WindowPairs) -> Pass:
     ((plan,),) = layout.plan(windows, max_tokens=100_000)
     return layout.lay_out(plan, device=CPU)
+
+
+def pair(
+    trunk: TokenIds, start: int, chosen: TokenIds, rejected: TokenIds | None = None, *, window: str = "w"
+) -> Preference:
+    sides = [None if side is None else candidate("rollout", *side) for side in (chosen, rejected)]
+    assert sides[0] is not None
+    return Preference(window, trunk, start, sides[0], sides[1], 0)
