@@ -17,21 +17,20 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.document_pairs import SUFFIX_TOKENS, Chunks, Work
 from benchmarks.trl_peer import TrlPeer
 from shared.settings import TrainerSettings
 from trainer.layouts.base import Layout, PassPlan, WindowPairs
-from trainer.layouts.merged import Merged
 from trainer.layouts.separate import SeparateLayout
 from trainer.layouts.tree import TreeLayout
+from trainer.layouts.trial import choose_kernel
 from trainer.log_probs import SuffixLogProbs
-from trainer.losses import Dpo
-from trainer.policy import PolicyOptimizer
 
 Contestant = Literal["trl", "trl_suffix_rows", "separate", "tree"]
-BETA = 0.1
+BETA, LEARNING_RATE = 0.1, 1e-5
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ class OurStep:
                 with torch.no_grad():
                     reference = self._reference(one)
                 log_probs = self._policy(one)
-            part = Dpo(BETA).terms(log_probs, reference).loss_sum / len(window)
+            better, worse = (log_probs - reference).chunk(2)
+            part = -functional.logsigmoid(BETA * (better - worse)).sum() / len(window)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
             num_tokens += one.num_tokens
@@ -164,15 +164,15 @@ def main(case: Case) -> Outcome:
     policy, reference = build_model(case, seed=0), build_model(case, seed=1)
     reference.requires_grad_(False)
     step = (TrlStep if case.contestant.startswith("trl") else OurStep)(case, policy, reference)
-    optimizer = PolicyOptimizer(policy, TrainerSettings(learning_rate=1e-5, warmup_steps=0))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, fused=True)
     before = _memory(case.device, reset=True)
     for warm_up in _warm_ups(case):
-        _take_step(step, optimizer, warm_up, number=1)
+        _take_step(step, policy, optimizer, warm_up)
     window = case.work.pairs(SHAPES[case.shape].vocabulary)
     seconds, losses, grad_norms, log_probs, num_tokens = [], [], [], {}, 0
     while len(seconds) < case.repetitions and sum(seconds) < case.limit_s:
         began = _now(case.device)
-        loss, grad_norm, num_tokens = _take_step(step, optimizer, window, number=len(seconds) + 2)
+        loss, grad_norm, num_tokens = _take_step(step, policy, optimizer, window)
         seconds.append(_now(case.device) - began)
         losses.append(loss)
         grad_norms.append(grad_norm)
@@ -185,7 +185,7 @@ def main(case: Case) -> Outcome:
 def build_layout(case: Case) -> Layout:
     if case.contestant == "separate":
         return SeparateLayout()
-    return TreeLayout(Merged())
+    return TreeLayout(choose_kernel(TrainerSettings(), torch.device(case.device)))
 
 
 def build_model(case: Case, *, seed: int) -> PreTrainedModel:
@@ -209,12 +209,13 @@ def _warm_ups(case: Case) -> Iterator[WindowPairs]:
 
 
 def _take_step(
-    step: OurStep | TrlStep, optimizer: PolicyOptimizer, window: WindowPairs, *, number: int
+    step: OurStep | TrlStep, policy: PreTrainedModel, optimizer: torch.optim.Optimizer, window: WindowPairs
 ) -> tuple[float, float, int]:
+    """Loss, norm of the gradient, tokens."""
     optimizer.zero_grad()
     loss, num_tokens = step.gradients(window)
-    grad_norm = float(optimizer.clip())
-    optimizer.step(number)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+    optimizer.step()
     return loss, grad_norm, num_tokens
 
 
