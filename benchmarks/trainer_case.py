@@ -169,7 +169,11 @@ def main(case: Case) -> Outcome:
     for warm_up in _warm_ups(case):
         _take_step(step, policy, optimizer, warm_up)
     window = case.work.pairs(SHAPES[case.shape].vocabulary)
-    seconds, losses, grad_norms, log_probs, num_tokens = [], [], [], {}, 0
+    seconds: list[float] = []
+    losses: list[float] = []
+    grad_norms: list[float] = []
+    log_probs: dict[str, float] = {}
+    num_tokens = 0
     while len(seconds) < case.repetitions and sum(seconds) < case.limit_s:
         began = _now(case.device)
         loss, grad_norm, num_tokens = _take_step(step, policy, optimizer, window)
@@ -191,7 +195,7 @@ def build_layout(case: Case) -> Layout:
 def build_model(case: Case, *, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     with torch.device(case.device):
-        model = LlamaForCausalLM(SHAPES[case.shape].config())
+        model = LlamaForCausalLM(SHAPES[case.shape].config())  # type: ignore[no-untyped-call]
     model.train(False)
     if case.compile:
         for layer in model.model.layers:
