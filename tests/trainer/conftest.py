@@ -124,7 +124,7 @@ class Stack:
     def end_trainers(self) -> None:
         """As the end of their processes does: their lease is free."""
         while self.trainers:
-            self.trainers.pop().connections.close()
+            self.trainers.pop().close()
 
     def train(self, stop: Event | None = None) -> None:
         self.end_trainers()
