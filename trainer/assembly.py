@@ -157,7 +157,9 @@ def _build(
         layout=layout,
         publisher=publisher,
         checkpoints=checkpoints,
-        profiler=StepProfiler(settings.trainer.profile_steps, folder=settings.run.folder / "profile"),
+        profiler=StepProfiler(
+            settings.trainer.profile_steps if ranks.is_main else None, folder=settings.run.folder / "profile"
+        ),
         tally=lead.telemetry.tally if lead else Tally(),
         lead=lead,
         step=start.step,
