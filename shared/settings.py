@@ -320,8 +320,8 @@ class TrainerSettings(Section):
     """A row of shared/objectives.py: how a chunk's chosen and rejected candidates are picked, and the loss."""
     steps: int = Field(default=2000, ge=1)
     pairs_per_step: int = Field(default=256, ge=1)
-    """Pairs of one optimizer step, at least: it takes whole windows until they have as many. For NLL objectives a pair is
-    one chosen suffix."""
+    """Pairs of one optimizer step, at least: it takes whole windows until they have as many. For NLL objectives a pair
+    is one chosen suffix."""
     beta: float = Field(default=0.1, gt=0)
     """DPO's inverse temperature. The paper does not give it; 0.1 is the default of DPO (arXiv 2305.18290)."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -342,8 +342,8 @@ class TrainerSettings(Section):
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_batch_tokens: int = Field(default=8_192, ge=1)
-    """Tokens of one forward pass, padding included; a single pair may have more. A step accumulates gradients over as many
-    passes as it needs."""
+    """Tokens of one forward pass, padding included; a single pair may have more. A step accumulates gradients over as
+    many passes as it needs."""
     layout: Literal["auto", "tree", "separate"] = "auto"
     """`tree`: all candidates of a window share one copy of it. `separate`: each suffix has its own copy of its prefix.
     `auto`: tree, or separate with a warning where the model or the check at the start does not allow it."""
@@ -360,7 +360,8 @@ class TrainerSettings(Section):
     max_policy_lag: int = Field(default=16, ge=0)
     """A window is dropped as stale if its oldest rollout was sampled from weights that are more optimizer steps old."""
     max_dropped_windows: int = Field(default=256, ge=1)
-    """Windows in a row that arrive only to be dropped, after which the trainer stops: else it uses up the corpus for nothing."""
+    """Windows in a row that arrive only to be dropped, after which the trainer stops: it would use up the corpus in
+    vain."""
     replica_wait_s: float = Field(default=0.0, ge=0)
     """How long to wait before a step for live replicas that are further behind than max_policy_lag. 0: a late replica
     loses only its own rollouts, while waiting slows the run to its slowest replica."""
