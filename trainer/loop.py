@@ -193,11 +193,11 @@ class Trainer:
         """The last step has its checkpoint, and is published whatever `push_every` says."""
         stopped = self.ranks.any(self.stop.is_set())
         self._checkpoint()
+        self.checkpoints.wait()
         self.publisher.wait()
         if self.publisher.offered_step != self.step and not stopped:
             self._publish()
         self.publisher.wait()
-        self.checkpoints.wait()
         state = self.ranks.on_main(partial(self._told, stopped=stopped))
         self.ranks.leave()
         return state
