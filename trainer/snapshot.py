@@ -4,7 +4,7 @@
     snapshot.take(model, dtype=torch.bfloat16)       # training thread: one copy, rounded on the model's device
     for name, tensor in snapshot.tensors(): ...      # background thread: the checkpoint's own names, one by one
 
-Its memory is reused by the next `take`, so whoever reads it must have finished by then (publisher.py, checkpoint.py).
+Its memory is reused by the next `take`, so whoever reads it must have finished by then (sender.py, checkpoint.py).
 Of a sharded model every rank copies its own shards; `tensors` gathers them on rank 0 one by one, so all ranks go
 through it, each with a gloo group that no other thread uses: `Snapshot(ranks.group("publication"))`.
 """
