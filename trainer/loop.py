@@ -104,10 +104,12 @@ class Trainer:
         self.profiler.step(step)
         with self.ranks.guarding(f"step {step}"):
             figures, work = self._accumulate_gradients(order)
-            figures["grad_norm"] = self.optimizer.clip()
-            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-                return self._skip(step, figures)
-            figures["learning_rate"] = self.optimizer.step(step)
+            with self.tally.spending("optimizer"):
+                figures["grad_norm"] = self.optimizer.clip()
+                if is_finite := all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
+                    figures["learning_rate"] = self.optimizer.step(step)
+        if not is_finite:
+            return self._skip(step, figures)
         self.step, self.bad_steps = step, 0
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
