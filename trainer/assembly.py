@@ -127,7 +127,7 @@ def _build(
     torch.manual_seed(settings.run.seed)
     if settings.trainer.num_threads:
         torch.set_num_threads(settings.trainer.num_threads)
-    loss, checkpoint, profiled = build_loss(settings.trainer), start.checkpoint, settings.trainer.profile_steps
+    loss, checkpoint = build_loss(settings.trainer), start.checkpoint
     policy = load_policy(
         settings,
         checkpoint.folder if checkpoint else None,
@@ -157,7 +157,9 @@ def _build(
         layout=layout,
         publisher=publisher,
         checkpoints=checkpoints,
-        profiler=StepProfiler(profiled if ranks.is_main else None, folder=settings.run.folder / "profile"),
+        profiler=StepProfiler(
+            settings.trainer.profile_steps if ranks.is_main else None, folder=settings.run.folder / "profile"
+        ),
         tally=lead.telemetry.tally if lead else Tally(),
         lead=lead,
         step=start.step,

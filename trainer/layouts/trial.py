@@ -146,4 +146,4 @@ def _pair(
     window: int, trunk: tuple[int, ...], start: int, chosen: tuple[int, ...], rejected: tuple[int, ...]
 ) -> Preference:
     one, other = (Candidate(kinds=("rollout",), token_ids=ids, text="", weight_version=0) for ids in (chosen, rejected))
-    return Preference(f"trial.{window}", trunk, start, one, other, 0)
+    return Preference(f"trial.{window}", trunk, start, one, other)

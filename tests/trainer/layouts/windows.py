@@ -39,4 +39,4 @@ def pair(
 ) -> Preference:
     sides = [None if side is None else candidate("rollout", *side) for side in (chosen, rejected)]
     assert sides[0] is not None
-    return Preference(window, trunk, start, sides[0], sides[1], 0)
+    return Preference(window, trunk, start, sides[0], sides[1])
