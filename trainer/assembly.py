@@ -16,7 +16,7 @@ import torch
 
 from shared.checkpoint_state import CheckpointState
 from shared.coordination import TrainerReport
-from shared.errors import DatabaseError, StreamError
+from shared.errors import DatabaseError, StreamError, WeightStoreError
 from shared.retries import Retries
 from shared.settings import Settings
 from shared.weights.store import WeightStore
@@ -56,13 +56,13 @@ class _Start:
 
 
 def train(settings: Settings, stop: Event) -> None:
-    """Returns when the run finished or was asked to stop, even if Redis or the database was away then."""
+    """Returns when the run finished or was asked to stop, even if Redis, database or weight store was away then."""
     try:
         trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
         if trainer is not None:
             with closing(trainer):
                 trainer.run()
-    except (StreamError, DatabaseError) as exc:
+    except (StreamError, DatabaseError, WeightStoreError) as exc:
         if not (stop.is_set() and exc.retryable):
             raise
         _log.warning("stopped during an outage; the next start writes what the checkpoint owes: %s", exc)
