@@ -174,6 +174,9 @@ def _common_layout(policy: Policy, settings: Settings, ranks: Ranks) -> Layout:
         layout = SeparateLayout()
         for model in models:
             model.model.set_attn_implementation(layout.attention_implementation)
+    if ranks.is_main:
+        form = "separate sequences" if isinstance(layout, SeparateLayout) else "document trees"
+        _log.info("%s, attention %s, computing in %s", form, layout.attention_implementation, policy.compute_dtype)
     return layout
 
 
