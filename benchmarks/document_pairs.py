@@ -53,7 +53,7 @@ class Work:
             first = _candidate("original", trunk[start : start + SUFFIX_TOKENS])
         turned = start // SUFFIX_TOKENS % 2 == 0
         chosen, rejected = (second, first) if turned else (first, second)
-        return Preference("0.0.0.0", trunk, start, chosen, rejected, 0)
+        return Preference("0.0.0.0", trunk, start, chosen, rejected)
 
 
 def _tokens(drawn: random.Random, count: int, vocabulary: int) -> tuple[int, ...]:

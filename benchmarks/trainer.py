@@ -28,6 +28,7 @@ from pathlib import Path
 from benchmarks.document_pairs import Cost, Work, separate_cost, tree_cost
 from benchmarks.report import Report, parser
 from benchmarks.trainer_case import SHAPES, Case, Contestant, Outcome
+from trainer.throughput import peak_flops
 
 LENGTHS = (512, 1024, 2048)
 GOAL_LENGTH = 2048
@@ -35,8 +36,6 @@ GOALS = {False: 4.5, True: 6.5}
 """CPU: TRL's suffix rows over tree at GOAL_LENGTH, by whether the original is in the pair."""
 FLOP_SHARE, MFU, NOISE = 0.8, 0.4, 2.0
 """CUDA: of the ratio that the operations give; of the device's peak; of the deviation of `separate` from float32."""
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bfloat16 by the makers' data sheets; the first name that is part of the device's counts."""
 LIMIT_S = 45.0
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -135,7 +134,7 @@ def _note(report: Report, given: Namespace, work: Work, outcomes: Outcomes) -> N
         report.figures[f"{work}, {name}: operations, TFLOP"] = flops / 1e12
         if given.device == "cuda":
             report.figures[f"{work}, {name}: tokens a second"] = outcome.num_tokens / seconds
-            report.figures[f"{work}, {name}: MFU"] = flops / seconds / _peak_flops(outcome.device)
+            report.figures[f"{work}, {name}: MFU"] = flops / seconds / (peak_flops(outcome.device) or math.nan)
             report.figures["device"] = outcome.device
 
 
@@ -187,10 +186,6 @@ def _cost(given: Namespace, contestant: Contestant, work: Work) -> Cost:
     if contestant == "tree":
         return tree_cost(pairs)
     return separate_cost(pairs, whole_head=contestant == "trl" and given.device == "cpu")
-
-
-def _peak_flops(device: str) -> float:
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), math.nan)
 
 
 if __name__ == "__main__":

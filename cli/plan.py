@@ -105,8 +105,8 @@ class Plan:
 
     @property
     def num_processes(self) -> int:
-        """Without the launcher."""
-        return len(self.roles) + (self.embedded_redis_port is not None)
+        """Without the launcher and torchrun."""
+        return len(self.roles) - 1 + self.settings.trainer.num_processes + (self.embedded_redis_port is not None)
 
     def ready_url(self, role: str) -> str | None:
         """The role's /readyz; None for the trainer, which serves no requests."""

@@ -121,7 +121,8 @@ class WeightsSettings(Section):
     store: Annotated[str, url_of()] = ""
     """Folder or fsspec URL that weight versions are written to; empty: `weights/` in the run folder."""
     push_every: int = Field(default=1, ge=1)
-    """Steps between two weight versions for the rollout service."""
+    """Steps between two weight versions for the rollout service, at least: a version that is still being written delays
+    the next one."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of weight versions; empty: rollout.engine.dtype, since replicas would round them anyway."""
     full_every: int = Field(default=10, ge=1)
@@ -319,7 +320,8 @@ class TrainerSettings(Section):
     """A row of shared/objectives.py: how a chunk's chosen and rejected candidates are picked, and the loss."""
     steps: int = Field(default=2000, ge=1)
     pairs_per_step: int = Field(default=256, ge=1)
-    """Preference pairs of one optimizer step; for NLL objectives: chosen suffixes."""
+    """Pairs of one optimizer step, at least: it takes whole windows until they have as many. For NLL objectives a pair
+    is one chosen suffix."""
     beta: float = Field(default=0.1, gt=0)
     """DPO's inverse temperature. The paper does not give it; 0.1 is the default of DPO (arXiv 2305.18290)."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -340,10 +342,11 @@ class TrainerSettings(Section):
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_batch_tokens: int = Field(default=8_192, ge=1)
-    """Tokens of one forward pass, padding included. A step accumulates gradients over as many passes as it needs."""
+    """Tokens of one forward pass, padding included; a single pair may have more. A step accumulates gradients over as
+    many passes as it needs."""
     layout: Literal["auto", "tree", "separate"] = "auto"
     """`tree`: all candidates of a window share one copy of it. `separate`: each suffix has its own copy of its prefix.
-    `auto`: tree, or separate with a warning where the check at the start finds a difference."""
+    `auto`: tree, or separate with a warning where the model or the check at the start does not allow it."""
     attention: Literal["auto", "flex", "merged", "dense"] = "auto"
     """Kernel of the tree layout; `auto`: flex on CUDA, merged on CPU. `dense` is the slow reference."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -357,16 +360,17 @@ class TrainerSettings(Section):
     max_policy_lag: int = Field(default=16, ge=0)
     """A window is dropped as stale if its oldest rollout was sampled from weights that are more optimizer steps old."""
     max_dropped_windows: int = Field(default=256, ge=1)
-    """Windows in a row that arrive only to be dropped, after which the trainer stops: a corpus must not burn unused."""
+    """Windows in a row that arrive only to be dropped, after which the trainer stops: it would use up the corpus in
+    vain."""
     replica_wait_s: float = Field(default=0.0, ge=0)
-    """How long to wait, after a push, for live replicas that are further behind than max_policy_lag. 0: a late replica
+    """How long to wait before a step for live replicas that are further behind than max_policy_lag. 0: a late replica
     loses only its own rollouts, while waiting slows the run to its slowest replica."""
     min_reward_gap: float = Field(default=0.0, ge=0)
     """Candidates whose rewards differ by no more than this are no preference."""
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     max_bad_steps: int = Field(default=5, ge=1)
-    """Consecutive steps with a non-finite loss after which the trainer stops."""
+    """Consecutive steps with a non-finite loss or gradient, after which the trainer stops."""
     host: str = "127.0.0.1"
     """Address that metrics_port binds. Any other than loopback needs HEADWATER_TOKEN."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
@@ -379,7 +383,7 @@ class TrainerSettings(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     stream_timeout_s: float = Field(default=0.0, ge=0)
-    """Stop with an error when no window arrives for this long; 0: wait for ever."""
+    """Stop with an error when no window that can be trained arrives for this long; 0: wait for ever."""
     lease_s: float = Field(default=30.0, gt=0)
     """A trainer that is silent for this long may be replaced by another one."""
     profile_steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None

@@ -16,7 +16,7 @@ import torch
 
 from shared.checkpoint_state import CheckpointState
 from shared.coordination import TrainerReport
-from shared.errors import DatabaseError, StreamError
+from shared.errors import DatabaseError, StreamError, WeightStoreError
 from shared.retries import Retries
 from shared.settings import Settings
 from shared.weights.store import WeightStore
@@ -56,13 +56,13 @@ class _Start:
 
 
 def train(settings: Settings, stop: Event) -> None:
-    """Returns when the run finished or was asked to stop, even if Redis or the database was away then."""
+    """Returns when the run finished or was asked to stop, even if Redis, database or weight store was away then."""
     try:
         trainer = prepare(settings, Retries(give_up_s=_GIVE_UP_S, stop=stop))
         if trainer is not None:
             with closing(trainer):
                 trainer.run()
-    except (StreamError, DatabaseError) as exc:
+    except (StreamError, DatabaseError, WeightStoreError) as exc:
         if not (stop.is_set() and exc.retryable):
             raise
         _log.warning("stopped during an outage; the next start writes what the checkpoint owes: %s", exc)
@@ -158,7 +158,9 @@ def _build(
         layout=layout,
         publisher=publisher,
         checkpoints=checkpoints,
-        profiler=StepProfiler(settings.trainer.profile_steps, folder=settings.run.folder / "profile"),
+        profiler=StepProfiler(
+            settings.trainer.profile_steps if ranks.is_main else None, folder=settings.run.folder / "profile"
+        ),
         tally=lead.telemetry.tally if lead else Tally(),
         lead=lead,
         step=start.step,
@@ -173,6 +175,9 @@ def _common_layout(policy: Policy, settings: Settings, ranks: Ranks) -> Layout:
         layout = SeparateLayout()
         for model in models:
             model.model.set_attn_implementation(layout.attention_implementation)
+    if ranks.is_main:
+        form = "separate sequences" if isinstance(layout, SeparateLayout) else "document trees"
+        _log.info("%s, attention %s, computing in %s", form, layout.attention_implementation, policy.compute_dtype)
     return layout
 
 

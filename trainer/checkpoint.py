@@ -127,12 +127,8 @@ class Checkpoints:
         self._thread.start()
 
     @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
     def failed(self) -> bool:
-        """Of this rank; `wait` raises the error. The loop asks `ranks.any(checkpoints.failed)`, then all wait."""
+        """`wait` raises the error. Rank 0 asks at every step boundary; the other ranks end with it."""
         return self._error is not None
 
     def wait(self) -> None:
@@ -220,7 +216,7 @@ class Checkpoints:
         self,
         temporary: Path | None,
         state: CheckpointState | None,
-        then: Callable[[], None],
+        then: Callable[[], None] | None,
         error: BaseException | None,
     ) -> None:
         """State, sync, rename, evidence, `then`."""

@@ -1,4 +1,4 @@
-"""The figures of a step: their names, how they are collected, and where they are written. Used by the loop.
+"""The figures of a step: their names, how they are collected, and where they are written. Used by loop.py and lead.py.
 
 They go to the database (StepRow.figures), TensorBoard, Weights & Biases and the gauge `headwater_training_figure{name}`
 under the names in FIGURES. A figure without a value in a step, such as the reward of rollouts where there were none, is
@@ -62,7 +62,7 @@ FIGURES: dict[str, str] = {
     "seconds_forward_backward": "policy and reference forward, policy backward",
     "seconds_optimizer": "clipping and AdamW",
     "seconds_wait_windows": "until the next step's windows were there",
-    "seconds_wait_publish": "copying the weights for the publisher, and waiting for it",
+    "seconds_wait_publish": "copying the weights for the publisher",
     "seconds_wait_checkpoint": "copying the state for a checkpoint, and waiting for the one before",
     "seconds_wait_replicas": "looking at replicas, and waiting for late ones where `trainer.replica_wait_s` is set",
     "seconds_wait_ranks": "until all ranks were at the boundary of the step",

@@ -104,10 +104,12 @@ class Trainer:
         self.profiler.step(step)
         with self.ranks.guarding(f"step {step}"):
             figures, work = self._accumulate_gradients(order)
-            figures["grad_norm"] = self.optimizer.clip()
-            if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-                return self._skip(step, figures)
-            figures["learning_rate"] = self.optimizer.step(step)
+            with self.tally.spending("optimizer"):
+                figures["grad_norm"] = self.optimizer.clip()
+                if is_finite := all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
+                    figures["learning_rate"] = self.optimizer.step(step)
+        if not is_finite:
+            return self._skip(step, figures)
         self.step, self.bad_steps = step, 0
         every = self.settings.refresh_reference_every
         if every and step % every == 0:
@@ -193,11 +195,11 @@ class Trainer:
         """The last step has its checkpoint, and is published whatever `push_every` says."""
         stopped = self.ranks.any(self.stop.is_set())
         self._checkpoint()
+        self.checkpoints.wait()
         self.publisher.wait()
         if self.publisher.offered_step != self.step and not stopped:
             self._publish()
         self.publisher.wait()
-        self.checkpoints.wait()
         state = self.ranks.on_main(partial(self._told, stopped=stopped))
         self.ranks.leave()
         return state

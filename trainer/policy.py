@@ -55,20 +55,19 @@ def load_policy(
     with_reference: bool,
     reference_step: int = 0,
     ranks: Ranks,
-    attention: str = "sdpa",
 ) -> Policy:
-    """The configured policy, or that of the folder `checkpoint`; all ranks call it together. `attention`: the layout's
-    attention_implementation. Raises SettingsError or TrainingError, the same on every rank, if it can't be loaded."""
+    """The configured policy, or that of the folder `checkpoint`; all ranks call it together. Raises SettingsError or
+    TrainingError, the same on every rank, if it can't be loaded."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write between the JSON logs
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     policy, reference = _precisions(settings, ranks.device)
     folder = checkpoint / "policy" if checkpoint else None
-    model = _load(settings, folder, policy, frozen=False, ranks=ranks, attention=attention)
+    model = _load(settings, folder, policy, frozen=False, ranks=ranks)
     frozen = None
     if with_reference:
         kept = checkpoint / "reference" if checkpoint and reference_step else None
-        frozen = _load(settings, kept, reference, frozen=True, ranks=ranks, attention=attention)
+        frozen = _load(settings, kept, reference, frozen=True, ranks=ranks)
     tokenizer = ranks.only_on_main(lambda: _load_tokenizer(settings))
     return Policy(model, tokenizer, frozen, reference_step, policy.compute)
 
@@ -86,22 +85,22 @@ def _precisions(settings: Settings, device: torch.device) -> tuple[Precision, Pr
 
 
 def _load(
-    settings: Settings, folder: Path | None, precision: Precision, *, frozen: bool, ranks: Ranks, attention: str
+    settings: Settings, folder: Path | None, precision: Precision, *, frozen: bool, ranks: Ranks
 ) -> SuffixLogProbs:
     """From `folder`; None: the model that the run begins with."""
     recompute = settings.trainer.activation_checkpointing and not frozen
     source = str(folder or settings.policy.model)
-    whole = ranks.only_on_main(lambda: _load_whole(source, precision.weights, attention, recompute=recompute))
+    whole = ranks.only_on_main(lambda: _load_whole(source, precision.weights, recompute=recompute))
     model = distribute(whole, ranks=ranks, precision=precision, frozen=frozen, compile=settings.trainer.compile)
     if recompute:
         _checkpoint_activations(model.model)
     return model
 
 
-def _load_whole(source: str, dtype: torch.dtype, attention: str, *, recompute: bool) -> PreTrainedModel:
-    """On the CPU, and checked."""
+def _load_whole(source: str, dtype: torch.dtype, *, recompute: bool) -> PreTrainedModel:
+    """On the CPU, and checked. The layout exchanges its attention later (layouts/trial.py)."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as exc:
         raise SettingsError(f"policy.model: {source} can't be loaded: {exc}") from exc
     assert isinstance(model, PreTrainedModel)

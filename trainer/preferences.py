@@ -1,4 +1,4 @@
-"""From one scored window to its preference pairs. Pure; the inbox calls it for every window it reads.
+"""From one scored window to its preference pairs. Pure; the reader calls it for every window that it reads.
 
     selection = select_pairs(window, "dpo", min_reward_gap=0.0, seed=0)
     selection.pairs[0].chosen, selection.pairs[0].rejected
@@ -35,8 +35,6 @@ class Preference:
     chosen: Candidate
     rejected: Candidate | None
     """None for the NLL objectives."""
-    weight_version: int | None
-    """Oldest weight version among the window's rollouts; None if it has none."""
 
     @property
     def suffixes(self) -> tuple[TokenIds, ...]:
@@ -66,9 +64,7 @@ def select_pairs(window: ScoredWindow, objective: str, *, min_reward_gap: float,
         if isinstance(pair, str):
             without.append(pair)
         else:
-            pairs.append(
-                Preference(window.window_id, window.token_ids, chunk.start, *pair, window.oldest_weight_version)
-            )
+            pairs.append(Preference(window.window_id, window.token_ids, chunk.start, *pair))
     all_equal = sum(lost.reason == NO_PREFERENCE for lost in window.dropped_chunks)
     return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
 

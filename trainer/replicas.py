@@ -1,4 +1,4 @@
-"""The trainer's view of the rollout replicas, and its wait for those that lag. Called by the loop.
+"""The trainer's view of the rollout replicas, and its wait for those that lag. Called by lead.py.
 
 A replica is alive until its heartbeat in Redis expires. By default the trainer waits for none: a late replica costs
 only its own rollouts, which are dropped as stale. Waiting pays where rollouts cost more than steps.

@@ -4,7 +4,7 @@
     snapshot.take(model, dtype=torch.bfloat16)       # training thread: one copy, rounded on the model's device
     for name, tensor in snapshot.tensors(): ...      # background thread: the checkpoint's own names, one by one
 
-Its memory is reused by the next `take`, so whoever reads it must have finished by then (publisher.py, checkpoint.py).
+Its memory is reused by the next `take`, so whoever reads it must have finished by then (sender.py, checkpoint.py).
 Of a sharded model every rank copies its own shards; `tensors` gathers them on rank 0 one by one, so all ranks go
 through it, each with a gloo group that no other thread uses: `Snapshot(ranks.group("publication"))`.
 """
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from shared.weights.checkpoint_names import NameGroup, checkpoint_layouts, name_groups, rounded, untied_state
+from trainer.sharding import local
 
 
 class Snapshot:
@@ -26,7 +27,7 @@ class Snapshot:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group if group is not None and group.size() > 1 else None
         self._model: PreTrainedModel | None = None
-        self._groups: list[NameGroup] = []
+        self._name_groups: list[NameGroup] = []
         self._shards: dict[str, Tensor] = {}
         """By the name in memory: this process's part of the tensor."""
         self._shapes: dict[str, torch.Size] = {}
@@ -40,11 +41,11 @@ class Snapshot:
     def take(self, model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
         """Copy the weights as they are now; floating tensors are rounded to `dtype`. Done when it returns."""
         if model is not self._model:
-            self._model, self._groups, self._shards = model, name_groups(model), {}
+            self._model, self._name_groups, self._shards = model, name_groups(model), {}
             self.layouts = checkpoint_layouts(model, dtype)
         self._wholes, device = {}, model.device
         for name, tensor in untied_state(model).items():
-            shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            shard = local(tensor)
             into = rounded(shard, dtype)
             if name not in self._shards:
                 if self._group is not None and isinstance(tensor, DTensor):
@@ -66,7 +67,7 @@ class Snapshot:
         """(the checkpoint's own name, whole tensor) on the CPU; of a converted group all tensors exist at once. May be
         called again. They are valid until the next `take`. Other ranks than 0 join the gather and yield nothing."""
         assert self._model is not None, "take() comes first"
-        for group in self._groups:
+        for group in self._name_groups:
             wholes = {name: self._whole(name) for name in group.names}
             if self._group is None or self._group.rank() == 0:
                 yield from group.to_checkpoint(self._model, wholes)

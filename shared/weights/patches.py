@@ -42,14 +42,6 @@ class TensorPatch:
     """(N,) to add to the base's bits, modulo 2^width."""
 
 
-def find_patches(base: State, new: State) -> list[TensorPatch]:
-    """The changed tensors, sorted by name. Raises ValueError if names, dtypes or shapes differ."""
-    if {name: tensor.layout for name, tensor in base.items()} != {name: tensor.layout for name, tensor in new.items()}:
-        raise ValueError("states with different names, dtypes or shapes have no sparse difference")
-    found = (find_patch(name, base[name].bits, new[name].bits) for name in sorted(new))
-    return [patch for patch in found if len(patch.indices)]
-
-
 def find_patch(name: str, before: Bits, after: Bits, *, start: int = 0) -> TensorPatch:
     """The changes between two times N elements of a tensor, of which the first is number `start`."""
     indices = np.flatnonzero(before != after)

@@ -96,7 +96,9 @@ def test_children_take_settings_from_their_file_only(ports: Ports, monkeypatch: 
 
 
 def test_a_trainer_of_several_processes_starts_under_torchrun(ports: Ports) -> None:
-    words = " ".join(_plan(ports, "--trainer.num_processes", "8").command("trainer")[1:6])
+    plan = _plan(ports, "--trainer.num_processes", "8")
+    assert plan.num_processes == _plan(ports).num_processes + 7
+    words = " ".join(plan.command("trainer")[1:6])
     assert words == "-m torch.distributed.run --standalone --nproc-per-node=8 --shutdown-timeout=25"
 
 

@@ -12,8 +12,8 @@ from shared.checkpoint_state import FinishedWindow
 from shared.database import WindowRow
 from shared.errors import DatabaseError, StreamError, StreamSchemaError, TrainingError
 from shared.ledger import WindowStart
-from shared.records import ScoredWindow
-from shared.redis import window_ids_key, windows_key
+from shared.records import TRAINER_PART, ScoredWindow
+from shared.redis import lease_key, window_ids_key, windows_key
 from shared.retries import Retries
 from shared.stream import SCHEMA, WindowStream, encode
 from tests.services.serving import wait_until
@@ -28,7 +28,9 @@ STEPS = {0: 0, 1: 1, 2: 2, 3: 3}
 
 
 def open_inbox(stack: Stack, steps: dict[int, int] = STEPS) -> Inbox:
+    stack.client.delete(lease_key(stack.run, TRAINER_PART))  # that of one which crashed has ended
     connections = Connections.open(stack.settings, Retries(give_up_s=0.0))
+    assert connections is not None
     return Inbox(stack.settings, connections, steps=steps, tally=Tally())
 
 

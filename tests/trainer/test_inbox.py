@@ -12,10 +12,11 @@ from tests.trainer.windows import plain_window, tie
 
 def test_a_stale_window_is_dropped_counted_and_acknowledged(make_stack: MakeStack) -> None:
     """Lag is counted in steps: version 0 is one step old in update 2, version 1 is not."""
-    stack = make_stack(steps=2, pairs_per_step=3, max_policy_lag=0)
+    stack = make_stack(steps=1, pairs_per_step=3, max_policy_lag=0)
     stack.write_plain(range(2))
-    stack.write([plain_window(2, version=1, run=stack.run)])
     stack.train()
+    stack.write([plain_window(2, version=1, run=stack.run)])
+    stack.with_settings("trainer", steps=2).train()
     assert (stack.counts(), stack.stream.window_ids()) == ((2, {"stale": 1}, 0), set())
     assert stack.figures()[1]["stale_windows"] == 1
 

@@ -112,7 +112,7 @@ def test_nll_loss_and_gradient_by_hand() -> None:
 
 def test_dpo_counts_pairs_and_nll_counts_chosen_tokens() -> None:
     long, short = candidate("original", 1, 2, 3), candidate("rewrite", 4)
-    pairs = [Preference("0.0.0.0", (1, 2), 2, chosen, None, None) for chosen in (long, short)]
+    pairs = [Preference("0.0.0.0", (1, 2), 2, chosen, None) for chosen in (long, short)]
     assert (Dpo(0.1).normaliser(pairs), Nll().normaliser(pairs)) == (2, 4)
 
 

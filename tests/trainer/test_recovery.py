@@ -1,6 +1,8 @@
 """The trainer is killed, or a store goes away. Wherever that happens, the run ends with the bits of one that was never
 interrupted, and `headwater audit` finds no contradiction."""
 
+import concurrent.futures
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from tests.trainer.conftest import MakeStack, Stack, assert_equal_weights, build
 from tests.trainer.windows import plain_window
 from trainer.checkpoint import Checkpoints
 from trainer.inbox import Inbox
+from trainer.lead import Lead, Order
 from trainer.loop import Trainer
 
 OPTIONS: dict[str, Any] = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
@@ -43,6 +46,22 @@ def uninterrupted(
     stack.write_plain(range(NUM_WINDOWS))
     stack.train()
     return stack.weights_at(6)
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each boundary of a step: so every place is reached at its own step, and every step is published."""
+    orders = Lead.orders
+
+    def orders_of_idle_threads(self: Lead, step: int, *, stop: bool) -> list[Order]:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+        if self.publisher._job is not None:
+            concurrent.futures.wait([self.publisher._job])
+        return orders(self, step, stop=stop)
+
+    monkeypatch.setattr(Lead, "orders", orders_of_idle_threads)
 
 
 @pytest.fixture

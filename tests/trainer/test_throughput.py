@@ -15,7 +15,7 @@ from trainer.preferences import Preference
 from trainer.throughput import ModelFlops, Throughput, Work, peak_flops
 
 CPU = torch.device("cpu")
-PAIR = Preference("0.0.0.0", (1, 2, 3), 2, candidate("original", 7, 8), candidate("rollout", 9), 0)
+PAIR = Preference("0.0.0.0", (1, 2, 3), 2, candidate("original", 7, 8), candidate("rollout", 9))
 
 
 def separate_pass() -> Pass:

@@ -64,7 +64,7 @@ class Pass:
 class Layout(Protocol):
     @property
     def attention_implementation(self) -> str:
-        """What the model must be loaded with or switched to (`set_attn_implementation`)."""
+        """What the model is switched to (`set_attn_implementation`); it is loaded with "sdpa"."""
 
     def plan(self, windows: Sequence[WindowPairs], *, max_tokens: int, num_ranks: int = 1) -> list[list[PassPlan]]:
         """By rank the passes of a step: balanced by tokens, equally many for every rank, each of at most `max_tokens`

@@ -12,6 +12,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from shared.errors import SettingsError
@@ -78,7 +79,10 @@ def _objections(
         tolerance = _TF32_TOLERANCE
     before = [model.model.config._attn_implementation for model in models]
     for model in models:
-        if objection := _tried(model, tree, device=device, tolerance=tolerance):
+        objection = _tried(model, tree, device=device, tolerance=tolerance)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # what is gathered without gradients would get none in the first step
+        if objection:
             for each, implementation in zip(models, before, strict=True):
                 each.model.set_attn_implementation(implementation)
             yield f"{type(model.model).__name__} {objection}"
@@ -142,4 +146,4 @@ def _pair(
     window: int, trunk: tuple[int, ...], start: int, chosen: tuple[int, ...], rejected: tuple[int, ...]
 ) -> Preference:
     one, other = (Candidate(kinds=("rollout",), token_ids=ids, text="", weight_version=0) for ids in (chosen, rejected))
-    return Preference(f"trial.{window}", trunk, start, one, other, 0)
+    return Preference(f"trial.{window}", trunk, start, one, other)

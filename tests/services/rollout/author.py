@@ -9,9 +9,10 @@ import xxhash
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shared.weights.patches import TensorPatch, encode_patches, find_patches
+from shared.weights.patches import TensorPatch, encode_patches
 from shared.weights.state import State, parse_state, state_checksum
 from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
+from tests.shared.weights.states import find_patches
 
 NORM = "model.norm.weight"
 

@@ -16,11 +16,12 @@ from services.engine.weights import read_patches
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import COPY_EVERY, WeightCopy
 from shared.errors import EngineError
-from shared.weights.patches import encode_patches, find_patches
+from shared.weights.patches import encode_patches
 from shared.weights.state import BitTensor, State, map_state, state_checksum, write_state
 from shared.weights.store import FULL_FILE, SPARSE_FILE, WeightStore
 from tests.services.fakes import FakeEngine
 from tests.services.rollout.author import checksum_of_changed
+from tests.shared.weights.states import find_patches
 
 NUM_ELEMENTS = 1 << 20
 """2 MiB in bfloat16."""

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.weights.patches import TensorPatch, find_patch
 from shared.weights.state import BitTensor, State
 
 _DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
@@ -25,3 +26,9 @@ def bf16(*values: float) -> Any:
 
 def equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name].bits, other[name].bits) for name in one)
+
+
+def find_patches(base: State, new: State) -> list[TensorPatch]:
+    """What changed between two whole states, sorted by name."""
+    found = (find_patch(name, base[name].bits, new[name].bits) for name in sorted(new))
+    return [patch for patch in found if len(patch.indices)]

@@ -36,7 +36,7 @@ def test_log_probs_are_summed_in_single_precision() -> None:
 
 
 def test_only_suffix_tokens_are_targets() -> None:
-    pair = Preference("0.0.0.0", (1, 2, 3), 2, candidate("original", 7, 8), candidate("rollout", 9), 0)
+    pair = Preference("0.0.0.0", (1, 2, 3), 2, candidate("original", 7, 8), candidate("rollout", 9))
     one = the_only_pass(SeparateLayout(), (pair,))
     assert one.input_ids.tolist() == [[1, 2, 7, 8], [1, 2, 9, 0]]
     assert one.targets.tolist() == [7, 8, 9]

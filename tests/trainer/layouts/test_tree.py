@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from shared.objectives import OBJECTIVES
 from tests.tiny_llama import tiny_llama
 from tests.trainer.layouts.windows import CPU, pair, some_pairs, the_only_pass
 from trainer.layouts.base import Layout, WindowPairs
@@ -59,7 +60,7 @@ def test_the_private_kernels_of_torch_are_exact() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("objective", ["dpo", "rf_nll", "sft_rollout", "next_token"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES])
 def test_every_objective(kernel: Kernel, objective: str) -> None:
     assert_equal_to_separate(
         kernel, [some_pairs(objective=objective), some_pairs(5, num_chunks=2, objective=objective)]
