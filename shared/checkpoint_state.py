@@ -8,7 +8,8 @@
     lines, damaged = EvidenceFile(run_folder / "checkpoints" / EVIDENCE_FILE).read()
 
 A line is appended and synced when the checkpoint is whole, before the ledger is told, or at the next start if a crash
-came in between. A torn line is cut off first.
+came in between. Only a torn line is cut off first: a trainer that was replaced cuts off nothing that its successor has
+written meanwhile.
 """
 
 import os
@@ -130,8 +131,9 @@ class EvidenceFile:
         """Write the line and sync it; nothing if it is there already. Raises TrainingError."""
         try:
             with self.path.open("a+b") as file:
-                last, end = _last_line(file)
-                file.truncate(end)
+                last, torn_from = _last_line(file)
+                if torn_from is not None:
+                    file.truncate(torn_from)
                 found = Evidence.model_validate_json(last) if last else None
                 # a higher number is there where the newest checkpoint was deleted by hand
                 if found and (found.number > evidence.number or found == evidence):
@@ -165,8 +167,8 @@ class EvidenceFile:
         return list(found.values()), damaged
 
 
-def _last_line(file: BinaryIO) -> tuple[bytes, int]:
-    """The last whole line, and where it ends in the file."""
+def _last_line(file: BinaryIO) -> tuple[bytes, int | None]:
+    """The last whole line, and where a torn one after it begins; None if there is none."""
     end = file.seek(0, os.SEEK_END)
     tail = b""
     while (start := end - len(tail)) > 0 and tail.count(b"\n") < 2:
@@ -174,4 +176,4 @@ def _last_line(file: BinaryIO) -> tuple[bytes, int]:
         file.seek(start - size)
         tail = file.read(size) + tail
     whole, _, torn = tail.rpartition(b"\n")
-    return whole.rpartition(b"\n")[2], end - len(torn)
+    return whole.rpartition(b"\n")[2], end - len(torn) if torn else None

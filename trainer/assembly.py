@@ -145,6 +145,7 @@ def _build(
     group = ranks.group("publication") if ranks.size > 1 else None
     publisher = lead.publisher if lead else WeightSender(dtype=settings.weights_dtype, group=group)
     opened.callback(publisher.close)
+    opened.callback(checkpoints.close)
     if lead is not None:
         opened.callback(lead.telemetry.close)
         opened.callback(lead.inbox.close)

@@ -17,11 +17,13 @@ A trainer that was replaced without knowing it leaves nothing: it asks (`confirm
 line, and the new trainer deletes every `.tmp` before it looks for checkpoints, so that a rename after that finds none.
 """
 
+import logging
 import os
 import shutil
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from shared.checkpoint_state import (
     read_state,
     read_states,
 )
-from shared.errors import TrainingError
+from shared.errors import HeadwaterError, TrainingError
 from trainer.model_folder import ModelFolder
 from trainer.moments import Moments, read_moments
 from trainer.optimizer import PolicyOptimizer
@@ -49,6 +51,7 @@ from trainer.ranks import Ranks
 from trainer.snapshot import Snapshot
 
 _OPTIMIZER = "optimizer"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,13 @@ class Checkpoints:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def close(self) -> None:
+        """Waits for the checkpoint in the making. Its error is only logged: the run has ended by another one."""
+        try:
+            self.wait()
+        except HeadwaterError as exc:
+            _log.error("the checkpoint in the making: %s", exc)
 
     def _work(
         self, state: CheckpointState | None, parts: "_Parts", moments: Moments, then: Callable[[], None] | None
@@ -251,9 +261,13 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def clear_unfinished(self) -> None:
-        """Delete what an earlier process left half written. Once, at the start, by the trainer with the lease."""
-        for leftover in self.root.glob("step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Delete what an earlier process left half written. Once, at the start, by the trainer with the lease. Renamed
+        first: a trainer that was replaced could else rename what is half deleted."""
+        for leftover in [*self.root.glob("step-*.tmp")]:
+            mine = leftover.with_name(f"step-{uuid.uuid4().hex}.tmp")
+            with suppress(FileNotFoundError):  # it was renamed a moment before: a whole checkpoint
+                leftover.rename(mine)
+            shutil.rmtree(mine, ignore_errors=True)
 
 
 _Parts = dict[str, tuple[Snapshot, ModelFolder]]

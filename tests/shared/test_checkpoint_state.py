@@ -1,9 +1,11 @@
 """States of checkpoints on disk, and the line that each of them leaves: what a crash does to it."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from shared import checkpoint_state
 from shared.checkpoint_state import (
     CheckpointState,
     Evidence,
@@ -74,6 +76,24 @@ def test_a_line_is_written_once_however_long_it_is(tmp_path: Path, monkeypatch: 
     for number in (1, 1, 2, 2, 1):
         file.append(line(number, *(f"0.0.{n}.{number}" for n in range(20))))
     assert [one.number for one in file.read()[0]] == [1, 2]
+
+
+def test_what_a_successor_has_written_meanwhile_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer that was replaced is frozen after it has read the last line."""
+    file = EvidenceFile(tmp_path / "finished.jsonl")
+    file.append(line(1, "0.0.0.0"))
+    found = checkpoint_state._last_line
+
+    def freeze(opened: BinaryIO) -> tuple[bytes, int | None]:
+        monkeypatch.setattr(checkpoint_state, "_last_line", found)
+        last = found(opened)
+        for number in (2, 3):
+            file.append(line(number, f"0.0.{number}.0"))
+        return last
+
+    monkeypatch.setattr(checkpoint_state, "_last_line", freeze)
+    file.append(line(2, "0.0.2.0"))
+    assert file.read() == ([line(1, "0.0.0.0"), line(2, "0.0.2.0"), line(3, "0.0.3.0")], [])
 
 
 def test_an_exact_copy_of_a_line_is_read_once_and_any_other_is_not_taken_for_one(tmp_path: Path) -> None:

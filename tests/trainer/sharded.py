@@ -74,7 +74,7 @@ class Run:
         assert self.policy.reference_log_probs is not None
         with torch.no_grad():
             reference = self.policy.reference_log_probs(one)
-        terms = loss.terms(self.policy.log_probs(one), reference)
+        terms = loss.terms(self.policy.log_probs(one), reference, one.num_targets)
         self.optimizer.zero_grad()
         (terms.loss_sum / len(pairs)).backward()  # type: ignore[no-untyped-call]
         return float(self.ranks.sum(terms.loss_sum)) / len(pairs)

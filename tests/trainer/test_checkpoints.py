@@ -1,8 +1,10 @@
 """Checkpoints on disk, and the evidence that each leaves in finished.jsonl."""
 
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -57,6 +59,25 @@ def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest() is None
     assert Checkpoints(tmp_path / "absent", keep=1, ranks=LONE).newest() is None
     checkpoints.clear_unfinished()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_being_deleted_can_no_longer_become_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replaced trainer wakes right before its rename, while its successor deletes."""
+    unfinished, delete, woke = tmp_path / "step-00000007.ab.tmp", shutil.rmtree, Event()
+
+    def wake_and_delete(path: Path, *, ignore_errors: bool) -> None:
+        woke.set()
+        with pytest.raises(FileNotFoundError):
+            unfinished.rename(tmp_path / "step-00000007")
+        delete(path, ignore_errors=ignore_errors)
+
+    (unfinished / "policy").mkdir(parents=True)
+    monkeypatch.setattr("trainer.checkpoint.shutil.rmtree", wake_and_delete)
+    Checkpoints(tmp_path, keep=1, ranks=LONE).clear_unfinished()
+    assert woke.is_set()
     assert not list(tmp_path.iterdir())
 
 
@@ -135,19 +156,19 @@ def test_older_checkpoints_and_half_written_ones_are_deleted_and_a_refreshed_ref
     assert (stack.checkpoints / "step-00000003/reference/model.safetensors").is_file()
 
 
-def test_evidence_says_which_updates_contain_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
-    """Three windows of three pairs, steps of four: the second is in both steps, the third has one pair left."""
+def test_evidence_says_which_update_contains_each_window_and_outlives_the_checkpoint(make_stack: MakeStack) -> None:
+    """Windows of three pairs, steps of at least four: each takes two windows."""
     stack = make_stack(steps=2, pairs_per_step=4, checkpoint_every=1, keep_checkpoints=1)
-    stack.write_plain(range(3))
+    stack.write_plain(range(4))
     stack.train()
     (first, second), damaged = EvidenceFile(stack.checkpoints / "finished.jsonl").read()
     assert not damaged
     assert (first.number, first.after, first.step) == (1, 0, 1)
     assert (second.number, second.after, second.step) == (2, 1, 2)
-    assert {name: one.pairs_by_step for name, one in first.finished.items()} == {"0.0.0.0": {1: 3}}
-    assert {name: one.pairs_by_step for name, one in second.finished.items()} == {"0.0.1.0": {1: 1, 2: 2}}
-    assert {name: (one.used, one.pairs_by_step) for name, one in second.partial.items()} == {"0.0.2.0": (2, {2: 2})}
-    assert [row.num_pairs for row in stack.rows(WindowRow)] == [3, 3, None]
+    found = [{name: (one.step, one.num_pairs) for name, one in line.finished.items()} for line in (first, second)]
+    assert found == [{"0.0.0.0": (1, 3), "0.0.1.0": (1, 3)}, {"0.0.2.0": (2, 3), "0.0.3.0": (2, 3)}]
+    assert [(row.trained_step, row.num_pairs) for row in stack.rows(WindowRow)] == [(1, 3), (1, 3), (2, 3), (2, 3)]
+    assert not (stack.checkpoints / "step-00000001").exists()
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

@@ -1,16 +1,18 @@
 """The trainer's lease: one holder, renewed over outages, and nothing that a replaced trainer writes lands."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from shared.checkpoint_state import StepFigures
+from shared.checkpoint_state import EvidenceFile, StepFigures
 from shared.coordination import Coordination, TrainerReport
 from shared.database import EventRow, PartRow, StepRow, WeightVersionRow, WindowRow
 from shared.errors import FencedError
@@ -25,7 +27,9 @@ from tests.services.collector.processes import RedisProcess
 from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, Stack, build_stack
 from trainer import checkpoint
+from trainer.checkpoint import Checkpoints
 from trainer.connections import Connections
+from trainer.lead import Order
 from trainer.lease import TrainerLease
 from trainer.loop import Trainer
 
@@ -144,28 +148,58 @@ def test_nothing_that_a_replaced_trainer_writes_lands(make_stack: MakeStack) -> 
     new.release()
 
 
-def interrupted(trainer: Trainer, owner: Any, name: str, happen: Callable[[], None]) -> Any:
-    """`happen` before the first call of `owner.name` after step 2."""
-    original, done = getattr(owner, name), Event()
+@dataclass
+class Frozen:
+    """`happen` comes before the first call of `owner.name` after step 2, in whatever thread that is. The loop does not
+    go on from step 2 before, and then sees what the threads have met."""
 
-    def call(*arguments: Any, **options: Any) -> Any:
-        if trainer.step == 2 and not done.is_set():
-            done.set()
-            happen()
-        return original(*arguments, **options)
+    trainer: Trainer
+    owner: Any
+    name: str
+    happen: Callable[[], None]
+    _began: Lock = field(default_factory=Lock)
+    _happened: Event = field(default_factory=Event)
 
-    return patch.object(owner, name, call)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        original, next_order = getattr(self.owner, self.name), self.trainer.next_order
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.trainer.step == 2 and self._began.acquire(blocking=False):
+                try:
+                    self.happen()
+                finally:
+                    self._happened.set()
+            return original(*arguments, **options)
+
+        def held() -> Order:
+            if self.trainer.step < 2:
+                self.trainer.publisher.wait()  # else step 2 begins while an earlier version is written
+            if self.trainer.publisher.offered_step == 2:  # and the checkpoint is begun before
+                assert self._happened.wait(60), f"{self.name} was not called"
+                wait_until(self._threads_have_ended, what="the threads")
+            return next_order()
+
+        with patch.object(self.owner, self.name, call), patch.object(self.trainer, "next_order", held):
+            yield
+
+    def _threads_have_ended(self) -> bool:
+        job = self.trainer.publisher._job
+        return not self.trainer.checkpoints.busy and (job is None or job.done())
 
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "before the files of a version": (WeightStore, "publish"),
+    "before the row of a step": (Run, "record_step"),
+    "before the files of a version": (WeightStore, "begin"),
     "between its files and its manifest": (WeightStore, "_create_manifest"),
     "between a manifest and its row": (Run, "record_version"),
     "before the announcement": (Coordination, "announce_weights"),
-    "before the files of a checkpoint": (checkpoint, "_write_into"),
+    "before the folder of a checkpoint": (Checkpoints, "_make_folder"),
+    "before its files": (Checkpoints, "_write_parts"),
     "between its files and the rename": (checkpoint, "_sync"),
     "right before the rename": (Path, "rename"),
-    "before the evidence": (checkpoint.Checkpoints, "keep_evidence"),
+    "before the evidence": (Checkpoints, "keep_evidence"),
+    "right before its line": (EvidenceFile, "append"),
     "before the ledger": (Ledger, "mark_trained"),
     "before the acknowledgement": (WindowStream, "acknowledge"),
 }
@@ -188,10 +222,12 @@ def test_wherever_a_trainer_is_replaced_the_new_one_ends_the_run_and_all_balance
         frozen.append(state_of(stack))
 
     frozen: list[Any] = []
-    with interrupted(stale, owner, name, be_replaced), pytest.raises(FencedError, match=TAKEN):
+    with Frozen(stale, owner, name, be_replaced)(), pytest.raises(FencedError, match=TAKEN):
         stale.run()
-    stale.connections.close()
-    assert frozen == [state_of(stack)]
+    stale.close()
+    for before, after in zip(frozen[0], state_of(stack), strict=True):
+        assert before == after
+    assert len(frozen) == 1
     assert (stack.report()[0], stack.report()[2], stack.counts()) == (4, "finished", (4, {}, 0))
     assert (stack.contradictions(), stack.stream.window_ids()) == ([], set())
     assert not list(stack.checkpoints.glob("*.tmp"))

@@ -1,16 +1,17 @@
 """The publisher's thread: the newest weights win, outages are waited out, errors reach the training thread."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from shared.errors import WeightStoreAwayError, WeightStoreError
 from shared.retries import Retries
 from shared.weights.store import Manifest, VersionWriter, WeightStore
+from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, Stack, tiny_llama
 from tests.trainer.test_publisher import room_for, store_of, version_rows
 from trainer.publisher import WeightPublisher
@@ -63,17 +64,25 @@ def retrying(stack: Stack, retries: Retries) -> WeightPublisher:
     return replace(stack.prepare().publisher, retries=retries)
 
 
+def offer(publisher: WeightPublisher, model: LlamaForCausalLM, step: int) -> bool:
+    """What the loop does at a boundary: whether the weights after `step` were taken."""
+    if due := publisher.is_due(step):
+        publisher.begin(model, step)
+    return due
+
+
 def test_the_newest_weights_are_published_once_the_thread_is_idle(make_stack: MakeStack) -> None:
     stack, model = make_stack(), tiny_llama()
     publisher = publisher_on(stack, GatedStore)
     assert isinstance(publisher.store, GatedStore)
-    assert publisher.offer(model, 1)
-    assert [publisher.offer(model, step) for step in (2, 3)] == [False, False]
-    assert (publisher.idle, publisher.version) == (False, -1)
+    assert offer(publisher, model, 1)
+    assert [offer(publisher, model, step) for step in (2, 3)] == [False, False]
+    assert (publisher.offered_step, publisher.version) == (1, -1)
     publisher.store.gate.set()
     publisher.wait()
-    assert publisher.offer(model, 4)
+    assert offer(publisher, model, 4)
     publisher.wait()
+    assert not offer(publisher, model, 4)
     assert publisher.steps == {0: 1, 1: 4}
     assert [row[:2] for row in version_rows(stack)] == [(0, 1), (1, 4)]
 
@@ -82,24 +91,32 @@ def test_a_version_that_was_due_while_the_thread_was_busy_is_made_up_for(make_st
     stack, model = make_stack(), tiny_llama()
     publisher = publisher_on(stack, GatedStore, push_every=2)
     assert isinstance(publisher.store, GatedStore)
-    assert [publisher.offer(model, step) for step in (1, 2, 3, 4)] == [False, True, False, False]
+    publisher.store.gate.set()
+    publisher.publish(model, 0)
+    publisher.store.gate.clear()
+    assert [offer(publisher, model, step) for step in (1, 2, 3, 4)] == [False, True, False, False]
     publisher.store.gate.set()
     publisher.wait()
-    assert publisher.offer(model, 5)
+    assert offer(publisher, model, 5)
     publisher.wait()
-    assert not publisher.offer(model, 7)
-    assert publisher.steps == {0: 2, 1: 5}
+    assert [offer(publisher, model, step) for step in (5, 6, 7)] == [False, True, False]
+    publisher.wait()
+    assert publisher.steps == {0: 0, 1: 2, 2: 5, 3: 6}
 
 
 def test_the_last_step_is_published_whatever_push_every_says(make_stack: MakeStack) -> None:
-    stack, model = make_stack(), tiny_llama()
-    publisher = publisher_on(stack, WeightStore, push_every=5)
-    publisher.publish(model, 0)
-    assert not publisher.offer(model, 3)
-    assert publisher.finish(model, 3) == 1
-    assert publisher.finish(model, 3) == 1
-    assert publisher.steps == {0: 0, 1: 3}
-    publisher.close()
+    stack = make_stack(steps=3, pairs_per_step=3).with_settings("weights", push_every=5)
+    stack.write_plain(range(3))
+    stack.train()
+    assert [row[:2] for row in version_rows(stack)] == [(0, 0), (1, 3)]
+    assert (stack.coordination.announced_version(), stack.report()) == (1, (3, 1, "finished"))
+
+
+def test_one_that_was_published_is_not_published_again_at_the_end(make_stack: MakeStack) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3).with_settings("weights", push_every=2)
+    stack.write_plain(range(2))
+    stack.train()
+    assert [row[:2] for row in version_rows(stack)] == [(0, 0), (1, 2)]
 
 
 def test_steps_of_earlier_versions_are_known_after_a_restart(make_stack: MakeStack) -> None:
@@ -117,9 +134,9 @@ def test_an_outage_of_the_store_is_waited_out(make_stack: MakeStack) -> None:
     stack, failures = make_stack(), Failures()
     publisher = retrying(stack, Retries(max_wait_s=0.05, on_failure=failures))
     with room_for(10_000):
-        publisher.offer(tiny_llama(), 1)
+        publisher.begin(tiny_llama(), 1)
         assert failures.first.wait(LIMIT_S)
-        publisher.raise_if_failed()
+        assert not publisher.is_due(2)
     publisher.wait()
     assert {type(error) for error in failures.errors} == {WeightStoreAwayError}
     assert (publisher.version, store_of(stack).versions(), publisher.steps) == (0, [0], {0: 1})
@@ -129,12 +146,9 @@ def test_an_outage_that_lasts_is_raised_in_the_training_thread(make_stack: MakeS
     stack = make_stack()
     publisher = retrying(stack, Retries(max_attempts=2, max_wait_s=0.01))
     with room_for(10_000):
-        publisher.offer(tiny_llama(), 1)
-        until = time.monotonic() + LIMIT_S
-        while not publisher.idle and time.monotonic() < until:
-            time.sleep(0.01)
+        publisher.begin(tiny_llama(), 1)
         with pytest.raises(WeightStoreAwayError, match="version 0 can't be written"):
-            publisher.offer(tiny_llama(), 2)
+            wait_until(lambda: publisher.is_due(2), what="the thread", timeout_s=LIMIT_S)
     assert (publisher.version, publisher.steps) == (-1, {})
 
 
@@ -142,7 +156,7 @@ def test_stop_shortens_the_wait_for_the_store(make_stack: MakeStack) -> None:
     stack, failures, stop = make_stack(), Failures(), Event()
     publisher = retrying(stack, Retries(stop=stop, stopping_s=0.0, on_failure=failures))
     with room_for(10_000):
-        publisher.offer(tiny_llama(), 1)
+        publisher.begin(tiny_llama(), 1)
         assert failures.first.wait(LIMIT_S)
         stop.set()
         with pytest.raises(WeightStoreAwayError):

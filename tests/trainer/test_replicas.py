@@ -9,6 +9,7 @@ import pytest
 from shared import metrics
 from shared.database import EventRow
 from tests.trainer.conftest import MakeStack, Stack
+from tests.trainer.windows import candidate, chunk, window
 from trainer.lag import PublishedSteps
 from trainer.replicas import Replicas
 
@@ -108,10 +109,15 @@ def test_a_stop_ends_the_wait(make_stack: MakeStack) -> None:
 
 
 def test_the_loop_waits_where_it_is_asked_to(make_stack: MakeStack) -> None:
-    stack = make_stack(steps=1, pairs_per_step=3, max_policy_lag=0, replica_wait_s=0.3)
-    say(stack, "stuck", -1)
-    stack.write_plain([0])
+    """Version 0, of step 0, is near before the first step and late before the second. No window has a rollout."""
+    stack = make_stack(steps=2, pairs_per_step=1, max_policy_lag=0, replica_wait_s=0.3)
+    say(stack, "stuck", 0)
+    pool = [candidate("original", 1), candidate("rewrite", 2)]
+    stack.write(window(number, [chunk(4, pool, (1.0, 0.0))], run=stack.run) for number in range(2))
     before = waits("given_up")
     assert stack.prepare().run() == "finished"
-    assert version_shown("stuck") == -1
+    assert version_shown("stuck") == 0
     assert waits("given_up") == before + 1
+    late = [event.data for event in stack.rows(EventRow) if event.kind == "late_replicas"]
+    assert late == [{"replicas": {"stuck": 0}}]
+    assert stack.figures()[1]["seconds_wait_replicas"] >= 0.3

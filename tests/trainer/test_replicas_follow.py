@@ -1,13 +1,15 @@
 """A real trainer and real rollout services on one Redis and one store: the weights are equal at every version."""
 
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import torch
+from transformers import PreTrainedModel
 
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
@@ -23,12 +25,11 @@ POLLING = {"poll_interval_s": 0.02}
 
 @dataclass
 class Followers:
-    """A sink: looks at all replicas after every step, once they serve its weights."""
+    """Looks at all replicas after every step, once they serve its weights."""
 
     settings: Settings
     model: Path
     running_apps: ExitStack
-    trainer: Trainer | None = None
     engines: dict[str, TransformersEngine] = field(default_factory=dict)
     urls: dict[str, str] = field(default_factory=dict)
     compared: list[tuple[int, int]] = field(default_factory=list)
@@ -44,21 +45,30 @@ class Followers:
         """What /readyz says of each; empty if all is well."""
         return {httpx.get(f"{url}/readyz").json()["detail"] for url in self.urls.values()}
 
-    def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
-        assert self.trainer is not None
-        publisher = self.trainer.publisher
-        publisher.wait()
-        self.trainer.replicas.keep_up(publisher.version)
+    @contextmanager
+    def following(self, trainer: Trainer) -> Iterator[None]:
+        begin = trainer.publisher.begin
+
+        def begin_and_compare(model: PreTrainedModel, step: int) -> None:
+            begin(model, step)
+            trainer.publisher.wait()
+            if step:
+                self._compare(trainer, step)
+
+        with patch.object(trainer.publisher, "begin", begin_and_compare):
+            yield
+
+    def _compare(self, trainer: Trainer, step: int) -> None:
+        assert trainer.lead is not None
+        publisher = trainer.lead.publisher
+        trainer.lead.replicas.keep_up(step)
         assert publisher.steps[publisher.version] == step
         for name, engine in self.engines.items():
             assert engine.weight_version == publisher.version, name
-            assert_equal_weights(bits(engine._started.module), bits(self.trainer.policy.model))
+            assert_equal_weights(bits(engine._started.module), bits(trainer.policy.model))
         self.compared.append((publisher.version, len(self.engines)))
         if step == LATE_FROM:
             self.start("late")
-
-    def close(self) -> None:
-        """The apps are stopped by their stack."""
 
 
 def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -80,13 +90,14 @@ def test_two_replicas_one_of_them_late_have_the_trainers_bits_at_every_version(
         followers = Followers(stack.settings, policy_folder, apps)
         followers.start("early")
         trainer = stack.prepare()
-        trainer.replicas.max_lag = 0  # of windows, the tests' rollouts are all of version 0
-        followers.trainer = trainer
-        trainer.telemetry.sinks.append(followers)
-        assert trainer.run() == "finished"
+        assert trainer.lead is not None
+        trainer.lead.replicas.max_lag = 0  # of windows, the tests' rollouts are all of version 0
+        with followers.following(trainer):
+            assert trainer.run() == "finished"
         assert followers.compared == [(step, 1 if step <= LATE_FROM else 2) for step in range(1, STEPS + 1)]
         assert followers.details() == {""}
-    forms = [trainer.publisher.store.manifest(version).form for version in trainer.publisher.store.versions()]
+    store = trainer.lead.publisher.store
+    forms = [store.manifest(version).form for version in store.versions()]
     assert forms == ["full", "sparse", "sparse", "sparse"]  # 4 to 7; the late one began with 0 to 3
     assert counted_failed_patches() == failed_patches
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.configuration import write_settings
+from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, Stack, assert_equal_weights
 from tests.trainer.windows import plain_window
 
@@ -58,8 +59,9 @@ def test_kills_and_stops_leave_the_bits_of_an_uninterrupted_run(make_stack: Make
     broken.write(windows[:9])  # steps 1 to 4, then it waits with one window in hand
     first = Process(broken, config)
     first.wait_for_step(4)
+    wait_until(lambda: broken.stream.backlog().pending == 3, what="the checkpoint of step 3")  # written beside step 4
     assert first.end(signal.SIGKILL)[0] == -signal.SIGKILL
-    assert broken.counts()[0] == 6  # in the checkpoint of step 3
+    assert broken.counts()[0] == 6
 
     broken.write(windows[9:15])
     second = Process(broken, config)
