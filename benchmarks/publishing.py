@@ -72,10 +72,13 @@ def _note_loop(report: Report, size: Size, loop: _Loop, publisher: WeightPublish
     for step in range(1, num_steps + 1):
         steps.append(loop.step())
         began = time.perf_counter()
-        publisher.offer(loop.model, step)
+        if publisher.is_due(step):
+            publisher.begin(loop.model, step)
         waits.append(time.perf_counter() - began)
     began = time.perf_counter()
-    publisher.finish(loop.model, num_steps)
+    publisher.wait()
+    if publisher.offered_step != num_steps:
+        publisher.publish(loop.model, num_steps)
     share = 100 * sum(waits) / (sum(steps) + sum(waits))
     report.figures[f"{size.name}: tokens a step"] = size.batch[0] * size.batch[1]
     report.figures[f"{size.name}: step without publishing, s"] = statistics.median(alone)

@@ -210,7 +210,7 @@ class Checkpoints:
         self,
         temporary: Path | None,
         state: CheckpointState | None,
-        then: Callable[[], None],
+        then: Callable[[], None] | None,
         error: BaseException | None,
     ) -> None:
         """State, sync, rename, evidence, `then`."""
