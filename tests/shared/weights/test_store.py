@@ -240,4 +240,3 @@ def test_an_error_of_what_is_written_travels_as_it_is(store: WeightStore) -> Non
 def test_files_are_numbered_where_there_are_several() -> None:
     assert file_names("model.safetensors", 1) == ["model.safetensors"]
     assert file_names("changes.zst", 2) == ["changes-00001-of-00002.zst", "changes-00002-of-00002.zst"]
-    assert file_names("changes.zst", 1, writer=7) == ["changes-w7.zst"]
