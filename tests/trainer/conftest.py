@@ -27,6 +27,7 @@ from tests import tiny_llama as llama
 from tests.services.collector.processes import RedisProcess
 from tests.trainer.windows import plain_window
 from trainer.assembly import prepare, train
+from trainer.lead import Lead
 from trainer.loop import Trainer
 
 VOCABULARY = 32
@@ -120,6 +121,11 @@ class Stack:
         assert trainer is not None
         self.trainers.append(trainer)
         return trainer
+
+    def prepare_lead(self, retries: Retries | None = None) -> Lead:
+        lead = self.prepare(retries).lead
+        assert lead is not None
+        return lead
 
     def end_trainers(self) -> None:
         """As the end of their processes does: their lease is free."""

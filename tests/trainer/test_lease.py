@@ -1,5 +1,6 @@
 """The trainer's lease: one holder, renewed over outages, and nothing that a replaced trainer writes lands."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -185,7 +186,8 @@ class Frozen:
 
     def _threads_have_ended(self) -> bool:
         job = self.trainer.publisher._job
-        return not self.trainer.checkpoints.busy and (job is None or job.done())
+        writes = any(thread.name == "checkpoint" for thread in threading.enumerate())
+        return not writes and (job is None or job.done())
 
 
 PLACES: dict[str, tuple[Any, str]] = {

@@ -26,7 +26,7 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def publisher_of(stack: Stack, dtype: str) -> WeightPublisher:
-    return stack.with_settings("weights", dtype=dtype, full_every=3, keep_versions=20).prepare().publisher
+    return stack.with_settings("weights", dtype=dtype, full_every=3, keep_versions=20).prepare_lead().publisher
 
 
 def move(model: PreTrainedModel, step: int) -> None:

@@ -38,14 +38,14 @@ def version_rows(stack: Stack) -> list[tuple[int, int, str, int]]:
 
 def test_fetched_weights_load_into_a_fresh_model_equal(make_stack: MakeStack, tmp_path: Path) -> None:
     stack = make_stack()
-    trainer = stack.prepare()
-    version = trainer.publisher.publish(trainer.policy.model, 7)
+    publisher, model = stack.prepare_lead().publisher, tiny_llama(seed=3)
+    version = publisher.publish(model, 7)
     manifest = store_of(stack).manifest(version)
     store_of(stack).fetch(manifest, tmp_path)
     fresh = tiny_llama(seed=5)
     tensors = load_file(tmp_path / "model.safetensors")
     assert fresh.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # tied to the embedding
-    assert_equal_weights(fresh.state_dict(), trainer.policy.model.state_dict())
+    assert_equal_weights(fresh.state_dict(), model.state_dict())
     assert (version, manifest.step, stack.coordination.announced_version()) == (0, 7, 0)
 
 
@@ -64,23 +64,23 @@ def test_a_version_whose_row_is_refused_stops_at_once_and_leaves_nothing(
         connection.execute(sa.text(REFUSALS[connection.dialect.name]))
     for _ in range(2):
         with pytest.raises(DatabaseRefusalError, match="weight_versions"):
-            stack.prepare().publisher.publish(tiny_llama(), 0)
+            stack.prepare_lead().publisher.publish(tiny_llama(), 0)
         assert store_of(stack).versions() == []
     assert stack.coordination.announced_version() is None
 
 
 def test_a_version_whose_row_a_kill_prevented_gets_it_at_the_next_start(make_stack: MakeStack) -> None:
     stack = make_stack()
-    publisher = stack.prepare().publisher
+    publisher = stack.prepare_lead().publisher
     publisher.publish(tiny_llama(), 0)
     publisher.store.publish({FULL_FILE: b"x"}, version=1, step=1, epoch=publisher.epoch, state_checksum="")
-    assert stack.prepare().publisher.publish(tiny_llama(), 0) == 2
+    assert stack.prepare_lead().publisher.publish(tiny_llama(), 0) == 2
     assert [row[:2] for row in version_rows(stack)] == [(0, 0), (1, 1), (2, 0)]
 
 
 def bfloat16_publisher(stack: Stack, *, full_every: int = 10, keep_versions: int = 3) -> WeightPublisher:
     changes = {"dtype": "bfloat16", "full_every": full_every, "keep_versions": keep_versions}
-    return stack.with_settings("weights", **changes).prepare().publisher
+    return stack.with_settings("weights", **changes).prepare_lead().publisher
 
 
 def forms(store: WeightStore) -> list[str]:
@@ -149,7 +149,7 @@ def test_a_version_is_full_where_the_changes_would_not_be_smaller(make_stack: Ma
 
 def test_float32_is_sent_whole_and_keeps_no_copy(make_stack: MakeStack) -> None:
     stack, model = make_stack(), tiny_llama()
-    publisher = stack.prepare().publisher
+    publisher = stack.prepare_lead().publisher
     for step in range(2):
         publisher.publish(model, step)
     assert forms(store_of(stack)) == ["full", "full"]
@@ -170,7 +170,7 @@ def test_what_a_kept_version_rests_on_is_kept(make_stack: MakeStack, tmp_path: P
 
 def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: MakeStack) -> None:
     stack = make_stack()
-    publisher, store = stack.prepare().publisher, store_of(stack)
+    publisher, store = stack.prepare_lead().publisher, store_of(stack)
     for step in range(5):
         publisher.publish(tiny_llama(), step)
     assert store.versions() == [2, 3, 4]
@@ -182,9 +182,9 @@ def test_old_versions_are_pruned_and_every_version_has_its_row(make_stack: MakeS
 def test_a_version_published_again_after_a_crash_replaces_its_row(make_stack: MakeStack, database_url: str) -> None:
     """The first publisher ended between row and announcement, and the store was emptied."""
     stack = make_stack(database_url=database_url)
-    stack.prepare().publisher.publish(tiny_llama(), 3)
+    stack.prepare_lead().publisher.publish(tiny_llama(), 3)
     shutil.rmtree(stack.settings.weight_store_url)
-    again = stack.prepare().publisher
+    again = stack.prepare_lead().publisher
     again.version = -1
     again.publish(tiny_llama(), 5)
     assert [row[:2] for row in version_rows(stack)] == [(0, 5)]
@@ -204,14 +204,14 @@ def room_for(num_bytes: int) -> Iterator[None]:
 def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: MakeStack, tmp_path: Path) -> None:
     """Once there is room the same version is written whole."""
     stack = make_stack()
-    trainer, store = stack.prepare(Retries(max_attempts=2)), store_of(stack)
+    publisher, store = stack.prepare_lead(Retries(max_attempts=2)).publisher, store_of(stack)
     refusal = r"version 0 can't be written.*free space or mend weights\.store"
     with room_for(10_000), pytest.raises(WeightStoreError, match=refusal):
-        trainer.publisher.publish(trainer.policy.model, 0)
+        publisher.publish(tiny_llama(), 0)
     (half,) = Path(store.root).glob("v*/*")
     assert (half.name, half.stat().st_size) == (f"1.{FULL_FILE}", 10_000)
     assert (store.versions(), stack.coordination.announced_version()) == ([], None)
-    assert trainer.publisher.publish(trainer.policy.model, 0) == 0
+    assert publisher.publish(tiny_llama(), 0) == 0
     store.fetch(store.manifest(0), tmp_path)
     assert (tmp_path / FULL_FILE).stat().st_size > 10_000
     assert (store.versions(), stack.coordination.announced_version()) == ([0], 0)
@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_half_a_file_and_no_version(make_stack: MakeStack, tm
 
 def next_start(stack: Stack, checkpoint_version: int) -> tuple[int, str]:
     """Version and epoch of what a trainer that starts now publishes first."""
-    publisher = stack.prepare().publisher
+    publisher = stack.prepare_lead().publisher
     publisher.continue_after(checkpoint_version)
     version = publisher.publish(tiny_llama(), 0)
     assert stack.coordination.announced_weights() == AnnouncedWeights(version, publisher.epoch)

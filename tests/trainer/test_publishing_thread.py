@@ -56,12 +56,12 @@ class Failures:
 
 
 def publisher_on(stack: Stack, store: Callable[[str], WeightStore], **weights: Any) -> WeightPublisher:
-    publisher = stack.with_settings("weights", **weights).prepare().publisher
+    publisher = stack.with_settings("weights", **weights).prepare_lead().publisher
     return replace(publisher, store=store(stack.settings.weight_store_url))
 
 
 def retrying(stack: Stack, retries: Retries) -> WeightPublisher:
-    return replace(stack.prepare().publisher, retries=retries)
+    return replace(stack.prepare_lead().publisher, retries=retries)
 
 
 def offer(publisher: WeightPublisher, model: LlamaForCausalLM, step: int) -> bool:
@@ -121,10 +121,10 @@ def test_one_that_was_published_is_not_published_again_at_the_end(make_stack: Ma
 
 def test_steps_of_earlier_versions_are_known_after_a_restart(make_stack: MakeStack) -> None:
     stack = make_stack()
-    first = stack.prepare().publisher
+    first = stack.prepare_lead().publisher
     for step in (0, 4):
         first.publish(tiny_llama(), step)
-    second = stack.prepare().publisher
+    second = stack.prepare_lead().publisher
     assert second.steps == {0: 0, 1: 4}
     second.publish(tiny_llama(), 4)
     assert second.steps == {0: 0, 1: 4, 2: 4}

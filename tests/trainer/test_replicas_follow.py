@@ -106,7 +106,7 @@ def test_a_living_replica_follows_a_trainer_that_begins_anew(make_stack: MakeSta
     """Store and Redis were wiped, and the new trainer does not know the replica: its versions begin below the one that
     is served."""
     stack = make_stack().with_settings("weights", dtype="bfloat16").with_settings("rollout", **POLLING)
-    publisher, model = stack.prepare().publisher, tiny_llama(seed=3)
+    publisher, model = stack.prepare_lead().publisher, tiny_llama(seed=3)
     publisher.version = 40
     with ExitStack() as apps:
         followers = Followers(stack.settings, policy_folder, apps)
@@ -116,7 +116,7 @@ def test_a_living_replica_follows_a_trainer_that_begins_anew(make_stack: MakeSta
             publisher.publish(model, step)
         wait_until(lambda: engine.weight_version == 42, what="version 42")
         shutil.rmtree(publisher.store.root)
-        anew, other = stack.prepare().publisher, tiny_llama(seed=4)
+        anew, other = stack.prepare_lead().publisher, tiny_llama(seed=4)
         anew.version, anew.epoch = -1, "anew"
         for version in range(2):
             assert anew.publish(other, 0) == version
