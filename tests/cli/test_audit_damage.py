@@ -118,8 +118,17 @@ def good_run(
 ) -> tuple[Settings, Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("good")
-    options = {"num_parts": 2, "steps": 7, "pairs_per_step": 3, "checkpoint_every": 2, "keep_checkpoints": 1}
-    stack = build_stack(folder, policy_folder, redis_server.url, run=folder.name, **options)
+    stack = build_stack(
+        folder,
+        policy_folder,
+        redis_server.url,
+        run=folder.name,
+        num_parts=2,
+        steps=7,
+        pairs_per_step=3,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+    )
     train_a_run(stack)
     stack.end_trainers()
     stack.records.close()
