@@ -118,8 +118,17 @@ def good_run(
 ) -> tuple[Settings, Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("good")
-    options = {"num_parts": 2, "steps": 7, "pairs_per_step": 3, "checkpoint_every": 2, "keep_checkpoints": 1}
-    stack = build_stack(folder, policy_folder, redis_server.url, run=folder.name, **options)
+    stack = build_stack(
+        folder,
+        policy_folder,
+        redis_server.url,
+        run=folder.name,
+        num_parts=2,
+        steps=7,
+        pairs_per_step=3,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+    )
     train_a_run(stack)
     stack.end_trainers()
     stack.records.close()
@@ -181,7 +190,7 @@ SQL = {
     "a weight version": ("DELETE FROM weight_versions WHERE version = 4", "weight version 4 has no row"),
     "the newest weight version": (
         "DELETE FROM weight_versions WHERE version = 7",
-        "step 7 ended with weight version 7, which has no row",
+        "the trainer finished at step 7, and no weight version of that step has a row",
     ),
     "one being read is called trained": (TRAINED + at(1, 0, 2, 0), "window 1.0.2.0 is marked trained at step 3"),
     "a scored one is called trained": (TRAINED + at(0, 1, 2, 1), "window 0.1.2.1 is marked trained at step 3"),
