@@ -186,6 +186,8 @@ def versions(account: Account) -> Iterator[str]:
             yield f"step {step} ended with weight version {row.weight_version}, which has no row"
         elif published > step:
             yield f"step {step} ended with weight version {row.weight_version}, which is of step {published}"
+    if account.finished_step not in (None, *account.versions.values()):
+        yield f"the trainer finished at step {account.finished_step}, and no weight version of that step has a row"
     named = {row.weight_version: name for name, row in account.windows.items() if row.weight_version is not None}
     for version, name in named.items():
         if version not in account.versions:

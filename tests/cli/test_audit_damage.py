@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import redis
@@ -23,10 +24,12 @@ from shared.records import ScoredWindow, WindowKey
 from shared.redis import windows_key
 from shared.settings import Settings
 from tests.services.collector.processes import RedisProcess
-from tests.trainer.conftest import Stack, make_stack, policy_folder, redis_server
+from tests.trainer.conftest import Stack, build_stack, policy_folder, redis_server
 from tests.trainer.windows import candidate, chunk, plain_window, window
+from trainer.lead import Order
+from trainer.loop import Trainer
 
-__all__ = ["make_stack", "policy_folder", "redis_server"]  # fixtures
+__all__ = ["policy_folder", "redis_server"]  # fixtures
 
 
 def key(position: int, *, window: int = 0, part: int = 0, epoch: int = 0) -> WindowKey:
@@ -57,16 +60,28 @@ def train_a_run(stack: Stack) -> None:
         stack.stream.write(one)
         ledger.mark_scored(one.key, num_chunks=len(one.chunks), num_dropped_chunks=0, weight_version=0)
     ledger.begin([WindowStart(key(2, part=1, window=window), "d", 16) for window in range(2)])
-    trainer = stack.prepare()
-    skipped = trainer.next_windows()
-    norm = trainer.policy.model.get_parameter("model.norm.weight")
+    _run_with_a_bad_step(stack.prepare())
+
+
+def _run_with_a_bad_step(trainer: Trainer) -> None:
+    """The loss of the first is not finite. The weights after each step are a version."""
+    take_step, norm = trainer.take_step, trainer.policy.model.get_parameter("model.norm.weight")
     good = norm.detach().clone()
-    with torch.no_grad():
-        norm.fill_(float("nan"))
-    trainer.take_step(skipped)
-    with torch.no_grad():
-        norm.copy_(good)
-    trainer.run()
+
+    def published_before(order: Order) -> None:
+        trainer.publisher.wait()
+        take_step(order)
+
+    def spoiled(order: Order) -> None:
+        with torch.no_grad():
+            norm.fill_(float("nan"))
+        take_step(order)
+        with torch.no_grad():
+            norm.copy_(good)
+
+    steps = chain([spoiled], repeat(published_before))
+    with patch.object(trainer, "take_step", lambda order: next(steps)(order)):
+        trainer.run()
 
 
 @dataclass
@@ -103,9 +118,19 @@ def good_run(
 ) -> tuple[Settings, Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("good")
-    make = make_stack.__wrapped__(redis_server, policy_folder, folder)  # type: ignore[attr-defined]
-    stack = make("run", num_parts=2, steps=7, pairs_per_step=3, checkpoint_every=2, keep_checkpoints=1)
+    stack = build_stack(
+        folder,
+        policy_folder,
+        redis_server.url,
+        run=folder.name,
+        num_parts=2,
+        steps=7,
+        pairs_per_step=3,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+    )
     train_a_run(stack)
+    stack.end_trainers()
     stack.records.close()
     return stack.settings, folder
 
@@ -165,7 +190,7 @@ SQL = {
     "a weight version": ("DELETE FROM weight_versions WHERE version = 4", "weight version 4 has no row"),
     "the newest weight version": (
         "DELETE FROM weight_versions WHERE version = 7",
-        "step 7 ended with weight version 7, which has no row",
+        "the trainer finished at step 7, and no weight version of that step has a row",
     ),
     "one being read is called trained": (TRAINED + at(1, 0, 2, 0), "window 1.0.2.0 is marked trained at step 3"),
     "a scored one is called trained": (TRAINED + at(0, 1, 2, 1), "window 0.1.2.1 is marked trained at step 3"),
