@@ -168,7 +168,11 @@ class WeightStore:
     @_translated()
     def _finish(self, manifest: Manifest) -> None:
         self._confirm()
-        self._create_manifest(self._folder(manifest.version), manifest)
+        try:
+            self._create_manifest(self._folder(manifest.version), manifest)
+        except (OSError, WeightStoreError):
+            self._confirm()  # else a new trainer has published this version, or deleted its folder
+            raise
         self._known[manifest.version] = manifest
 
     @_translated()

@@ -9,6 +9,7 @@ import pytest
 
 from shared.database import StepRow
 from shared.records import TRAINER_PART
+from shared.weights.store import WeightStore
 from tests.services.collector.processes import free_port
 from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, Stack
@@ -61,6 +62,14 @@ def test_a_waiting_trainer_takes_over_after_a_stop_and_after_a_kill(make_stack: 
     assert (stack.counts(), stack.contradictions()) == ((4, {}, 0), [])
 
 
+def is_published(stack: Stack, step: int) -> bool:
+    """And older versions are deleted, which comes last."""
+    store = WeightStore(stack.settings.weight_store_url)
+    *_, newest = versions = store.versions()
+    is_newest = (store.manifest(newest).step, stack.coordination.announced_version()) == (step, newest)
+    return is_newest and len(versions) == stack.settings.weights.keep_versions
+
+
 def wait_until_it_waits(process: Process) -> None:
     assert process.popen.stderr is not None
     end = Timer(90, process.popen.kill)
@@ -82,6 +91,7 @@ def test_a_trainer_that_is_frozen_and_replaced_writes_nothing_when_it_wakes(
     second = Process(stack, tmp_path / "second.toml")
     second.wait_for_step(4)
     wait_until(lambda: stack.stream.backlog().pending == 0, what="the checkpoint of step 4")
+    wait_until(lambda: is_published(stack, 4), what="the weights after step 4")
     before = state_of(stack)
     first.popen.send_signal(signal.SIGCONT)
     status, errors = first.end()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,24 @@ def test_a_version_is_never_overwritten(store: WeightStore) -> None:
         store.publish(FILES, version=1, step=2)
 
 
-def test_a_writer_that_was_replaced_takes_no_file_from_the_new_one(tmp_path: Path) -> None:
+def replaced() -> None:
+    raise FencedError("another trainer has taken over the run")
+
+
+def unknown() -> None:
+    """Nobody has noticed that it was replaced."""
+
+
+@pytest.mark.parametrize(("knows", "error"), [(replaced, FencedError), (unknown, WeightStoreError)])
+def test_a_writer_that_was_replaced_takes_no_file_from_the_new_one(
+    tmp_path: Path, knows: Callable[[], None], error: type[Exception]
+) -> None:
     """It is frozen between its files and its manifest, the new one publishes the same version, and it wakes."""
     root = str(tmp_path / "store")
     new = WeightStore(root, writer=8)
-    stale = WeightStore(root, writer=7, confirm=lambda: void(new.publish(FILES, version=1, step=2)))
-    with pytest.raises(WeightStoreError, match="another trainer published it"):
+    confirmations = iter([lambda: void(new.publish(FILES, version=1, step=2)), knows])
+    stale = WeightStore(root, writer=7, confirm=lambda: next(confirmations)())
+    with pytest.raises(error, match="another trainer"):
         stale.publish(dict.fromkeys(FILES, b"late"), version=1, step=1)
     assert stale.manifest(1).step == 2
     assert fetched(stale, 1, tmp_path / "local") == FILES
@@ -66,10 +79,7 @@ def void(_: object) -> None:
 
 
 def test_without_its_lease_a_writer_leaves_no_manifest(tmp_path: Path) -> None:
-    def refuse() -> None:
-        raise FencedError("another trainer has taken over the run")
-
-    store = WeightStore(str(tmp_path), writer=7, confirm=refuse)
+    store = WeightStore(str(tmp_path), writer=7, confirm=replaced)
     with pytest.raises(FencedError):
         store.publish(FILES, version=1, step=1)
     assert store.versions() == []
