@@ -31,7 +31,7 @@ from trainer.inbox import Inbox
 from trainer.lead import Lead, Order
 from trainer.loop import Trainer
 
-OPTIONS: dict[str, Any] = {"steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
+OPTIONS: dict[str, Any] = {"lease_s": 3.0, "steps": 6, "pairs_per_step": 4, "checkpoint_every": 100}
 """Twelve windows of three pairs: two make a step."""
 NUM_WINDOWS = 12
 OWNERS = (Checkpoints, Coordination, Inbox, Ledger, Run, WeightStore, WindowStream)
