@@ -208,6 +208,7 @@ def test_a_stop_of_the_whole_trainer_ends_a_reader_in_an_outage(
     stack = make_stack()
     monkeypatch.setattr(WindowStream, "read", be_away)
     connections = Connections.open(stack.settings, Retries(stop=stop, stopping_s=0.0))
+    assert connections is not None
     inbox = Inbox(stack.settings, connections, steps=STEPS, tally=Tally())
     assert inbox.take(1, timeout_s=0.1) is None
     assert asked.wait(10)
