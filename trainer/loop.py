@@ -186,7 +186,7 @@ class Trainer:
                 self._checkpoint(settles=False)  # the next start writes what it owes to ledger and stream
                 self.checkpoints.wait()
             except HeadwaterError as exc:
-                _log.error("no checkpoint of step %d on the way out: %s", self.step, exc)
+                _log.error("on the way out, the checkpoint of step %d met: %s", self.step, exc)
         if self.lead and self.lead.error:
             raise self.lead.error
         raise TrainingError(f"rank 0 ended: {order.failure}")
