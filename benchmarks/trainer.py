@@ -1,6 +1,6 @@
 """Claim: a preference step on a whole document costs a fraction of TRL's, and never more than it.
 
-    python -m benchmarks.trainer [--quick] [--json FILE]                  (one CPU core, 15 minutes)
+    python -m benchmarks.trainer [--quick] [--json FILE]                  (one CPU core, 20 to 25 minutes)
     python -m benchmarks.trainer --device cuda [--json FILE]              (one GPU of 80 GB)
 
 One document a step, random Llamas and ids, suffixes of 128 tokens: every chunk but the first with two branches, or with
