@@ -1,6 +1,7 @@
 """Two trainer processes on one run: the second waits, takes over, and what the first does afterwards does not land."""
 
 import signal
+import time
 import urllib.request
 from pathlib import Path
 from threading import Timer
@@ -64,10 +65,17 @@ def test_a_waiting_trainer_takes_over_after_a_stop_and_after_a_kill(make_stack: 
 
 def is_published(stack: Stack, step: int) -> bool:
     """And older versions are deleted, which comes last."""
-    store = WeightStore(stack.settings.weight_store_url)
-    *_, newest = versions = store.versions()
-    is_newest = (store.manifest(newest).step, stack.coordination.announced_version()) == (step, newest)
-    return is_newest and len(versions) == stack.settings.weights.keep_versions
+    return is_announced(stack, step) and len(store_of(stack).versions()) == stack.settings.weights.keep_versions
+
+
+def is_announced(stack: Stack, step: int) -> bool:
+    store = store_of(stack)
+    *_, newest = store.versions()
+    return (store.manifest(newest).step, stack.coordination.announced_version()) == (step, newest)
+
+
+def store_of(stack: Stack) -> WeightStore:
+    return WeightStore(stack.settings.weight_store_url)
 
 
 def wait_until_it_waits(process: Process) -> None:
@@ -86,6 +94,8 @@ def test_a_trainer_that_is_frozen_and_replaced_writes_nothing_when_it_wakes(
     stack.write_plain(range(2))
     first = Process(stack, tmp_path / "first.toml")
     first.wait_for_step(2)
+    wait_until(lambda: is_announced(stack, 2), what="the weights after step 2")
+    time.sleep(0.5)  # now it only waits: frozen in a transaction it would keep SQLite locked
     first.popen.send_signal(signal.SIGSTOP)
     stack.write_plain(range(2, 4))
     second = Process(stack, tmp_path / "second.toml")

@@ -46,8 +46,13 @@ def test_a_manifest_appears_at_once_under_its_own_name(store: WeightStore, s3: A
 def test_a_manifest_is_created_and_never_replaced(store: WeightStore, s3: Any, tmp_path: Path) -> None:
     """By a condition of the put itself: the writer has looked before another one published the same version."""
     new = WeightStore("s3://weights/run", writer=8)
-    stale = WeightStore("s3://weights/run", writer=7, confirm=lambda: published.append(new.publish(FULL, **SECOND)))
     published: list[Manifest] = []
+
+    def confirm() -> None:
+        if not published:
+            published.append(new.publish(FULL, **SECOND))
+
+    stale = WeightStore("s3://weights/run", writer=7, confirm=confirm)
     with pytest.raises(WeightStoreError, match="another trainer published it"):
         stale.publish({FULL_FILE: b"late"}, version=0, step=1)
     assert [store.manifest(0)] == published
