@@ -1,7 +1,9 @@
 """Whole runs in-process, on a real Redis and SQLite, with windows written straight to the stream."""
 
+import math
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,28 @@ def test_what_saves_memory_does_not_change_the_update(make_stack: MakeStack, opt
         stack.write_plain(range(3))
         stack.train()
     torch.testing.assert_close(saving.weights_at(1), plain.weights_at(1), rtol=tolerance, atol=tolerance / 10)
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"compute_dtype": "bfloat16"},
+    {"compute_dtype": "bfloat16", "activation_checkpointing": True, "reference_dtype": "float32"},
+    {"layout": "tree", "attention": "dense"},
+    {"layout": "separate"},
+    {"dpo_loss": "ipo"},
+    {"label_smoothing": 0.1, "nll_weight": 0.5, "length_normalised": True},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(switches))
+def test_with_every_switch_it_trains_publishes_and_resumes(make_stack: MakeStack, switches: dict[str, Any]) -> None:
+    stack = make_stack(steps=2, pairs_per_step=3, refresh_reference_every=2, **switches)
+    stack.write_plain(range(4))
+    stack.train()
+    stack.with_settings("trainer", steps=4).train()
+    assert all(math.isfinite(figures["loss"]) for figures in stack.figures())
+    assert (len(stack.figures()), stack.counts(), stack.contradictions()) == (4, (4, {}, 0), [])
+    (newest, *_) = sorted(stack.rows(WeightVersionRow), key=lambda row: -row.version)
+    assert newest.step == 4
 
 
 def test_the_same_command_again_says_finished_and_a_larger_one_continues(make_stack: MakeStack) -> None:
