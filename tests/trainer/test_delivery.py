@@ -27,10 +27,21 @@ STEPS = {0: 0, 1: 1, 2: 2, 3: 3}
 """Weight version -> step."""
 
 
+_OPENED: list[Connections] = []
+
+
+@pytest.fixture(autouse=True)
+def _leases_end() -> Iterator[None]:
+    yield
+    while _OPENED:
+        _OPENED.pop().close()
+
+
 def open_inbox(stack: Stack, steps: dict[int, int] = STEPS) -> Inbox:
     stack.client.delete(lease_key(stack.run, TRAINER_PART))  # that of one which crashed has ended
     connections = Connections.open(stack.settings, Retries(give_up_s=0.0))
     assert connections is not None
+    _OPENED.append(connections)
     return Inbox(stack.settings, connections, steps=steps, tally=Tally())
 
 
@@ -209,6 +220,7 @@ def test_a_stop_of_the_whole_trainer_ends_a_reader_in_an_outage(
     monkeypatch.setattr(WindowStream, "read", be_away)
     connections = Connections.open(stack.settings, Retries(stop=stop, stopping_s=0.0))
     assert connections is not None
+    _OPENED.append(connections)
     inbox = Inbox(stack.settings, connections, steps=STEPS, tally=Tally())
     assert inbox.take(1, timeout_s=0.1) is None
     assert asked.wait(10)
