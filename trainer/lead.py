@@ -9,6 +9,7 @@ No method raises HeadwaterError, since the other ranks would wait for ever: the 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -94,9 +95,12 @@ class Lead:
                 self.error = exc
 
     def _may_checkpoint(self) -> bool:
-        """Not without the lease, and not after one that is not on disk: its windows would be in none."""
-        is_whole = self.last is None or checkpoint_folder(self.checkpoints.root, self.last.step).exists()
-        return is_whole and not isinstance(self.error, FencedError)
+        """Not without the lease, and not after one that did not reach the disk: its windows would be in none."""
+        if isinstance(self.error, FencedError):
+            return False
+        with suppress(HeadwaterError):  # one error is enough to end by
+            self.checkpoints.wait()
+        return self.last is None or checkpoint_folder(self.checkpoints.root, self.last.step).exists()
 
     def _orders(self, step: int, *, stop: bool) -> list[Order]:
         self.connections.lease.raise_if_lost()

@@ -1,6 +1,7 @@
 """Whole runs in-process, on a real Redis and SQLite, with windows written straight to the stream."""
 
 import math
+import time
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from shared.database import WeightVersionRow
-from shared.errors import SettingsError, TrainingError
+from shared.errors import SettingsError, TrainingError, WeightStoreError
+from shared.weights.store import WeightStore
 from tests.services.serving import wait_until
 from tests.trainer.conftest import MakeStack, assert_equal_weights
 from tests.trainer.windows import plain_window
+from trainer.checkpoint import Checkpoints
 from trainer.figures import FIGURES
 from trainer.lead import Order
 from trainer.loop import Trainer
@@ -181,6 +184,30 @@ def test_non_finite_losses_in_a_row_stop_the_run_with_the_checkpoint_intact(make
         trainer.run()
     assert_equal_weights(stack.weights_at(1), before)
     assert stack.counts() == (1, {"non_finite_loss": 2}, 1)
+
+
+def test_an_error_beside_a_checkpoint_in_the_making_costs_no_step(
+    make_stack: MakeStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = make_stack(steps=9, pairs_per_step=3, checkpoint_every=2)
+    stack.write_plain(range(9))
+    trainer, complete, begin = stack.prepare(), Checkpoints._complete, WeightStore.begin
+
+    def complete_slowly(*arguments: Any) -> None:
+        time.sleep(0.5)
+        complete(*arguments)
+
+    def begin_until_step_2(store: WeightStore, version: int, *, step: int, **options: Any) -> Any:
+        if step >= 2:
+            raise WeightStoreError("refused")
+        return begin(store, version, step=step, **options)
+
+    monkeypatch.setattr(Checkpoints, "_complete", complete_slowly)
+    monkeypatch.setattr(WeightStore, "begin", begin_until_step_2)
+    with pytest.raises(WeightStoreError, match="refused"):
+        trainer.run()
+    assert trainer.step in (2, 3)
+    assert (stack.checkpoints / f"step-{trainer.step:08d}/state.json").is_file()
 
 
 def test_a_missing_model_is_named(make_stack: MakeStack, tmp_path: Path) -> None:
