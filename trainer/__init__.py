@@ -8,7 +8,7 @@ Read in this order:
 
     loop, lead                                            a step on one screen; what rank 0 does for it
     assembly, connections, lease                          how a trainer is put together; exactly one writes
-    reader, inbox, lag, preferences                       from the stream to the pairs of a step
+    reader, inbox, preferences                            from the stream to the pairs of a step
     layouts, log_probs, losses                            from pairs to a loss
     policy, sharding, optimizer, ranks, heartbeats        the model on one process or many
     snapshot, sender, publication, publisher, replicas    weights to the rollouts

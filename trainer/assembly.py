@@ -24,7 +24,6 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.connections import Connections
 from trainer.figures import Tally, open_telemetry
 from trainer.inbox import Inbox, commit_finished
-from trainer.lag import PublishedSteps
 from trainer.layouts.base import Layout
 from trainer.layouts.separate import SeparateLayout
 from trainer.layouts.trial import choose_layout
@@ -34,7 +33,7 @@ from trainer.losses import Loss, build_loss
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import Policy, load_policy
 from trainer.profiler import StepProfiler
-from trainer.publisher import WeightPublisher
+from trainer.publisher import PublishedSteps, WeightPublisher
 from trainer.ranks import Ranks
 from trainer.replicas import Replicas
 from trainer.sender import WeightSender

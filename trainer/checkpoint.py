@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.checkpoint_state import (
@@ -47,6 +46,7 @@ from trainer.model_folder import ModelFolder
 from trainer.moments import Moments, read_moments
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import Policy
+from trainer.publication import layouts_of
 from trainer.ranks import Ranks
 from trainer.snapshot import Snapshot
 
@@ -205,8 +205,8 @@ class Checkpoints:
             tensors = snapshot.tensors()
             try:
                 if self.ranks.is_main and error is None:
-                    target.write(folder / name, tensors)
-            except (OSError, SafetensorError) as failed:
+                    target.write(folder / name, layouts_of(snapshot), tensors)
+            except OSError as failed:
                 error = failed
             for _ in tensors:  # other ranks, and what is left after an error
                 pass
@@ -236,7 +236,7 @@ class Checkpoints:
             _sync(self.root)
         except BaseException as exc:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(exc, OSError | SafetensorError | CheckpointException):
+            if isinstance(exc, OSError | CheckpointException):
                 self.confirm()  # else a new trainer has deleted the folder
                 raise _refused(folder, exc) from exc
             raise

@@ -25,8 +25,8 @@ from shared.settings import Settings
 from shared.stream import BrokenEntry, StreamEntry
 from trainer.connections import Connections
 from trainer.figures import Tally
-from trainer.lag import PublishedSteps
 from trainer.layouts.base import WindowPairs
+from trainer.publisher import PublishedSteps
 from trainer.reader import Arrival, Duplicate, Ended, Prepared, Reader
 
 _REMEDIES = {

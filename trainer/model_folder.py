@@ -1,21 +1,23 @@
 """A model's folder for `from_pretrained`, written from a stream of tensors. Used by checkpoint.py.
 
     folder = ModelFolder.of(model, tokenizer)            # training thread: copies the configuration
-    folder.write(path, snapshot.tensors())               # background thread: one file of weights in memory at most
+    folder.write(path, layouts, snapshot.tensors())      # background thread: tensor by tensor, in files as of a version
 
 `save_pretrained` can't write it: it needs the whole model at once, and of a sharded one it sees DTensors.
 """
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from shared.weights.state import FileLayout
+from trainer.publication import Layouts, content_of, full_files, named_bits
 
 _MAX_FILE_BYTES = 5_000_000_000
 
@@ -34,47 +36,24 @@ class ModelFolder:
         config.dtype = str(model.dtype).removeprefix("torch.")
         return cls(config, copy.deepcopy(model.generation_config) if model.can_generate() else None, tokenizer)
 
-    def write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Raises OSError or SafetensorError."""
+    def write(self, folder: Path, layouts: Layouts, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """`tensors` come in the order of `layouts`. Raises OSError."""
         folder.mkdir()
         self.config.save_pretrained(folder)
         if self.generation is not None:
             self.generation.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        files, num_bytes = self._write_files(folder, tensors)
-        _name(folder, files, num_bytes)
-
-    def _write_files(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> tuple[list[list[str]], int]:
-        """The names in each file, and bytes in all."""
-        files: list[list[str]] = []
-        pending: dict[str, Tensor] = {}
-        in_file = num_bytes = 0
-        for name, tensor in tensors:
-            if pending and in_file + tensor.nbytes > self.max_file_bytes:
-                files.append(_write_file(folder, len(files), pending))
-                pending, in_file = {}, 0
-            pending[name] = tensor.contiguous()
-            in_file += tensor.nbytes
-            num_bytes += tensor.nbytes
-        files.append(_write_file(folder, len(files), pending))
-        return files, num_bytes
+        files, bits = full_files(layouts, max_bytes=self.max_file_bytes), named_bits(tensors)
+        for name, file in files.items():
+            with (folder / name).open("wb") as opened:
+                opened.writelines(content_of(file, bits))
+        if len(files) > 1:
+            _write_index(folder, files)
 
 
-def _write_file(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
-    save_file(tensors, folder / f"{number}.safetensors", metadata={"format": "pt"})
-    return list(tensors)
-
-
-def _name(folder: Path, files: list[list[str]], num_bytes: int) -> None:
-    """As transformers names them; an index if there are several."""
-    if len(files) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(files):
-        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+def _write_index(folder: Path, files: Mapping[str, FileLayout]) -> None:
+    total_size = sum(file.num_bytes - len(file.header) for file in files.values())
+    weight_map = {tensor: name for name, file in files.items() for tensor in file.offsets}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

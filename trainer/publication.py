@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.weights.patches import ChangedChecksum, TensorPatch, encode_patches, find_patch
-from shared.weights.state import Bits, BitTensor, StateSums, Sums, lay_out_files, row_sums
+from shared.weights.state import Bits, BitTensor, FileLayout, StateSums, Sums, lay_out_files, row_sums
 from shared.weights.store import FULL_FILE, VersionWriter, file_names
 from trainer.snapshot import Snapshot
 
@@ -50,6 +50,10 @@ def bits_of(tensor: Tensor) -> Bits:
     width = tensor.itemsize
     bits: Bits = tensor.reshape(-1).view(_BITS[width]).numpy().view(f"<u{width}")
     return bits
+
+
+def named_bits(tensors: NamedTensors) -> Iterator[tuple[str, Bits]]:
+    return ((name, bits_of(tensor)) for name, tensor in tensors)
 
 
 class PublishedBits:
@@ -145,14 +149,20 @@ def layouts_of(snapshot: Snapshot) -> Layouts:
 
 def write_full(writer: VersionWriter, layouts: Layouts, tensors: Iterator[tuple[str, Bits]]) -> None:
     """All tensors, which come in the order of `layouts`."""
-    files = lay_out_files(layouts, {"format": "pt"}, max_bytes=MAX_FILE_BYTES)
-    for file, name in zip(files, file_names(FULL_FILE, len(files)), strict=True):
-        writer.write(name, _blocks(file.header, file.offsets, tensors))
+    for name, file in full_files(layouts, max_bytes=MAX_FILE_BYTES).items():
+        writer.write(name, content_of(file, tensors))
 
 
-def _blocks(header: bytes, names: Iterable[str], tensors: Iterator[tuple[str, Bits]]) -> Iterator[bytes | memoryview]:
-    yield header
-    for expected in names:
+def full_files(layouts: Layouts, *, max_bytes: int) -> dict[str, FileLayout]:
+    """By name the safetensors files of a whole state, as transformers names them."""
+    files = lay_out_files(layouts, {"format": "pt"}, max_bytes=max_bytes)
+    return dict(zip(file_names(FULL_FILE, len(files)), files, strict=True))
+
+
+def content_of(file: FileLayout, tensors: Iterator[tuple[str, Bits]]) -> Iterator[bytes | memoryview]:
+    """Takes the file's tensors, which must be the next ones."""
+    yield file.header
+    for expected in file.offsets:
         name, bits = next(tensors)
         assert name == expected, f"{name} came where {expected} belongs"
         yield bits.data

@@ -13,7 +13,7 @@ from threading import Event
 from shared import metrics
 from shared.coordination import Coordination
 from shared.runs import Run
-from trainer.lag import PublishedSteps
+from trainer.publisher import PublishedSteps
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05

@@ -19,7 +19,9 @@ from trainer.checkpoint import Checkpoints
 from trainer.figures import WandbSink
 from trainer.model_folder import ModelFolder
 from trainer.optimizer import PolicyOptimizer
+from trainer.publication import layouts_of
 from trainer.ranks import Ranks
+from trainer.snapshot import Snapshot
 
 LONE = Ranks.join("cpu", {})
 STATE = CheckpointState(number=1, after=0, step=3, weight_version=3, finished={})
@@ -134,9 +136,10 @@ def test_what_follows_a_checkpoint_finds_it_complete_and_its_error_is_the_loops(
 
 
 def test_a_large_model_is_cut_into_files_with_an_index(tmp_path: Path) -> None:
-    model = tiny_llama(tie=False)
+    model, snapshot = tiny_llama(tie=False), Snapshot()
+    snapshot.take(model)
     folder = replace(ModelFolder.of(model, None), max_file_bytes=4000)
-    folder.write(tmp_path / "policy", iter(model.state_dict().items()))
+    folder.write(tmp_path / "policy", layouts_of(snapshot), snapshot.tensors())
     assert len(list((tmp_path / "policy").glob("model-*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert_equal_weights(dict(loaded.state_dict()), dict(model.state_dict()))

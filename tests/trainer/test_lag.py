@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.lag import PublishedSteps
+from trainer.publisher import PublishedSteps
 
 RESUMED = PublishedSteps({0: 0, 1: 2, 2: 4, 3: 6, 4: 2, 5: 4})
 """Pushed every second step up to 6, then resumed from step 2 under a new number."""

@@ -10,7 +10,7 @@ from shared import metrics
 from shared.database import EventRow
 from tests.trainer.conftest import MakeStack, Stack
 from tests.trainer.windows import candidate, chunk, window
-from trainer.lag import PublishedSteps
+from trainer.publisher import PublishedSteps
 from trainer.replicas import Replicas
 
 
