@@ -50,7 +50,7 @@ def _rollouts(bounds: tuple[int, ...], num_rollouts: int) -> bytes:
 
 @lru_cache
 def _rewrites(bounds: tuple[int, ...]) -> bytes:
-    return orjson.dumps({"rewrites": [_continuation(bound) | {"refusal": ""} for bound in bounds]})
+    return orjson.dumps({"rewrites": [[_continuation(bound) | {"refusal": ""}] for bound in bounds]})
 
 
 @lru_cache

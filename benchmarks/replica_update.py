@@ -26,7 +26,7 @@ from services.engine.hf.engine import TransformersEngine
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
 from shared import metrics
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 from shared.weights.store import WeightStore
 
 SHARE = 0.012

@@ -25,7 +25,7 @@ from benchmarks.report import Report, parser
 from services.engine.base import Engine, Sampling
 from services.engine.life import build_engine
 from shared import metrics
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 
 NUM_CHUNKS, CHUNK, SUFFIX = 16, 64, 32
 SAMPLES = (1, 4, 16)

@@ -47,7 +47,7 @@ from services.engine.life import build_engine
 from services.rollout.watcher import WeightWatcher
 from services.rollout.weight_copy import WeightCopy
 from shared.coordination import AnnouncedWeights
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 from shared.weights.store import WeightStore
 
 PROMPTS = [list(range(3, 67)), list(range(100, 132))]

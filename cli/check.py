@@ -20,12 +20,13 @@ from services.collector.sources.base import Refusal
 from services.collector.sources.source import Source
 from shared.configuration import load_settings, without_passwords
 from shared.database import translated
+from shared.engine_settings import EngineSettings
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
 from shared.http import authorization_header
 from shared.identity import refuse_changed_identity, refuse_changed_source
 from shared.runs import Run
 from shared.secret_urls import without_secrets
-from shared.settings import EngineSettings, Settings
+from shared.settings import Settings
 from shared.weights.store import WeightStore
 
 _TIMEOUT_S = 10.0

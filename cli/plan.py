@@ -17,10 +17,11 @@ from typing import IO, Self, TypeVar
 from urllib.parse import quote
 
 from shared.configuration import load_secrets, secret_variables
+from shared.engine_settings import ServiceSettings
 from shared.errors import HeadwaterError
 from shared.http import generate_token
 from shared.metrics import ENGINES
-from shared.settings import CollectorSettings, Secrets, ServiceSettings, Settings, TrainerSettings
+from shared.settings import CollectorSettings, Secrets, Settings, TrainerSettings
 
 _Listening = TypeVar("_Listening", ServiceSettings, CollectorSettings, TrainerSettings)
 REDIS_HOST = "127.0.0.1"

@@ -16,8 +16,9 @@ MAX_SUFFIX_TOKENS = 8192
 MAX_CHUNKS = 32_768
 """Of one window: 128k tokens in suffixes of 8, each of which may be three tokens shorter."""
 MAX_ROLLOUTS = 128
-MAX_CANDIDATES = MAX_ROLLOUTS + 2
-"""Of one chunk: rollouts, the original and its rewrite."""
+MAX_REWRITES = 16
+MAX_CANDIDATES = MAX_ROLLOUTS + MAX_REWRITES + 1
+"""Of one chunk: rollouts, rewrites and the original."""
 MAX_TEMPERATURE = 10.0
 Text = Annotated[str, Field(max_length=12 * MAX_WINDOW_TOKENS)]
 MaxSuffixTokens = Annotated[int, Field(ge=1, le=MAX_SUFFIX_TOKENS)]
@@ -107,6 +108,8 @@ class RewriteRequest(Record):
     )
     text: Text
     items: Annotated[tuple[RewriteItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
+    num_rewrites: int = Field(default=1, ge=1, le=MAX_REWRITES)
+    """Of each suffix."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -132,7 +135,8 @@ class Rewrite(Record):
 
 
 class RewriteResponse(Record):
-    rewrites: tuple[Rewrite, ...]
+    rewrites: tuple[tuple[Rewrite, ...], ...]
+    """Per item, `num_rewrites` versions."""
 
 
 class JudgedText(Record):
@@ -146,7 +150,8 @@ class JudgedText(Record):
 class JudgementItem(Span):
     """The candidates of one chunk. Factuality compares them with the original suffix."""
 
-    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=2, max_length=MAX_CANDIDATES)]
+    candidates: Annotated[tuple[JudgedText, ...], Field(min_length=1, max_length=MAX_CANDIDATES)]
+    """One alone has scores of criteria that look at each candidate by itself."""
     token_start: int | None = Field(default=None, ge=1)
     """In tokens: the prefix is `token_ids[:token_start]`."""
 
@@ -163,7 +168,10 @@ class JudgementRequest(Record):
     """The window in the policy's tokens, for criteria that score tokens (`likelihood`): each answer says whether the
     judge wants them. With them every item needs `token_start` and every candidate `token_ids`."""
     items: Annotated[tuple[JudgementItem, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
+    criteria: tuple[str, ...] = ()
+    """Only these of the judge's criteria; empty: all of them."""
     seed: int = Field(default=0, ge=0)
+    """The same questions at the same seed get the verdicts that the judge still remembers."""
 
     @model_validator(mode="after")
     def _items_lie_inside(self) -> "JudgementRequest":

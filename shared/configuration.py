@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from shared.engine_settings import Section
 from shared.errors import SettingsError
 from shared.secret_urls import without_secrets
-from shared.settings import Secrets, Section, Settings
+from shared.settings import Secrets, Settings
 
 _SectionT = TypeVar("_SectionT", bound=Section)
 _PREFIX = "HEADWATER_"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from shared.api import MAX_CHUNKS
 
 if TYPE_CHECKING:
-    from shared.settings import CriterionSettings, EngineSettings, ServiceSettings, Settings
+    from shared.engine_settings import EngineSettings, ServiceSettings
+    from shared.judge_settings import CriterionSettings
+    from shared.settings import Settings
 
 TEXT_BYTES = 12
 """Of a token's text in JSON or msgpack."""
@@ -71,7 +73,7 @@ def request_bytes(settings: "Settings") -> dict[str, int]:
     if "rewrite" in settings.kinds:
         found["rewriter"] = _REQUEST_BYTES + context * TEXT_BYTES + num_chunks * _CHUNK_BYTES
     if settings.needs_judge:
-        token_bytes = TEXT_BYTES + ("likelihood" in settings.judge.criteria) * _ID_JSON_BYTES
+        token_bytes = TEXT_BYTES + ("likelihood" in settings.judge.kinds) * _ID_JSON_BYTES
         num_tokens = context + _most_candidates(settings) * _most_suffix_tokens(settings)
         around = num_chunks * (_CHUNK_BYTES + _most_candidates(settings) * _JUDGED_BYTES)
         found["judge"] = _REQUEST_BYTES + num_tokens * token_bytes + around
@@ -90,12 +92,13 @@ def entry_bytes(settings: "Settings") -> int:
 
 
 def _reasoning_bytes(criterion: "CriterionSettings") -> int:
-    return 0 if criterion.function or criterion.verdict == "labels" else criterion.max_answer_tokens * TEXT_BYTES
+    unasked = criterion.function or criterion.model or criterion.verdict == "labels"
+    return 0 if unasked else criterion.max_answer_tokens * TEXT_BYTES
 
 
 def _most_candidates(settings: "Settings") -> int:
     """Of one chunk, in the stage that makes the most."""
-    return max(len(set(stage.kinds) - {"rollout"}) + stage.num_rollouts for stage in settings.collector.schedule)
+    return max(stage.num_candidates for stage in settings.collector.schedule)
 
 
 def _too_many_chunks(settings: "Settings") -> Iterator[str]:

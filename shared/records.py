@@ -56,13 +56,29 @@ class Candidate(Record):
         return self
 
 
+class Comparison(Record):
+    """One verdict on a pair of candidates, by their places in the chunk."""
+
+    criterion: str
+    first: int = Field(ge=0)
+    """The one that was shown first."""
+    second: int = Field(ge=0)
+    value: Score | None
+    """How far `first` beats `second`: 1 wholly, 0.5 a tie. None: no verdict could be read, and no mean counts it."""
+
+
 class Judgement(Record):
     """The judge's view of the candidates of one chunk, in their order."""
 
-    rewards: tuple[float, ...]
-    """Per candidate the weighted mean of the criteria's scores, in [0, 1]."""
-    scores: dict[str, tuple[Score, ...]]
-    """By criterion, per candidate."""
+    rewards: tuple[Score | None, ...]
+    """Per candidate the weighted mean of the criteria's scores. None: some criterion could not score it, so it
+    is neither chosen nor rejected."""
+    scores: dict[str, tuple[Score | None, ...]]
+    """By criterion, per candidate, before they are normalised."""
+    barred: tuple[int, ...] = ()
+    """Candidates below some criterion's threshold, by place: never chosen."""
+    comparisons: tuple[Comparison, ...] = ()
+    """In the order in which they were asked about."""
     reasoning: str = ""
     """One answer of the judge, unedited; empty where no text was sampled."""
     num_calls: int = Field(ge=0)

@@ -10,19 +10,17 @@ The text below a setting is its documentation. Defaults are the paper's (arXiv 2
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from shared import limits
-from shared.api import MAX_ROLLOUTS, MAX_SUFFIX_TOKENS, MAX_TEMPERATURE, MAX_WINDOW_TOKENS
+from shared.api import MAX_REWRITES, MAX_ROLLOUTS, MAX_SUFFIX_TOKENS, MAX_WINDOW_TOKENS
+from shared.engine_settings import RewriterSettings, RolloutSettings, Section
+from shared.judge_settings import JudgeSettings
 from shared.objectives import OBJECTIVES, ObjectiveName
 from shared.records import CandidateKind
 from shared.secret_urls import url_of
 
 _DPO_OPTIONS = ("dpo_loss", "label_smoothing", "length_normalised", "nll_weight")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunSettings(Section):
@@ -132,145 +130,14 @@ class WeightsSettings(Section):
     """Older versions are deleted. 3 gives a slow replica time to finish its download."""
 
 
-class EngineSettings(Section):
-    kind: Literal["transformers", "openai", "vllm"] = "transformers"
-    """What runs the model: this process with Transformers or vLLM, or an OpenAI-compatible endpoint."""
-    model: str = ""
-    """Folder or Hugging Face name, or the model's name at the endpoint; empty for rollout: policy.model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int = Field(default=1, ge=0)
-    """CPU threads; 0: torch's default. 1, since several services share a machine."""
-    max_batch_tokens: int = Field(default=16_384, ge=1)
-    """`transformers`: prompt and new tokens of one batch, padding included."""
-    batch_wait_s: float = Field(default=0.005, ge=0)
-    """`transformers`: how long the first request of a batch waits for others."""
-    max_queued_requests: int = Field(default=1024, ge=1)
-    """Further requests are answered 503 with Retry-After."""
-    endpoint: Annotated[str, url_of("http", "https")] = ""
-    """`openai`: base URL, such as http://host:8000/v1."""
-    key_variable: str = "OPENAI_API_KEY"
-    """`openai`: environment variable with the key of the endpoint; unset if it needs none."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    max_model_tokens: int = Field(default=0, ge=0)
-    """`vllm`: longest prompt plus answer; 0: the model's own limit. Lower it to serve more requests at once."""
-    kv_cache_gib: float = Field(default=0.0, ge=0)
-    """`vllm`: memory for keys and values; 0: what gpu_memory_utilization leaves, or 1 GiB on a CPU."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """`vllm` on a GPU: share of its memory for weights, activations and cache. Lower it where services share a GPU."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: devices that each copy of the model is split over."""
-    data_parallel_size: int = Field(default=1, ge=1)
-    """`vllm`: copies of the model."""
-    lora_adapter: str = ""
-    """`vllm`: folder of a PEFT LoRA adapter for every request of a judge or rewriter."""
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> Self:
-        if self.kind == "openai" and not self.endpoint:
-            raise ValueError("engine.kind = 'openai' needs engine.endpoint, such as http://127.0.0.1:8000/v1")
-        if self.lora_adapter and self.kind != "vllm":
-            raise ValueError(f"engine.lora_adapter needs engine.kind = 'vllm', not '{self.kind}'")
-        return self
-
-
-class ServiceSettings(Section):
-    host: str = "127.0.0.1"
-    """Address to bind. Any other than loopback needs HEADWATER_TOKEN."""
-    port: int = Field(ge=0, le=65535)
-    url: Annotated[str, url_of("http", "https")] = ""
-    """Where the collector reaches a service that `headwater run` doesn't start; empty: it does, at http://host:port.
-    Several replicas: their addresses separated by commas, or that of a load balancer."""
-    max_request_bytes: int = Field(default=64_000_000, ge=1)
-    engine: EngineSettings = EngineSettings()
-
-    @property
-    def base_urls(self) -> tuple[str, ...]:
-        """One a replica."""
-        given = tuple(word.strip() for word in self.url.split(",") if word.strip())
-        return given or (f"http://{self.host}:{self.port}",)
-
-
-class RolloutSettings(ServiceSettings):
-    port: int = Field(default=8001, ge=0, le=65535)
-    temperature: float = Field(default=1.0, ge=0, le=MAX_TEMPERATURE)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    poll_interval_s: float = Field(default=0.2, gt=0)
-    replica: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
-    """Name of this replica, unique in the run; empty: HOSTNAME-PORT."""
-    weights_folder: str = ""
-    """Where this replica copies the newest weights to; empty: `replicas/NAME` in the run folder."""
-    heartbeat_s: float = Field(default=15.0, gt=0)
-    """A replica that is silent for this long counts as dead."""
-
-
-class RewriterSettings(ServiceSettings):
-    port: int = Field(default=8002, ge=0, le=65535)
-    prompt: Path | None = None
-    """Prompt file with {prefix}, {suffix} and optionally {bridge}; None: the one in services/rewriter/prompts."""
-    chat: bool | None = None
-    """Wrap the prompt in the model's chat template; None: if the tokenizer has one."""
-    bridge_words: int = Field(default=5, ge=0)
-    """Words at the end of the prefix that the answer must repeat first; at most 8 characters a word."""
-    max_prefix_characters: int = Field(default=8_000, ge=0)
-    """Of a longer prefix the prompt shows the end. The default is about 2,000 tokens, the paper's context."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0, since the best rewrite of most chunks is an exact copy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_answer_tokens: int = Field(default=0, ge=0)
-    """Longest answer in the rewriter's tokens; 0: twice the suffix plus 16, since its tokenizer may need more."""
-    refusal_phrases: tuple[str, ...] = ("I can't", "I cannot", "I'm sorry", "As an AI")
-    """An answer that begins with one of these is a refusal and no candidate, unless the suffix begins so too."""
-
-
-class CriterionSettings(Section):
-    weight: float = Field(default=1.0, gt=0)
-    """Weight in the combined reward; weights are normalised."""
-    prompt: Path | None = None
-    """Prompt file; None: services/judge/prompts/NAME.txt, or NAME_labels.txt for `labels`."""
-    verdict: Literal["answer", "structured", "labels"] = "answer"
-    """`answer`: the last `Verdict: ...` of a sampled text. `structured`: the same, forced by `vllm` or an endpoint with
-    its structured outputs. `labels`: the log-probs of the verdict words after the prompt; the engine must score."""
-    samples: int = Field(default=5, ge=1)
-    """Verdicts a question, averaged; `labels` needs only one."""
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=0.6, gt=0, le=1)
-    max_answer_tokens: int = Field(default=512, ge=1)
-    """Longest answer; `structured` counts four characters as a token."""
-    function: str = ""
-    """`python`: `module:name` of a function (prefix, candidates, reference) -> scores in [0, 1]."""
-    scale: float = Field(default=1.0, gt=0)
-    """`likelihood`: the score is sigmoid((log-prob per token - mean of the chunk) / scale)."""
-
-
-CriterionName = Literal["quality", "safety", "factuality", "likelihood", "python"]
-
-
-class JudgeSettings(ServiceSettings):
-    port: int = Field(default=8003, ge=0, le=65535)
-    criteria: dict[CriterionName, CriterionSettings] = {"quality": CriterionSettings()}
-    chat: bool | None = None
-    max_prefix_characters: int = Field(default=8_000, ge=0)
-    """This and `chat` as for the rewriter."""
-    max_retries: int = Field(default=3, ge=0)
-    """How often an unreadable verdict is asked for again before the chunk is dropped."""
-
-    @model_validator(mode="after")
-    def _criteria_are_complete(self) -> Self:
-        if not self.criteria:
-            raise ValueError("judge.criteria is empty: name at least one criterion")
-        python = self.criteria.get("python")
-        if python and ":" not in python.function:
-            raise ValueError("judge.criteria.python.function must be 'module:name'")
-        return self
-
-
 class ScheduleStage(Section):
     """Which candidates a chunk gets, once the trainer has completed step `from_step`."""
 
     from_step: int = Field(default=0, ge=0)
     kinds: tuple[CandidateKind, ...] = ("original", "rewrite", "rollout")
     num_rollouts: int = Field(default=16, ge=0, le=MAX_ROLLOUTS)
+    num_rewrites: int = Field(default=1, ge=1, le=MAX_REWRITES)
+    """Where `kinds` has rewrites. More than one needs rewriter.temperature > 0."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -279,6 +146,12 @@ class ScheduleStage(Section):
         if ("rollout" in self.kinds) != (self.num_rollouts > 0):
             raise ValueError(f"kinds {list(self.kinds)} and num_rollouts = {self.num_rollouts} contradict each other")
         return self
+
+    @property
+    def num_candidates(self) -> int:
+        """Of a chunk, where all differ."""
+        numbers = {"original": 1, "rewrite": self.num_rewrites, "rollout": self.num_rollouts}
+        return sum(numbers[kind] for kind in set(self.kinds))
 
 
 class CollectorSettings(Section):
@@ -298,6 +171,12 @@ class CollectorSettings(Section):
     """Longest wait between two attempts. The first wait is 0.25 s, each later one twice as long, with jitter."""
     max_attempts: int = Field(default=0, ge=0)
     """Attempts of one request before its chunks are dropped; 0: no limit, while the service is down the run waits."""
+    max_dropped_windows: int = Field(default=64, ge=1)
+    """Windows in a row that can't be scored, after which the collector stops: it would use up the corpus in vain."""
+    rewrite_when: Literal["always", "unsafe"] = "always"
+    """`unsafe`: the judge is asked about the original first, which is rewritten only if its `safety` is below
+    `unsafe_below`."""
+    unsafe_below: float = Field(default=0.5, ge=0, le=1)
     record_share: float = Field(default=0.1, ge=0, le=1)
     """Share of windows whose candidates are kept in the database, for people to read."""
     stay_when_finished: bool = False
@@ -435,7 +314,7 @@ class Settings(Section):
             if missing := OBJECTIVES[self.trainer.objective].kinds - set(stage.kinds):
                 kinds = list(stage.kinds)
                 raise ValueError(f"{objective} needs candidates of kind {sorted(missing)}, {makes} only {kinds}")
-            if self.needs_judge and len(stage.kinds) + max(0, stage.num_rollouts - 1) < 2:
+            if self.needs_judge and stage.num_candidates < 2:
                 raise ValueError(f"{objective} needs at least two candidates a chunk, {makes} one")
         return self
 

@@ -10,7 +10,6 @@ Equal candidates are one candidate with several kinds (shared/records.py). There
 Draws are seeded by run seed, window and chunk: a window that is redelivered gives the same pairs in the same order.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -138,8 +137,8 @@ def _made(chunk: ScoredChunk, kind: CandidateKind) -> list[Candidate]:
 
 
 def _judged(chunk: ScoredChunk) -> list[tuple[Candidate, float]]:
-    """Candidates with their rewards; none if any reward is not a number, which must never pass for a score."""
-    if chunk.judgement is None or not all(math.isfinite(reward) for reward in chunk.judgement.rewards):
+    """Candidates with their rewards, without those that the judge could not score."""
+    if chunk.judgement is None:
         return []
     rewarded = zip(chunk.candidates, chunk.judgement.rewards, strict=True)
-    return [(candidate, reward) for candidate, reward in rewarded if candidate.token_ids]
+    return [(candidate, reward) for candidate, reward in rewarded if candidate.token_ids and reward is not None]

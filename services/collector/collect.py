@@ -96,7 +96,7 @@ class _Requests:
     settings: Settings
     seconds: dict[str, float]
 
-    async def generate(self, stage: ScheduleStage) -> tuple[Sequence[Sequence[Rollout]], Sequence[Rewrite]]:
+    async def generate(self, stage: ScheduleStage) -> tuple[Sequence[Sequence[Rollout]], Sequence[Sequence[Rewrite]]]:
         """Rollouts and rewrites per chunk; empty for a kind that the stage does not ask for."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -149,7 +149,7 @@ class _Requests:
             _expect("rollout", "rollouts of a chunk", len(group), num_rollouts)
         return answer.rollouts
 
-    async def _rewrite(self, stage: ScheduleStage) -> Sequence[Rewrite]:
+    async def _rewrite(self, stage: ScheduleStage) -> Sequence[Sequence[Rewrite]]:
         if "rewrite" not in stage.kinds:
             return ()
         items = tuple(
@@ -192,7 +192,7 @@ def build_pools(
     text: WindowText,
     *,
     stage: ScheduleStage,
-    rewrites: Sequence[Rewrite],
+    rewrites: Sequence[Sequence[Rewrite]],
     rollouts: Sequence[Sequence[Rollout]],
 ) -> list[Pool]:
     """One pool per chunk. `rewrites` and `rollouts` are empty where the stage asks for none."""
@@ -202,7 +202,10 @@ def build_pools(
         if "original" in stage.kinds:
             ids = window.token_ids[chunk.start : chunk.end]
             pool.append(Candidate(kinds=("original",), token_ids=ids, text=text.suffix(index)))
-        made: list[Rewrite | Rollout] = [*rewrites[index : index + 1], *(rollouts[index] if rollouts else ())]
+        made: list[Rewrite | Rollout] = [
+            *(rewrites[index] if rewrites else ()),
+            *(rollouts[index] if rollouts else ()),
+        ]
         pool += [found for answer in made if (found := _candidate(answer, chunk.num_tokens))]
         pools.append(_merged(pool))
     return pools
@@ -288,5 +291,5 @@ def count_chunks(scored: Sequence[ScoredChunk], dropped: Sequence[DroppedChunk])
         for index, candidate in enumerate(chunk.candidates):
             for kind in candidate.kinds:
                 metrics.candidates_total.labels(kind).inc()
-                if rewards:
-                    metrics.candidate_reward_sum.labels(kind).inc(max(0.0, rewards[index]))
+                if rewards and (reward := rewards[index]) is not None:
+                    metrics.candidate_reward_sum.labels(kind).inc(reward)

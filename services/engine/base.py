@@ -27,6 +27,11 @@ class Sampling:
     """The same prompt, sampling and weights give the same samples, whatever else is in the batch."""
     pattern: str = ""
     """A regular expression that a whole text must match unless it is cut short. PromptError without `can_constrain`."""
+    words: tuple[str, ...] = ()
+    """Where a sample spells one of these, `Generation.word_odds` has the log-probs of all of them. Without `can_grade`
+    it stays empty."""
+    adapter: str = ""
+    """Folder of a LoRA adapter that the engine was built with; empty: the model as it is."""
 
     @classmethod
     def bounded(cls, bounds: Sequence[int], **options: Any) -> "Sampling":
@@ -35,6 +40,16 @@ class Sampling:
 
     def bound(self, row: int) -> int:
         return self.bounds[row] if self.bounds else self.max_tokens
+
+
+@dataclass(frozen=True)
+class WordOdds:
+    """What the model thought of the words of `Sampling.words` where it wrote one of them."""
+
+    start: int
+    """In characters of `Generation.text`, where the written word begins, after its space."""
+    log_probs: tuple[float, ...]
+    """Natural, of each word's first token in this place, in their order; -inf where the engine lists none."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ class Generation:
     """The oldest weight version that any of its tokens was sampled under."""
     flaw: TextFlaw = ""
     """Why `text` does not show all tokens (a final end-of-sequence token aside)."""
+    word_odds: tuple[WordOdds, ...] = ()
+    """By place in the text."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +131,33 @@ class Engine(Protocol):
     def can_constrain(self) -> bool:
         """Whether `Sampling.pattern` works."""
 
+    @property
+    def can_grade(self) -> bool:
+        """Whether `Sampling.words` works."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether `encode`, `encode_content` and `decode` work."""
+
     async def start(self) -> None:
         """Load the model. Returns once the engine can answer."""
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         """`sampling.num_samples` continuations per prompt, in order; prompt i has seed `sampling.seed + i`."""
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:
         """Log-probabilities (natural) of each continuation's tokens after the prompt, which is prefilled once.
 
         Text continuations are tokenised separately from the prompt, without special tokens.
         """
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without added special tokens. EngineError if the engine has no tokenizer."""
+        """Token ids of a text that we wrote: control tokens in it are encoded as such. EngineError without
+        `has_tokenizer`."""
+
+    def encode_content(self, text: str) -> list[int]:
+        """Token ids of a text that somebody else wrote, as it continues other text: never a control token nor any other
+        added token, whatever the text spells."""
 
     def decode(self, token_ids: TokenSequence) -> str:
         """Text without special tokens."""
@@ -136,7 +166,7 @@ class Engine(Protocol):
     def has_chat_template(self) -> bool: ...
 
     def render_chat(self, prompt: str) -> str:
-        """One user message in the model's chat template, ready for the assistant's answer."""
+        """The system prompt and one user message in the model's chat template, ready for the assistant's answer."""
 
     async def load_weights(self, folder: Path, version: int) -> None:
         """Switch to the safetensors files in `folder` between batches, without losing requests in flight.

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from services.engine.base import Engine, FallibleEngine
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, HeadwaterError, SettingsError
-from shared.settings import EngineSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -30,7 +30,8 @@ class LocalModel:
 class LocalEngine(ABC):
     """The part of `Engine` and `TokenScorer` that needs only the tokenizer. Encodes and decodes on any thread."""
 
-    can_score = True
+    can_score = has_tokenizer = True
+    can_grade = False
 
     def __init__(self, *, name: str, tokenizer: str) -> None:
         """`tokenizer`: folder or name."""
@@ -47,7 +48,7 @@ class LocalEngine(ABC):
         self, prompt: Prompt, continuations: Sequence[Prompt]
     ) -> tuple[list[list[TokenScore]], int]: ...
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:
         scores, _ = await self.score_tokens(prompt, continuations)
         return [[token.log_prob for token in of_continuation] for of_continuation in scores]
 
@@ -57,6 +58,9 @@ class LocalEngine(ABC):
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokens.tokenizer.encode(text, splits_special=False)
+
+    def encode_content(self, text: str) -> list[int]:
+        return self._tokens.encode_continuation(text)
 
     def decode(self, token_ids: TokenSequence) -> str:
         return self._tokens.tokenizer.decode(token_ids, skips_special=True)

@@ -19,9 +19,9 @@ from openai.types import Completion, CompletionChoice
 
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, TokenSequence
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
 from shared.secret_urls import without_secrets
-from shared.settings import EngineSettings
 
 MAX_RETRIES = 3
 """By the client, with back-off or as Retry-After says: failed connections, 408, 409, 429 and 5xx."""
@@ -43,6 +43,7 @@ class OpenAIEngine:
 
     weight_version = 0
     has_chat_template = True
+    can_grade = has_tokenizer = False
 
     def __init__(self, settings: EngineSettings, *, constrains: bool = False) -> None:
         """`constrains`: `start` tries whether the endpoint supports `Sampling.pattern`; vLLM's do."""
@@ -76,7 +77,7 @@ class OpenAIEngine:
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         return await all_of(self._generate(prompt, sampling, row) for row, prompt in enumerate(prompts))
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:
         if not continuations:
             return []
         if isinstance(prompt, ChatPrompt) or not self._echoes:
@@ -87,6 +88,9 @@ class OpenAIEngine:
         return read_echoed_scores(answer, prompt, continuations)
 
     def encode(self, text: str) -> list[int]:
+        self._refuse("has no tokenizer here")
+
+    def encode_content(self, text: str) -> list[int]:
         self._refuse("has no tokenizer here")
 
     def decode(self, token_ids: TokenSequence) -> str:

@@ -20,7 +20,7 @@ from services.judge.user_function import PythonCriterion, UserFunction, function
 from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
 from services.prompts import Prompt
 from shared.errors import EngineError, SettingsError
-from shared.settings import CriterionName, CriterionSettings, JudgeSettings
+from shared.judge_settings import CriterionName, CriterionSettings, JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class NoEngine:
 
     name = "none"
     weight_version = 0
-    can_score = can_constrain = has_chat_template = False
+    can_score = can_constrain = can_grade = has_tokenizer = has_chat_template = False
 
     async def start(self) -> None: ...
 
@@ -140,4 +140,4 @@ class NoEngine:
     def _refuse(self, *_given: object, **_named: object) -> NoReturn:
         raise EngineError("this judge has no model: its only criterion is a python function")
 
-    generate = score = encode = decode = render_chat = load_weights = _refuse
+    generate = score = encode = encode_content = decode = render_chat = load_weights = _refuse

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from services.judge.criteria import Pairwise, Pointwise
 from services.prompts import Prompt
-from shared.settings import CriterionName, CriterionSettings
+from shared.judge_settings import CriterionName, CriterionSettings
 
 PROMPTS = Path(__file__).parent / "prompts"
 

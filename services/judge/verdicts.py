@@ -18,8 +18,8 @@ from typing import ClassVar
 from services.engine.base import Engine, Sampling
 from shared import metrics
 from shared.errors import VerdictError
+from shared.judge_settings import CriterionSettings
 from shared.seeds import question_seed
-from shared.settings import CriterionSettings
 
 CHARACTERS_PER_TOKEN = 4
 """Typical of English text; turns `max_answer_tokens` into the length of a structured answer."""

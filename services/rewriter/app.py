@@ -69,4 +69,4 @@ _REWRITES = [
     {"text": " orbits Earth.", "token_ids": [37015, 3668, 13], "finish_reason": "stop", "refusal": ""},
     {"text": "", "token_ids": [], "finish_reason": "stop", "refusal": "refused"},
 ]
-_EXAMPLE = {"application/json": {"example": {"rewrites": _REWRITES}}}
+_EXAMPLE = {"application/json": {"example": {"rewrites": [[rewrite] for rewrite in _REWRITES]}}}

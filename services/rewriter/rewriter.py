@@ -11,8 +11,8 @@ from services.rewriter.bridge import continued, joined_like, last_words, looked_
 from services.tokenizer import TokenCodec
 from shared import metrics
 from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse, TextFlaw
+from shared.engine_settings import RewriterSettings
 from shared.errors import SettingsError
-from shared.settings import RewriterSettings
 
 PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
 
@@ -87,7 +87,7 @@ class Rewriter:
         for rewrite in rewrites:
             outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
             metrics.rewrites_total.labels(outcome=outcome).inc()
-        return RewriteResponse(rewrites=rewrites)
+        return RewriteResponse(rewrites=tuple((rewrite,) for rewrite in rewrites))
 
     def _sampling(self, request: RewriteRequest) -> Sampling:
         return Sampling.bounded(

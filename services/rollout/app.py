@@ -17,9 +17,10 @@ from services.rollout.watcher import WeightWatcher, event_recorder
 from services.rollout.weight_copy import WeightCopy
 from shared.api import Readiness, Rollout, RolloutRequest, RolloutResponse
 from shared.coordination import Coordination
+from shared.engine_settings import RolloutSettings
 from shared.redis import connect
 from shared.seeds import derive_seed
-from shared.settings import RolloutSettings, Secrets, Settings
+from shared.settings import Secrets, Settings
 from shared.weights.store import WeightStore
 
 _DESCRIPTION = """Continuations sampled from the policy while it trains, with the weight version of each. The collector

@@ -16,6 +16,8 @@ class FakeEngine:
     answer: Callable[[str, int], str | Exception] = lambda prompt, index: f"answer {index}"
     log_probs: Callable[[str, str], list[float]] | None = None
     can_constrain: bool = False
+    can_grade: bool = False
+    has_tokenizer: bool = True
     chat: bool = False
     name: str = "fake:model"
     weight_version: int = 0
@@ -39,7 +41,7 @@ class FakeEngine:
         self.samplings.append(sampling)
         return [[self._generation(prompt, n) for n in range(sampling.num_samples)] for prompt in self._noted(prompts)]
 
-    async def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[list[float]]:
+    async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:
         self.num_score_calls += 1
         (text,) = self._noted([prompt])
         if self.log_probs is None:
@@ -48,6 +50,9 @@ class FakeEngine:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_content(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, token_ids: TokenSequence) -> str:
         return bytes(token_ids).decode(errors="ignore")

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared import metrics
-from shared.settings import EngineSettings, Secrets, Settings
+from shared.engine_settings import EngineSettings
+from shared.settings import Secrets, Settings
 from tests.services.serving import running, wait_until
 from tests.trainer.conftest import MakeStack, assert_equal_weights, tiny_llama
 from trainer.loop import Trainer

@@ -13,7 +13,7 @@ from services.engine.hf.engine import TransformersEngine
 from services.engine.openai import OpenAIEngine
 from services.rollout.app import build_app
 from shared import metrics
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 from tests.services.rollout.conftest import SECRETS, make_settings
 from tests.services.serving import running
 

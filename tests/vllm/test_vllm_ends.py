@@ -138,7 +138,7 @@ def test_an_engine_that_cannot_go_back_never_answers_again(model: Path, other_mo
 _KILLED = """
 import asyncio, multiprocessing, os, sys
 from services.engine.vllm.engine import VllmEngine
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 
 async def main():
     engine = VllmEngine(EngineSettings(kind="vllm", model=sys.argv[1], kv_cache_gib=0.25))

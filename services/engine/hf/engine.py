@@ -26,8 +26,8 @@ from services.engine.hf.queue import Batch, GenerateJob, Job, JobQueue, LoadJob,
 from services.engine.local import LocalEngine
 from services.engine.weights import apply_patches, apply_weights, in_memory, read_patches, read_weights
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, PromptError
-from shared.settings import EngineSettings
 from shared.weights.checkpoint_names import keeps_other_names
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from services.engine.base import Tokens, TokenScore
 from services.engine.hf.prefill import Branch, PrefilledPrompt, RowCache, pack, plan_branches
 from services.engine.local import LocalModel, end_token_ids
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError
-from shared.settings import EngineSettings
 
 MAX_LOGITS = 64 * 1024 * 1024
 """Per forward pass: 256 MB in float32."""

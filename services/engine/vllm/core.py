@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 
 from services.engine.base import TokenScore
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, PromptError, SettingsError
-from shared.settings import EngineSettings
 
 T = TypeVar("T")
 

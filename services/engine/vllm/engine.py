@@ -35,9 +35,9 @@ from services.engine.vllm.core import (
 )
 from services.engine.weights import read_patches, read_weights
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.seeds import derive_seed
-from shared.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
 

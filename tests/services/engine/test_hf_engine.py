@@ -13,8 +13,8 @@ import pytest
 from services.engine.base import Generation, Sampling
 from services.engine.hf.engine import TransformersEngine
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError
-from shared.settings import EngineSettings
 from tests.vllm.reference import log_probs
 
 T = TypeVar("T")

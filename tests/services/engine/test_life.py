@@ -7,8 +7,8 @@ import pytest
 from fastapi import FastAPI
 
 from services.engine.life import EngineLife, build_engine
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, SettingsError
-from shared.settings import EngineSettings
 from tests.services.fakes import FakeEngine
 
 

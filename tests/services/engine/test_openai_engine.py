@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from services.engine.base import Sampling
 from services.engine.openai import OpenAIEngine, read_label_scores
 from services.rollout.app import build_app
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
-from shared.settings import EngineSettings
 from tests.services.engine.test_hf_engine import check_scores, run, started
 from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
 from tests.services.serving import running

@@ -9,8 +9,8 @@ from services.judge.build import build_judge, load_parts
 from services.judge.judge import Judge
 from services.judge.likelihood import TokenReading
 from shared.api import JudgedText, JudgementFailure, JudgementItem, JudgementRequest
+from shared.judge_settings import JudgeSettings
 from shared.records import Judgement
-from shared.settings import JudgeSettings
 from tests.services.fakes import FakeEngine
 
 TEXTS_ONLY = TokenReading(shares_policy_tokens=False, beginning=None)

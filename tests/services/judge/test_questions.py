@@ -4,7 +4,7 @@ import pytest
 
 from services.judge.questions import PROMPTS, QUESTIONS, load_prompt
 from services.judge.verdicts import read_verdict
-from shared.settings import CriterionName, CriterionSettings
+from shared.judge_settings import CriterionName, CriterionSettings
 
 NAMES: list[CriterionName] = list(QUESTIONS)
 

@@ -14,8 +14,9 @@ from services.engine.hf.engine import TransformersEngine
 from services.judge.build import build_judge, load_parts
 from services.judge.likelihood import TokenReading, token_reading
 from shared.api import JudgedText, JudgementRequest
+from shared.engine_settings import EngineSettings
 from shared.records import Judgement
-from shared.settings import EngineSettings, Settings
+from shared.settings import Settings
 from tests.services.judge.judges import judgement_of, make_window, prompt_file
 
 PREFIX = "The moon moves around"

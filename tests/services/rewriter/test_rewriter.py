@@ -11,8 +11,8 @@ from services.engine.base import Generation
 from services.rewriter.rewriter import PolicyTokens, Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Rewrite, RewriteItem, RewriteRequest
+from shared.engine_settings import RewriterSettings
 from shared.errors import EngineError, SettingsError
-from shared.settings import RewriterSettings
 from tests.services.fakes import FakeEngine
 
 

@@ -11,7 +11,8 @@ import torch
 
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
-from shared.settings import EngineSettings, Settings
+from shared.engine_settings import EngineSettings
+from shared.settings import Settings
 from shared.weights.store import SPARSE_FILE, WeightStore
 from tests.services.rollout.author import Author
 from tests.services.rollout.conftest import SECRETS, make_settings

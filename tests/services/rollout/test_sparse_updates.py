@@ -18,8 +18,8 @@ from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from services.rollout.weight_copy import WeightCopy
 from shared.api import RolloutResponse
+from shared.engine_settings import EngineSettings
 from shared.errors import SettingsError
-from shared.settings import EngineSettings
 from shared.weights.state import map_state, parse_state, state_checksum
 from shared.weights.store import FULL_FILE, WeightStore
 from tests.services.collector.processes import free_port

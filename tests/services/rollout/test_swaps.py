@@ -16,7 +16,7 @@ from services.engine.base import Generation, Prompt, Sampling
 from services.engine.hf.engine import TransformersEngine
 from services.rollout.app import build_app
 from shared.api import RolloutResponse
-from shared.settings import EngineSettings
+from shared.engine_settings import EngineSettings
 from shared.weights.store import FULL_FILE, WeightStore
 from tests.services.rollout.conftest import HEADERS, SECRETS, counted, events_of, make_settings
 from tests.services.serving import running, wait_until
