@@ -13,7 +13,7 @@ process (services/__main__.py) for its supervisor to restart.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from services.engine.base import Engine, FallibleEngine
 from shared.engine_settings import EngineSettings
@@ -51,10 +51,21 @@ def build_engine(
     return OpenAIEngine(settings, constrains=constrains)
 
 
+class Startable(Protocol):
+    """An engine, or several together."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class EngineLife(Generic[T]):
     """`build` runs once the engine can answer; the service is ready when it returns."""
 
-    def __init__(self, engine: Engine, *, build: Callable[[], Awaitable[T]]) -> None:
+    def __init__(self, engine: Startable, *, build: Callable[[], Awaitable[T]]) -> None:
         self._engine = engine
         self._build = build
         self._service: T

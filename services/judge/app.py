@@ -9,7 +9,8 @@ from fastapi import Body, FastAPI, Request
 from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
 from services.engine.life import EngineLife
-from services.judge.build import Parts, build_judge, check_engine, judge_engine, load_parts, needs_engine
+from services.judge.build import Parts, build_judge, check_engine, load_parts
+from services.judge.engines import JudgeEngines, asks_model
 from services.judge.judge import Judge
 from services.judge.likelihood import token_reading
 from shared import metrics
@@ -26,14 +27,15 @@ The window is raw text; the judge is not told which candidate is the original, t
 def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = None) -> FastAPI:
     """`engine` replaces the one in the settings (tests). SettingsError for a prompt or function that can't be used."""
     parts = load_parts(settings.judge)
-    chosen = engine or judge_engine(settings.judge)
-    life = EngineLife(chosen, build=lambda: _open(settings, parts, chosen))
+    engines = JudgeEngines.of(settings.judge, replacement=engine)
+    life = EngineLife(engines, build=lambda: _open(settings, parts, engines))
+    asks = any(asks_model(settings.judge, name) for name in settings.judge.criteria)
 
     def readiness() -> Readiness:
         return Readiness(
             ready=life.ready,
             service="judge",
-            engine=settings.judge.engine.kind if needs_engine(settings.judge) else "none",
+            engine=settings.judge.engine.kind if asks else "none",
             model=settings.judge.engine.model,
             fingerprint=life.service.fingerprint if life.ready else "",
             detail=life.detail,
@@ -59,17 +61,16 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     return app
 
 
-async def _open(settings: Settings, parts: Parts, engine: Engine) -> Judge:
-    """The judge on its started engine."""
-    check_engine(settings.judge, engine)  # before the tokenizers are loaded
-    reading = None
-    if "likelihood" in settings.judge.criteria:
-        reading = await asyncio.to_thread(token_reading, settings)
-    judge = build_judge(settings.judge, parts, engine=engine, reading=reading)
+async def _open(settings: Settings, parts: Parts, engines: JudgeEngines) -> Judge:
+    """The judge on its started engines."""
+    for name, engine in engines.by_criterion.items():
+        check_engine(settings.judge, name, engine)  # before the tokenizers are loaded
+    compared = [name for name in settings.judge.criteria if settings.judge.kind(name) == "likelihood"]
+    readings = {name: await asyncio.to_thread(token_reading, settings, name) for name in compared}
+    judge = build_judge(settings.judge, parts, engines=engines.by_criterion, readings=readings)
     metrics.judge_info.labels(judge.fingerprint).set(1)
-    found = {"fingerprint": judge.fingerprint, "engine": engine.name, "criteria": list(settings.judge.criteria)}
-    shares = reading.shares_policy_tokens if reading else None
-    _log.info("judge ready", extra=found | {"scores_policy_tokens": shares})
+    found = {"fingerprint": judge.fingerprint, "engine": engines.name, "criteria": list(settings.judge.criteria)}
+    _log.info("judge ready", extra=found | {"scores_policy_tokens": judge.wants_token_ids})
     return judge
 
 

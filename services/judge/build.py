@@ -1,143 +1,168 @@
 """From settings to a `Judge`, in two steps: a wrong prompt or function stops the service before it loads a model.
 
-`load_parts` reads the prompts and imports the user's function; `build_judge` needs the started engine.
+`load_parts` reads the prompts and imports the user's functions; `build_judge` needs the started engines.
 """
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.engine.base import Engine
-from services.engine.life import build_engine
-from services.judge.criteria import Criterion, FramedPrompt
+from services.frames import Frame
+from services.judge.asker import Asker
+from services.judge.criteria import Criterion, Pairwise, Pointwise, Prompted
+from services.judge.engines import asks_model, engine_settings
 from services.judge.judge import Judge
 from services.judge.likelihood import Likelihood, TokenReading
-from services.judge.questions import QUESTIONS, Question, load_prompt
+from services.judge.questions import Question, load_prompt, question_of
+from services.judge.rewards import Rule
 from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
-from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
+from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictMemory, VerdictSource
 from services.prompts import Prompt
-from shared.errors import EngineError, SettingsError
-from shared.judge_settings import CriterionName, CriterionSettings, JudgeSettings
+from shared.engine_settings import EngineSettings
+from shared.errors import SettingsError
+from shared.judge_settings import CriterionSettings, JudgeSettings
 
 
 @dataclass(frozen=True)
 class Parts:
-    prompts: Mapping[CriterionName, Prompt]
-    function: UserFunction | None
+    """What settings name, loaded. By criterion."""
+
+    questions: Mapping[str, Question]
+    prompts: Mapping[str, Prompt]
+    functions: Mapping[str, UserFunction]
 
 
 def load_parts(settings: JudgeSettings) -> Parts:
-    """Raises SettingsError for a prompt or function that can't be used."""
-    prompts = {name: load_prompt(name, criterion) for name, criterion in settings.criteria.items() if name in QUESTIONS}
-    python = settings.criteria.get("python")
-    return Parts(prompts, load_function(python.function) if python else None)
+    """Raises SettingsError for a criterion, prompt or function that can't be used."""
+    questions, prompts, functions = {}, {}, {}
+    for name, criterion in settings.criteria.items():
+        kind = settings.kind(name)
+        if question := question_of(name, kind, criterion):
+            questions[name], prompts[name] = question, load_prompt(kind, criterion, question)
+        if kind == "python":
+            functions[name] = load_function(criterion.function, criterion=name)
+    return Parts(questions, prompts, functions)
 
 
-def judge_engine(settings: JudgeSettings) -> Engine:
-    """The engine of the settings, not started yet."""
-    if not needs_engine(settings):
-        return NoEngine()
-    return build_engine(settings.engine, constrains=_asks_structured(settings))
-
-
-def needs_engine(settings: JudgeSettings) -> bool:
-    return set(settings.criteria) != {"python"}
-
-
-def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, reading: TokenReading | None) -> Judge:
-    """`engine` has started; `reading` is None unless a criterion is `likelihood`. SettingsError if they don't fit."""
-    check_engine(settings, engine)
-    chat = engine.has_chat_template if settings.chat is None else settings.chat
-    if chat and not engine.has_chat_template and parts.prompts:
+def check_engine(settings: JudgeSettings, name: str, engine: Engine) -> None:
+    """SettingsError if the criterion needs what its started engine can't do."""
+    criterion, kind = settings.criteria[name], settings.kind(name)
+    setting = f"judge.criteria.{name}"
+    if kind != "likelihood" and criterion.verdict == "structured" and not engine.can_constrain:
+        raise SettingsError(
+            f"{setting}.verdict = 'structured' constrains answers to a pattern, which {engine.name} can't: "
+            "use engine.kind = 'vllm', a vLLM endpoint, or verdict = 'answer'"
+        )
+    if (kind == "likelihood" or criterion.verdict == "labels") and not engine.can_score:
+        raise SettingsError(
+            f"{setting} compares log-probs of given tokens, which {engine.name} does not give: "
+            f"use engine.kind = 'transformers'{'' if kind == 'likelihood' else ', or verdict = `answer`'}"
+        )
+    if settings.chat and not engine.has_chat_template:
         raise SettingsError(f"judge.chat = true, but {engine.name} has no chat template: set it to false")
-    gate = asyncio.Semaphore(settings.engine.max_queued_requests)
-    builder = _Builder(settings, parts, engine, chat, reading, gate)
+
+
+def build_judge(
+    settings: JudgeSettings,
+    parts: Parts,
+    *,
+    engines: Mapping[str, Engine],
+    readings: Mapping[str, TokenReading],
+    classifiers: Mapping[str, Criterion],
+) -> Judge:
+    """All by criterion: its started engine, for `likelihood` also how texts become its tokens, and the started
+    classifiers. SettingsError if they don't fit."""
+    builder = _Builder(settings, parts, engines, readings, classifiers)
     return Judge(
-        {name: builder.criterion(name, criterion) for name, criterion in settings.criteria.items()},
-        weights={name: criterion.weight for name, criterion in settings.criteria.items()},
-        fingerprint=_fingerprint(settings, parts, model=engine.name, chat=chat),
-        wants_token_ids=reading is not None and reading.shares_policy_tokens,
+        {name: builder.criterion(name) for name in settings.criteria},
+        rules={name: Rule.of(criterion) for name, criterion in settings.criteria.items()},
+        fingerprint=fingerprint(settings, parts, engines),
+        token_criteria=frozenset(name for name, reading in readings.items() if reading.shares_policy_tokens),
     )
 
 
-def check_engine(settings: JudgeSettings, engine: Engine) -> None:
-    """SettingsError if a criterion needs what the started engine can't do."""
-    if not engine.can_constrain and _asks_structured(settings):
-        raise SettingsError(
-            f"judge.criteria: verdict = 'structured' constrains answers to a pattern, which {engine.name} can't: "
-            "use engine.kind = 'vllm', a vLLM endpoint, or verdict = 'answer'"
-        )
-    if engine.can_score:
-        return
-    for name, criterion in settings.criteria.items():
-        if name == "likelihood" or (name in QUESTIONS and criterion.verdict == "labels"):
-            raise SettingsError(
-                f"judge.criteria.{name} compares log-probs of given tokens, which {engine.name} does not give: "
-                f"use engine.kind = 'transformers'{'' if name == 'likelihood' else ', or verdict = `answer`'}"
-            )
-
-
-def _asks_structured(settings: JudgeSettings) -> bool:
-    return any(criterion.verdict == "structured" for name, criterion in settings.criteria.items() if name in QUESTIONS)
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Builder:
     settings: JudgeSettings
     parts: Parts
-    engine: Engine
-    chat: bool
-    reading: TokenReading | None
-    gate: asyncio.Semaphore
+    engines: Mapping[str, Engine]
+    readings: Mapping[str, TokenReading]
+    classifiers: Mapping[str, Criterion]
+    askers: dict[int, Asker] = field(default_factory=dict)
+    memory: VerdictMemory = field(init=False)
 
-    def criterion(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
-        max_characters = self.settings.max_prefix_characters
-        if name == "likelihood":
-            assert self.reading is not None
-            return Likelihood(self.engine, self.gate, self.reading, criterion.scale, max_characters)
-        if name == "python":
-            assert self.parts.function is not None
-            return PythonCriterion(self.parts.function, self.settings.engine.timeout_s)
-        opens_answer = self.chat and criterion.verdict == "labels"
-        prompt = FramedPrompt(self.parts.prompts[name], self.engine, self.chat, opens_answer, max_characters)
-        return QUESTIONS[name].kind(prompt, self._source(QUESTIONS[name], criterion))
+    def __post_init__(self) -> None:
+        self.memory = VerdictMemory(self.settings.remembered_verdicts)
 
-    def _source(self, question: Question, criterion: CriterionSettings) -> VerdictSource:
-        if criterion.verdict == "labels":
+    def criterion(self, name: str) -> Criterion:
+        kind, settings = self.settings.kind(name), self.settings.criteria[name]
+        if kind == "python":
+            return PythonCriterion(name, self.parts.functions[name], self.settings.engine.timeout_s)
+        if kind == "classifier":
+            return self.classifiers[name]
+        check_engine(self.settings, name, self.engines[name])
+        if kind == "likelihood":
+            reading, cut = self.readings[name], self.settings.max_prefix_characters
+            return Likelihood(self.engines[name], self._asker(name), reading, settings.scale, cut)
+        return self._prompted(name)
+
+    def _prompted(self, name: str) -> Criterion:
+        settings, question = self.settings.criteria[name], self.parts.questions[name]
+        chat = self._is_chat(name)
+        opens_answer = chat and settings.verdict == "labels"
+        frame = Frame(self.parts.prompts[name], self.engines[name], chat=chat, opens_answer=opens_answer)
+        prompted = Prompted(frame, self._source(name, question), self.settings.max_prefix_characters)
+        if question.is_pairwise:
+            return Pairwise(name, prompted, settings.schedule, settings.budget)
+        return Pointwise(prompted)
+
+    def _source(self, name: str, question: Question) -> VerdictSource:
+        settings, asker = self.settings.criteria[name], self._asker(name)
+        if settings.verdict == "labels":
             values = [question.verdicts[label.strip()] for label in question.labels]
-            return LabelVerdict(self.engine, self.gate, question.labels, values)
-        return AnswerVerdict(self.engine, self.gate, criterion, question.verdicts, self.settings.max_retries)
+            return LabelVerdict(asker, self.memory, question.labels, values, adapter=settings.lora_adapter)
+        thinking_end = engine_settings(self.settings, name).thinking_end
+        retries = self.settings.max_retries
+        return AnswerVerdict(asker, self.memory, settings, question.verdicts, retries, thinking_end=thinking_end)
+
+    def _asker(self, name: str) -> Asker:
+        """One for each engine."""
+        engine = self.engines[name]
+        if id(engine) not in self.askers:
+            max_at_once = engine_settings(self.settings, name).max_queued_requests
+            self.askers[id(engine)] = Asker(engine, max_at_once=max_at_once, patience_s=self.settings.engine_patience_s)
+        return self.askers[id(engine)]
+
+    def _is_chat(self, name: str) -> bool:
+        chat = self.settings.chat
+        return self.engines[name].has_chat_template if chat is None else chat
 
 
-def _fingerprint(settings: JudgeSettings, parts: Parts, *, model: str, chat: bool) -> str:
-    """16 hex digits of SHA-256 over model name, prompt texts, criteria settings and the user's source, not over
-    addresses and limits. A model folder counts by its name: give other weights another name."""
+_SHAPES_ANSWERS = {"lora_adapter", "system_prompt", "chat_template_arguments", "thinking_end", "extra_body", "dtype"}
+"""Settings of an engine that change what it answers, besides its name."""
+
+
+def fingerprint(settings: JudgeSettings, parts: Parts, engines: Mapping[str, Engine]) -> str:
+    """16 hex digits of SHA-256 over models, prompt texts, criteria settings and the user's source, not over addresses
+    and limits. A model folder counts by its name: give other weights another name."""
     criteria = {
-        name: criterion.model_dump(exclude={"prompt"})
+        name: criterion.model_dump(mode="json", exclude={"prompt", "engine"})
         | {"prompt": parts.prompts[name].text if name in parts.prompts else ""}
-        | {"source": function_source(parts.function) if name == "python" and parts.function else ""}
+        | {"source": function_source(parts.functions[name]) if name in parts.functions else ""}
+        | _engine_facts(settings, name, criterion, engines)
         for name, criterion in settings.criteria.items()
     }
-    judge = {"model": model, "chat": chat, "max_prefix_characters": settings.max_prefix_characters}
-    content = json.dumps(judge | {"criteria": criteria}, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    judge = {"chat": settings.chat, "max_prefix_characters": settings.max_prefix_characters, "criteria": criteria}
+    return hashlib.sha256(json.dumps(judge, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-class NoEngine:
-    """The engine of a judge whose only criterion is a python function: it starts at once and answers nothing."""
-
-    name = "none"
-    weight_version = 0
-    can_score = can_constrain = can_grade = has_tokenizer = has_chat_template = False
-
-    async def start(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    def _refuse(self, *_given: object, **_named: object) -> NoReturn:
-        raise EngineError("this judge has no model: its only criterion is a python function")
-
-    generate = score = encode = encode_content = decode = render_chat = load_weights = _refuse
+def _engine_facts(
+    settings: JudgeSettings, name: str, criterion: CriterionSettings, engines: Mapping[str, Engine]
+) -> dict[str, Any]:
+    if not asks_model(settings, name):
+        return {}
+    found: EngineSettings = criterion.engine or settings.engine
+    return {"model": engines[name].name, "engine": found.model_dump(mode="json", include=_SHAPES_ANSWERS)}

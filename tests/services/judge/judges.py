@@ -6,6 +6,7 @@ from typing import Any
 
 from services.engine.base import Engine
 from services.judge.build import build_judge, load_parts
+from services.judge.engines import JudgeEngines
 from services.judge.judge import Judge
 from services.judge.likelihood import TokenReading
 from shared.api import JudgedText, JudgementFailure, JudgementItem, JudgementRequest
@@ -20,9 +21,10 @@ def answering(text: str, **options: Any) -> FakeEngine:
     return FakeEngine(answer=lambda prompt, index: text, **options)
 
 
-def make_judge(engine: Engine, /, *, reading: TokenReading | None = TEXTS_ONLY, **settings: Any) -> Judge:
-    parsed = JudgeSettings.model_validate(settings)
-    return build_judge(parsed, load_parts(parsed), engine=engine, reading=reading)
+def make_judge(engine: Engine, /, *, reading: TokenReading = TEXTS_ONLY, **settings: Any) -> Judge:
+    parsed = JudgeSettings.model_validate({"engine_patience_s": 0} | settings)
+    engines = JudgeEngines.of(parsed, replacement=engine).by_criterion
+    return build_judge(parsed, load_parts(parsed), engines=engines, readings=dict.fromkeys(parsed.criteria, reading))
 
 
 def prompt_file(folder: Path, text: str) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from services.judge.build import NoEngine
 from shared.errors import SettingsError
 from tests.services.fakes import FakeEngine
 from tests.services.judge.judges import make_judge, prompt_file
@@ -70,6 +69,6 @@ def test_a_function_counts_by_its_source(tmp_path: Path, monkeypatch: pytest.Mon
     prints = []
     for name, value in (("first_scorer", 0.1), ("second_scorer", 0.2)):
         (tmp_path / f"{name}.py").write_text(f"def score(prefix, candidates, reference):\n    return [{value}]\n")
-        judge = make_judge(NoEngine(), criteria={"python": {"function": f"{name}:score"}})
+        judge = make_judge(FakeEngine(), criteria={"python": {"function": f"{name}:score"}})
         prints.append(judge.fingerprint)
     assert prints[0] != prints[1]

@@ -1,14 +1,14 @@
 """The prompted criteria over the fake engine: what is asked, and what becomes of the verdicts."""
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.judge.criteria import win_rates
 from tests.services.fakes import FakeEngine
-from tests.services.judge.judges import answering, judged, make_window, prompt_file
+from tests.services.judge.judges import answering, judged, judgement_of, make_judge, make_window, prompt_file
 
 ORDER = " best", " middle", " worst"
 
@@ -21,8 +21,8 @@ def prefers_better(prompt: str, _index: int) -> str:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> dict[str, Any]:
-    """Settings of a quality criterion."""
-    return {"prompt": prompt_file(tmp_path, "A={a}|B={b}"), "samples": 2}
+    """Settings of a quality criterion that compares all pairs."""
+    return {"prompt": prompt_file(tmp_path, "A={a}|B={b}"), "schedule": "all_pairs", "samples": 2}
 
 
 def test_quality_is_the_mean_of_the_wins_over_all_pairs(pairs: dict[str, Any]) -> None:
@@ -34,19 +34,11 @@ def test_quality_is_the_mean_of_the_wins_over_all_pairs(pairs: dict[str, Any]) -
     assert judgement.reasoning.startswith("Because.")
 
 
-def test_a_win_rate_is_the_mean_over_the_comparisons() -> None:
-    """x beats y and ties with z; y wins three quarters of its verdicts against z."""
-    halves = {("x", "y"): 1.0, ("x", "z"): 0.5, ("y", "z"): 0.75}
-    wins = halves | {(second, first): 1.0 - win for (first, second), win in halves.items()}
-    assert win_rates(["x", "y", "z"], wins) == [0.75, 0.375, 0.375]
-
-
 def test_half_of_the_verdicts_are_asked_in_each_order(pairs: dict[str, Any]) -> None:
     engine = FakeEngine(answer=prefers_better)
     judged(engine, make_window(" best", " worst"), criteria={"quality": pairs | {"samples": 4}})
-    assert sorted(engine.prompts) == ["A= best|B= worst", "A= worst|B= best"]
-    assert [sampling.num_samples for sampling in engine.samplings] == [2, 2]
-    assert engine.samplings[0].seed != engine.samplings[1].seed
+    assert sorted(engine.prompts) == ["A= best|B= worst"] * 2 + ["A= worst|B= best"] * 2
+    assert len({sampling.seed for sampling in engine.samplings}) == 4
 
 
 @pytest.mark.parametrize("samples", [2, 5])
@@ -69,10 +61,9 @@ def test_a_tie_is_half_a_win_for_both(pairs: dict[str, Any]) -> None:
 
 
 def test_equal_texts_tie_without_being_asked(pairs: dict[str, Any]) -> None:
-    """best beats both copies of worst: (1 + 1) / 2; a copy loses once and ties once: (0 + 0.5) / 2."""
     engine = FakeEngine(answer=prefers_better)
     judgement = judged(engine, make_window(" worst", " best", " worst"), criteria={"quality": pairs})
-    assert (judgement.rewards, judgement.num_calls) == ((0.25, 1.0, 0.25), 2)
+    assert (judgement.rewards, judgement.num_calls) == ((0.0, 1.0, 0.0), 2)
     same = judged(engine, make_window(" worst", " worst"), criteria={"quality": pairs})
     assert (same.rewards, same.num_calls) == ((0.5, 0.5), 0)
 
@@ -144,3 +135,58 @@ def test_the_end_of_a_long_prefix_is_shown(tmp_path: Path, bound: int, shown: st
     criteria = {"safety": {"prompt": prompt_file(tmp_path, "<{prefix}>{candidate}")}}
     judged(engine, make_window(" x", " x", prefix="0123456789"), criteria=criteria, max_prefix_characters=bound)
     assert engine.prompts == [f"<{shown}> x"]
+
+
+def test_comparisons_name_who_was_shown_first_and_what_was_said(pairs: dict[str, Any]) -> None:
+    engine = FakeEngine(answer=prefers_better)
+    judgement = judged(engine, make_window(" worst", " best", " worst"), criteria={"quality": pairs})
+    found = {(one.criterion, one.first, one.second, one.value) for one in judgement.comparisons}
+    assert found == {("quality", 0, 1, 0.0), ("quality", 1, 0, 1.0)}
+
+
+def test_a_tournament_finds_both_ends_of_many_with_few_calls(tmp_path: Path) -> None:
+    """A judge without noise: 24 candidates have 552 ordered pairs; the budget is 8.5 calls a candidate."""
+    texts = [f" {place:02}" for place in range(24)]
+    engine = FakeEngine(answer=lambda prompt, _: f"Verdict: {'A' if prompt[3:5] > prompt[9:11] else 'B'}")
+    criteria = {"quality": {"prompt": prompt_file(tmp_path, "A={a}|B={b}")}}
+    judgement = judged(engine, make_window(*reversed(texts)), criteria=criteria)
+    rewards = [reward for reward in judgement.rewards if reward is not None]
+    assert (rewards.index(max(rewards)), rewards.index(min(rewards))) == (0, 23)
+    assert judgement.num_calls == len(judgement.comparisons) <= 8.5 * 24
+
+
+def test_a_missing_verdict_is_no_score_and_no_mean_counts_it(pairs: dict[str, Any]) -> None:
+    """x and y can't be told apart in writing; both are compared with z, and x beats it while y loses."""
+    said = {" x": {" z": "A"}, " y": {" z": "B"}, " z": {" x": "B", " y": "A"}}
+
+    def answer(prompt: str, _index: int) -> str:
+        a, b = prompt.removeprefix("A=").split("|B=")
+        return f"Verdict: {said[a].get(b, 'neither')}"
+
+    judgement = judged(FakeEngine(answer=answer), make_window(" x", " y", " z"), criteria={"quality": pairs}, max_retries=1)
+    assert judgement.rewards == (1.0, 0.0, 0.5)
+    assert [one.value for one in judgement.comparisons if {one.first, one.second} == {0, 1}] == [None, None]
+    assert (judgement.num_calls, judgement.num_failures) == (4 + 2 * 2, 4)
+
+
+def test_a_candidate_that_no_verdict_can_be_read_of_is_left_out(pairs: dict[str, Any]) -> None:
+    engine = FakeEngine(answer=lambda prompt, i: "?" if " odd" in prompt else prefers_better(prompt, i))
+    judgement = judged(engine, make_window(" best", " odd", " worst"), criteria={"quality": pairs}, max_retries=0)
+    assert judgement.rewards == (1.0, None, 0.0)
+
+
+def test_a_candidate_alone_is_scored_by_pointwise_criteria_only(pairs: dict[str, Any]) -> None:
+    engine = FakeEngine(answer=lambda prompt, index: "Verdict: safe")
+    window = make_window(" x").model_copy(update={"criteria": ("safety",)})
+    judgement = judged(engine, window, criteria={"quality": pairs, "safety": {"samples": 2}})
+    assert (judgement.rewards, judgement.num_calls) == ((1.0,), 2)
+
+
+def test_a_request_for_one_criterion_and_one_candidate_asks_what_the_whole_will_ask(tmp_path: Path) -> None:
+    """The screening of originals costs nothing twice: the second request pays for the other candidate only."""
+    engine = FakeEngine(answer=lambda prompt, index: "Verdict: safe")
+    judge = make_judge(engine, criteria={"safety": {"samples": 3, "prompt": prompt_file(tmp_path, "{candidate}")}})
+    alone = make_window(" x").model_copy(update={"criteria": ("safety",)})
+    first, second = (asyncio.run(judgement_of(judge, window)) for window in (alone, make_window(" y", " x")))
+    assert (first.num_calls, second.num_calls) == (3, 3)
+    assert engine.prompts == [" x", " y"]

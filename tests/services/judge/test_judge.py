@@ -2,9 +2,6 @@
 
 import asyncio
 
-import pytest
-
-from services.judge.judge import combined_rewards
 from shared.api import JudgementRequest
 from tests.services.fakes import FakeEngine
 from tests.services.judge.judges import answering, failed, judged, make_judge, make_window
@@ -35,14 +32,3 @@ def test_the_same_request_asks_with_the_same_seeds() -> None:
     first, second, other = ([one.seed for one in engine.samplings[at : at + 2]] for at in (0, 2, 4))
     assert first == second
     assert not set(first) & set(other)
-
-
-def test_rewards_are_weighted_means() -> None:
-    """(3 * 1 + 1 * 0.2) / 4 = 0.8, (3 * 0 + 1 * 1) / 4 = 0.25."""
-    scores = {"quality": [1.0, 0.0], "safety": [0.2, 1.0]}
-    assert combined_rewards(scores, {"quality": 3.0, "safety": 1.0}) == pytest.approx([0.8, 0.25])
-
-
-def test_a_reward_never_exceeds_one() -> None:
-    weights = {"quality": 0.1, "safety": 0.7, "factuality": 0.2}
-    assert combined_rewards({name: [1.0] for name in weights}, weights)[0] <= 1.0
