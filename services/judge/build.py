@@ -3,7 +3,6 @@
 `load_parts` reads the prompts and imports the user's function; `build_judge` needs the started engine.
 """
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,11 +11,13 @@ from typing import NoReturn
 
 from services.engine.base import Engine
 from services.engine.life import build_engine
+from services.judge.asker import Asker
 from services.judge.criteria import Criterion, FramedPrompt
 from services.judge.judge import Judge
 from services.judge.likelihood import Likelihood, TokenReading
 from services.judge.questions import QUESTIONS, Question, load_prompt
 from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
+from services.judge.verdict_memory import VerdictMemory
 from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
 from services.prompts import Prompt
 from shared.errors import EngineError, SettingsError
@@ -53,8 +54,9 @@ def build_judge(settings: JudgeSettings, parts: Parts, *, engine: Engine, readin
     chat = engine.has_chat_template if settings.chat is None else settings.chat
     if chat and not engine.has_chat_template and parts.prompts:
         raise SettingsError(f"judge.chat = true, but {engine.name} has no chat template: set it to false")
-    gate = asyncio.Semaphore(settings.engine.max_queued_requests)
-    builder = _Builder(settings, parts, engine, chat, reading, gate)
+    places, patience_s = settings.engine.max_queued_requests, settings.engine_patience_s
+    asker = Asker(engine, max_at_once=places, patience_s=patience_s)
+    builder = _Builder(settings, parts, asker, chat, reading, VerdictMemory(settings.remembered_verdicts))
     return Judge(
         {name: builder.criterion(name, criterion) for name, criterion in settings.criteria.items()},
         weights={name: criterion.weight for name, criterion in settings.criteria.items()},
@@ -88,28 +90,35 @@ def _asks_structured(settings: JudgeSettings) -> bool:
 class _Builder:
     settings: JudgeSettings
     parts: Parts
-    engine: Engine
+    asker: Asker
     chat: bool
     reading: TokenReading | None
-    gate: asyncio.Semaphore
+    memory: VerdictMemory
 
     def criterion(self, name: CriterionName, criterion: CriterionSettings) -> Criterion:
         max_characters = self.settings.max_prefix_characters
         if name == "likelihood":
             assert self.reading is not None
-            return Likelihood(self.engine, self.gate, self.reading, criterion.scale, max_characters)
+            return Likelihood(self.asker, self.reading, criterion.scale, max_characters)
         if name == "python":
             assert self.parts.function is not None
             return PythonCriterion(self.parts.function, self.settings.engine.timeout_s)
         opens_answer = self.chat and criterion.verdict == "labels"
-        prompt = FramedPrompt(self.parts.prompts[name], self.engine, self.chat, opens_answer, max_characters)
+        prompt = FramedPrompt(self.parts.prompts[name], self.asker.engine, self.chat, opens_answer, max_characters)
         return QUESTIONS[name].kind(prompt, self._source(QUESTIONS[name], criterion))
 
     def _source(self, question: Question, criterion: CriterionSettings) -> VerdictSource:
         if criterion.verdict == "labels":
             values = [question.verdicts[label.strip()] for label in question.labels]
-            return LabelVerdict(self.engine, self.gate, question.labels, values)
-        return AnswerVerdict(self.engine, self.gate, criterion, question.verdicts, self.settings.max_retries)
+            return LabelVerdict(self.asker, self.memory, question.labels, values, adapter=criterion.lora_adapter)
+        return AnswerVerdict(
+            self.asker,
+            self.memory,
+            criterion,
+            question.verdicts,
+            self.settings.max_retries,
+            thinking_end=self.settings.engine.thinking_end,
+        )
 
 
 def _fingerprint(settings: JudgeSettings, parts: Parts, *, model: str, chat: bool) -> str:

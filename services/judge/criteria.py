@@ -1,5 +1,6 @@
 """What a criterion is, and the two prompted kinds: pairwise (quality) and pointwise (safety, factuality)."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,7 +9,7 @@ from typing import Protocol
 
 from services.concurrency import all_of
 from services.engine.base import Engine
-from services.judge.verdicts import Answer, CallCount, VerdictSource
+from services.judge.verdicts import Answers, CallCount, VerdictSource
 from services.prompts import Prompt, opened
 from shared.api import JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
@@ -20,6 +21,8 @@ from shared.seeds import question_seed
 class JudgedChunk:
     window: JudgementRequest
     item: JudgementItem
+    turn: int = 0
+    """The request's place in the line for the engine."""
 
     @property
     def texts(self) -> list[str]:
@@ -63,7 +66,7 @@ class CriterionError(HeadwaterError):
 
 class Criterion(Protocol):
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        """VerdictError or CriterionError if some candidate can't be scored, EngineError if the engine fails."""
+        """CriterionError if some candidate can't be scored, EngineError if the engine fails."""
         ...
 
 
@@ -79,8 +82,11 @@ class FramedPrompt:
     model's answer, so that the label follows it directly."""
     max_prefix_characters: int
 
-    def fill(self, chunk: JudgedChunk, **texts: str) -> str:
+    def fill(self, chunk: JudgedChunk, **texts: str) -> "FilledPrompt":
         """With the end of the chunk's prefix, and with `texts` unchanged."""
+        return FilledPrompt(self._text(chunk, texts))
+
+    def _text(self, chunk: JudgedChunk, texts: Mapping[str, str]) -> str:
         values = {"prefix": chunk.end_of_prefix(self.max_prefix_characters), **texts}
         if not self.chat:
             return self.prompt.fill(values)
@@ -88,6 +94,18 @@ class FramedPrompt:
         if not (self.opens_answer and newline and opening.endswith(":")):
             return self.engine.render_chat(self.prompt.fill(values))
         return opened(self.engine.render_chat(Prompt(message + newline).fill(values)), Prompt(opening).fill(values))
+
+
+@dataclass(frozen=True)
+class FilledPrompt:
+    text: str
+
+    @property
+    def key(self) -> bytes:
+        return hashlib.blake2b(f"{type(self.text).__name__} {self.text}".encode(), digest_size=16).digest()
+
+    def build(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -105,10 +123,11 @@ class Pointwise:
                 num_samples=self.source.num_samples,
                 seed=question_seed(seed, place),
                 count=count,
+                turn=chunk.turn,
             )
             for place, text in enumerate(texts)
         )
-        value_of = {text: answer.value for text, answer in zip(texts, answers, strict=True)}
+        value_of = {text: _mean(answer) for text, answer in zip(texts, answers, strict=True)}
         return Scores([value_of[text] for text in chunk.texts], _first_reasoning(answers))
 
 
@@ -131,27 +150,33 @@ class Pairwise:
         )
         wins: dict[tuple[str, str], float] = {}
         for ((_, first), (_, second)), answer in zip(pairs, answers, strict=True):
-            wins[first, second], wins[second, first] = answer.value, 1.0 - answer.value
+            wins[first, second], wins[second, first] = _mean(answer), 1.0 - _mean(answer)
         return Scores(win_rates(chunk.texts, wins), _first_reasoning(answers))
 
-    async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, count: CallCount) -> Answer:
+    async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, count: CallCount) -> Answers:
         """How far `first` beats `second`."""
-        num_there, num_back = self.source.samples_per_pair
+        num_there, num_back = self.source.num_samples - self.source.num_samples // 2, self.source.num_samples // 2
+        if self.source.grades:
+            num_there = num_back = 1
         if seed % 2:
             num_there, num_back = num_back, num_there
         orders = [("there", first, second, num_there), ("back", second, first, num_back)]
         asked = [order for order in orders if order[-1]]
         answers = await all_of(
             self.source.ask(
-                self.prompt.fill(chunk, a=a, b=b), num_samples=number, seed=question_seed(seed, order), count=count
+                self.prompt.fill(chunk, a=a, b=b),
+                num_samples=number,
+                seed=question_seed(seed, order),
+                count=count,
+                turn=chunk.turn,
             )
             for order, a, b, number in asked
         )
         values = [
-            answer.value if order == "there" else 1.0 - answer.value
+            _mean(answer) if order == "there" else 1.0 - _mean(answer)
             for (order, *_), answer in zip(asked, answers, strict=True)
         ]
-        return Answer(fmean(values), _first_reasoning(answers))
+        return Answers((fmean(values),), graded=False, reasoning=_first_reasoning(answers))
 
 
 def win_rates(texts: Sequence[str], wins: Mapping[tuple[str, str], float]) -> list[float]:
@@ -166,5 +191,11 @@ def win_rates(texts: Sequence[str], wins: Mapping[tuple[str, str], float]) -> li
     ]
 
 
-def _first_reasoning(answers: Iterable[Answer]) -> str:
+def _mean(answers: Answers) -> float:
+    if answers.causes or answers.mean is None:
+        raise CriterionError(f"{answers.causes[0]}_verdict", f"{len(answers.causes)} verdicts are missing")
+    return answers.mean
+
+
+def _first_reasoning(answers: Iterable[Answers]) -> str:
     return next((answer.reasoning for answer in answers if answer.reasoning), "")

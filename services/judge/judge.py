@@ -5,6 +5,7 @@ whole request fails with its error and the collector retries it.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from services.concurrency import all_of
 from services.judge.criteria import Criterion, CriterionError, JudgedChunk, Scores
 from services.judge.verdicts import CallCount
 from shared.api import JudgementFailure, JudgementRequest, JudgementResponse
-from shared.errors import PromptError, RequestError, TokenIdsNeededError, VerdictError
+from shared.errors import PromptError, RequestError, TokenIdsNeededError
 from shared.records import Judgement
 from shared.seeds import question_seed
 
@@ -40,6 +41,7 @@ class Judge:
         self._slots = asyncio.Semaphore(MAX_CHUNKS_AT_ONCE)
         self.fingerprint = fingerprint
         self._wants_token_ids = wants_token_ids
+        self._turns = itertools.count()
 
     async def judge(self, request: JudgementRequest) -> JudgementResponse:
         """One judgement or failure per item, in order. Raises TokenIdsNeededError."""
@@ -48,8 +50,9 @@ class Judge:
                 "this judge scores the policy's token ids (likelihood): give `token_ids` of the window, and with each "
                 "item its `token_start` and its candidates' `token_ids`"
             )
+        turn = next(self._turns)
         judgements = await all_of(
-            self._in_turn(JudgedChunk(request, item), seed=question_seed(request.seed, place))
+            self._in_turn(JudgedChunk(request, item, turn), seed=question_seed(request.seed, place))
             for place, item in enumerate(request.items)
         )
         return JudgementResponse(judgements=tuple(judgements), wants_token_ids=self._wants_token_ids)
@@ -59,11 +62,8 @@ class Judge:
         try:
             async with self._slots:
                 return await self._judge_chunk(chunk, seed=seed, counts=counts)
-        except (VerdictError, CriterionError, PromptError, RequestError) as exc:
-            if isinstance(exc, CriterionError):
-                reason = exc.reason
-            else:
-                reason = "unreadable_verdict" if isinstance(exc, VerdictError) else "unanswerable_prompt"
+        except (CriterionError, PromptError, RequestError) as exc:
+            reason = exc.reason if isinstance(exc, CriterionError) else "unanswerable_prompt"
             _log.warning("chunk not judged: %s", exc, extra={"reason": reason})
             return JudgementFailure(reason=reason, **_totals(counts))
 

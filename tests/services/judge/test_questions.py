@@ -3,7 +3,7 @@
 import pytest
 
 from services.judge.questions import PROMPTS, QUESTIONS, load_prompt
-from services.judge.verdicts import read_verdict
+from services.judge.reading import read_verdict
 from shared.judge_settings import CriterionName, CriterionSettings
 
 NAMES: list[CriterionName] = list(QUESTIONS)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from services.judge.questions import QUESTIONS
-from services.judge.verdicts import answer_pattern, label_expectation, read_verdict
+from services.judge.reading import answer_pattern, label_expectation, read_verdict
 from tests.services.fakes import FakeEngine
 from tests.services.judge.judges import answering, judged, make_window
 
