@@ -206,6 +206,7 @@ class Switch:
 
     async def call(self) -> str:
         self.num_calls += 1
+        await asyncio.sleep(0)
         if not self.is_on:
             raise EngineError("connection refused")
         return "answer"
@@ -243,8 +244,8 @@ def test_an_engine_that_comes_back_in_time_answers_everybody() -> None:
     async def story() -> None:
         asker, switch = make_asker(max_at_once=4), Switch()
         calls = [asyncio.create_task(asker.call(switch.call, turn=turn)) for turn in range(50)]
-        while switch.num_calls < 8:
-            await asyncio.sleep(0.01)
+        await settled()
+        assert switch.num_calls >= 8
         switch.is_on = True
         assert await asyncio.gather(*calls) == ["answer"] * 50
 
