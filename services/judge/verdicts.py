@@ -139,7 +139,8 @@ class AnswerVerdict:
         try:
             generations = await self.asker.generate(prompt, sampling, turn=turn)
         except (PromptError, RequestError):
-            answers = Answers((), graded=self.grades, causes=("refused",) * sampling.num_samples)
+            refused: Cause = "refused"
+            answers = Answers((), graded=self.grades, causes=(refused,) * sampling.num_samples)
         else:
             answers = self._read_all(generations[: sampling.num_samples], sampling.pattern)
         count.add_calls(len(answers.values) + len(answers.causes))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from services.engine.base import WordOdds
+from services.engine.base import TokenSequence, WordOdds
 from services.judge.questions import QUESTIONS
 from services.judge.reading import (
     Written,
@@ -111,8 +111,16 @@ GRADES = {"A": 1.0, "A-": 0.8, "10": 0.6, "1": 0.2}
 
 @pytest.mark.parametrize(
     ("answer", "value"),
-    [("Verdict: A", 1.0), ("Verdict: A-", 0.8), ("Verdict: 10", 0.6), ("Verdict: 1.", 0.2), ("Verdict: 1.5", None)]
-    + [("Verdict: 1/10", None), ("Verdict: A-level", None), ("Verdict: 100", None)],
+    [
+        ("Verdict: A", 1.0),
+        ("Verdict: A-", 0.8),
+        ("Verdict: 10", 0.6),
+        ("Verdict: 1.", 0.2),
+        ("Verdict: 1.5", None),
+        ("Verdict: 1/10", None),
+        ("Verdict: A-level", None),
+        ("Verdict: 100", None),
+    ],
 )
 def test_words_that_begin_alike_are_told_apart(answer: str, value: float | None) -> None:
     assert read_verdict(answer, GRADES) == value
@@ -162,8 +170,8 @@ class Cutting(FakeEngine):
             text = text[len(token) :]
         return ids
 
-    def decode(self, token_ids: object) -> str:
-        (token_id,) = token_ids  # type: ignore[attr-defined]
+    def decode(self, token_ids: TokenSequence) -> str:
+        (token_id,) = token_ids
         return self.table[token_id]
 
 
@@ -175,7 +183,6 @@ class Cutting(FakeEngine):
         ({"safe": 1.0, "unsafe": 0.0}, True, {"safe": 1.0, "Safe": 1.0, "unsafe": 0.0, "Unsafe": 0.0}),
         ({"A": 1.0, "B": 0.0}, False, {"A": 1.0, "B": 0.0}),
         ({"possible": 1.0, "positive": 0.0}, False, {}),
-        ({"a": 1.0, "A": 0.0}, False, {"a": 1.0, "A": 0.0}),
     ],
 )
 def test_only_words_with_different_first_tokens_are_graded(

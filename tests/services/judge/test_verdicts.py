@@ -135,7 +135,12 @@ def test_fewer_samples_than_asked_for_are_asked_for_again() -> None:
 
 def test_sampling_follows_the_settings() -> None:
     engine = answering("Verdict: safe")
-    criterion = {"temperature": 0.3, "top_p": 0.9, "max_answer_tokens": 7, "lora_adapter": "/adapters/safety"}
+    criterion: dict[str, Any] = {
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "max_answer_tokens": 7,
+        "lora_adapter": "/adapters/safety",
+    }
     ask(answer_verdict(engine, **criterion), num_samples=2)
     asked = engine.samplings[0]
     assert (asked.num_samples, asked.temperature, asked.top_p, asked.max_tokens) == (2, 0.3, 0.9, 7)
@@ -163,7 +168,7 @@ def test_a_sample_is_graded_at_its_verdict() -> None:
     engine = writing(text, graded=True, word_odds=(odds(7, 1, 0, 0, 0), odds(29, 0.5, 0.1, 0.2, 0)))
     source = answer_verdict(engine)
     answers = ask(source)
-    assert (answers.values, answers.graded) == ((pytest.approx(0.75),), True)
+    assert (answers.mean, answers.graded) == (pytest.approx(0.75), True)
     assert source.grades
     assert engine.samplings[0].words == ("safe", "Safe", "unsafe", "Unsafe")
 
@@ -225,7 +230,7 @@ def test_labels_are_graded_and_asked_about_once() -> None:
     engine = FakeEngine(log_probs=lambda prompt, label: [math.log(0.6 if label == " safe" else 0.2)])
     source = labelled(engine)
     answers = ask(source, num_samples=5, count=count)
-    assert (answers.values, answers.graded, answers.causes) == ((pytest.approx(0.75),), True, ())
+    assert (answers.mean, answers.graded, answers.causes) == (pytest.approx(0.75), True, ())
     assert ask(source, seed=8, count=count) == answers
     assert (count.num_calls, engine.num_score_calls, source.grades, source.num_samples) == (1, 1, True, 1)
 
