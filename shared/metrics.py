@@ -64,7 +64,10 @@ refused_weights_total = _counter(["rollout"], "refused_weights_total", "Weight v
 # Rewriter, judge
 rewrites_total = _counter(["rewriter"], "rewrites_total", "Rewrites by outcome", "outcome")
 judge_calls_total = _counter(["judge"], "judge_calls_total", "Engine calls for verdicts", "criterion")
-judge_failures_total = _counter(["judge"], "judge_failures_total", "Verdicts that could not be read", "criterion")
+judge_failures_total = _counter(["judge"], "judge_failures_total", "Calls without a verdict", "criterion", "cause")
+judge_remembered_total = _counter(["judge"], "judge_remembered_total", "Calls spared: their answers were remembered")
+judge_engine_retries_total = _counter(["judge"], "judge_engine_retries_total", "Calls tried again: the engine failed")
+judge_waiting_questions = _gauge(["judge"], "judge_waiting_questions", "Calls that wait for a place in the engine")
 judge_info = _gauge(["judge"], "judge_info", "1 for the judge in service: a hash of all settings", "fingerprint")
 
 # Collector

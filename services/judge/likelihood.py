@@ -1,12 +1,12 @@
 """The likelihood criterion: how probable a candidate is, per token, under the judge's own model."""
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from services.engine.base import Engine, Prompt
+from services.engine.base import Prompt
+from services.judge.asker import Asker
 from services.judge.criteria import CriterionError, JudgedChunk, Scores
 from services.judge.verdicts import CallCount
 from services.tokenizer import load_tokenizer, same_tokens
@@ -41,17 +41,15 @@ def token_reading(settings: Settings) -> TokenReading:
 class Likelihood:
     """score = sigmoid((mean log-prob per token - mean of the group) / scale); one engine call per chunk."""
 
-    engine: Engine
-    gate: asyncio.Semaphore
+    asker: Asker
     reading: TokenReading
     scale: float
     max_prefix_characters: int
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         prompt, continuations = self._texts(chunk)
-        async with self.gate:
-            count.add_calls(1)
-            log_probs = await self.engine.score(prompt, continuations)
+        log_probs = await self.asker.call(lambda: self.asker.engine.score(prompt, continuations), turn=chunk.turn)
+        count.add_calls(1)
         means = [fmean(row) for row in log_probs]
         if not all(math.isfinite(mean) for mean in means):
             raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
@@ -65,7 +63,7 @@ class Likelihood:
             raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
         prefix = chunk.end_of_prefix(self.max_prefix_characters)
         if self.reading.beginning is not None:
-            return [self.reading.beginning, *self.engine.encode(prefix)], list(chunk.texts)
+            return [self.reading.beginning, *self.asker.engine.encode(prefix)], list(chunk.texts)
         if not prefix:
             raise CriterionError("empty_prefix", "likelihood: the prefix is empty and the judge's model has no BOS")
         return prefix, list(chunk.texts)

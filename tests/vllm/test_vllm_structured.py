@@ -8,7 +8,7 @@ import pytest
 
 from services.engine.base import Sampling
 from services.judge.questions import QUESTIONS
-from services.judge.verdicts import answer_pattern, read_verdict
+from services.judge.reading import answer_pattern, read_verdict
 from shared.errors import PromptError
 from tests.services.judge.judges import judgement_of, make_judge, make_window, prompt_file
 from tests.vllm.subjects import MAX_QUEUED, Subject, vllm_subject

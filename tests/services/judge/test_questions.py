@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from services.judge.questions import PROMPTS, QUESTIONS, load_prompt, question_of
-from services.judge.verdicts import read_verdict
+from services.judge.reading import read_verdict
 from shared.errors import SettingsError
 from shared.judge_settings import CriterionSettings
 
