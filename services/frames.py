@@ -107,6 +107,10 @@ class Frame:
             self._literals = [self._encode(text, begins=place == 0) for place, text in enumerate(literals)]
         self._nonce_tokens = lru_cache(maxsize=64)(lambda nonce: tuple(engine.encode_content(nonce)))
 
+    @property
+    def placeholders(self) -> frozenset[str]:
+        return frozenset(self._names)
+
     def piece(self, name: str, text: str) -> Piece:
         """`text` as it stands for `{name}`. Blocks, for about a millisecond per thousand characters. PromptError for a
         text that no model could read."""

@@ -68,6 +68,12 @@ judge_failures_total = _counter(["judge"], "judge_failures_total", "Calls withou
 judge_remembered_total = _counter(["judge"], "judge_remembered_total", "Calls spared: their answers were remembered")
 judge_engine_retries_total = _counter(["judge"], "judge_engine_retries_total", "Calls tried again: the engine failed")
 judge_waiting_questions = _gauge(["judge"], "judge_waiting_questions", "Calls that wait for a place in the engine")
+judge_comparisons_total = _counter(
+    ["judge"], "judge_comparisons_total", "Pairs compared, by the place of the winner", "criterion", "outcome"
+)
+judge_expected_share = _gauge(
+    ["judge"], "judge_expected_share", "Of the best possible spread between chosen and rejected", "criterion"
+)
 judge_info = _gauge(["judge"], "judge_info", "1 for the judge in service: a hash of all settings", "fingerprint")
 
 # Collector

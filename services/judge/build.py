@@ -18,8 +18,10 @@ from services.judge.judge import Judge
 from services.judge.likelihood import Likelihood, TokenReading
 from services.judge.questions import Question, load_prompt, question_of
 from services.judge.rewards import Rule
+from services.judge.tempers import TempersOfChunks
 from services.judge.user_function import PythonCriterion, UserFunction, function_source, load_function
-from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictMemory, VerdictSource
+from services.judge.verdict_memory import VerdictMemory
+from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
 from services.prompts import Prompt
 from shared.engine_settings import EngineSettings
 from shared.errors import SettingsError
@@ -106,7 +108,7 @@ class _Builder:
         check_engine(self.settings, name, self.engines[name])
         if kind == "likelihood":
             reading, cut = self.readings[name], self.settings.max_prefix_characters
-            return Likelihood(self.engines[name], self._asker(name), reading, settings.scale, cut)
+            return Likelihood(self._asker(name), reading, settings.scale, cut)
         return self._prompted(name)
 
     def _prompted(self, name: str) -> Criterion:
@@ -116,7 +118,8 @@ class _Builder:
         frame = Frame(self.parts.prompts[name], self.engines[name], chat=chat, opens_answer=opens_answer)
         prompted = Prompted(frame, self._source(name, question), self.settings.max_prefix_characters)
         if question.is_pairwise:
-            return Pairwise(name, prompted, settings.schedule, settings.budget)
+            tempers = TempersOfChunks(graded=prompted.source.grades)
+            return Pairwise(name, prompted, settings.schedule, settings.budget, tempers)
         return Pointwise(prompted)
 
     def _source(self, name: str, question: Question) -> VerdictSource:

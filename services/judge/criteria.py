@@ -7,18 +7,22 @@ be read is missing: no mean counts it. A candidate without any readable verdict 
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.concurrency import all_of
-from services.frames import Frame, Piece, cut_prefix
-from services.judge.schedules import Match, Result, Schedule, Tempers, make_schedule
-from services.judge.verdicts import Answers, CallCount, VerdictSource
+from services.frames import Frame, Piece
+from services.judge.posterior import Match, Result
+from services.judge.schedules import Schedule, make_schedule
+from services.judge.tempers import TempersOfChunks
+from services.judge.verdicts import Answers, CallCount, Cause, VerdictSource
+from services.text_cuts import cut_prefix
 from shared import metrics
 from shared.api import JudgementItem, JudgementRequest
-from shared.errors import HeadwaterError
+from shared.errors import HeadwaterError, PromptError
 from shared.judge_settings import ScheduleName
 from shared.records import Comparison, TokenIds
 from shared.seeds import question_seed
@@ -65,6 +69,8 @@ class Scores:
     reasoning: str = ""
     """One of the sampled answers, if any were sampled."""
     comparisons: tuple[Comparison, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    """Of the verdicts that are missing for good."""
 
 
 class CriterionError(HeadwaterError):
@@ -90,9 +96,17 @@ class Prompted:
     max_prefix_characters: int
 
     def encode(self, chunk: JudgedChunk, **texts: str) -> dict[str, Piece]:
-        """Prefix and `texts` by placeholder. Blocking."""
+        """Prefix and `texts` by placeholder, as far as the prompt has them. Blocking."""
         given = {"prefix": chunk.end_of_prefix(self.max_prefix_characters), **texts}
         return {name: self.frame.piece(name, text) for name, text in given.items() if name in self.frame.placeholders}
+
+    def encode_candidates(self, name: str, chunk: JudgedChunk) -> dict[str, Piece]:
+        """The distinct texts for the placeholder `name`, without those that no prompt can show. Blocking."""
+        pieces = {}
+        for text in chunk.distinct_texts:
+            with contextlib.suppress(PromptError):  # too long for any model: that candidate has no score
+                pieces[text] = self.frame.piece(name, text)
+        return pieces
 
     async def ask(
         self, chunk: JudgedChunk, pieces: Mapping[str, Piece], *, num_samples: int, seed: int, count: CallCount
@@ -108,8 +122,7 @@ class Pointwise:
     prompted: Prompted
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        texts = chunk.distinct_texts
-        shared, candidates = await asyncio.to_thread(self._encode, chunk, texts)
+        shared, candidates = await asyncio.to_thread(self._encode, chunk)
         answers = await all_of(
             self.prompted.ask(
                 chunk,
@@ -118,14 +131,15 @@ class Pointwise:
                 seed=question_seed(seed, piece.digest.hex()),  # by what is asked: a request in part asks the same
                 count=count,
             )
-            for piece in candidates
+            for piece in candidates.values()
         )
-        value_of = {text: answer.mean for text, answer in zip(texts, answers, strict=True)}
-        return Scores([value_of[text] for text in chunk.texts], _first_reasoning(answers))
+        value_of = {text: answer.mean for text, answer in zip(candidates, answers, strict=True)}
+        values = [value_of.get(text) for text in chunk.texts]
+        return Scores(values, _first_reasoning(answers), causes=_causes(answers))
 
-    def _encode(self, chunk: JudgedChunk, texts: Sequence[str]) -> tuple[dict[str, Piece], list[Piece]]:
+    def _encode(self, chunk: JudgedChunk) -> tuple[dict[str, Piece], dict[str, Piece]]:
         shared = self.prompted.encode(chunk, reference=chunk.reference)
-        return shared, [self.prompted.frame.piece("candidate", text) for text in texts]
+        return shared, self.prompted.encode_candidates("candidate", chunk)
 
 
 @dataclass(frozen=True)
@@ -140,40 +154,41 @@ class Pairwise:
     prompted: Prompted
     schedule: ScheduleName
     budget: int
-    tempers: Tempers = field(default_factory=Tempers)
+    tempers: TempersOfChunks
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        texts = chunk.distinct_texts
-        if len(texts) == 1:
+        if len(chunk.distinct_texts) == 1:
             return Scores([0.5 if len(chunk.texts) > 1 else None for _ in chunk.texts])
-        questions = await asyncio.to_thread(_Pairs.encoded, self.prompted, chunk, seed, count)
-        schedule = make_schedule(
-            self.schedule,
-            len(texts),
-            graded=self.prompted.source.grades,
-            budget=self.budget,
-            samples=self.prompted.source.num_samples,
-            seed=seed,
-            temper=self.tempers.of(questions.digest),
-        )
-        results = await self._play(schedule, questions)
+        pairs = await asyncio.to_thread(_Pairs.encoded, self.prompted, chunk, seed, count)
+        schedule = self._schedule(pairs)
+        results = await self._play(schedule, pairs)
         standing = schedule.standing(results)
-        self.tempers.learn(schedule, results)
+        self.tempers.learn(results, num_candidates=len(pairs.texts))
         self._count(results, standing.expected_share)
-        score_of = dict(zip(texts, standing.scores, strict=True))
-        comparisons = self._comparisons(chunk, texts, results)
-        return Scores([score_of[text] for text in chunk.texts], questions.reasoning, comparisons)
+        score_of = dict(zip(pairs.texts, standing.scores, strict=True))
+        values = [score_of.get(text) for text in chunk.texts]
+        return Scores(values, pairs.reasoning, self._comparisons(pairs, results), tuple(pairs.causes))
 
-    async def _play(self, schedule: Schedule, questions: "_Pairs") -> list[Result]:
+    def _schedule(self, pairs: "_Pairs") -> Schedule:
+        source = self.prompted.source
+        return make_schedule(
+            self.schedule,
+            len(pairs.texts),
+            graded=source.grades,
+            budget=self.budget,
+            samples=source.num_samples,
+            seed=pairs.seed,
+            temper=self.tempers.of(pairs.digest),
+        )
+
+    async def _play(self, schedule: Schedule, pairs: "_Pairs") -> list[Result]:
         results: list[Result] = []
         while matches := schedule.next_matches(results):
-            results += await questions.play(matches)
+            results += await pairs.play(matches)
         return results
 
-    def _comparisons(
-        self, chunk: JudgedChunk, texts: Sequence[str], results: Sequence[Result]
-    ) -> tuple[Comparison, ...]:
-        places = [chunk.texts.index(text) for text in texts]
+    def _comparisons(self, pairs: "_Pairs", results: Sequence[Result]) -> tuple[Comparison, ...]:
+        places = [pairs.chunk.texts.index(text) for text in pairs.texts]
         return tuple(
             Comparison.model_construct(
                 criterion=self.name,
@@ -184,52 +199,61 @@ class Pairwise:
             for result in results
         )
 
-    def _count(self, results: Iterable[Result], expected_share: float | None) -> None:
+    def _count(self, results: Iterable[Result], expected_share: float) -> None:
         for result in results:
             metrics.judge_comparisons_total.labels(self.name, _outcome(result.value)).inc()
-        if expected_share is not None:
-            metrics.judge_expected_share.labels(self.name).set(expected_share)
+        metrics.judge_expected_share.labels(self.name).set(expected_share)
 
 
 @dataclass
 class _Pairs:
-    """The questions about one chunk's pairs. Every text is encoded once."""
+    """The questions about one chunk's pairs. Every text is encoded once for each of the two places."""
 
     prompted: Prompted
     chunk: JudgedChunk
-    shared: dict[str, Piece]
-    firsts: list[Piece]
-    """Each text as the one shown first, then as the one shown second."""
-    seconds: list[Piece]
     seed: int
     count: CallCount
+    shared: dict[str, Piece]
+    firsts: dict[str, Piece]
+    seconds: dict[str, Piece]
     reasoning: str = ""
-    _asked: dict[Match, int] = field(default_factory=dict)
+    causes: list[Cause] = field(default_factory=list)
+    _num_asked: dict[Match, int] = field(default_factory=dict)
 
     @classmethod
     def encoded(cls, prompted: Prompted, chunk: JudgedChunk, seed: int, count: CallCount) -> "_Pairs":
         """Blocking."""
-        firsts = [prompted.frame.piece("a", text) for text in chunk.distinct_texts]
-        seconds = [prompted.frame.piece("b", text) for text in chunk.distinct_texts]
-        return cls(prompted, chunk, prompted.encode(chunk), firsts, seconds, seed, count)
+        firsts, seconds = prompted.encode_candidates("a", chunk), prompted.encode_candidates("b", chunk)
+        return cls(prompted, chunk, seed, count, prompted.encode(chunk), firsts, seconds)
 
     @property
-    def digest(self) -> tuple[int, str]:
-        """The same for a request that is asked again."""
-        return question_seed(self.seed, *(piece.digest.hex() for piece in self.firsts)), self.chunk.nonce
+    def texts(self) -> list[str]:
+        """That take part."""
+        return list(self.firsts)
+
+    @property
+    def digest(self) -> int:
+        """The same for a chunk that is asked about again."""
+        return question_seed(self.seed, *(piece.digest.hex() for piece in self.firsts.values()))
 
     async def play(self, matches: Sequence[Match]) -> list[Result]:
         answers = await all_of([self._ask(match) for match in matches])
         self.reasoning = self.reasoning or _first_reasoning(answers)
+        self.causes += _causes(answers)
         return [Result(match, answer.mean) for match, answer in zip(matches, answers, strict=True)]
 
-    async def _ask(self, match: Match) -> Answers:
+    def _ask(self, match: Match) -> Coroutine[Any, Any, Answers]:
         """The same match again asks at another seed."""
-        number = self._asked[match] = self._asked.get(match, 0) + 1
-        first, second = self.firsts[match.first], self.seconds[match.second]
-        seed = question_seed(self.seed, first.digest.hex(), second.digest.hex(), number)
-        pieces = {**self.shared, "a": first, "b": second}
-        return await self.prompted.ask(self.chunk, pieces, num_samples=1, seed=seed, count=self.count)
+        number = self._num_asked[match] = self._num_asked.get(match, 0) + 1
+        texts = self.texts
+        first, second = self.firsts[texts[match.first]], self.seconds[texts[match.second]]
+        return self.prompted.ask(
+            self.chunk,
+            {**self.shared, "a": first, "b": second},
+            num_samples=1,
+            seed=question_seed(self.seed, first.digest.hex(), second.digest.hex(), number),
+            count=self.count,
+        )
 
 
 def _outcome(value: float | None) -> str:
@@ -237,6 +261,10 @@ def _outcome(value: float | None) -> str:
     if value is None:
         return "missing"
     return "tie" if value == 0.5 else "first" if value > 0.5 else "second"
+
+
+def _causes(answers: Iterable[Answers]) -> tuple[Cause, ...]:
+    return tuple(cause for answer in answers for cause in answer.causes)
 
 
 def _first_reasoning(answers: Iterable[Answers]) -> str:

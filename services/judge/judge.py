@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from services.concurrency import all_of
 from services.frames import nonce_of
@@ -48,6 +48,11 @@ class Judge:
         self.fingerprint = fingerprint
         self._token_criteria = token_criteria
 
+    @property
+    def wants_token_ids(self) -> bool:
+        """A criterion scores the policy's token ids."""
+        return bool(self._token_criteria)
+
     async def judge(self, request: JudgementRequest) -> JudgementResponse:
         """One judgement or failure per item, in order. Raises TokenIdsNeededError, or RequestError for a criterion that
         this judge does not have."""
@@ -65,7 +70,7 @@ class Judge:
             )
             for item in request.items
         )
-        return JudgementResponse(judgements=tuple(judgements), wants_token_ids=bool(self._token_criteria))
+        return JudgementResponse(judgements=tuple(judgements), wants_token_ids=self.wants_token_ids)
 
     def _chosen(self, request: JudgementRequest) -> Mapping[str, Criterion]:
         if unknown := sorted(set(request.criteria) - self._criteria.keys()):
@@ -98,7 +103,7 @@ class Judge:
         )
         scores = {name: tuple(result.values) for name, result in zip(criteria, results, strict=True)}
         found = combine(scores, self._rules)
-        _refuse_unscored(found.rewards, counts)
+        _refuse_unscored(found.rewards, [cause for result in results for cause in result.causes])
         return Judgement(
             rewards=tuple(found.rewards),
             scores=scores,
@@ -115,14 +120,13 @@ def _nonce(request: JudgementRequest) -> str:
     return nonce_of(request.text, (candidate.text for item in request.items for candidate in item.candidates))
 
 
-def _refuse_unscored(rewards: list[float | None], counts: Mapping[str, CallCount]) -> None:
+def _refuse_unscored(rewards: Sequence[float | None], causes: Sequence[str]) -> None:
     """Raise CriterionError if too few candidates have a reward to tell the best and the worst."""
     num_scored = sum(reward is not None for reward in rewards)
     if num_scored >= min(MIN_SCORED, len(rewards)):
         return
-    causes = sum((Counter(count.causes) for count in counts.values()), Counter[str]())
     reason = "unanswerable_prompt" if set(causes) == {"refused"} else "unreadable_verdict"
-    why = ", ".join(f"{number} {cause}" for cause, number in sorted(causes.items())) or "no scores"
+    why = ", ".join(f"{number} {cause}" for cause, number in sorted(Counter(causes).items())) or "no scores"
     raise CriterionError(reason, f"{num_scored} of {len(rewards)} candidates have a reward: {why}")
 
 

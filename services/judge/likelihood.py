@@ -8,6 +8,7 @@ from statistics import fmean
 from services.engine.base import Prompt
 from services.judge.asker import Asker
 from services.judge.criteria import CriterionError, JudgedChunk, Scores
+from services.judge.engines import engine_settings
 from services.judge.verdicts import CallCount
 from services.tokenizer import load_tokenizer, same_tokens
 from shared.settings import Settings
@@ -24,14 +25,15 @@ class TokenReading:
     """The token (BOS) that the model wants before every text, if any."""
 
 
-def token_reading(settings: Settings) -> TokenReading:
-    """Compares the judge's tokenizer with the policy's. Loads both, so call it from a thread.
+def token_reading(settings: Settings, criterion: str) -> TokenReading:
+    """Compares the tokenizer of the criterion's engine with the policy's. Loads both, so call it from a thread.
 
     An endpoint always gets texts: it tokenises them and adds the BOS itself.
     """
-    if settings.judge.engine.kind == "openai":
+    engine = engine_settings(settings.judge, criterion)
+    if engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
-    judge = load_tokenizer(settings.judge.engine.model, setting="judge.engine.model")
+    judge = load_tokenizer(engine.model, setting="judge.engine.model")
     source = settings.policy.tokenizer_source
     shared = bool(source) and same_tokens(judge, load_tokenizer(source, setting="policy.tokenizer"))
     return TokenReading(shares_policy_tokens=shared, beginning=judge.beginning)

@@ -45,6 +45,25 @@ class Tempers:
         )
 
 
+class TempersOfChunks:
+    """A judge's habits as learned so far. A chunk that is asked about again keeps those that it had: its schedule then
+    names the same matches, whose verdicts are remembered."""
+
+    MAX_CHUNKS = 4096
+
+    def __init__(self, *, graded: bool) -> None:
+        self._tempers = Tempers(graded=graded)
+        self._of_chunk: dict[int, Temper] = {}
+
+    def of(self, chunk: int) -> Temper:
+        if len(self._of_chunk) >= self.MAX_CHUNKS:
+            del self._of_chunk[next(iter(self._of_chunk))]
+        return self._of_chunk.setdefault(chunk, self._tempers.temper)
+
+    def learn(self, results: Sequence[Result], *, num_candidates: int) -> None:
+        self._tempers.learn(results, num_candidates)
+
+
 def _mixed(deviation: float, square: float, *, share: float) -> float:
     """The deviation whose square is `share` of `square` and the rest of the old one's."""
     variance = (1.0 - share) * deviation**2 + share * square
