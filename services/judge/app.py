@@ -67,7 +67,7 @@ async def _open(settings: Settings, parts: Parts, engines: JudgeEngines) -> Judg
         check_engine(settings.judge, name, engine)  # before the tokenizers are loaded
     compared = [name for name in settings.judge.criteria if settings.judge.kind(name) == "likelihood"]
     readings = {name: await asyncio.to_thread(token_reading, settings, name) for name in compared}
-    judge = build_judge(settings.judge, parts, engines=engines.by_criterion, readings=readings)
+    judge = build_judge(settings.judge, parts, engines=engines.by_criterion, readings=readings, classifiers={})
     metrics.judge_info.labels(judge.fingerprint).set(1)
     found = {"fingerprint": judge.fingerprint, "engine": engines.name, "criteria": list(settings.judge.criteria)}
     _log.info("judge ready", extra=found | {"scores_policy_tokens": judge.wants_token_ids})

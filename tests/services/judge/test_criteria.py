@@ -163,7 +163,9 @@ def test_a_missing_verdict_is_no_score_and_no_mean_counts_it(pairs: dict[str, An
         a, b = prompt.removeprefix("A=").split("|B=")
         return f"Verdict: {said[a].get(b, 'neither')}"
 
-    judgement = judged(FakeEngine(answer=answer), make_window(" x", " y", " z"), criteria={"quality": pairs}, max_retries=1)
+    judgement = judged(
+        FakeEngine(answer=answer), make_window(" x", " y", " z"), criteria={"quality": pairs}, max_retries=1
+    )
     assert judgement.rewards == (1.0, 0.0, 0.5)
     assert [one.value for one in judgement.comparisons if {one.first, one.second} == {0, 1}] == [None, None]
     assert (judgement.num_calls, judgement.num_failures) == (4 + 2 * 2, 4)

@@ -171,9 +171,9 @@ class SlowEngine(FakeEngine):
 def test_the_engine_is_kept_full_and_never_overrun() -> None:
     """2 chunks of 3 pairs in 2 orders are 12 calls; the queue takes 5."""
     engine = SlowEngine(answer=lambda prompt, index: "Verdict: tie")
-    chosen = settings(criteria={"quality": {"samples": 2}}, engine={"max_queued_requests": 5})
+    chosen = settings(criteria={"quality": {"samples": 2, "schedule": "all_pairs"}}, engine={"max_queued_requests": 5})
     item = ITEM | {"candidates": [{"text": " a"}, {"text": " b"}, {"text": " c"}]}
     with serving(engine, chosen) as client:
-        answer = ask(client, item, item)
+        answer = ask(client, item, item | {"start": 2})
     assert [judgement["num_calls"] for judgement in answer.json()["judgements"]] == [6, 6]
     assert engine.most_in_work == 5

@@ -11,13 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.engine.hf.engine import TransformersEngine
-from services.judge.build import build_judge, load_parts
 from services.judge.likelihood import TokenReading, token_reading
 from shared.api import JudgedText, JudgementRequest
 from shared.engine_settings import EngineSettings
 from shared.records import Judgement
 from shared.settings import Settings
-from tests.services.judge.judges import judgement_of, make_window, prompt_file
+from tests.services.judge.judges import TEXTS_ONLY, judgement_of, make_judge, make_window, prompt_file
 
 PREFIX = "The moon moves around"
 TEXTS = (" the earth", " bread and apples on", " a river")
@@ -29,11 +28,11 @@ def settings_of(model: Path, **judge: Any) -> Settings:
     )
 
 
-async def judged(settings: Settings, window: JudgementRequest, reading: TokenReading | None) -> Judgement:
+async def judged(settings: Settings, window: JudgementRequest, reading: TokenReading = TEXTS_ONLY) -> Judgement:
     engine = TransformersEngine(EngineSettings(model=settings.judge.engine.model, device="cpu"))
     await engine.start()
     try:
-        judge = build_judge(settings.judge, load_parts(settings.judge), engine=engine, reading=reading)
+        judge = make_judge(engine, reading=reading, **settings.judge.model_dump(exclude_none=True))
         return await judgement_of(judge, window)
     finally:
         await engine.close()
@@ -54,7 +53,7 @@ def test_likelihood_is_the_models_own(tiny_model: Path, with_tokens: bool) -> No
     ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, *TEXTS)}
     window = make_window(*TEXTS, prefix=PREFIX, reference=TEXTS[0])
     settings = settings_of(tiny_model, criteria={"likelihood": {"scale": 0.7}})
-    reading = token_reading(settings)
+    reading = token_reading(settings, "likelihood")
     if with_tokens:
         candidates = tuple(JudgedText(text=text, token_ids=tuple(ids[text])) for text in TEXTS)
         item = window.items[0].model_copy(update={"candidates": candidates, "token_start": len(ids[PREFIX])})
@@ -71,7 +70,7 @@ def test_likelihood_is_the_models_own(tiny_model: Path, with_tokens: bool) -> No
 def test_label_scores_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, "A:{a}\nB:{b}\nBetter:")
     settings = settings_of(tiny_model, criteria={"quality": {"verdict": "labels", "prompt": path}})
-    judgement = asyncio.run(judged(settings, make_window(" x", " y", prefix=PREFIX, reference=""), None))
+    judgement = asyncio.run(judged(settings, make_window(" x", " y", prefix=PREFIX, reference="")))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def share_of_a(prompt: str) -> float:
@@ -90,9 +89,14 @@ def test_a_tokenizer_is_shared_only_with_an_equal_one(tiny_model: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_tokens(["moon"])
     tokenizer.save_pretrained(tmp_path)
-    assert token_reading(settings_of(tiny_model)) == TokenReading(shares_policy_tokens=True, beginning=None)
+    assert token_reading(settings_of(tiny_model, criteria={"likelihood": {}}), "likelihood") == TokenReading(
+        shares_policy_tokens=True, beginning=None
+    )
     for other in (str(tmp_path), ""):
         settings = Settings.model_validate(
-            {"policy": {"model": other}, "judge": {"engine": {"model": str(tiny_model)}}}
+            {
+                "policy": {"model": other},
+                "judge": {"criteria": {"likelihood": {}}, "engine": {"model": str(tiny_model)}},
+            }
         )
-        assert not token_reading(settings).shares_policy_tokens
+        assert not token_reading(settings, "likelihood").shares_policy_tokens
