@@ -69,7 +69,9 @@ def test_likelihood_is_the_models_own(tiny_model: Path, with_tokens: bool) -> No
 
 def test_label_scores_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     path = prompt_file(tmp_path, "A:{a}\nB:{b}\nBetter:")
-    settings = settings_of(tiny_model, criteria={"quality": {"verdict": "labels", "prompt": path}})
+    settings = settings_of(
+        tiny_model, criteria={"quality": {"verdict": "labels", "schedule": "all_pairs", "prompt": path}}
+    )
     judgement = asyncio.run(judged(settings, make_window(" x", " y", prefix=PREFIX, reference="")))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
@@ -89,9 +91,8 @@ def test_a_tokenizer_is_shared_only_with_an_equal_one(tiny_model: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_tokens(["moon"])
     tokenizer.save_pretrained(tmp_path)
-    assert token_reading(settings_of(tiny_model, criteria={"likelihood": {}}), "likelihood") == TokenReading(
-        shares_policy_tokens=True, beginning=None
-    )
+    own = settings_of(tiny_model, criteria={"likelihood": {}})
+    assert token_reading(own, "likelihood") == TokenReading(shares_policy_tokens=True, beginning=None)
     for other in (str(tmp_path), ""):
         settings = Settings.model_validate(
             {
