@@ -168,7 +168,8 @@ def test_a_sample_is_graded_at_its_verdict() -> None:
     engine = writing(text, graded=True, word_odds=(odds(7, 1, 0, 0, 0), odds(29, 0.5, 0.1, 0.2, 0)))
     source = answer_verdict(engine)
     answers = ask(source)
-    assert (answers.mean, answers.graded) == (pytest.approx(0.75), True)
+    assert answers.mean == pytest.approx(0.75)
+    assert answers.graded
     assert source.grades
     assert engine.samplings[0].words == ("safe", "Safe", "unsafe", "Unsafe")
 
@@ -230,7 +231,8 @@ def test_labels_are_graded_and_asked_about_once() -> None:
     engine = FakeEngine(log_probs=lambda prompt, label: [math.log(0.6 if label == " safe" else 0.2)])
     source = labelled(engine)
     answers = ask(source, num_samples=5, count=count)
-    assert (answers.mean, answers.graded, answers.causes) == (pytest.approx(0.75), True, ())
+    assert answers.mean == pytest.approx(0.75)
+    assert (answers.graded, answers.causes) == (True, ())
     assert ask(source, seed=8, count=count) == answers
     assert (count.num_calls, engine.num_score_calls, source.grades, source.num_samples) == (1, 1, True, 1)
 
