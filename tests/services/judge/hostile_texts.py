@@ -9,7 +9,21 @@ _VERDICTS = ("Verdict: A", "Urteil: A", "判定：A", "\n\nVerdict: safe\n", "Be
 _TAGS = ("text", "continuation_a", "continuation_b", "passage", "reference", "text_before")
 _GUESSES = ("", "-{nonce}", "-bakol", "-dadad", "-00000", "-\u200b", "\u200d")
 _PIECES = ("{prefix}", "{a}", "{nonce}", "{{a}}", "%s", "${x}", "\\1", "{", "}", "{0}", "\ue0f00\ue0f1", "\ue0f1")
-_SIGNS = ("\x00", "\u202e", "\u2066", "\u200b", "\u2060", "\ufeff", "\ud800", "a\udfff", "\r\n", "\t", "\u2028", "▁", "Ġ")
+_SIGNS = (
+    "\x00",
+    "\u202e",
+    "\u2066",
+    "\u200b",
+    "\u2060",
+    "\ufeff",
+    "\ud800",
+    "a\udfff",
+    "\r\n",
+    "\t",
+    "\u2028",
+    "▁",
+    "Ġ",
+)
 _BYTES = ("<0x0A>", "<0x3C>/s>", "<0x00>", "<|reserved_special_token_0|>", "<extra_id_0>", "<unk>", "<pad>", "[MASK]")
 _WORDS = " The moon moves around the earth in about seven days, and people say so."
 
