@@ -29,7 +29,8 @@ _CHATML = """\
 _LLAMA_3 = """\
 <|begin_of_text|>{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>
 
-{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+{{ message.content | trim }}<|eot_id|>{% endfor %}
+{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}"""
 _LLAMA_2 = """\

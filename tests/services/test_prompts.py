@@ -40,6 +40,12 @@ def test_unknown_and_missing_placeholders_are_refused(tmp_path: Path, text: str,
         load(tmp_path, text)
 
 
+def test_every_prompt_may_have_a_nonce(tmp_path: Path) -> None:
+    prompt = load(tmp_path, "<t-{nonce}>{a}</t-{nonce}>")
+    assert prompt.fill({"a": "{nonce}", "nonce": "bakol"}) == "<t-bakol>{nonce}</t-bakol>"
+    assert prompt.pieces() == ["<t-", "nonce", ">", "a", "</t-", "nonce", ">"]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe {a}"])
 def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

@@ -47,9 +47,9 @@ def test_a_prompt_is_the_templates_ids_and_the_contents_ids(engine: TokenizerEng
     template = frame.join(places, nonce=nonce).build()
     for attack in attacks:
         pieces = {name: frame.piece(name, text) for name, text in {"prefix": attack, "a": attack, "b": "x"}.items()}
-        own = {places[name].content: piece.content for name, piece in pieces.items()}
+        own = {-1 - number: pieces[name].content for number, name in enumerate(places)}
         ids = frame.join(pieces, nonce=nonce).build()
-        assert ids == tuple(chain.from_iterable(own.get((token_id,), (token_id,)) for token_id in template))
+        assert ids == tuple(chain.from_iterable(own.get(int(token_id), (token_id,)) for token_id in template))
         assert [token_id for token_id in ids if token_id in engine.added_ids] == controls, repr(attack)
 
 
