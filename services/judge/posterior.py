@@ -23,8 +23,9 @@ MAX_LOGIT = 12.0
 """Verdicts nearer to 0 or 1 than 6e-6 count as that: beyond it a probability's error is larger than its logit says."""
 _MAX_NEWTON_STEPS = 25
 _MAX_STEP = 4.0
-_PRECISE = 1e-4
-"""Newton's method ends when no utility moves further than this, in logits."""
+_LAST_STEP = 0.01
+"""Newton's method ends after a step that moves no utility further than this, in logits: the next would move them by
+about its square."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,16 @@ class Posterior:
 
 def tabulate(results: Sequence[Result], num_candidates: int, *, graded: bool) -> Table:
     """Values are summed as they are, or as logits if `graded`."""
-    read = [(result.match.first, result.match.second, result.value) for result in results if result.value is not None]
-    played = np.zeros((num_candidates, num_candidates))
-    values = np.zeros((num_candidates, num_candidates))
-    if read:
-        first, second, value = zip(*read, strict=True)
-        places = np.asarray(first), np.asarray(second)
-        np.add.at(played, places, 1.0)
-        np.add.at(values, places, logits(np.asarray(value)) if graded else np.asarray(value))
-    return Table(played, values)
+    read = [result for result in results if result.value is not None]
+    places = np.array([result.match.first * num_candidates + result.match.second for result in read], dtype=np.intp)
+    values = np.array([result.value for result in read], dtype=np.float64)
+    shape, num_cells = (num_candidates, num_candidates), num_candidates**2
+    return Table(
+        np.bincount(places, minlength=num_cells).astype(np.float64).reshape(shape),
+        np.bincount(places, logits(values) if graded else values, minlength=num_cells)
+        .astype(np.float64)
+        .reshape(shape),
+    )
 
 
 def logits(values: Floats) -> Floats:
@@ -135,8 +137,8 @@ def fit(table: Table, temper: Temper, *, graded: bool) -> Posterior:
         slope = np.append(surprise.sum(1) - surprise.sum(0), surprise.sum()) - prior * (mean - centre)
         step = np.linalg.solve(precision, slope)
         length = np.abs(step).max()
-        mean += step if graded else step * min(1.0, _MAX_STEP / max(length, _PRECISE))
-        if graded or length < _PRECISE:
+        mean += step if graded else step * min(1.0, _MAX_STEP / max(length, _LAST_STEP))
+        if graded or length < _LAST_STEP:
             break
     return Posterior(mean, np.linalg.inv(precision))
 
@@ -154,9 +156,11 @@ def _information(weights: Floats, prior: Floats) -> Floats:
     """(n + 1, n + 1): of matches that weigh `weights` (n, n) and a prior of precisions `prior` (n + 1,)."""
     size = len(weights)
     shown_first, shown_second = weights.sum(1), weights.sum(0)
-    precision = np.diag(prior)
-    precision[:size, :size] -= weights + weights.T
-    precision[range(size), range(size)] += shown_first + shown_second
+    precision = np.zeros((size + 1, size + 1))
+    precision[:size, :size] = -weights - weights.T
     precision[:size, size] = precision[size, :size] = shown_first - shown_second
-    precision[size, size] += weights.sum()
+    diagonal = precision.reshape(-1)[:: size + 2]  # a view
+    diagonal[:] = prior
+    diagonal[:size] += shown_first + shown_second
+    diagonal[size] += shown_first.sum()
     return precision

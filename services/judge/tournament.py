@@ -27,14 +27,14 @@ _FIRST_CYCLES = {False: 2, True: 1}
 _WIDTH = {False: 1.0, True: 0.5}
 """Matches a candidate in each later round. Narrower rounds choose slightly better, and take longer."""
 _NUM_DRAWS = 128
-_MAX_CONTENDERS = 12
+_MAX_CONTENDERS = 10
 """At each end. The other candidates are almost never the best, and the work grows with the cube of this."""
 _LOOKAHEAD = {False: 20.0, True: 5.0}
 """How many matches of a pair its worth supposes, by whether verdicts are graded."""
 _GREED = 3.0
 """A pair is drawn in proportion to its worth to this power."""
 _MIN_WORTH = 1e-12
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
