@@ -33,9 +33,7 @@ _ABOUT_THE_PROMPT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """In refusals by OpenAI, vLLM, SGLang, llama.cpp, TGI and Azure."""
-_ABOUT_THE_MODEL = re.compile(
-    r"model.{0,80}(not found|does not exist|not exist)|(invalid|unknown) model", re.IGNORECASE
-)
+_ABOUT_THE_MODEL = re.compile(r"model.{0,80}(not[ _]found|not exist)|(invalid|unknown) model", re.IGNORECASE)
 """Some proxies answer 400 where others answer 404."""
 
 T = TypeVar("T")
@@ -129,10 +127,10 @@ class Endpoint:
         return choices
 
     def _translate(self, exc: openai.APIStatusError) -> HeadwaterError:
-        code, said = exc.status_code, _short(exc.message)
-        if code in (400, 413, 422) and not _ABOUT_THE_MODEL.search(f"{exc.code} {exc.message}"):
+        code, said = exc.status_code, _short(_said(exc))
+        if code in (400, 413, 422) and not _ABOUT_THE_MODEL.search(f"{exc.code} {said}"):
             refusal = f"{self.name} refused the request with status {code}: {said}"
-            found = _ABOUT_THE_PROMPT.search(f"{exc.code} {exc.message}")
+            found = _ABOUT_THE_PROMPT.search(f"{exc.code} {said}")
             return PromptError(refusal) if found or code == 413 else RequestError(refusal)
         return StatusError(f"{self.name} {self._reason(exc)}: {said}", code=code)
 
@@ -152,6 +150,12 @@ def messages_of(text: str, *, system_prompt: str) -> list[dict[str, str]]:
     """Of a chat: the system message, if there is one, and one user message."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": text}]
+
+
+def _said(exc: openai.APIStatusError) -> str:
+    """The message of the error; all of the body if it is not in OpenAI's form."""
+    _, _, message = exc.message.partition(" - ")
+    return message or exc.response.text or exc.message
 
 
 def _short(text: str) -> str:
