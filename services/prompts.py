@@ -4,6 +4,9 @@
     prompt.fill({"candidate": "{candidate}"})                         # Is this safe? {candidate}
 
 All placeholders are filled in one pass, so braces inside a document are never taken for placeholders.
+
+Every prompt file may have `{nonce}`: a word that no document and no candidate says, so that nothing inside can close
+tags such as <text-{nonce}>.
 """
 
 import re
@@ -14,6 +17,7 @@ from pathlib import Path
 from shared.errors import SettingsError
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+NONCE = "nonce"
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Prompt:
         except (OSError, UnicodeDecodeError) as exc:
             raise SettingsError(f"prompt file {path} can't be read: {exc}") from exc
         prompt = cls(text)
-        known = {*required, *allowed}
+        known = {*required, *allowed, NONCE}
         if unknown := sorted(prompt.placeholders - known):
             known_here = _braced(sorted(known))
             raise SettingsError(f"prompt file {path}: nothing fills {_braced(unknown)}; known here: {known_here}")
@@ -43,6 +47,10 @@ class Prompt:
 
     def fill(self, values: Mapping[str, str]) -> str:
         return _PLACEHOLDER.sub(lambda match: values[match[1]], self.text)
+
+    def pieces(self) -> list[str]:
+        """Literal text and names in turn: "a{x}b" gives ["a", "x", "b"], "{x}" gives ["", "x", ""]."""
+        return _PLACEHOLDER.split(self.text)
 
     def ends_with(self, name: str) -> bool:
         return self.text.endswith(f"{{{name}}}")

@@ -15,8 +15,11 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from services.content_tokens import content_encoder
+from services.text_cuts import blocks_of
 from services.tokenizer_files import NeedsTransformersError, read_files
 from shared.api import TextFlaw
 from shared.errors import SettingsError
@@ -30,6 +33,8 @@ _CONTEXT_TOKENS = 8
 """Decoders look at one token before at most; more do no harm."""
 _MAX_CONTEXT_TOKENS = 64
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_INSIDE_BYTE_TOKEN = re.compile(r"(?<=<)(?=0x[0-9A-Fa-f]{2}>)")
+_BLOCK_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Tokenizer:
     """Tokens are spelled in GPT-2's letters for bytes."""
     encode_unlocked: Callable[[str, bool], list[int]]
     decode_unlocked: Callable[[list[int], bool], str]
+    make_content_encoder: Callable[[], Callable[[str], list[int]]]
     # Whether special tokens are split is state of the library's object: only one thread at a time may change it.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -57,6 +63,11 @@ class Tokenizer:
         """The ids of a text, no special tokens added. `</s>` in it stays text where special tokens are split."""
         with self._lock:
             return self.encode_unlocked(text, splits_special)
+
+    @cached_property
+    def encode_content(self) -> Callable[[str], list[int]]:
+        """As `encode`, but never a control token nor another added one. Making it takes a second, once."""
+        return self.make_content_encoder()
 
     def decode(self, token_ids: Sequence[int], *, skips_special: bool = False) -> str:
         with self._lock:
@@ -87,14 +98,16 @@ def _from_files(core: Any, named: dict[str, int]) -> Tokenizer:
         core.encode_special_tokens = splits_special
         return list(core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
+    control_ids = _control_ids(core.get_added_tokens_decoder(), [], named)
     return Tokenizer(
         vocabulary=core.get_vocab,
-        control_ids=_control_ids(core.get_added_tokens_decoder(), [], named),
+        control_ids=control_ids,
         beginning=_beginning(core.encode("a").ids, named),
         end=named.get("eos_token"),
         is_byte_level=_is_byte_level(core),
         encode_unlocked=encode,
         decode_unlocked=lambda ids, skips: str(core.decode(ids, skip_special_tokens=skips)),
+        make_content_encoder=lambda: content_encoder(core, control_ids),
     )
 
 
@@ -110,14 +123,24 @@ def from_transformers(found: Any) -> Tokenizer:
         return str(found.decode(token_ids, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False))
 
     named = {name: getattr(found, f"{name}_id") for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    core = getattr(found, "backend_tokenizer", None)
+    control_ids = _control_ids(found.added_tokens_decoder, found.all_special_ids, named)
+
+    def make_content_encoder() -> Callable[[str], list[int]]:
+        if core is not None:
+            return content_encoder(core, control_ids)
+        # A tokenizer in Python splits all added tokens where it splits the special ones.
+        return lambda text: [token_id for token_id in encode(text, True) if token_id not in control_ids]
+
     return Tokenizer(
         vocabulary=found.get_vocab,
-        control_ids=_control_ids(found.added_tokens_decoder, found.all_special_ids, named),
+        control_ids=control_ids,
         beginning=_beginning(found.encode("a"), named),
         end=named["eos_token"],
-        is_byte_level=_is_byte_level(getattr(found, "backend_tokenizer", None)),
+        is_byte_level=_is_byte_level(core),
         encode_unlocked=encode,
         decode_unlocked=decode,
+        make_content_encoder=make_content_encoder,
     )
 
 
@@ -164,17 +187,35 @@ class TokenCodec:
         self._begins_inside = [0x80 <= (found or b"x")[0] < 0xC0 for found in self._bytes]
         self.anchor = self.encode(_ANCHORS[0])
         """Ids of some text, for what continues a text that is not at hand."""
+        self._begins_alike = self.continuation(self.anchor, self.encode("a")).text == "a"
+        """A text is encoded alike at the beginning and after other text."""
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that continues another one.
 
         SentencePiece-like tokenizers put a space before every text that they encode; not so after a known token.
         """
-        plain = self.encode(text)
-        if self.continuation(self.anchor, plain).text == text:
+        return self._continued(text, self.encode)
+
+    def encode_content(self, text: str) -> list[int]:
+        """As `encode_continuation`, for a text that somebody else wrote: never an added token, whatever it spells.
+
+        Long texts are encoded in blocks, since some tokenizers take a square of the time for a megabyte of brackets.
+        """
+        blocks = blocks_of(text, _BLOCK_CHARACTERS)
+        if not self.tokenizer.is_byte_level:
+            # A model may know `<0x0A>` as a line break: these letters must not meet.
+            blocks = [part for block in blocks for part in _INSIDE_BYTE_TOKEN.split(block)]
+        return [
+            token_id for block in blocks if block for token_id in self._continued(block, self.tokenizer.encode_content)
+        ]
+
+    def _continued(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        plain = encode(text)
+        if self._begins_alike or self.continuation(self.anchor, plain).text == text:
             return plain
         for anchor in _ANCHORS:
-            before, anchored = self.encode(anchor), self.encode(anchor + text)
+            before, anchored = encode(anchor), encode(anchor + text)
             if anchored[: len(before)] == before:
                 return anchored[len(before) :]
         return plain

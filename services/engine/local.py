@@ -2,11 +2,12 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence
@@ -33,10 +34,19 @@ class LocalEngine(ABC):
     can_score = has_tokenizer = True
     can_grade = False
 
-    def __init__(self, *, name: str, tokenizer: str) -> None:
-        """`tokenizer`: folder or name."""
+    def __init__(
+        self,
+        *,
+        name: str,
+        tokenizer: str,
+        system_prompt: str = "",
+        chat_template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`tokenizer`: folder or name. The last two are for chats: see EngineSettings."""
         self.name = name
         self._tokenizer_source = tokenizer
+        self._system_prompt = system_prompt
+        self._chat_template_arguments = dict(chat_template_arguments or {})
         self._chat: Any = None
         self._codec: TokenCodec | None = None
         self._model: LocalModel | None = None
@@ -60,7 +70,7 @@ class LocalEngine(ABC):
         return self._tokens.tokenizer.encode(text, splits_special=False)
 
     def encode_content(self, text: str) -> list[int]:
-        return self._tokens.encode_continuation(text)
+        return self._tokens.encode_content(text)
 
     def decode(self, token_ids: TokenSequence) -> str:
         return self._tokens.tokenizer.decode(token_ids, skips_special=True)
@@ -74,7 +84,16 @@ class LocalEngine(ABC):
         if not self.has_chat_template:
             raise EngineError("the model's tokenizer has no chat template: set `chat = false`")
         messages = [{"role": "user", "content": prompt}]
-        return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if self._system_prompt:
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        options = {"tokenize": False, "add_generation_prompt": True} | self._chat_template_arguments
+        try:
+            return str(self._chat.apply_chat_template(messages, **options))
+        except (TemplateError, TypeError, ValueError) as exc:
+            raise EngineError(
+                f"{self.name}: the chat template can't show a prompt: {exc}; see engine.system_prompt and "
+                "engine.chat_template_arguments, or set `chat = false`"
+            ) from exc
 
     async def _load_tokenizer(self) -> None:
         try:

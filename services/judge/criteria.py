@@ -8,8 +8,9 @@ from typing import Protocol
 
 from services.concurrency import all_of
 from services.engine.base import Engine
+from services.frames import nonce_of
 from services.judge.verdicts import Answer, CallCount, VerdictSource
-from services.prompts import Prompt, opened
+from services.prompts import NONCE, Prompt, opened
 from shared.api import JudgementItem, JudgementRequest
 from shared.errors import HeadwaterError
 from shared.records import TokenIds
@@ -82,6 +83,7 @@ class FramedPrompt:
     def fill(self, chunk: JudgedChunk, **texts: str) -> str:
         """With the end of the chunk's prefix, and with `texts` unchanged."""
         values = {"prefix": chunk.end_of_prefix(self.max_prefix_characters), **texts}
+        values[NONCE] = nonce_of(chunk.window.text, values.values())
         if not self.chat:
             return self.prompt.fill(values)
         message, newline, opening = self.prompt.text.rpartition("\n")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.engine.base import Engine, Generation, Sampling
-from services.prompts import Prompt, opened
+from services.frames import nonce_of
+from services.prompts import NONCE, Prompt, opened
 from services.rewriter.bridge import continued, joined_like, last_words, looked_at, without_bridge
 from services.tokenizer import TokenCodec
 from shared import metrics
@@ -102,6 +103,7 @@ class Rewriter:
         bridge = self._bridge(request, item)
         prefix = request.end_of_prefix(item, self._settings.max_prefix_characters)
         values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
+        values[NONCE] = nonce_of(request.text, values.values())
         if not self._chat:
             return self._prompt.fill(values)
         if not self._begins_after_bridge:

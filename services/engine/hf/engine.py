@@ -48,7 +48,12 @@ class TransformersEngine(LocalEngine):
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, if not the model's."""
-        super().__init__(name=f"transformers:{settings.model}", tokenizer=tokenizer or settings.model)
+        super().__init__(
+            name=f"transformers:{settings.model}",
+            tokenizer=tokenizer or settings.model,
+            system_prompt=settings.system_prompt,
+            chat_template_arguments=settings.chat_template_arguments,
+        )
         self._settings = settings
         bounds = {"max_queued": settings.max_queued_requests, "max_batch_tokens": settings.max_batch_tokens}
         self._queue = JobQueue(**bounds, batch_wait_s=settings.batch_wait_s)

@@ -48,7 +48,12 @@ class VllmEngine(LocalEngine):
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
         """As in `build_engine`. SettingsError if vLLM is missing or of an unsupported version."""
         adapter = f"+{settings.lora_adapter}" if settings.lora_adapter else ""
-        super().__init__(name=f"vllm:{settings.model}{adapter}", tokenizer=tokenizer or settings.model)
+        super().__init__(
+            name=f"vllm:{settings.model}{adapter}",
+            tokenizer=tokenizer or settings.model,
+            system_prompt=settings.system_prompt,
+            chat_template_arguments=settings.chat_template_arguments,
+        )
         self._installed = installed_version()
         self._settings = settings
         self.can_constrain = constrains
