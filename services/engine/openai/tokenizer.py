@@ -36,7 +36,7 @@ class EndpointTokenizer:
         return self.codec.tokenizer.encode(text, splits_special=False)
 
     def encode_content(self, text: str) -> list[int]:
-        return self.codec.encode_continuation(text)
+        return self.codec.encode_content(text)
 
     def decode(self, token_ids: TokenSequence) -> str:
         return self.codec.tokenizer.decode(token_ids, skips_special=True)
