@@ -8,7 +8,7 @@ import pytest
 
 from services.engine.base import Sampling
 from services.engine.openai import OpenAIEngine
-from shared.errors import EngineError, PromptError, RequestError
+from shared.errors import EngineError, HeadwaterError, PromptError, RequestError
 from tests.services.engine.scripted_endpoint import Endpoint, serving, with_engine
 
 
@@ -19,14 +19,14 @@ def served() -> Iterator[tuple[Endpoint, str]]:
         yield endpoint, url
 
 
-def error_of(served: tuple[Endpoint, str], **changes: Any) -> EngineError | RequestError:
+def error_of(served: tuple[Endpoint, str], **changes: Any) -> HeadwaterError:
     """What a request raises once the endpoint has changed so after the start."""
     endpoint, url = served
     vars(endpoint).update(vars(Endpoint()))
 
-    async def work(engine: OpenAIEngine) -> EngineError | RequestError:
+    async def work(engine: OpenAIEngine) -> HeadwaterError:
         vars(endpoint).update(changes)
-        with pytest.raises((EngineError, RequestError)) as caught:
+        with pytest.raises(HeadwaterError) as caught:
             await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1))
         return caught.value
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -50,7 +51,7 @@ def test_chats_are_rendered_here_and_sent_as_token_ids(chat_endpoint: tuple[Endp
         assert endpoint.asked[-1]["prompt"] == [5, 6]
         assert not any("messages" in asked for asked in endpoint.asked), "that route is not even probed"
 
-    settings = {"system_prompt": "Be brief.", "chat_template_arguments": {"thinks": False}}
+    settings: dict[str, Any] = {"system_prompt": "Be brief.", "chat_template_arguments": {"thinks": False}}
     with_engine(url, work, tokenizer=str(tokenizer), **settings)
 
 
@@ -75,8 +76,8 @@ def test_it_scores_and_samples_as_the_model_itself(
         assert (engine.has_tokenizer, engine.has_chat_template, engine.can_score) == (True, False, True)
         with pytest.raises(EngineError, match="has no chat template"):
             engine.render_chat("So?")
-        words = [engine.encode(text) for text in (" moon", " sun")]
-        return await engine.score(engine.encode("The"), [" moon", words[1]]), *words
+        moon, sun = engine.encode(" moon"), engine.encode(" sun")
+        return await engine.score(engine.encode("The"), [" moon", sun]), moon, sun
 
     with running(build_app(make_settings(tiny_model, tmp_path), SECRETS)) as url:
         scores, moon, sun = with_engine(url, work, tokenizer=str(tiny_model))
