@@ -323,8 +323,8 @@ class Settings(Section):
         for stage in self.collector.schedule:
             if "rewrite" in stage.kinds and stage.num_rewrites > 1 and self.rewriter.temperature == 0:
                 raise ValueError(
-                    f"collector.schedule from step {stage.from_step} asks for {stage.num_rewrites} rewrites of a suffix, "
-                    "which are all the same at rewriter.temperature = 0: raise it, or set num_rewrites = 1"
+                    f"collector.schedule from step {stage.from_step} asks for {stage.num_rewrites} rewrites of a "
+                    "suffix, which are all the same at rewriter.temperature = 0: raise it, or set num_rewrites = 1"
                 )
         return self
 
