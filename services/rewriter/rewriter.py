@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 from services.concurrency import all_of
@@ -14,7 +15,7 @@ from services.rewriter.bridge import last_words, looked_at
 from shared import metrics
 from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse
 from shared.engine_settings import RewriterSettings
-from shared.errors import PromptError, SettingsError
+from shared.errors import HeadwaterError, PromptError, RequestError, SettingsError
 from shared.retries import Retries
 
 PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
@@ -58,25 +59,32 @@ class Rewriter:
         rewrite."""
         nonce = await asyncio.to_thread(nonce_of, request.text, ())
         rows = range(len(request.items))
-        return RewriteResponse(rewrites=tuple(await all_of(self._rewrite(request, row, nonce) for row in rows)))
+        found = await all_of(self._rewrite(request, row, nonce) for row in rows)
+        refused = [error for _, error in found if isinstance(error, RequestError)]
+        if len(refused) == len(found):
+            raise refused[0]  # it is no single prompt that the endpoint refuses
+        return RewriteResponse(rewrites=tuple(rewrites for rewrites, _ in found))
 
-    async def _rewrite(self, request: RewriteRequest, row: int, nonce: str) -> tuple[Rewrite, ...]:
-        """Of one item. What grows with its text runs in a thread."""
+    async def _rewrite(
+        self, request: RewriteRequest, row: int, nonce: str
+    ) -> tuple[tuple[Rewrite, ...], HeadwaterError | None]:
+        """Of one item, and why the engine refused it. What grows with its text runs in a thread."""
         item = request.items[row]
         async with self._gate:
             passage = await asyncio.to_thread(self._passage, request, item)
             try:
                 framed = await asyncio.to_thread(self._framed, passage, nonce)
                 answers = await self._answers(framed, self._sampling(request, row))
-            except PromptError as exc:
+            except (PromptError, RequestError) as exc:
                 _log.info("no rewrite of characters %d to %d of a window: %s", item.start, item.end, exc)
-                rewrites: tuple[Rewrite, ...] = (refusal("unanswerable"),) * request.num_rewrites
+                rewrites, error = (refusal("unanswerable"),) * request.num_rewrites, exc
             else:
-                rewrites = await asyncio.to_thread(
-                    lambda: tuple(self._reader.read(answer, passage) for answer in answers)
-                )
+                rewrites, error = await asyncio.to_thread(self._read, answers, passage), None
         _count(rewrites)
-        return rewrites
+        return rewrites, error
+
+    def _read(self, answers: Sequence[Generation], passage: Passage) -> tuple[Rewrite, ...]:
+        return tuple(self._reader.read(answer, passage) for answer in answers)
 
     async def _answers(self, framed: FramedPrompt, sampling: Sampling) -> list[Generation]:
         call = framed.key, sampling

@@ -4,12 +4,12 @@ chat = await find_abilities(endpoint, ChatPrompt(QUESTION), constrains=True)
 str(chat)    # "n, seed, temperature, 20 top log-probs, patterns; bound by max_tokens"
 """
 
-import asyncio
 import re
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from services.concurrency import all_of
 from services.engine.base import Prompt
 from services.engine.openai.answers import Choice
 from services.engine.openai.endpoint import ChatPrompt, Endpoint, StatusError
@@ -73,10 +73,15 @@ async def find_abilities(endpoint: Endpoint, prompt: Prompt, *, constrains: bool
     if not bound:
         return Abilities(problem=problem)
     probes.limit = {bound: _PROBE_TOKENS}
-    samples, seed, temperature, (num_top, num_listed), echoes, patterns = await asyncio.gather(
-        probes.samples(), probes.takes(seed=1), probes.takes(temperature=0, top_p=1.0), probes.top(),
-        probes.echoes(), probes.patterns(constrains),
-    )  # fmt: skip
+    others: list[Coroutine[Any, Any, Any]] = [
+        probes.samples(),
+        probes.takes(seed=1),
+        probes.takes(temperature=0, top_p=1.0),
+        probes.top(),
+        probes.echoes(),
+        probes.patterns(constrains),
+    ]
+    samples, seed, temperature, (num_top, num_listed), echoes, patterns = await all_of(others)
     return Abilities(bound, samples, seed, temperature, num_top, num_listed, echoes, patterns)
 
 

@@ -74,9 +74,9 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._client.with_options(max_retries=_UNTIL_TIMEOUT).models.list()
-        except (openai.NotFoundError, openai.BadRequestError):
-            return  # it answers, but lists no models
         except openai.APIStatusError as exc:
+            if exc.status_code in (400, 404, 405, 501):
+                return  # it answers, but lists no models
             raise self._translate(exc) from exc
         except (openai.OpenAIError, TimeoutError) as exc:
             raise EngineError(

@@ -15,7 +15,7 @@ from services.rewriter.rewriter import MAX_TRIES, Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse
 from shared.engine_settings import RewriterSettings
-from shared.errors import EngineError, OverloadedError, PromptError, SettingsError
+from shared.errors import EngineError, OverloadedError, PromptError, RequestError, SettingsError
 from tests.services.fakes import FakeEngine
 
 
@@ -227,6 +227,19 @@ def test_a_prompt_that_the_teacher_can_not_take_costs_its_candidate(tokens: Poli
     engine = FakeEngine(answer=lambda prompt, index: long if shown(prompt, " 2") else " fine")
     response = asyncio.run(rewriter(engine, tokens).rewrite(three_items(num_rewrites=2)))
     assert texts(response) == [[" fine"] * 2, ["unanswerable"] * 2, [" fine"] * 2]
+
+
+def test_a_request_that_is_refused_for_every_item_is_an_error(tokens: PolicyTokens) -> None:
+    """It is wrong itself; one refused prompt among others costs its candidate."""
+    refusal = RequestError("status 400: top_p is unknown")
+    engine = FakeEngine(answer=lambda prompt, index: refusal if shown(prompt, " 2") else " fine")
+    assert texts(asyncio.run(rewriter(engine, tokens).rewrite(three_items()))) == [
+        [" fine"],
+        ["unanswerable"],
+        [" fine"],
+    ]
+    with pytest.raises(RequestError, match="top_p"):
+        asyncio.run(rewriter(FakeEngine(answer=lambda prompt, index: refusal), tokens).rewrite(three_items()))
 
 
 def test_a_failed_call_is_tried_again_alone(tokens: PolicyTokens) -> None:
