@@ -79,7 +79,7 @@ class OpenAIEngine:
         self.plain = await self._abilities(self._as_sent(QUESTION))
         if self._main.problem:
             tried = self._main if self.has_tokenizer else self.chat
-            raise EngineError(f"{self.name} can't be used: {tried.problem}")
+            raise EngineError(f"no route works: {tried.problem}")
         _log.info("%s: %s", self.name, self.summary, extra={"engine": self.name})
 
     @property

@@ -139,7 +139,7 @@ def test_an_endpoint_that_ignores_echo_scores_by_the_next_token(
 
 def test_a_model_that_no_route_has_is_an_error_at_start(served: tuple[Endpoint, str], endpoint: Endpoint) -> None:
     endpoint.refused = ("model",)
-    with pytest.raises(EngineError, match=r"can't be used: .*unknown field model"):
+    with pytest.raises(EngineError, match=r"no route works: .*unknown field model"):
         with_engine(served[1], lambda engine: engine.generate(["So"], THREE))
 
 
