@@ -3,6 +3,7 @@
 Each probe says what it found, or raises HeadwaterError with the remedy. Starts nothing and writes nothing.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from shared.settings import Settings
 from shared.weights.store import WeightStore
 
 _TIMEOUT_S = 10.0
+_PROBE_S = 60.0
+"""For one short answer of an endpoint; they are asked for a few at a time."""
 _OLDEST_REDIS = (6, 2)
 _LARGEST_VOCABULARY = 2**31
 """The collector compares token ids with the policy's vocabulary, this does not."""
@@ -171,12 +174,24 @@ def _weights(folder: Path, *, setting: str) -> str:
 
 
 def endpoint(engine: EngineSettings) -> str:
-    """The OpenAI-compatible endpoint has the model."""
+    """The OpenAI-compatible endpoint has the model; what it can do is tried, as the services do when they start."""
     answer = _get(f"{engine.endpoint.rstrip('/')}/models", os.environ.get(engine.key_variable, ""))
     names = [str(model.get("id")) for model in answer.json().get("data", [])]
     if engine.model not in names:
         raise SettingsError(f"{engine.endpoint} has no model {engine.model!r}; it has {', '.join(names) or 'none'}")
-    return f"{engine.model} at {engine.endpoint}"
+    return f"{engine.model} at {engine.endpoint}; {asyncio.run(_abilities(engine))}"
+
+
+async def _abilities(engine: EngineSettings) -> str:
+    from services.engine.openai import OpenAIEngine
+
+    quick = engine.model_copy(update={"timeout_s": min(engine.timeout_s, _PROBE_S)})
+    found = OpenAIEngine(quick, constrains=True)
+    try:
+        await found.start()
+        return found.summary
+    finally:
+        await found.close()
 
 
 def remote_service(url: str, token: str) -> str:

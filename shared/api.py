@@ -124,13 +124,19 @@ class RewriteRequest(Record):
         return self.text[max(0, item.start - max_characters) : item.start]
 
 
+RewriteRefusal = Literal[
+    "empty", "overlong", "preamble", "refused", "repeats_prefix", "thought", "unanswerable"
+]  # fmt: skip
+"""As docs/api/rewriter.md explains them."""
+
+
 class Rewrite(Record):
     """The rewriter's version of one suffix, or why there is none (then `text` is empty)."""
 
     text: str
     token_ids: TokenIds
     finish_reason: FinishReason
-    refusal: Literal["empty", "refused", "overlong"] | TextFlaw = ""
+    refusal: RewriteRefusal | TextFlaw = ""
     """Why this rewrite is no candidate; empty if it is one."""
 
 

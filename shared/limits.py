@@ -109,12 +109,6 @@ def _too_many_chunks(settings: "Settings") -> Iterator[str]:
             f"{chunks.suffix_tokens} are {found:,} chunks a window, requests take {MAX_CHUNKS:,}: raise suffix_tokens, "
             "lower context_tokens, or draw chunks.chunks_per_window of them"
         )
-    engine = settings.rewriter.engine
-    if "rewrite" in settings.kinds and engine.kind == "openai" and found > engine.max_queued_requests:
-        yield (
-            f"a window of {found:,} chunks asks the rewriter's endpoint {found:,} times at once, "
-            f"rewriter.engine.max_queued_requests = {engine.max_queued_requests:,} allows fewer: raise it"
-        )
 
 
 def _too_slow(settings: "Settings", role: str, service: "ServiceSettings") -> Iterator[str]:

@@ -319,6 +319,16 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _rewrites_of_a_suffix_differ(self) -> Self:
+        for stage in self.collector.schedule:
+            if "rewrite" in stage.kinds and stage.num_rewrites > 1 and self.rewriter.temperature == 0:
+                raise ValueError(
+                    f"collector.schedule from step {stage.from_step} asks for {stage.num_rewrites} rewrites of a "
+                    "suffix, which are all the same at rewriter.temperature = 0: raise it, or set num_rewrites = 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _replicas_can_stay_within_the_lag(self) -> Self:
         push, full, lag = self.weights.push_every, self.weights.full_every, self.trainer.max_policy_lag
         too_old = f"exceeds trainer.max_policy_lag = {lag} steps"

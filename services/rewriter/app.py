@@ -10,7 +10,8 @@ from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
 from services.engine.life import EngineLife, build_engine
 from services.prompts import Prompt
-from services.rewriter.rewriter import PolicyTokens, Rewriter, load_prompt
+from services.rewriter.answers import PolicyTokens
+from services.rewriter.rewriter import Rewriter, load_prompt
 from services.tokenizer import TokenCodec, load_tokenizer
 from shared.api import Readiness, RewriteRequest, RewriteResponse
 from shared.settings import Secrets, Settings

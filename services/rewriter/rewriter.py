@@ -1,21 +1,33 @@
-"""Asks the teacher about each chunk and reads its answers: prompt -> answer -> rewrite in the policy's tokens."""
+"""Asks the teacher about each chunk: prompt -> answers -> rewrites in the policy's tokens (answers.py)."""
 
 import asyncio
+import logging
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from services.concurrency import all_of
 from services.engine.base import Engine, Generation, Sampling
-from services.frames import nonce_of
-from services.prompts import NONCE, Prompt, opened
-from services.rewriter.bridge import continued, joined_like, last_words, looked_at, without_bridge
-from services.tokenizer import TokenCodec
+from services.frames import Frame, FramedPrompt, cut_prefix, nonce_of
+from services.prompts import Prompt
+from services.rewriter.answers import AnswerReader, Passage, PolicyTokens, refusal
+from services.rewriter.bridge import last_words, looked_at
 from shared import metrics
-from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse, TextFlaw
+from shared.api import Rewrite, RewriteItem, RewriteRequest, RewriteResponse
 from shared.engine_settings import RewriterSettings
-from shared.errors import SettingsError
+from shared.errors import HeadwaterError, PromptError, RequestError, SettingsError
+from shared.retries import Retries
 
 PROMPT = Path(__file__).parent / "prompts" / "rewrite.txt"
+MAX_TRIES = 4
+"""Of one item, when the engine fails."""
+MAX_RETRY_WAIT_S = 5.0
+MAX_REMEMBERED = 8192
+"""Finished items: some 50 MB of answers at 128 tokens."""
+_log = logging.getLogger(__name__)
+
+_Call = tuple[bytes, Sampling]
+"""A prompt's key and how it is sampled."""
 
 
 def load_prompt(path: Path | None) -> Prompt:
@@ -23,139 +35,94 @@ def load_prompt(path: Path | None) -> Prompt:
     return Prompt.load(path or PROMPT, required={"prefix", "suffix"}, allowed={"bridge"})
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The first tokens of a text. `text` is theirs, without a character cut at the end and without an end-of-text."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    is_whole: bool
-    """Nothing was cut off."""
-    flaw: TextFlaw
-    """Why `text` does not show all tokens; empty if it does."""
-
-
-@dataclass(frozen=True)
-class PolicyTokens:
-    """The policy's tokenizer, for text that continues other text."""
-
-    codec: TokenCodec
-
-    def cut(self, text: str, max_tokens: int, *, begins: bool = False, ends: bool = False) -> Cut:
-        """The first `max_tokens` tokens of `text`.
-
-        `begins`: no text comes before it. `ends`: an end-of-text follows if there is room after the whole text.
-        """
-        token_ids = self.codec.encode(text) if begins else self.codec.encode_continuation(text)
-        kept = token_ids[:max_tokens]
-        is_whole = len(kept) == len(token_ids)
-        shown = self.codec.continuation([] if begins else self.codec.anchor, kept)
-        if ends and is_whole and len(kept) < max_tokens and self.codec.end is not None:
-            kept = [*kept, self.codec.end]
-        return Cut(tuple(kept), shown.text, is_whole, shown.flaw)
-
-
-_REPLACEMENT = "\ufffd"
-"""What engines show for bytes that are not a character."""
-_QUOTES = " \t\r\n\"'*_`>"
-
-
 class Rewriter:
     """Built once its engine has started."""
 
     def __init__(self, engine: Engine, *, settings: RewriterSettings, prompt: Prompt, tokens: PolicyTokens) -> None:
-        self._chat = engine.has_chat_template if settings.chat is None else settings.chat
-        if self._chat and not engine.has_chat_template:
+        chat = engine.has_chat_template if settings.chat is None else settings.chat
+        if chat and not engine.has_chat_template:
             raise SettingsError(f"rewriter.chat = true, but {engine.name} has no chat template: set it to false")
         self._engine = engine
         self._settings = settings
-        self._prompt = prompt
-        self._tokens = tokens
-        self._begins_after_bridge = prompt.ends_with("bridge")
-        """The model continues from the bridge. In a chat, the bridge is the start of its answer instead of the end of
-        the user's message."""
+        self._shows_bridge = "bridge" in prompt.placeholders
+        ends_with_bridge = prompt.ends_with("bridge")
+        self._frame = Frame(prompt, engine, chat=chat, opens_answer=ends_with_bridge)
+        self._reader = AnswerReader(settings, tokens, ends_with_bridge, chat)
+        self._gate = asyncio.Semaphore(settings.engine.max_queued_requests)
+        """Of all requests together: their items wait here, in order of arrival, rather than overload the engine."""
+        self._retries = Retries(max_attempts=MAX_TRIES, max_wait_s=MAX_RETRY_WAIT_S, on_failure=_note_failure)
+        self._finished: OrderedDict[_Call, list[Generation]] = OrderedDict()
+        """For a request that is asked again, because another item of it failed or its answer came too late."""
 
     async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
-        """One rewrite per item, in order. EngineError if the engine fails, never an empty rewrite."""
-        prompts = await asyncio.to_thread(lambda: [self._frame(request, item) for item in request.items])
-        answers = await self._engine.generate(prompts, self._sampling(request))
-        # A long window has thousands of chunks: tokenizing their rewrites here would block the event loop.
-        rewrites = await asyncio.to_thread(
-            lambda: tuple(
-                self._read(answer, request, item) for (answer,), item in zip(answers, request.items, strict=True)
-            )
-        )
-        for rewrite in rewrites:
-            outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
-            metrics.rewrites_total.labels(outcome=outcome).inc()
-        return RewriteResponse(rewrites=tuple((rewrite,) for rewrite in rewrites))
+        """`num_rewrites` per item, in order. EngineError if the engine fails for an item in every try, never an empty
+        rewrite."""
+        nonce = await asyncio.to_thread(nonce_of, request.text, ())
+        rows = range(len(request.items))
+        found = await all_of(self._rewrite(request, row, nonce) for row in rows)
+        refused = [error for _, error in found if isinstance(error, RequestError)]
+        if len(refused) == len(found):
+            raise refused[0]  # it is no single prompt that the endpoint refuses
+        return RewriteResponse(rewrites=tuple(rewrites for rewrites, _ in found))
 
-    def _sampling(self, request: RewriteRequest) -> Sampling:
-        return Sampling.bounded(
-            [self._settings.max_answer_tokens or 2 * item.max_suffix_tokens + 16 for item in request.items],
+    async def _rewrite(
+        self, request: RewriteRequest, row: int, nonce: str
+    ) -> tuple[tuple[Rewrite, ...], HeadwaterError | None]:
+        """Of one item, and why the engine refused it. What grows with its text runs in a thread."""
+        item = request.items[row]
+        async with self._gate:
+            passage = await asyncio.to_thread(self._passage, request, item)
+            try:
+                framed = await asyncio.to_thread(self._framed, passage, nonce)
+                answers = await self._answers(framed, self._sampling(request, row))
+            except (PromptError, RequestError) as exc:
+                _log.info("no rewrite of characters %d to %d of a window: %s", item.start, item.end, exc)
+                rewrites, error = (refusal("unanswerable"),) * request.num_rewrites, exc
+            else:
+                rewrites, error = await asyncio.to_thread(self._read, answers, passage), None
+        _count(rewrites)
+        return rewrites, error
+
+    def _read(self, answers: Sequence[Generation], passage: Passage) -> tuple[Rewrite, ...]:
+        return tuple(self._reader.read(answer, passage) for answer in answers)
+
+    async def _answers(self, framed: FramedPrompt, sampling: Sampling) -> list[Generation]:
+        call = framed.key, sampling
+        if call in self._finished:
+            self._finished.move_to_end(call)
+            return self._finished[call]
+        (answers,) = await self._retries.wait_for(lambda: self._engine.generate([framed.build()], sampling))
+        self._finished[call] = answers
+        if len(self._finished) > MAX_REMEMBERED:
+            self._finished.popitem(last=False)
+        return answers
+
+    def _sampling(self, request: RewriteRequest, row: int) -> Sampling:
+        return Sampling(
+            max_tokens=self._settings.max_answer_tokens or 2 * request.items[row].max_suffix_tokens + 16,
+            num_samples=request.num_rewrites,
             temperature=self._settings.temperature,
             top_p=self._settings.top_p,
-            seed=request.seed,
+            seed=request.seed + row,
         )
 
-    def _frame(self, request: RewriteRequest, item: RewriteItem) -> str:
-        """The text for the teacher's model."""
-        bridge = self._bridge(request, item)
-        prefix = request.end_of_prefix(item, self._settings.max_prefix_characters)
-        values = {"prefix": prefix, "suffix": request.suffix(item), "bridge": bridge}
-        values[NONCE] = nonce_of(request.text, values.values())
-        if not self._chat:
-            return self._prompt.fill(values)
-        if not self._begins_after_bridge:
-            return self._engine.render_chat(self._prompt.fill(values))
-        return opened(self._engine.render_chat(self._prompt.without_end("bridge").fill(values)), bridge)
+    def _passage(self, request: RewriteRequest, item: RewriteItem) -> Passage:
+        bridge, num_words = "", self._settings.bridge_words
+        if self._shows_bridge:
+            bridge = last_words(request.end_of_prefix(item, looked_at(num_words)), num_words)
+        prefix = cut_prefix(request.text, item.start, self._settings.max_prefix_characters)
+        return Passage(prefix, request.suffix(item), bridge, item)
 
-    def _bridge(self, request: RewriteRequest, item: RewriteItem) -> str:
-        """Empty if the prompt shows none."""
-        if "bridge" not in self._prompt.placeholders:
-            return ""
-        num_words = self._settings.bridge_words
-        return last_words(request.end_of_prefix(item, looked_at(num_words)), num_words)
-
-    def _read(self, answer: Generation, request: RewriteRequest, item: RewriteItem) -> Rewrite:
-        """The rewrite, cut to the suffix length; if it can't be a candidate, without tokens and with `refusal`.
-
-        An answer that reaches its token limit is refused: its start may not be meant as the rewrite at all. A long
-        answer that ended by itself is only cut.
-        """
-        suffix, phrases = request.suffix(item), self._settings.refusal_phrases
-        text = self._continuation(answer.text, suffix, self._bridge(request, item))
-        if _begins_with(text, phrases) and not _begins_with(suffix, phrases):
-            return _refusal("refused")
-        if answer.finish_reason == "length":
-            return _refusal("overlong", finish_reason="length")
-        if _REPLACEMENT in text and _REPLACEMENT not in suffix:
-            return _refusal("broken_text")
-        cut = self._tokens.cut(text, item.max_suffix_tokens, begins=item.begins_text, ends=item.ends_document)
-        if cut.flaw or not cut.text.strip():
-            return _refusal(cut.flaw or "empty")
-        return Rewrite(text=cut.text, token_ids=cut.token_ids, finish_reason="stop" if cut.is_whole else "length")
-
-    def _continuation(self, answer: str, suffix: str, bridge: str) -> str:
-        """What follows the bridge. A chat model is asked to begin with the bridge and may repeat it."""
-        if self._chat or not self._begins_after_bridge:
-            rest = without_bridge(answer, bridge, suffix=suffix)
-            if rest is not None:
-                return rest
-        if self._begins_after_bridge and bridge:
-            return continued(answer, bridge=bridge, suffix=suffix)
-        return joined_like(answer, suffix)
+    def _framed(self, passage: Passage, nonce: str) -> FramedPrompt:
+        texts = {"prefix": passage.prefix, "suffix": passage.suffix, "bridge": passage.bridge}
+        return self._frame.join({name: self._frame.piece(name, text) for name, text in texts.items()}, nonce=nonce)
 
 
-def _refusal(reason: str, *, finish_reason: str = "stop") -> Rewrite:
-    return Rewrite.model_validate({"text": "", "token_ids": (), "finish_reason": finish_reason, "refusal": reason})
+def _note_failure(attempt: int, error: BaseException) -> None:
+    _log.debug("an item is tried again after attempt %d: %s", attempt, error)
 
 
-def _begins_with(text: str, phrases: Sequence[str]) -> bool:
-    start = _plain(text)
-    return any(start.startswith(_plain(phrase)) for phrase in phrases)
-
-
-def _plain(text: str) -> str:
-    """Without leading quotes and markdown, with straight apostrophes, in lower case."""
-    return text.lstrip(_QUOTES).replace("’", "'").lower()
+def _count(rewrites: tuple[Rewrite, ...]) -> None:
+    for rewrite in rewrites:
+        outcome = rewrite.refusal or ("cut" if rewrite.finish_reason == "length" else "whole")
+        metrics.rewrites_total.labels(outcome=outcome).inc()

@@ -11,6 +11,7 @@ from shared.database import migrate, open_database
 from shared.identity import Manifest
 from shared.runs import open_run
 from tests.cli.launched import write_model
+from tests.services.engine.scripted_endpoint import Endpoint, serving
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "real-text.toml"
 
@@ -87,6 +88,18 @@ def test_what_does_not_fit_is_a_problem(
 ) -> None:
     assert _check(folder, option, value) == 1
     assert problem in capsys.readouterr().out
+
+
+def test_what_an_endpoint_can_do_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint = Endpoint(ignores_n=True, patterned="123")
+    with serving(endpoint) as url:
+        options = {"kind": "openai", "endpoint": f"{url}/v1", "model": "policy"}
+        words = [word for name, value in options.items() for word in (f"--judge.engine.{name}", value)]
+        assert _check(folder, *words) == 0
+        assert "no n, seed, temperature, 2 top log-probs, patterns; bound by max_tokens" in capsys.readouterr().out
+        endpoint.status, endpoint.num_failures, endpoint.error = 403, 99, {"message": "no credit"}
+        assert _check(folder, *words) == 1
+    assert "judge.engine: openai:policy@" in capsys.readouterr().out
 
 
 def test_a_prompt_without_its_placeholder_is_a_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

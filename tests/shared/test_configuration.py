@@ -53,6 +53,7 @@ def test_an_unknown_key_in_the_file_is_named_with_its_file(tmp_path: Path) -> No
         load_settings(path, environ={})
 
 
+TWO_REWRITES = ["--collector.schedule", '[{}, {"from_step": 5, "num_rewrites": 2}]']
 ONLY_ORIGINALS = ["--collector.schedule", '[{"kinds": ["original"], "num_rollouts": 0}]']
 
 
@@ -66,6 +67,11 @@ ONLY_ORIGINALS = ["--collector.schedule", '[{"kinds": ["original"], "num_rollout
         (["--trainer.objective", "sft_rewrite", *ONLY_ORIGINALS], {}, r"needs candidates of kind \['rewrite'\]"),
         (ONLY_ORIGINALS, {}, "at least two candidates"),
         (["--chunks.context_tokens", "100"], {}, "no chunk would ever fit"),
+        (
+            TWO_REWRITES,
+            {},
+            r"step 5 asks for 2 rewrites of a suffix, which are all the same at rewriter\.temperature = 0",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(options: list[str], environ: dict[str, str], said: str) -> None:
@@ -77,6 +83,11 @@ def test_what_is_wrong_is_said_with_its_place(options: list[str], environ: dict[
 def test_a_malformed_command_line_is_an_error(words: list[str]) -> None:
     with pytest.raises(SettingsError):
         load_settings(None, words, {})
+
+
+def test_several_rewrites_of_a_suffix_are_sampled() -> None:
+    settings = load_settings(None, [*TWO_REWRITES, "--rewriter.temperature", "0.7"], {})
+    assert settings.collector.stage_at(5).num_candidates == 19
 
 
 def test_every_wrong_value_is_reported() -> None:

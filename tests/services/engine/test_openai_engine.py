@@ -1,47 +1,25 @@
 """The engine behind OpenAI-compatible endpoints, against real HTTP servers: our own and a scripted one."""
 
-import asyncio
-import math
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
 
 from services.engine.base import Sampling
-from services.engine.openai import OpenAIEngine, read_label_scores
+from services.engine.openai import OpenAIEngine
 from services.rollout.app import build_app
 from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, HeadwaterError, OverloadedError, PromptError, RequestError
+from tests.services.engine.scripted_endpoint import Endpoint, serving, with_engine
 from tests.services.engine.test_hf_engine import check_scores, run, started
 from tests.services.rollout.conftest import SECRETS, TOKEN, make_settings
 from tests.services.serving import running
-
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
 def policy_url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running(build_app(make_settings(tiny_model, tmp_path_factory.mktemp("run")), SECRETS)) as url:
         yield url
-
-
-def with_engine(
-    url: str, work: Callable[[OpenAIEngine], Awaitable[T]], *, constrains: bool = False, **settings: Any
-) -> T:
-    async def run() -> T:
-        named = EngineSettings(kind="openai", model="policy", endpoint=f"{url}/v1", **settings)
-        engine = OpenAIEngine(named, constrains=constrains)
-        try:
-            await asyncio.wait_for(engine.start(), 60)
-            return await asyncio.wait_for(work(engine), 60)
-        finally:
-            await engine.close()
-
-    return asyncio.run(run())
 
 
 def test_it_answers_as_the_model_behind_the_endpoint(
@@ -69,62 +47,10 @@ def test_a_wrong_key_names_its_variable(policy_url: str, monkeypatch: pytest.Mon
         with_engine(policy_url, lambda engine: engine.score("a", ["b"]), key_variable="POLICY_KEY")
 
 
-@dataclass
-class Endpoint:
-    """A chat-only endpoint: answers as told and notes what it was asked."""
-
-    top: dict[str, float] = field(default_factory=lambda: {" yes": -0.5, " no": -1.5})
-    patterned: str = ""
-    """Its answer to requests with a pattern; empty: it ignores patterns."""
-    status: int = 200
-    retry_after: str = "0.001"
-    num_failures: int = 0
-    """The next so many requests fail with `status`."""
-    num_starting: int = 0
-    """The next so many requests for its models are answered 503."""
-    asked: list[dict[str, Any]] = field(default_factory=list)
-
-    def app(self) -> FastAPI:
-        app = FastAPI()
-
-        @app.get("/readyz")
-        async def ready() -> dict[str, str]:
-            return {}
-
-        @app.get("/v1/models")
-        async def models() -> Response:
-            if self.num_starting:
-                self.num_starting -= 1
-                return JSONResponse({"error": {"message": "loading"}}, status_code=503, headers={"retry-after-ms": "1"})
-            return JSONResponse({"object": "list", "data": []})
-
-        @app.post("/v1/chat/completions")
-        async def chat(request: Request) -> Response:
-            body = await request.json()
-            self.asked.append(body)
-            if self.num_failures:
-                self.num_failures -= 1
-                headers = {"retry-after": self.retry_after}
-                return JSONResponse({"error": {"message": "no"}}, status_code=self.status, headers=headers)
-            return JSONResponse(self._answer(body))
-
-        return app
-
-    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        top = [{"token": token, "logprob": value, "bytes": None} for token, value in self.top.items()]
-        text = self.patterned if "structured_outputs" in body else ""
-        content = [{**first, "top_logprobs": top} for first in top[:1]]
-        logprobs = {"content": content, "refusal": None} if body.get("logprobs") and top else None
-        messages = [{"role": "assistant", "content": text or f"answer {n}"} for n in range(body.get("n", 1))]
-        same = {"finish_reason": "stop", "logprobs": logprobs}
-        choices = [same | {"index": index, "message": message} for index, message in enumerate(messages)]
-        return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Endpoint, str]]:
     endpoint = Endpoint()
-    with running(endpoint.app()) as url:
+    with serving(endpoint) as url:
         yield endpoint, url
 
 
@@ -178,14 +104,18 @@ def test_whether_an_endpoint_holds_texts_to_patterns_is_tried(
     endpoint.patterned = patterned
 
     async def work(engine: OpenAIEngine) -> bool:
-        await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, pattern="a|b"))
+        if engine.can_constrain:
+            await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, pattern="a|b"))
+            assert endpoint.asked[-1]["structured_outputs"] == {"regex": "a|b"}
+        else:
+            with pytest.raises(PromptError, match="pattern"):
+                await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, pattern="a|b"))
         return engine.can_constrain
 
     assert with_engine(chat_url, work, constrains=True) == holds
-    assert endpoint.asked[-1]["structured_outputs"] == {"regex": "a|b"}
     endpoint.asked.clear()
     assert not with_engine(chat_url, work)
-    assert sum("structured_outputs" in asked for asked in endpoint.asked) == 1, "not tried where nobody asks"
+    assert not any("structured_outputs" in asked for asked in endpoint.asked), "not tried where nobody asks"
 
 
 def test_a_passing_failure_is_retried(endpoint: Endpoint, chat_url: str) -> None:
@@ -212,7 +142,7 @@ def test_lasting_failures_become_our_errors(
 
 def test_retries_wait_as_the_endpoint_asks_and_no_longer_than_the_timeout(endpoint: Endpoint, chat_url: str) -> None:
     async def work(engine: OpenAIEngine) -> None:
-        endpoint.num_failures, endpoint.status, endpoint.retry_after = 1, 503, "30"
+        endpoint.num_failures, endpoint.status, endpoint.headers = 1, 503, {"retry-after": "30"}
         asked = len(endpoint.asked)
         with pytest.raises(EngineError, match=r"no answer within engine\.timeout_s = 2"):
             await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=1))
@@ -244,9 +174,3 @@ def test_an_unreachable_endpoint_is_waited_for_and_then_an_error() -> None:
     assert "hUsh" not in str(caught.value)
     engine = OpenAIEngine(EngineSettings(kind="openai", model="m", endpoint=f"{url}/v1?key=hUsh"))
     assert engine.name == "openai:m@http://127.0.0.1:9/v1"
-
-
-def test_a_label_counts_with_and_without_its_leading_space() -> None:
-    top = {"A": math.log(0.5), " A": math.log(0.2), " B": math.log(0.1)}
-    (a,), (b,) = read_label_scores(top, [" A", " B"], name="endpoint")
-    assert (a, b) == pytest.approx((math.log(0.7), math.log(0.1)))

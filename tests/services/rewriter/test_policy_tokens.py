@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.rewriter.rewriter import PolicyTokens
+from services.rewriter.answers import PolicyTokens
 from services.tokenizer import TokenCodec, load_tokenizer
 from tests.services.subject_tokenizers import save_tokenizer, sentence_piece_bpe
 

@@ -51,14 +51,14 @@ def outcomes() -> dict[str, float]:
 def test_rewrites_come_back_in_order_and_are_counted(tiny_model: Path) -> None:
     answers = {" a": " one", " b": "I cannot", " c": " word" * 40}
     engine = FakeEngine(
-        answer=lambda prompt, index: next(text for key, text in answers.items() if f"{key}\n</passage>" in prompt)
+        answer=lambda prompt, index: next(text for key, text in answers.items() if f"{key}\n</passage-" in prompt)
     )
     before = outcomes()
     with serving(engine, tiny_model) as client:
         answer = ask(client, *answers)
     rewrites = RewriteResponse.model_validate_json(answer.content).rewrites
-    assert [rewrite.refusal for rewrite in rewrites] == ["", "refused", ""]
-    assert (rewrites[0].text, len(rewrites[2].token_ids)) == (" one", 16)
+    assert [rewrite.refusal for (rewrite,) in rewrites] == ["", "refused", ""]
+    assert (rewrites[0][0].text, len(rewrites[2][0].token_ids)) == (" one", 16)
     grown = {name: count - before[name] for name, count in outcomes().items()}
     assert grown == {"whole": 1, "cut": 1, "empty": 0, "refused": 1, "overlong": 0}
 
@@ -89,4 +89,4 @@ def test_a_policy_without_tokenizer_ends_the_process(policy: str, message: str) 
 def test_the_schema_carries_an_example_that_parses() -> None:
     schema = build_app(settings("x"), SECRETS, engine=FakeEngine()).openapi()
     content = schema["paths"]["/v1/rewrites"]["post"]["responses"]["200"]["content"]["application/json"]
-    assert RewriteResponse.model_validate(content["example"]).rewrites[1].refusal == "refused"
+    assert RewriteResponse.model_validate(content["example"]).rewrites[1][0].refusal == "refused"
