@@ -56,8 +56,9 @@ def world_of(setting: Setting, seed: int) -> World:
 
 def _utilities(shape: str, size: int, draw: np.random.Generator) -> Floats:
     if shape == "heavy":
-        return draw.standard_t(3, size) / np.sqrt(3.0)
-    utilities = draw.standard_normal(size)
+        heavy: Floats = draw.standard_t(3, size) / np.sqrt(3.0)
+        return heavy
+    utilities: Floats = draw.standard_normal(size)
     if shape == "near_ties":
         order, few = np.argsort(utilities), max(1, min(4, size // 3))
         utilities[order[:few]] = utilities[order[0]] + draw.uniform(0.0, 0.1, few)

@@ -140,7 +140,8 @@ def fit(table: Table, temper: Temper, *, graded: bool) -> Posterior:
         mean += step if graded else step * min(1.0, _MAX_STEP / max(length, _LAST_STEP))
         if graded or length < _LAST_STEP:
             break
-    return Posterior(mean, np.linalg.inv(precision))
+    covariance: Floats = np.linalg.inv(precision).astype(np.float64, copy=False)
+    return Posterior(mean, covariance)
 
 
 def _evidence(table: Table, mean: Floats, *, whim: float | None) -> tuple[Floats, Floats]:
