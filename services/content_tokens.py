@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Core
 
 
 def content_encoder(core: Core, control_ids: frozenset[int]) -> Callable[[str], list[int]]:
-    """Made in about a second for 150,000 tokens. What it returns may be called from several threads."""
+    """Takes about a second of CPU for 150,000 tokens. What it returns may be called from several threads."""
     files = json.loads(core.to_str())
     barred = _barred(files, control_ids)
     files |= {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}

@@ -125,8 +125,9 @@ class Frame:
 
     def join(self, pieces: Mapping[str, Piece], *, nonce: str) -> FramedPrompt:
         """With a piece for every placeholder but `{nonce}`; pieces that the prompt has no place for are left out."""
-        shown = (nonce.encode() if name == NONCE else pieces[name].digest for name in self._names)
-        return FramedPrompt(_digest(self._digest, *shown), partial(self._build, pieces, nonce))
+        shown = {name: pieces[name] for name in self._names if name != NONCE}  # later changes of `pieces` don't count
+        key = _digest(self._digest, *(nonce if name == NONCE else shown[name].digest for name in self._names))
+        return FramedPrompt(key, partial(self._build, shown, nonce))
 
     def _build(self, pieces: Mapping[str, Piece], nonce: str) -> EnginePrompt:
         if not self._engine.has_tokenizer:

@@ -51,7 +51,8 @@ class LocalEngine(ABC):
         self._codec: TokenCodec | None = None
         self._model: LocalModel | None = None
         """Set by `start`, as the two above."""
-        self._encode_label = lru_cache(maxsize=1024)(self._encode_text)
+        self._encode_short = lru_cache(maxsize=1024)(self._encode_text)
+        self._encode_label = lru_cache(maxsize=1024)(self._encode_continuation)
 
     @abstractmethod
     async def score_tokens(
@@ -64,10 +65,13 @@ class LocalEngine(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Special tokens in the text, such as a chat template's, are encoded as such."""
-        return list(self._encode_label(text) if len(text) <= _LABEL_CHARACTERS else self._encode_text(text))
+        return list(self._encode_short(text) if len(text) <= _LABEL_CHARACTERS else self._encode_text(text))
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokens.tokenizer.encode(text, splits_special=False)
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        return self._tokens.encode_continuation(text)
 
     def encode_content(self, text: str) -> list[int]:
         return self._tokens.encode_content(text)
@@ -132,11 +136,16 @@ class LocalEngine(ABC):
         return token_ids
 
     def _encode_scored(self, continuations: Sequence[Prompt]) -> list[Tokens]:
-        """At least one token each; PromptError otherwise."""
-        encoded = [self._encode(continuation) for continuation in continuations]
+        """At least one token each, as they continue a text; PromptError otherwise."""
+        encoded = [self._encode(self._continuing(given)) for given in continuations]
         if not all(encoded):
             raise PromptError(f"continuation {encoded.index(())} is empty: there is no token to score")
         return encoded
+
+    def _continuing(self, given: Prompt) -> TokenSequence:
+        if not isinstance(given, str):
+            return given
+        return self._encode_label(given) if len(given) <= _LABEL_CHARACTERS else self._encode_continuation(given)
 
     def _prepare(self, prompt: Prompt, *, room: int) -> Tokens:
         """The prompt's tokens. PromptError if there are none, or if `room` more do not fit into the model."""
