@@ -70,6 +70,7 @@ class Rewriter:
     ) -> tuple[tuple[Rewrite, ...], HeadwaterError | None]:
         """Of one item, and why the engine refused it. What grows with its text runs in a thread."""
         item = request.items[row]
+        error: HeadwaterError | None = None
         async with self._gate:
             passage = await asyncio.to_thread(self._passage, request, item)
             try:
@@ -79,7 +80,7 @@ class Rewriter:
                 _log.info("no rewrite of characters %d to %d of a window: %s", item.start, item.end, exc)
                 rewrites, error = (refusal("unanswerable"),) * request.num_rewrites, exc
             else:
-                rewrites, error = await asyncio.to_thread(self._read, answers, passage), None
+                rewrites = await asyncio.to_thread(self._read, answers, passage)
         _count(rewrites)
         return rewrites, error
 

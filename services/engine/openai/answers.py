@@ -9,8 +9,11 @@ A reasoning model's thoughts (`reasoning_content`) are left out: they are no par
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from shared.errors import EngineError
 
 
 class _Part(BaseModel):
@@ -22,11 +25,15 @@ class _Part(BaseModel):
 class _ListedToken(_Part):
     token: str
     logprob: float
-    bytes: Sequence[int] | None = None
 
 
 class _ChatToken(_ListedToken):
-    top_logprobs: Sequence[_ListedToken] | None = None
+    bytes: Sequence[int] | None = None
+    top_logprobs: Any = None
+    """Read where somebody asks: an answer has thousands of them, and reading all would block the event loop."""
+
+
+_LISTED = TypeAdapter(Sequence[_ListedToken])
 
 
 class _LogProbs(_Part):
@@ -60,8 +67,20 @@ class Place:
     """One token of an answer."""
 
     spelling: bytes
-    likely: Mapping[str, float]
-    """Log-probs (natural) of the tokens that are listed in its place, itself included, by text."""
+    own: Mapping[str, float]
+    listed: Any
+
+    @property
+    def likely(self) -> Mapping[str, float]:
+        """Log-probs (natural) of the tokens that are listed in its place, itself included, by text. EngineError if they
+        are not listed as OpenAI's protocol has it."""
+        listed = self.listed or []
+        if isinstance(listed, Mapping):
+            return {**self.own, **listed}
+        try:
+            return {**self.own, **{other.token: other.logprob for other in _LISTED.validate_python(listed)}}
+        except ValidationError as exc:
+            raise EngineError("an endpoint lists log-probs in a form that is not OpenAI's") from exc
 
 
 @dataclass(frozen=True)
@@ -92,14 +111,14 @@ def _choice(given: _Choice) -> Choice:
 
 def _chat_places(found: _LogProbs) -> tuple[list[Place], list[float | None]]:
     tokens = found.content or ()
-    places = [
-        Place(
-            token.token.encode() if token.bytes is None else bytes(value & 255 for value in token.bytes),
-            {token.token: token.logprob} | {other.token: other.logprob for other in token.top_logprobs or ()},
-        )
-        for token in tokens
-    ]
+    places = [Place(_spelling(token), {token.token: token.logprob}, token.top_logprobs) for token in tokens]
     return places, [token.logprob for token in tokens]
+
+
+def _spelling(token: _ChatToken) -> bytes:
+    if token.bytes is None:
+        return token.token.encode(errors="replace")
+    return bytes(value & 255 for value in token.bytes)
 
 
 def _plain_places(found: _LogProbs) -> tuple[list[Place], list[float | None]]:
@@ -107,6 +126,5 @@ def _plain_places(found: _LogProbs) -> tuple[list[Place], list[float | None]]:
     listed = found.top_logprobs or ()
     places = []
     for token, own, top in itertools.zip_longest(tokens, log_probs[: len(tokens)], listed[: len(tokens)]):
-        likely = {} if own is None else {token: own}
-        places.append(Place(token.encode(errors="replace"), likely | dict(top or {})))
+        places.append(Place(token.encode(errors="replace"), {} if own is None else {token: own}, top))
     return places, log_probs

@@ -22,6 +22,7 @@ from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, OverloadedError, PromptError
 from shared.seeds import question_seed
 
+_FEWEST_TOP = 5
 _LENGTH_REASONS = ("length", "max_tokens")
 _log = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ class OpenAIEngine:
         if route.temperature:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.words and route.num_top:
-            options |= top_fields(prompt, route.num_top)
+            # Reading all that could be listed at each token of an answer would block the event loop.
+            num_forms = 2 * len(sampling.words) + 1
+            options |= top_fields(prompt, min(route.num_top, max(_FEWEST_TOP, num_forms)))
         return options
 
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:

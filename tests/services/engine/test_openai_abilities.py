@@ -1,5 +1,6 @@
 """What an endpoint can do is found out at start, and asked for in the way it takes."""
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -77,18 +78,46 @@ def test_fields_that_it_refuses_are_left_out(served: tuple[Endpoint, str], endpo
     assert not {"max_tokens", "seed", "temperature", "top_p"} & asked.keys()
 
 
-@pytest.mark.parametrize(("most", "number"), [(20, 20), (8, 5), (0, 0)])
-def test_as_many_log_probs_are_asked_for_as_it_gives(
-    served: tuple[Endpoint, str], endpoint: Endpoint, most: int, number: int
+@pytest.mark.parametrize(
+    ("most", "of_labels", "of_two_words", "of_three_words"), [(20, 20, 5, 7), (8, 5, 5, 5), (1, 1, 1, 1)]
+)
+def test_as_many_log_probs_are_asked_for_as_it_gives_and_words_need(
+    served: tuple[Endpoint, str], endpoint: Endpoint, most: int, of_labels: int, of_two_words: int, of_three_words: int
 ) -> None:
     endpoint.most_top = most
 
+    async def work(engine: OpenAIEngine) -> list[int]:
+        assert engine.can_grade
+        prompt = engine.render_chat("So?")
+        await engine.score(prompt, [" yes"])
+        for words in (("yes", "no"), ("yes", "no", "tie")):
+            await engine.generate([prompt], Sampling(max_tokens=9, words=words))
+        return [asked["top_logprobs"] for asked in endpoint.asked[-3:]]
+
+    assert with_engine(served[1], work) == [of_labels, of_two_words, of_three_words]
+
+
+def test_without_log_probs_none_are_asked_for(served: tuple[Endpoint, str], endpoint: Endpoint) -> None:
+    endpoint.most_top = 0
+
     async def work(engine: OpenAIEngine) -> bool:
-        await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, words=("yes", "no")))
+        ((answer,),) = await engine.generate([engine.render_chat("So?")], Sampling(max_tokens=9, words=("yes", "no")))
+        assert answer.word_odds == ()
         return engine.can_grade
 
-    assert with_engine(served[1], work) == bool(number)
-    assert endpoint.asked[-1].get("top_logprobs", 0) == number
+    assert not with_engine(served[1], work)
+    assert "top_logprobs" not in endpoint.asked[-1]
+
+
+def test_log_probs_in_another_form_are_an_error(served: tuple[Endpoint, str], endpoint: Endpoint) -> None:
+    async def work(engine: OpenAIEngine) -> None:
+        listed = [{"token": " yes", "logprob": -0.5, "top_logprobs": [{"word": " yes"}]}]
+        choice = {"message": {"content": "yes"}, "logprobs": {"content": listed}}
+        endpoint.raw = json.dumps({"choices": [choice]})
+        with pytest.raises(EngineError, match="lists log-probs in a form that is not OpenAI's"):
+            await engine.score(engine.render_chat("So?"), [" yes"])
+
+    with_engine(served[1], work)
 
 
 def test_the_written_verdict_comes_with_the_odds_of_all(served: tuple[Endpoint, str], endpoint: Endpoint) -> None:
