@@ -105,7 +105,9 @@ class Arguments:
 
         if self.adapters:
             rank = max(_adapter_rank(Path(adapter)) for adapter in self.adapters)
-            return {"enable_lora": True, "max_loras": len(self.adapters), "max_lora_rank": rank}
+            # On a CPU, vLLM's kernels give requests without an adapter the last slot (index -1): it must stay empty.
+            slots = len(self.adapters) + self.on_cpu
+            return {"enable_lora": True, "max_loras": slots, "max_lora_rank": rank}
         from services.engine.vllm.plugin import BACKEND, register
 
         if register.__module__ not in {plugin.module for plugin in entry_points(group=_PLUGINS)}:

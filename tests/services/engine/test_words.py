@@ -10,7 +10,9 @@ from tests.services.subject_tokenizers import TOKENIZERS, save_tokenizer
 WORDS = ("A", "B")
 
 
-@pytest.fixture(scope="module", params=[kind for kind in TOKENIZERS if kind != "word level"])  # that one keeps no spaces
+@pytest.fixture(
+    scope="module", params=[kind for kind in TOKENIZERS if kind != "word level"]
+)  # that one keeps no spaces
 def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TokenCodec:
     folder = tmp_path_factory.mktemp("tokenizer")
     return TokenCodec(from_transformers(save_tokenizer(TOKENIZERS[request.param](), folder)))
