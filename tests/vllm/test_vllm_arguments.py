@@ -56,15 +56,20 @@ def guessing(model: Path) -> Iterator[Subject]:
         yield subject
 
 
-def generated_tokens() -> float:
-    return metrics.REGISTRY.get_sample_value("headwater_engine_generated_tokens_total") or 0.0
+def guessed() -> list[float]:
+    """Tokens guessed so far, and those that were right."""
+    names = (f"headwater_engine_{name}_tokens_total" for name in ("guessed", "accepted"))
+    return [metrics.REGISTRY.get_sample_value(name) or 0.0 for name in names]
 
 
 def test_guessed_tokens_change_no_greedy_answer(guessing: Subject) -> None:
     prompts = [REPEATED[: n + 20] for n in range(12)] + [[5, 6, 7]]
+    before = guessed()
     answers = guessing.do(guessing.engine.generate(prompts, Sampling(max_tokens=40, temperature=0)))
     expected = [reference.greedy(guessing.model, prompt, 40) for prompt in prompts]
     assert [of_prompt[0].token_ids for of_prompt in answers] == expected
+    assert guessed()[0] > before[0]
+    assert guessed()[1] > before[1]
 
 
 def test_guesses_and_log_probs_exclude_each_other(guessing: Subject) -> None:

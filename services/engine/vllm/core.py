@@ -230,6 +230,9 @@ def _metrics_logger() -> Any:
                 metrics.engine_queued_requests.set(scheduler_stats.num_waiting_reqs)
                 metrics.engine_prefix_cache_queries_total.inc(scheduler_stats.prefix_cache_stats.queries)
                 metrics.engine_prefix_cache_hits_total.inc(scheduler_stats.prefix_cache_stats.hits)
+                if guesses := scheduler_stats.spec_decoding_stats:
+                    metrics.engine_guessed_tokens_total.inc(guesses.num_draft_tokens)
+                    metrics.engine_accepted_tokens_total.inc(guesses.num_accepted_tokens)
             if iteration_stats is not None:
                 metrics.engine_prompt_tokens_total.inc(iteration_stats.prompt_token_stats.computed)
                 metrics.engine_generated_tokens_total.inc(iteration_stats.num_generation_tokens)
