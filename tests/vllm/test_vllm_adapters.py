@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.process
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def other_cores() -> Processes:
 @pytest.fixture(scope="module")
 def adapted(model: Path, adapters: list[Path], other_cores: Processes) -> Iterator[Subject]:
     """With two adapters for requests that name one."""
-    sizes = {"max_num_seqs": 5, "max_num_batched_tokens": 300, "engine_arguments": {"max_logprobs": 3}}
+    sizes: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 300, "engine_arguments": {"max_logprobs": 3}}
     with vllm_subject(model, adapters=list(map(str, adapters)), **sizes) as subject:
         yield subject
 
