@@ -2,6 +2,10 @@
 
 A word such as `A` is one token after a space and another one elsewhere. In each of these two forms it is told by its
 first token, which must differ between the words: of `unsafe` and `unsure`, both cut as `un|...`, nothing is said.
+
+    tokens = WordTokens(codec, ("A", "B"))
+    tokens.token_ids    # the engine notes their log-probs wherever it samples one of them
+    tokens.odds(prompt, token_ids, text="Verdict: A", log_probs=noted)    # (WordOdds(start=9, log_probs=(-0.1, -2.3)),)
 """
 
 from collections.abc import Mapping, Sequence
