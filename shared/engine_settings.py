@@ -51,7 +51,7 @@ class EngineSettings(Section):
     """`vllm`: tokens of one step; 0: what vLLM's own server takes on this device."""
     ngram_tokens: int = Field(default=0, ge=0)
     """`vllm`: tokens guessed at once by looking up what was last written in the prompt (n-gram speculative decoding).
-    It speeds up a rewriter, whose answers mostly copy; 0: off."""
+    It speeds up a rewriter, whose answers mostly copy, and such an engine gives no log-probs; 0: off."""
     engine_arguments: dict[str, Any] = Field(default_factory=dict)
     """`vllm`: any other of its engine arguments, such as { quantization = "fp8" }."""
     system_prompt: str = ""

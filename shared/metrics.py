@@ -51,6 +51,14 @@ ready = _gauge(SERVICES, "ready", "1 when the service can answer")
 # Engines
 engine_prompt_tokens_total = _counter(ENGINES, "engine_prompt_tokens_total", "Prompt tokens prefilled")
 engine_generated_tokens_total = _counter(ENGINES, "engine_generated_tokens_total", "Tokens sampled")
+engine_prefix_cache_queries_total = _counter(
+    ENGINES, "engine_prefix_cache_queries_total", "Prompt tokens looked up in vLLM's prefix cache"
+)
+engine_prefix_cache_hits_total = _counter(
+    ENGINES, "engine_prefix_cache_hits_total", "Prompt tokens found in vLLM's prefix cache"
+)
+engine_guessed_tokens_total = _counter(ENGINES, "engine_guessed_tokens_total", "Tokens guessed by n-gram look-up")
+engine_accepted_tokens_total = _counter(ENGINES, "engine_accepted_tokens_total", "Guessed tokens that were right")
 engine_batch_rows = _gauge(ENGINES, "engine_batch_rows", "Rows of the last batch")
 engine_queued_requests = _gauge(ENGINES, "engine_queued_requests", "Requests waiting for the engine")
 

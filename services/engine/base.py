@@ -31,7 +31,7 @@ class Sampling:
     """Where a sample spells one of these, `Generation.word_odds` has the log-probs of all of them. Without `can_grade`
     it stays empty."""
     adapter: str = ""
-    """Folder of a LoRA adapter that the engine was built with; empty: the model as it is."""
+    """Folder of a LoRA adapter that the engine was built with; empty: `engine.lora_adapter`, if there is one."""
 
     @classmethod
     def bounded(cls, bounds: Sequence[int], **options: Any) -> "Sampling":
@@ -49,7 +49,8 @@ class WordOdds:
     start: int
     """In characters of `Generation.text`, where the written word begins, after its space."""
     log_probs: tuple[float, ...]
-    """Natural, of each word's first token in this place, in their order; -inf where the engine lists none."""
+    """Natural, of each word's first token in this place, in their order; -inf where the engine lists none. They are the
+    model's own, before temperature and top_p; with a `pattern`, those of the tokens that it allows."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ process (services/__main__.py) for its supervisor to restart.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from services.engine.base import Engine, FallibleEngine
@@ -28,16 +28,24 @@ T = TypeVar("T")
 
 
 def build_engine(
-    settings: EngineSettings, *, default_model: str = "", tokenizer: str = "", constrains: bool = False
+    settings: EngineSettings,
+    *,
+    default_model: str = "",
+    tokenizer: str = "",
+    constrains: bool = False,
+    adapters: Sequence[str] = (),
 ) -> Engine:
     """The engine for `settings.kind`; its model loads later, in `Engine.start`.
 
     `default_model` replaces an empty `engine.model`. `tokenizer`: folder or name, if not the model's own.
-    `constrains`: `Sampling.pattern` will be used. SettingsError names the key to change.
+    `constrains`: `Sampling.pattern` will be used. `adapters`: what `Sampling.adapter` may name, besides
+    `engine.lora_adapter`; empty names are left out. SettingsError names the key to change.
     """
     settings = settings.model_copy(update={"model": settings.model or default_model})
     if not settings.model:
         raise SettingsError("engine.model is empty: name a Hugging Face folder or name, or the endpoint's model")
+    if any(adapters) and settings.kind != "vllm":
+        raise SettingsError(f"lora_adapter = {max(adapters)!r} needs engine.kind = 'vllm', not {settings.kind!r}")
     if settings.kind == "transformers":
         from services.engine.hf.engine import TransformersEngine
 
@@ -45,7 +53,7 @@ def build_engine(
     if settings.kind == "vllm":
         from services.engine.vllm.engine import VllmEngine
 
-        return VllmEngine(settings, tokenizer=tokenizer, constrains=constrains)
+        return VllmEngine(settings, tokenizer=tokenizer, constrains=constrains, adapters=adapters)
     from services.engine.openai import OpenAIEngine
 
     return OpenAIEngine(settings, constrains=constrains)

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence
+from services.engine.base import Generation, Prompt, Tokens, TokenScore, TokenSequence, WordOdds
+from services.engine.words import WordTokens
 from services.tokenizer import TokenCodec, from_transformers
+from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, PromptError
 
 _LABEL_CHARACTERS = 32
@@ -31,36 +33,28 @@ class LocalModel:
 class LocalEngine(ABC):
     """The part of `Engine` and `TokenScorer` that needs only the tokenizer. Encodes and decodes on any thread."""
 
-    can_score = has_tokenizer = True
-    can_grade = False
+    can_score = can_grade = has_tokenizer = True
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        tokenizer: str,
-        system_prompt: str = "",
-        chat_template_arguments: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`tokenizer`: folder or name. The last two are for chats: see EngineSettings."""
+    def __init__(self, settings: EngineSettings, *, name: str, tokenizer: str = "") -> None:
+        """`tokenizer`: folder or name, if not the model's."""
         self.name = name
-        self._tokenizer_source = tokenizer
-        self._system_prompt = system_prompt
-        self._chat_template_arguments = dict(chat_template_arguments or {})
+        self._settings = settings
+        self._tokenizer_source = tokenizer or settings.model
         self._chat: Any = None
         self._codec: TokenCodec | None = None
         self._model: LocalModel | None = None
         """Set by `start`, as the two above."""
         self._encode_short = lru_cache(maxsize=1024)(self._encode_text)
         self._encode_label = lru_cache(maxsize=1024)(self._encode_continuation)
+        self._word_tokens = lru_cache(maxsize=64)(lambda words: WordTokens(self._tokens, words))
 
     @abstractmethod
     async def score_tokens(
-        self, prompt: Prompt, continuations: Sequence[Prompt]
+        self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = ""
     ) -> tuple[list[list[TokenScore]], int]: ...
 
     async def score(self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = "") -> list[list[float]]:
-        scores, _ = await self.score_tokens(prompt, continuations)
+        scores, _ = await self.score_tokens(prompt, continuations, adapter=adapter)
         return [[token.log_prob for token in of_continuation] for of_continuation in scores]
 
     def encode(self, text: str) -> list[int]:
@@ -87,10 +81,10 @@ class LocalEngine(ABC):
         _ = self._tokens
         if not self.has_chat_template:
             raise EngineError("the model's tokenizer has no chat template: set `chat = false`")
-        messages = [{"role": "user", "content": prompt}]
-        if self._system_prompt:
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
-        options = {"tokenize": False, "add_generation_prompt": True} | self._chat_template_arguments
+        system = self._settings.system_prompt
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        options = self._settings.chat_template_arguments | {"tokenize": False, "add_generation_prompt": True}
         try:
             return str(self._chat.apply_chat_template(messages, **options))
         except (TemplateError, TypeError, ValueError) as exc:
@@ -119,10 +113,25 @@ class LocalEngine(ABC):
         return self._model
 
     def _generation(
-        self, prompt: Tokens, token_ids: Tokens, finish_reason: Literal["length", "stop"], version: int
+        self,
+        prompt: Tokens,
+        token_ids: Tokens,
+        finish_reason: Literal["length", "stop"],
+        version: int,
+        *,
+        words: tuple[str, ...] = (),
+        log_probs: Mapping[int, Mapping[int, float]] | None = None,
     ) -> Generation:
+        """`log_probs` as in `WordTokens.odds`."""
         shown = self._tokens.continuation(prompt, token_ids, ends=self._started.eos_token_ids)
-        return Generation(token_ids, shown.text, finish_reason, version, shown.flaw)
+        odds: tuple[WordOdds, ...] = ()
+        if log_probs:
+            odds = self._word_tokens(words).odds(prompt, token_ids, text=shown.text, log_probs=log_probs)
+        return Generation(token_ids, shown.text, finish_reason, version, shown.flaw, odds)
+
+    def _watched(self, words: tuple[str, ...]) -> Tokens:
+        """The tokens with which one of the words may begin."""
+        return self._word_tokens(words).token_ids if words else ()
 
     def _starting(self) -> EngineError:
         return EngineError(f"{self.name} is still starting: try again")

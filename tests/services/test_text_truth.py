@@ -28,6 +28,7 @@ from services.rewriter import app as rewriter
 from services.rollout import app as rollout
 from services.tokenizer import load_tokenizer
 from shared import metrics
+from shared.engine_settings import EngineSettings
 from shared.records import ScoredWindow
 from shared.settings import ScheduleStage, Secrets, Settings
 from tests.services.collector.stub_services import StubServices
@@ -50,7 +51,7 @@ class Sampler(LocalEngine):
     can_constrain = False
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(name="sampler", tokenizer=str(folder))
+        super().__init__(EngineSettings(model=str(folder)), name="sampler")
         self._size = len(load_tokenizer(str(folder), setting="policy.model"))
         self._model = LocalModel(None, self._size, 256, frozenset({2}))
 
@@ -60,7 +61,9 @@ class Sampler(LocalEngine):
     async def close(self) -> None: ...
     async def load_weights(self, folder: Path, version: int) -> None: ...
 
-    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+    async def score_tokens(
+        self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = ""
+    ) -> tuple[list[list[TokenScore]], int]:
         raise NotImplementedError
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +84,14 @@ def openai_subject(model: Path, folder: Path) -> Iterator[Subject]:
 
 
 @contextmanager
-def vllm_subject(model: Path, *, constrains: bool = False, **settings: object) -> Iterator[Subject]:
+def vllm_subject(
+    model: Path, *, constrains: bool = False, adapters: Sequence[str] = (), **settings: object
+) -> Iterator[Subject]:
     from services.engine.vllm.engine import VllmEngine
 
     small = {"kind": "vllm", "model": str(model), "kv_cache_gib": 0.25, "max_queued_requests": MAX_QUEUED}
-    with started(VllmEngine(EngineSettings.model_validate(small | settings), constrains=constrains), model) as subject:
+    engine = VllmEngine(EngineSettings.model_validate(small | settings), constrains=constrains, adapters=adapters)
+    with started(engine, model) as subject:
         yield subject
 
 

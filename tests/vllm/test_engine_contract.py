@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -137,3 +138,28 @@ def test_token_scores_name_the_likeliest_token(local: Subject) -> None:
     assert tuple(score.best_token_id for score in scores) == likeliest
     assert [score.best_log_prob for score in scores] == [score.log_prob for score in scores]
     assert version == 0
+
+
+def test_where_a_word_is_written_the_log_probs_of_all_words_are_known(local: Subject) -> None:
+    """They are the model's own, whatever the temperature and top_p that the sample was drawn with."""
+    engine, words = local.engine, ("A", "B", "7")
+    sampling = Sampling(max_tokens=40, num_samples=48, temperature=1.5, top_p=0.95, seed=3)
+    (plain,) = local.do(engine.generate([FIRST], sampling))
+    (answers,) = local.do(engine.generate([FIRST], replace(sampling, words=words)))
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
+    seen = 0
+    for answer in answers:
+        for odds in answer.word_odds:
+            before = next(n for n in range(40) if len(engine.decode(answer.token_ids[: n + 1])) > odds.start)
+            assert answer.text[odds.start] in words
+            for word, given in zip(words, odds.log_probs, strict=True):
+                known = reference.log_probs(local.model, [*FIRST, *answer.token_ids[:before]], engine.encode(word))
+                assert [given] == pytest.approx(known, abs=1e-3)
+            seen += 1
+    assert seen >= 5
+
+
+def test_answers_to_questions_without_words_have_no_odds(local: Subject) -> None:
+    assert local.engine.can_grade
+    ((answer,),) = local.do(local.engine.generate([FIRST], Sampling(max_tokens=20, seed=3)))
+    assert answer.word_odds == ()

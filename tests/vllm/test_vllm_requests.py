@@ -45,6 +45,19 @@ def test_chunks_of_a_document_share_its_prefill(vllm_engine: Subject) -> None:
     assert prefilled() - before == len(document) + 6 * 4 - 1
 
 
+def test_the_prefix_caches_own_counters_are_metrics(vllm_engine: Subject) -> None:
+    def counted() -> list[float]:
+        names = (f"headwater_engine_prefix_cache_{name}_total" for name in ("queries", "hits"))
+        return [metrics.REGISTRY.get_sample_value(name) or 0.0 for name in names]
+
+    prompt = list(range(70, 70 + 3 * BLOCK + 5))
+    before = counted()
+    for _ in range(2):
+        vllm_engine.do(vllm_engine.engine.generate([prompt], Sampling(max_tokens=2)))
+    # the first finds nothing, the second all whole blocks
+    assert [after - known for after, known in zip(counted(), before, strict=True)] == [2 * len(prompt), 3 * BLOCK]
+
+
 def test_seeded_requests_may_need_more_than_one_batch_to_prefill(vllm_engine: Subject) -> None:
     prompts = [[(start + 13 * i) % 290 + 5 for i in range(230)] for start in range(30)]
     sampling = Sampling(max_tokens=4, num_samples=2, seed=11)

@@ -58,7 +58,7 @@ def test_the_judge_reads_every_structured_answer(constrained: Subject, tmp_path:
     judge = make_judge(constrained.engine, criteria=criteria, chat=False, max_retries=0, engine=narrow)
     judgement = constrained.do(judgement_of(judge, make_window(" one", " two", " three")))
     assert (judgement.num_calls, judgement.num_failures) == (30, 0)
-    assert sum(judgement.scores["quality"]) == pytest.approx(1.5)
+    assert sum(score or 0.0 for score in judgement.scores["quality"]) == pytest.approx(1.5)
     assert re.search(r"(^|\n)Verdict: (A|B|tie)$", judgement.reasoning)
 
 

@@ -25,8 +25,17 @@ class Row:
     sample: int
     is_abandoned: Callable[[], bool]
     """True once the caller has cancelled."""
+    watched: Tokens = ()
+    """Where one of these tokens is sampled, `watched_log_probs` gets the log-probs of all of them."""
     token_ids: list[int] = field(default_factory=list)
+    watched_log_probs: dict[int, dict[int, float]] = field(default_factory=dict)
+    """By place in `token_ids`, then by token: natural, of the model as it is, whatever temperature and top_p are."""
     finish_reason: Literal["length", "stop", ""] = ""
+
+    def note(self, logits: Tensor) -> None:
+        """The log-probs of the watched tokens in the next place; `logits` (V,) float32 are the model's for it."""
+        found = torch.log_softmax(logits, dim=-1)[list(self.watched)].tolist()
+        self.watched_log_probs[len(self.token_ids)] = dict(zip(self.watched, found, strict=True))
 
     def add(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         self.token_ids.append(token_id)
@@ -64,8 +73,10 @@ def _continue(model: CausalModel, group: Sequence[Row], prefilled: dict[Tokens, 
     cache = RowCache([prefilled[row.prompt] for row in rows], room=max_tokens)
     for step in range(max_tokens):
         chosen = sampling.pick(logits, step=step)
-        for row, token_id in zip(rows, chosen.tolist(), strict=True):
+        for index, (row, token_id) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if not row.finish_reason:
+                if token_id in row.watched:
+                    row.note(logits[index])
                 row.add(token_id, model.eos_token_ids)
         live = [index for index, row in enumerate(rows) if not row.finish_reason]
         if not live:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor
 
-from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
+from services.engine.base import Generation, Prompt, Sampling, TokenScore
 from services.engine.hf.decode import Row, generate
 from services.engine.hf.model import CausalModel, load_model
 from services.engine.hf.queue import Batch, GenerateJob, Job, JobQueue, LoadJob, ScoreJob
@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 _CLOSE_S = 5.0
 _BATCH_ERRORS = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
-_MakeGeneration = Callable[[Tokens, Tokens, Literal["length", "stop"], int], Generation]
+_MakeGeneration = Callable[[Row, int, tuple[str, ...]], Generation]
+"""From a finished row, the weight version, and the words of its sampling."""
 
 
 class TransformersEngine(LocalEngine):
@@ -48,16 +49,10 @@ class TransformersEngine(LocalEngine):
 
     def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
         """`tokenizer`: folder or name, if not the model's."""
-        super().__init__(
-            name=f"transformers:{settings.model}",
-            tokenizer=tokenizer or settings.model,
-            system_prompt=settings.system_prompt,
-            chat_template_arguments=settings.chat_template_arguments,
-        )
-        self._settings = settings
+        super().__init__(settings, name=f"transformers:{settings.model}", tokenizer=tokenizer)
         bounds = {"max_queued": settings.max_queued_requests, "max_batch_tokens": settings.max_batch_tokens}
         self._queue = JobQueue(**bounds, batch_wait_s=settings.batch_wait_s)
-        self._worker = _Worker(settings, self._queue, self._generation)
+        self._worker = _Worker(settings, self._queue, self._shown)
 
     @property
     def weight_version(self) -> int:
@@ -77,9 +72,14 @@ class TransformersEngine(LocalEngine):
             return []
         if sampling.pattern:
             raise PromptError(f"{self.name} can't constrain its answers to a pattern: use engine.kind = 'vllm'")
-        return await self._answer(GenerateJob([self._prepare(prompt, room=1) for prompt in prompts], sampling))
+        self._refuse_adapter(sampling.adapter)
+        encoded = [self._prepare(prompt, room=1) for prompt in prompts]
+        return await self._answer(GenerateJob(encoded, sampling, self._watched(sampling.words)))
 
-    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+    async def score_tokens(
+        self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = ""
+    ) -> tuple[list[list[TokenScore]], int]:
+        self._refuse_adapter(adapter)
         if not continuations:
             return [], self.weight_version
         encoded = self._encode_scored(continuations)
@@ -93,6 +93,17 @@ class TransformersEngine(LocalEngine):
     async def patch_weights(self, patches: Path, *, base: int, version: int, last_good: Sequence[Path]) -> None:
         found = await asyncio.to_thread(read_patches, patches, module=self._started.module)
         await self._answer(LoadJob(lambda module: apply_patches(module, found), version, base))
+
+    def _shown(self, row: Row, version: int, words: tuple[str, ...]) -> Generation:
+        assert row.finish_reason
+        token_ids = tuple(row.token_ids)
+        return self._generation(
+            row.prompt, token_ids, row.finish_reason, version, words=words, log_probs=row.watched_log_probs
+        )
+
+    def _refuse_adapter(self, adapter: str) -> None:
+        if adapter:
+            raise PromptError(f"{self.name} takes no LoRA adapter such as {adapter!r}: use engine.kind = 'vllm'")
 
     async def _answer(self, job: "Job[T]") -> T:
         """Within `timeout_s`; after that the job is cancelled and the worker skips it."""
@@ -179,7 +190,11 @@ class _Worker:
         rows = [_rows(job, model.max_tokens) for job in jobs]
         generate(model, [row for of_job in rows for of_prompt in of_job for row in of_prompt])
         for job, of_job in zip(jobs, rows, strict=True):
-            job.finish([[self._generation(row) for row in of_prompt] for of_prompt in of_job])
+            if not job.future.cancelled():  # its rows may not have begun
+                job.finish([[self._generation(row, job) for row in of_prompt] for of_prompt in of_job])
+
+    def _generation(self, row: Row, job: GenerateJob) -> Generation:
+        return self._make_generation(row, self.weight_version, job.sampling.words)
 
     @torch.inference_mode()
     def _score(self, model: CausalModel, jobs: Sequence[ScoreJob]) -> None:
@@ -200,10 +215,6 @@ class _Worker:
         metrics.weight_load_seconds.labels("pause").observe(time.perf_counter() - began)
         job.finish(None)
 
-    def _generation(self, row: Row) -> Generation:
-        assert row.finish_reason
-        return self._make_generation(row.prompt, tuple(row.token_ids), row.finish_reason, self.weight_version)
-
 
 def _rows(job: GenerateJob, model_tokens: int) -> list[list[Row]]:
     """The samples of each prompt. The end of the context ends a row like `max_tokens` does."""
@@ -218,6 +229,7 @@ def _rows(job: GenerateJob, model_tokens: int) -> list[list[Row]]:
                 seed=sampling.seed + index,
                 sample=sample,
                 is_abandoned=job.future.cancelled,
+                watched=job.watched,
             )
             for sample in range(sampling.num_samples)
         ]

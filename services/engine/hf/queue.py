@@ -37,6 +37,8 @@ class Job(Generic[T]):
 class GenerateJob(Job[list[list[Generation]]]):
     prompts: Sequence[Tokens]
     sampling: Sampling
+    watched: Tokens = ()
+    """Tokens with which a word of `sampling.words` may begin."""
 
     @property
     def num_rows(self) -> int:
@@ -100,6 +102,7 @@ class JobQueue:
                 self._waiting.append(job)
             metrics.engine_queued_requests.set(len(self._waiting))
             self._changed.notify()
+        job.future.add_done_callback(self._drop_cancelled)
 
     def take(self) -> Batch | None:
         """The next batch; weight updates go first. None once closed."""
@@ -127,12 +130,21 @@ class JobQueue:
         for job in left:
             job.fail(EngineError(reason))
 
+    def _drop_cancelled(self, ended: "Future[Any]") -> None:
+        """Whoever asked has gone: the place in the queue is free."""
+        if ended.cancelled():
+            with self._changed:
+                self._waiting = deque(job for job in self._waiting if job.future is not ended)
+                metrics.engine_queued_requests.set(len(self._waiting))
+
     def _wait_for_more(self) -> None:
         if self._waiting:
             left_s = self._waiting[0].queued_at + self._batch_wait_s - time.monotonic()
             self._changed.wait_for(lambda: self._closed or self._loads or self._is_full(), timeout=max(0.0, left_s))
 
     def _is_full(self) -> bool:
+        if not self._waiting:  # those it waited with were cancelled
+            return False
         return sum(job.num_rows for job in self._waiting) * self._waiting[0].row_tokens >= self._max_batch_tokens
 
     def _take_fitting(self) -> list[GenerateJob] | list[ScoreJob]:

@@ -1,25 +1,26 @@
 """vLLM's AsyncLLM in this process, and the process of its engine core.
 
-vLLM changes its interface every few weeks: only this module and plugin.py, which runs in vLLM's processes, touch it.
+vLLM changes its interface every few weeks: only this module, arguments.py and plugin.py, which runs in vLLM's
+processes, touch it.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from services.engine.base import TokenScore
+from services.engine.vllm.arguments import Arguments
 from shared import metrics
 from shared.engine_settings import EngineSettings
-from shared.errors import EngineError, PromptError, SettingsError
+from shared.errors import EngineError, HeadwaterError, PromptError, SettingsError
 
 T = TypeVar("T")
 
@@ -34,10 +35,6 @@ _STEP_S = 120.0
 """For each step of a weight update but the load: the running batch must end, which takes seconds on a CPU."""
 _CLOSE_S = 3
 """After that the engine core is killed; nothing is lost."""
-_PLUGINS = "vllm.general_plugins"
-_CPU_KV_CACHE_GIB = 1.0
-_CPU_BLOCK_TOKENS = 32
-"""The smallest block that is fast in vLLM's CPU attention; with the default of 128, short prefixes share nothing."""
 
 
 def installed_version() -> str:
@@ -58,12 +55,13 @@ def installed_version() -> str:
 class VllmCore:
     """Requests and weight updates in vLLM's terms. EngineError, or PromptError for what vLLM will always refuse."""
 
-    def __init__(self, settings: EngineSettings, *, tokenizer: str = "") -> None:
-        """`tokenizer`: folder or name, for samples constrained to patterns; empty: vLLM loads none."""
+    def __init__(self, settings: EngineSettings, *, tokenizer: str = "", adapters: Sequence[str] = ()) -> None:
+        """`tokenizer`: folder or name, for samples constrained to patterns; empty: vLLM loads none. `adapters`: folders
+        of LoRA adapters, distinct."""
         self._settings = settings
         self._tokenizer = tokenizer
+        self._adapters = tuple(adapters)
         self._llm: Any = None
-        self._adapter: Any = None
         self.can_patch = False
 
     @property
@@ -81,7 +79,7 @@ class VllmCore:
             async with asyncio.timeout(_START_S):
                 self._llm = await asyncio.wrap_future(_in_thread(self._load))
                 await self._llm.update_weight_version("0")
-        except EngineError:
+        except HeadwaterError:
             raise
         except Exception as exc:
             raise EngineError(f"the engine core did not start, the log above says why: {exc}") from exc
@@ -95,19 +93,19 @@ class VllmCore:
         await asyncio.to_thread(llm.shutdown, _CLOSE_S)
         llm.shutdown = lambda timeout=None: None  # its finalizer calls it again, when modules may be gone
 
-    async def ask(self, prompt: Sequence[int], *, salt: str, **options: Any) -> Any:
+    async def ask(self, prompt: Sequence[int], *, salt: str, adapter: str, **options: Any) -> Any:
         """vLLM's RequestOutput for `options` of SamplingParams. Cancelling the caller aborts the request. Only requests
-        with the same `salt` share keys in the prefix cache."""
+        with the same `salt` and `adapter` share keys in the prefix cache."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError, VLLMError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        answer = None
+        answer, lora = None, self._lora_request(adapter)
         try:
             params = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **options)
             request = tokens_input(list(prompt), cache_salt=salt)
-            async for found in self._llm.generate(request, params, uuid.uuid4().hex, lora_request=self._adapter):
+            async for found in self._llm.generate(request, params, uuid.uuid4().hex, lora_request=lora):
                 answer = found
         except VLLMClientError as exc:
             raise PromptError(f"vLLM refused the request: {exc}") from exc
@@ -140,61 +138,34 @@ class VllmCore:
         logging.getLogger("vllm").setLevel(logging.WARNING)
         if self._settings.num_threads:
             os.environ["OMP_NUM_THREADS"] = str(self._settings.num_threads)
-        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**self._options()), stat_loggers=[_metrics_logger()])
+        on_cpu = self._on_cpu()
+        # On a CPU vLLM keeps linear weights in packed form only, which can't be patched.
+        self.can_patch = not on_cpu and not self._adapters
+        arguments = Arguments(self._settings, self._adapters, self._tokenizer, on_cpu).build()
+        # Batch sizes depend on the context: without one they are those for interactive use of a library.
+        context = UsageContext.OPENAI_API_SERVER
+        return AsyncLLM.from_engine_args(arguments, usage_context=context, stat_loggers=[_metrics_logger()])
 
-    def _options(self) -> dict[str, Any]:
+    def _on_cpu(self) -> bool:
         from vllm.platforms import current_platform
 
-        settings = self._settings
         on_cpu = bool(current_platform.is_cpu())
-        if settings.device != "auto" and on_cpu != (settings.device == "cpu"):
+        if self._settings.device != "auto" and on_cpu != (self._settings.device == "cpu"):
             raise EngineError(f"this build of vLLM runs on {current_platform.device_type}, set engine.device to 'auto'")
-        # On a CPU vLLM keeps linear weights in packed form only, which can't be patched.
-        self.can_patch = not on_cpu and not settings.lora_adapter
-        same = {"model", "dtype", "gpu_memory_utilization", "tensor_parallel_size", "data_parallel_size"}
-        options: dict[str, Any] = settings.model_dump(include=same) | {
-            "max_model_len": settings.max_model_tokens or None,
-            # Token ids in, token ids out; the caller names end tokens and sampling settings.
-            "skip_tokenizer_init": not self._tokenizer,
-            "tokenizer": self._tokenizer or None,
-            "generation_config": "vllm",
-            "enable_prefix_caching": True,
-            "use_tqdm_on_load": False,
-            "disable_log_stats": True,
-        }
-        if settings.kv_cache_gib or on_cpu:
-            options["kv_cache_memory_bytes"] = int((settings.kv_cache_gib or _CPU_KV_CACHE_GIB) * 2**30)
-        return options | (self._cpu_options() if on_cpu else {}) | self._weight_options()
+        return on_cpu
 
-    def _cpu_options(self) -> dict[str, Any]:
-        """Without compilation, which needs a compiler, and 20 s at the first request for scores."""
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        options: dict[str, Any] = {"enforce_eager": True, "block_size": _CPU_BLOCK_TOKENS}
-        # A prefill in parts rewinds a seeded request's generator. Torch's CPU generators can't: the engine core dies.
-        options["enable_chunked_prefill"] = False
-        if self._settings.tensor_parallel_size == 1:
-            # With the model in the engine core's process there is one process less.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            options["distributed_executor_backend"] = "uni"
-        return options
-
-    def _weight_options(self) -> dict[str, Any]:
-        """An adapter for every request, or replaceable weights."""
-        from vllm.config import WeightTransferConfig
+    def _lora_request(self, adapter: str) -> Any:
+        """None without an adapter. vLLM keeps the keys of each adapter apart in its prefix cache."""
         from vllm.lora.request import LoRARequest
 
-        if self._settings.lora_adapter:
-            rank = _adapter_rank(Path(self._settings.lora_adapter))
-            self._adapter = LoRARequest("adapter", 1, self._settings.lora_adapter)
-            return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-        from services.engine.vllm.plugin import BACKEND, register
-
-        if register.__module__ not in {plugin.module for plugin in entry_points(group=_PLUGINS)}:
-            raise EngineError(f"headwater's entry point in {_PLUGINS} is not installed: run `pip install -e .` again")
-        return {"weight_transfer_config": WeightTransferConfig(backend=BACKEND)}
+        if not adapter:
+            return None
+        if adapter not in self._adapters:
+            raise PromptError(f"the engine was not started with the LoRA adapter {adapter!r}")
+        return LoRARequest(adapter, 1 + self._adapters.index(adapter), adapter)
 
 
 def pattern_options(pattern: str) -> dict[str, Any]:
@@ -217,6 +188,16 @@ def next_token_scores(answer: Any, wanted: Sequence[int]) -> dict[int, TokenScor
     return {token: TokenScore(row[token].logprob, best, row[best].logprob) for token in wanted}
 
 
+def listed_log_probs(output: Any, wanted: Collection[int]) -> dict[int, dict[int, float]]:
+    """By place in a CompletionOutput where a wanted token was sampled, then by token: those of `logprob_token_ids`."""
+    rows = zip(output.token_ids, output.logprobs or [], strict=False)
+    return {
+        place: {listed: found.logprob for listed, found in row.items()}
+        for place, (token_id, row) in enumerate(rows)
+        if token_id in wanted
+    }
+
+
 def prompt_token_scores(answer: Any, last: Sequence[int]) -> list[TokenScore]:
     """Scores of the prompt's `last` tokens, from a request with `prompt_logprobs=1`."""
     scores = []
@@ -236,15 +217,6 @@ async def _bounded(what: str, limit_s: float, work: Coroutine[Any, Any, T]) -> T
         raise EngineError(f"{what} failed: {exc}") from exc
 
 
-def _adapter_rank(adapter: Path) -> int:
-    """The smallest of vLLM's rank limits that fits the adapter."""
-    try:
-        rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
-        return next(bound for bound in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= bound)
-    except (OSError, ValueError, KeyError, StopIteration) as exc:
-        raise EngineError(f"engine.lora_adapter {str(adapter)!r} is no LoRA adapter of rank <= 512: {exc!r}") from exc
-
-
 def _metrics_logger() -> Any:
     """A class that copies vLLM's counts of each step into our metrics."""
     from vllm.v1.metrics.loggers import StatLoggerBase
@@ -256,6 +228,11 @@ def _metrics_logger() -> Any:
             if scheduler_stats is not None:
                 metrics.engine_batch_rows.set(scheduler_stats.num_running_reqs)
                 metrics.engine_queued_requests.set(scheduler_stats.num_waiting_reqs)
+                metrics.engine_prefix_cache_queries_total.inc(scheduler_stats.prefix_cache_stats.queries)
+                metrics.engine_prefix_cache_hits_total.inc(scheduler_stats.prefix_cache_stats.hits)
+                if guesses := scheduler_stats.spec_decoding_stats:
+                    metrics.engine_guessed_tokens_total.inc(guesses.num_draft_tokens)
+                    metrics.engine_accepted_tokens_total.inc(guesses.num_accepted_tokens)
             if iteration_stats is not None:
                 metrics.engine_prompt_tokens_total.inc(iteration_stats.prompt_token_stats.computed)
                 metrics.engine_generated_tokens_total.inc(iteration_stats.num_generation_tokens)

@@ -24,10 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from services.concurrency import all_of
 from services.engine.base import Generation, Prompt, Sampling, Tokens, TokenScore
 from services.engine.local import LocalEngine, LocalModel, end_token_ids
+from services.engine.vllm.arguments import speculates
 from services.engine.vllm.core import (
     MAX_SCORED_TOKENS,
     VllmCore,
     installed_version,
+    listed_log_probs,
     next_token_scores,
     oldest_version,
     pattern_options,
@@ -45,19 +47,19 @@ _log = logging.getLogger(__name__)
 class VllmEngine(LocalEngine):
     """See `Engine`. Also a `TokenScorer`, a `PatchableEngine` and a `FallibleEngine`."""
 
-    def __init__(self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, tokenizer: str = "", constrains: bool = False, adapters: Sequence[str] = ()
+    ) -> None:
         """As in `build_engine`. SettingsError if vLLM is missing or of an unsupported version."""
         adapter = f"+{settings.lora_adapter}" if settings.lora_adapter else ""
-        super().__init__(
-            name=f"vllm:{settings.model}{adapter}",
-            tokenizer=tokenizer or settings.model,
-            system_prompt=settings.system_prompt,
-            chat_template_arguments=settings.chat_template_arguments,
-        )
+        super().__init__(settings, name=f"vllm:{settings.model}{adapter}", tokenizer=tokenizer)
         self._installed = installed_version()
-        self._settings = settings
         self.can_constrain = constrains
-        self._core = VllmCore(settings, tokenizer=self._tokenizer_source if constrains else "")
+        # With speculative decoding vLLM's sampler breaks down on requests for the log-probs of given tokens.
+        self.can_score = self.can_grade = not speculates(settings)
+        self._adapters = tuple(name for name in dict.fromkeys([settings.lora_adapter, *adapters]) if name)
+        read_by_vllm = self._tokenizer_source if constrains else ""
+        self._core = VllmCore(settings, tokenizer=read_by_vllm, adapters=self._adapters)
         self._served: tuple[Path, ...] = ()
         """What restores the weights in service: a folder of all tensors, then patches in order."""
         self._requests: set[asyncio.Timeout] = set()
@@ -100,15 +102,19 @@ class VllmEngine(LocalEngine):
         async with self._request():
             return await all_of(self._continue(prompt, sampling, row) for row, prompt in enumerate(encoded))
 
-    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+    async def score_tokens(
+        self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = ""
+    ) -> tuple[list[list[TokenScore]], int]:
         """One prefill of the prompt scores the first tokens; the requests for the rest find it in the prefix cache."""
         if not continuations:
             return [], self.weight_version
+        if not self.can_score:
+            raise PromptError(f"{self.name} gives no log-probs with speculative decoding: set engine.ngram_tokens to 0")
         encoded = self._encode_scored(continuations)
         known = self._prepare(prompt, room=max(map(len, encoded)))
         async with self._request():
-            first, version = await self._score_first(known, sorted({tokens[0] for tokens in encoded}))
-            rest = await all_of(self._score_rest(known, tokens) for tokens in encoded)
+            first, version = await self._score_first(known, sorted({tokens[0] for tokens in encoded}), adapter=adapter)
+            rest = await all_of(self._score_rest(known, tokens, adapter=adapter) for tokens in encoded)
         scores = [[first[tokens[0]], *more] for tokens, (more, _) in zip(encoded, rest, strict=True)]
         return scores, min([version, *(found for more, found in rest if more)])
 
@@ -161,14 +167,17 @@ class VllmEngine(LocalEngine):
         for limit in self._requests:
             limit.reschedule(asyncio.get_running_loop().time())
 
-    async def _ask(self, prompt: Tokens, **options: Any) -> Any:
-        return await self._core.ask(prompt, salt=str(self._num_loads), **options)
+    async def _ask(self, prompt: Tokens, *, adapter: str, **options: Any) -> Any:
+        chosen = adapter or self._settings.lora_adapter
+        return await self._core.ask(prompt, salt=str(self._num_loads), adapter=chosen, **options)
 
     async def _continue(self, prompt: Tokens, sampling: Sampling, row: int) -> list[Generation]:
         # vLLM refuses several greedy samples; they would all be the same.
         num_asked = sampling.num_samples if sampling.temperature > 0 else 1
+        words = sampling.words if self.can_grade else ()
         answer = await self._ask(
             prompt,
+            adapter=sampling.adapter,
             n=num_asked,
             max_tokens=min(sampling.bound(row), self._started.max_tokens - len(prompt)),
             temperature=sampling.temperature,
@@ -176,32 +185,38 @@ class VllmEngine(LocalEngine):
             # vLLM seeds sample n with `seed + n`: seeds of neighbouring rows must lie far apart.
             seed=derive_seed(sampling.seed + row, bits=56),
             stop_token_ids=sorted(self._started.eos_token_ids),
+            logprob_token_ids=list(self._watched(words)) or None,
             **pattern_options(sampling.pattern),
         )
-        return [self._sample(prompt, output) for output in answer.outputs] * (sampling.num_samples // num_asked)
+        samples = [self._sample(prompt, output, words) for output in answer.outputs]
+        return samples * (sampling.num_samples // num_asked)
 
-    def _sample(self, prompt: Tokens, output: Any) -> Generation:
+    def _sample(self, prompt: Tokens, output: Any, words: tuple[str, ...]) -> Generation:
         if output.finish_reason not in ("length", "stop"):
             raise EngineError(f"{self.name} ended a sample with {output.finish_reason!r}")
-        return self._generation(prompt, tuple(output.token_ids), output.finish_reason, oldest_version(output))
+        log_probs = listed_log_probs(output, self._watched(words))
+        shown = (tuple(output.token_ids), output.finish_reason, oldest_version(output))
+        return self._generation(prompt, *shown, words=words, log_probs=log_probs)
 
-    async def _score_first(self, prompt: Tokens, wanted: Sequence[int]) -> tuple[dict[int, TokenScore], int]:
+    async def _score_first(
+        self, prompt: Tokens, wanted: Sequence[int], *, adapter: str
+    ) -> tuple[dict[int, TokenScore], int]:
         """The score of each wanted token right after the prompt."""
         scores: dict[int, TokenScore] = {}
         versions = []
         for start in range(0, len(wanted), MAX_SCORED_TOKENS):
             some = list(wanted[start : start + MAX_SCORED_TOKENS])
-            answer = await self._ask(prompt, max_tokens=1, temperature=0.0, logprob_token_ids=some)
+            answer = await self._ask(prompt, adapter=adapter, max_tokens=1, temperature=0.0, logprob_token_ids=some)
             scores |= next_token_scores(answer, some)
             versions.append(oldest_version(answer.outputs[0]))
         return scores, min(versions)
 
-    async def _score_rest(self, prompt: Tokens, tokens: Tokens) -> tuple[list[TokenScore], int]:
+    async def _score_rest(self, prompt: Tokens, tokens: Tokens, *, adapter: str) -> tuple[list[TokenScore], int]:
         """Scores of all but the first token: the last one as next token, those before it as tokens of the prompt."""
         if len(tokens) == 1:
             return [], 0
         between, last = tokens[1:-1], tokens[-1]
-        options: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": [last]}
+        options: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": [last], "adapter": adapter}
         if between:
             # By default vLLM bypasses the cache for prompt log-probs, since cached tokens have none.
             options |= {"prompt_logprobs": 1, "skip_reading_prefix_cache": False}
@@ -273,7 +288,7 @@ class VllmEngine(LocalEngine):
         if self.failure:
             raise EngineError(self.failure)
         _ = self._started
-        if self._settings.lora_adapter:
+        if self._adapters:
             raise EngineError(f"{self.name} has an adapter on its weights: they can't be replaced")
 
 

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from services.engine.base import Generation, Sampling
+from services.engine.base import Generation, Sampling, Tokens
 from services.engine.hf.engine import TransformersEngine
+from services.engine.hf.model import CausalModel
+from services.engine.hf.prefill import PrefilledPrompt
 from shared import metrics
 from shared.engine_settings import EngineSettings
-from shared.errors import EngineError
+from shared.errors import EngineError, PromptError
 from tests.vllm.reference import log_probs
 
 T = TypeVar("T")
@@ -157,6 +159,62 @@ def test_a_late_answer_is_an_error_and_a_cancelled_one_is_skipped_and_a_closed_e
         assert len(generation.token_ids) == 1
     with pytest.raises(EngineError, match="closed"):
         run(engine.generate([PROMPT], Sampling(max_tokens=1)))
+
+
+def test_a_request_that_is_cancelled_during_the_prefill_costs_the_others_of_its_batch_nothing(
+    patient: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(max_tokens=8, seed=3)
+    prefill = CausalModel.prefill
+
+    async def work() -> tuple[list[list[Generation]], bool]:
+        loop = asyncio.get_running_loop()
+        gone = asyncio.ensure_future(patient.generate([OTHERS[0]], Sampling(max_tokens=200, num_samples=8)))
+
+        def cancelling(model: CausalModel, prompts: Sequence[Tokens]) -> dict[Tokens, PrefilledPrompt]:
+            loop.call_soon_threadsafe(gone.cancel)
+            asyncio.run_coroutine_threadsafe(asyncio.wait([gone]), loop).result(10)
+            return prefill(model, prompts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CausalModel, "prefill", cancelling)
+            answers = await patient.generate([PROMPT], sampling)
+        return answers, gone.cancelled()
+
+    answers, cancelled = run(work())
+    assert cancelled
+    assert answers == run(patient.generate([PROMPT], sampling))
+
+
+def test_cancelled_requests_leave_room_in_a_full_queue(tiny_model: Path) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        waiting = [asyncio.ensure_future(engine.generate([PROMPT], Sampling(max_tokens=4))) for _ in range(3)]
+        await asyncio.sleep(0)
+        for request in waiting:
+            request.cancel()
+        await asyncio.wait(waiting)
+        await asyncio.gather(*(engine.generate([PROMPT], Sampling(max_tokens=4)) for _ in range(3)))
+
+    with started(tiny_model, max_queued_requests=3, batch_wait_s=0.5) as engine:
+        run(work(engine))
+
+
+def test_adapters_are_refused(engine: TransformersEngine) -> None:
+    for work in (
+        engine.generate([PROMPT], Sampling(max_tokens=1, adapter="lora")),
+        engine.score(PROMPT, [[1]], adapter="lora"),
+    ):
+        with pytest.raises(PromptError, match="takes no LoRA adapter such as 'lora'"):
+            run(work)
+
+
+def test_a_chat_begins_with_the_system_prompt_and_takes_the_templates_arguments(tiny_model: Path) -> None:
+    settings = {"system_prompt": "Be brief.", "chat_template_arguments": {"enable_thinking": False}}
+    with started(tiny_model, **settings) as engine:
+        engine._chat.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ enable_thinking }}"
+        )
+        assert engine.render_chat("Hello") == "[system]Be brief.[user]HelloFalse"
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path: Path) -> None:

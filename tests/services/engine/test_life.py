@@ -65,5 +65,10 @@ def test_settings_that_name_no_engine_are_refused(settings: EngineSettings, word
         build_engine(settings)
 
 
+def test_adapters_need_vllm() -> None:
+    with pytest.raises(SettingsError, match=r"lora_adapter = 'some/lora' needs engine\.kind = 'vllm'"):
+        build_engine(EngineSettings(model="a/b"), adapters=["", "some/lora"])
+
+
 def test_the_default_model_stands_in() -> None:
     assert build_engine(EngineSettings(), default_model="a/b").name == "transformers:a/b"

@@ -6,6 +6,7 @@ import pytest
 
 from services.engine.base import Sampling
 from services.engine.hf.queue import GenerateJob, Job, JobQueue, LoadJob, ScoreJob
+from shared import metrics
 from shared.errors import EngineError, OverloadedError
 
 
@@ -53,3 +54,13 @@ def test_a_full_queue_refuses_and_a_closed_one_fails_what_waits() -> None:
     queue.close("the end")
     assert isinstance(job.future.exception(timeout=1), EngineError)
     assert queue.take() is None
+
+
+def test_a_cancelled_job_frees_its_place_at_once() -> None:
+    gone = generate_job(5)
+    queue = make_queue(gone, max_queued=1)
+    gone.future.cancel()
+    assert metrics.REGISTRY.get_sample_value("headwater_engine_queued_requests") == 0
+    job = generate_job(5)
+    queue.put(job)
+    assert queue.take() == [job]
