@@ -25,8 +25,9 @@ from shared.metrics import EngineRole
 from shared.secret_urls import without_secrets
 
 MAX_LOAD = 1.5
-"""Requests of one replica over the mean of those that answer. With 1.25, the value of the paper, a document of a few
-windows would be split even while nothing else is in work."""
+"""Requests of one replica over the mean of those that answer. At 2, one of two replicas might have them all."""
+ALWAYS_TAKEN = 2
+"""Requests that a replica may have however few there are elsewhere."""
 REST_S = 1.0
 """How long a replica that failed is left alone, at least."""
 
@@ -113,7 +114,8 @@ class Replicas:
     def _most_at_once(self) -> int:
         """Requests that a replica may have, the new one included. At least one of those that answer has fewer."""
         up = [replica for replica in self.all if not replica.trouble]
-        return math.ceil(MAX_LOAD * (sum(replica.num_now for replica in up) + 1) / max(1, len(up)))
+        mean = (sum(replica.num_now for replica in up) + 1) / max(1, len(up))
+        return max(ALWAYS_TAKEN, math.ceil(MAX_LOAD * mean))
 
     def _may_be_tried(self, replica: Replica) -> bool:
         return not replica.is_tried and self.clock() >= replica.rests_until
