@@ -104,3 +104,7 @@ class DatabaseRefusalError(DatabaseError, status=500, retryable=False):
 
 class TrainingError(HeadwaterError):
     """Training can't continue (too many non-finite losses, an unusable checkpoint)."""
+
+
+class CollectingError(HeadwaterError):
+    """Collecting can't continue: too many windows in a row could not be scored."""

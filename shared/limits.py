@@ -28,6 +28,13 @@ _CHUNK_BYTES = 120
 _CANDIDATE_BYTES = 120
 _JUDGED_BYTES = 32
 _SCORE_BYTES = 9
+_COMPARISON_BYTES = 46
+"""Beside the criterion's name."""
+_TOURNAMENT_CALLS = 9
+"""A candidate, at most, where a tournament has no budget of its own (services/judge/schedules.py)."""
+_WITHOUT_TEXT = frozenset({"likelihood", "classifier", "python"})
+_WITHOUT_PAIRS = _WITHOUT_TEXT | {"safety", "factuality", "pointwise"}
+"""Kinds of criteria."""
 _REQUEST_BYTES = 1000
 _SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"
 
@@ -82,18 +89,33 @@ def request_bytes(settings: "Settings") -> dict[str, int]:
 
 def entry_bytes(settings: "Settings") -> int:
     """Of the longest scored window, packed."""
-    criteria = settings.judge.criteria.values() if settings.needs_judge else ()
+    num_candidates = _most_candidates(settings)
+    criteria = settings.judge.criteria if settings.needs_judge else {}
     candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
-    reasoning = max(map(_reasoning_bytes, criteria), default=0)
-    around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + _most_candidates(settings) * candidate)
-    num_tokens = _most_candidates(settings) * _most_suffix_tokens(settings)
+    reasoning = max((_reasoning_bytes(settings.judge.kind(name), criteria[name]) for name in criteria), default=0)
+    compared = sum(_comparison_bytes(name, settings, num_candidates) for name in criteria)
+    around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + compared + num_candidates * candidate)
+    num_tokens = num_candidates * _most_suffix_tokens(settings)
     num_ids = settings.chunks.context_tokens + num_tokens
     return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + num_tokens * TEXT_BYTES + around
 
 
-def _reasoning_bytes(criterion: "CriterionSettings") -> int:
-    unasked = criterion.function or criterion.model or criterion.verdict == "labels"
-    return 0 if unasked else criterion.max_answer_tokens * TEXT_BYTES
+def _reasoning_bytes(kind: str, criterion: "CriterionSettings") -> int:
+    is_silent = kind in _WITHOUT_TEXT or criterion.verdict == "labels"
+    return 0 if is_silent else criterion.max_answer_tokens * TEXT_BYTES
+
+
+def _comparison_bytes(name: str, settings: "Settings", num_candidates: int) -> int:
+    """Of one chunk, for one criterion: every verdict on a pair is kept with it."""
+    if settings.judge.kind(name) in _WITHOUT_PAIRS:
+        return 0
+    criterion = settings.judge.criteria[name]
+    num_calls = {
+        "tournament": criterion.budget or _TOURNAMENT_CALLS * num_candidates,
+        "all_pairs": num_candidates * (num_candidates - 1) // 2 * max(2, criterion.samples),
+        "pivot": (num_candidates - 1) * max(2, criterion.samples),
+    }
+    return num_calls[criterion.schedule] * (_COMPARISON_BYTES + len(name))
 
 
 def _most_candidates(settings: "Settings") -> int:

@@ -93,8 +93,24 @@ chunks_dropped_total = _counter(["collector"], "chunks_dropped_total", "Chunks d
 candidates_total = _counter(["collector"], "candidates_total", "Candidates collected", "kind")
 candidates_absent_total = _counter(["collector"], "candidates_absent_total", "Missing candidates", "kind", "reason")
 candidate_reward_sum = _counter(["collector"], "candidate_reward_sum", "Sum of rewards", "kind")
+candidates_scored_total = _counter(["collector"], "candidates_scored_total", "Candidates that have a reward", "kind")
+candidates_barred_total = _counter(["collector"], "candidates_barred_total", "Candidates below a threshold", "kind")
+originals_checked_total = _counter(["collector"], "originals_checked_total", "Safety checks of originals", "outcome")
+windows_held_back = _gauge(["collector"], "windows_held_back", "Windows in a row that could not be scored")
 service_retries_total = _counter(["collector"], "service_retries_total", "Requests tried again", "service")
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
+replica_up = _gauge(["collector"], "replica_up", "1 when the replica's last request succeeded", "service", "replica")
+replica_requests_total = _counter(
+    ["collector"],
+    "replica_requests_total",
+    "Requests to a replica by why it was picked",
+    "service",
+    "replica",
+    "choice",
+)
+replica_requests_in_flight = _gauge(
+    ["collector"], "replica_requests_in_flight", "Requests that a replica has in work", "service", "replica"
+)
 windows_in_flight = _gauge(["collector"], "windows_in_flight", "Windows being generated and judged")
 leased_parts = _gauge(["collector"], "leased_parts", "Parts of the source held by this collector")
 role_seconds_total = _counter(["collector"], "role_seconds_total", "Seconds waited for a service", "role")

@@ -319,12 +319,22 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _rewrites_of_a_suffix_differ(self) -> Self:
+    def _rewrites_can_be_made_as_asked(self) -> Self:
         for stage in self.collector.schedule:
-            if "rewrite" in stage.kinds and stage.num_rewrites > 1 and self.rewriter.temperature == 0:
+            if "rewrite" in stage.kinds and stage.num_rewrites > 1 and not self.rewriter.temperature:
                 raise ValueError(
-                    f"collector.schedule from step {stage.from_step} asks for {stage.num_rewrites} rewrites of a "
-                    "suffix, which are all the same at rewriter.temperature = 0: raise it, or set num_rewrites = 1"
+                    f"collector.schedule from step {stage.from_step} has num_rewrites = {stage.num_rewrites}, but "
+                    "rewriter.temperature = 0 makes them all equal: raise it to 0.7 or so"
+                )
+        if self.collector.rewrite_when == "unsafe":
+            if not self.needs_judge:
+                raise ValueError(
+                    f"collector.rewrite_when = 'unsafe' asks the judge, which trainer.objective = "
+                    f"'{self.trainer.objective}' does without: choose dpo or rf_nll"
+                )
+            if not self.safety_criteria:
+                raise ValueError(
+                    "collector.rewrite_when = 'unsafe' needs a criterion of kind safety: add [judge.criteria.safety]"
                 )
         return self
 
@@ -354,6 +364,11 @@ class Settings(Section):
     @property
     def needs_judge(self) -> bool:
         return OBJECTIVES[self.trainer.objective].judged
+
+    @property
+    def safety_criteria(self) -> tuple[str, ...]:
+        """Names of the judge's criteria of kind safety."""
+        return tuple(name for name in self.judge.criteria if self.judge.kind(name) == "safety")
 
     @property
     def kinds(self) -> frozenset[CandidateKind]:

@@ -1,22 +1,27 @@
-"""HTTP clients of the three services. Every status has one consequence:
+"""HTTP clients of the three services. answers.py says what each answer means, replicas.py which replica is asked."""
 
-connection error, timeout, 408 429 502 503 504   retried with back-off, without end unless max_attempts is set
-401 403 404 405                                  wrong configuration: SettingsError, which stops the collector
-413, 422 `InvalidRequest`                        the same: the next window would exceed the same limit
-428 from the judge                               TokenIdsNeededError: JudgeClient sends the request again with token ids
-500                                              retried twice: the bug may depend on what else was in the batch
-other 4xx, unreadable answers                    RefusedRequestError: this window is dropped and counted
-"""
-
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
-from pydantic import ValidationError
 
+from services.collector.answers import (
+    Answer,
+    AwayError,
+    BugError,
+    OddAnswerError,
+    RefusedRequestError,
+    check_judgements,
+    check_rewrites,
+    check_rollouts,
+    error_of,
+    read_answer,
+    refusal,
+    unavailable,
+)
+from services.collector.replicas import Replica, Replicas
 from shared import metrics
 from shared.api import (
     JudgementRequest,
@@ -26,7 +31,7 @@ from shared.api import (
     RolloutRequest,
     RolloutResponse,
 )
-from shared.errors import ServiceError, SettingsError, TokenIdsNeededError
+from shared.errors import SettingsError, TokenIdsNeededError
 from shared.http import authorization_header
 from shared.metrics import EngineRole
 from shared.records import Record
@@ -35,36 +40,25 @@ from shared.settings import CollectorSettings, Settings
 
 _log = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", bound=Record)
 MakeJudgementRequest = Callable[[bool], JudgementRequest]
 """The same request with the policy's token ids (True) or without."""
 
-_PASSING_STATUSES = frozenset({408, 429, 502, 503, 504})
 _MAX_BUG_ANSWERS = 3
-_MAX_RETRY_AFTER_S = 300.0
+_MAX_ODD_ANSWERS = 8
+"""While others are answered well. Half of the pods behind one address may be new ones for a minute."""
 _CONNECT_TIMEOUT_S = 10.0
-_SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts"
-_REASONS: dict[EngineRole, str] = {"rollout": "rollout", "rewriter": "rewrite", "judge": "judge"}
 
 
-class RefusedRequestError(ServiceError):
-    """A service will not answer this request; `reason` is what the ledger counts it under."""
+@dataclass
+class _Series:
+    """What the attempts of one request have met."""
 
-    def __init__(self, message: str, *, reason: str) -> None:
-        super().__init__(message, retryable=False)
-        self.reason = reason
-
-
-class _UnavailableError(ServiceError):
-    """One attempt failed; another may succeed."""
-
-    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
-        super().__init__(message, retryable=True)
-        self.retry_after_s = retry_after_s
-
-
-class _BugError(_UnavailableError):
-    """Status 500."""
+    failed: set[Replica] = field(default_factory=set)
+    """Replicas to try last."""
+    num_bugs: int = 0
+    num_odd: int = 0
+    num_answered_before: int = 0
+    """Requests of others that were answered well before the first odd answer."""
 
 
 class ServiceClient:
@@ -77,41 +71,52 @@ class ServiceClient:
             if not base_url.startswith(("http://", "https://")):
                 raise SettingsError(f"{role}.url is not an address such as http://127.0.0.1:8001")
         self.role = role
-        # Every attempt goes to the next replica, so a retry reaches another one.
-        self._in_turn = itertools.cycle([base_url.rstrip("/") for base_url in base_urls])
+        self.replicas = Replicas(role, base_urls)
         self._http = http
         self._retries = Retries(
             max_wait_s=settings.max_backoff_s, max_attempts=settings.max_attempts, on_failure=self._count_retry
         )
-        self.trouble = ""  # why the last attempt failed; empty when it succeeded
+        self._num_answered = 0
+        """Requests that were answered well."""
 
-    async def post(self, path: str, request: Record, answer: type[Answer]) -> Answer:
-        """Waits while the service is down. Raises RefusedRequestError or SettingsError, for a judge also
-        TokenIdsNeededError."""
+    @property
+    def trouble(self) -> str:
+        """Why no replica answers; empty while one does."""
+        replicas = self.replicas
+        return "" if len(replicas.away) < len(replicas.all) else max(replicas.away, key=_newest).trouble
+
+    async def post(
+        self, path: str, request: Record, answer: type[Answer], *, document: str, fits: Callable[[Answer], None]
+    ) -> Answer:
+        """Waits while the service is down. `document` names what the request is about, `fits` raises ValueError if an
+        answer has the wrong shape. Raises RefusedRequestError or SettingsError, for a judge also TokenIdsNeededError.
+        """
         # Unset fields have their default: leaving them out keeps requests with many candidates short.
         body = request.model_dump_json(exclude_unset=True).encode()
-        bugs = itertools.count(1)
+        series = _Series()
 
         async def attempt() -> Answer:
-            url = f"{next(self._in_turn)}{path}"
-            try:
-                content = await self._post_once(url, body)
-            except _UnavailableError as exc:
-                self._note_down(str(exc))
-                if isinstance(exc, _BugError) and next(bugs) == _MAX_BUG_ANSWERS:
-                    raise self._refusal(str(exc)) from exc
-                raise
-            if self.trouble:
-                _log.info("%s is back", self.role, extra={"service": self.role})
-            self.trouble = ""
-            metrics.service_up.labels(self.role).set(1)
-            return self._read(content, answer, url)
+            with self.replicas.place(document, after=series.failed) as replica:
+                if replica is None:
+                    raise AwayError(self.trouble)
+                url = f"{replica.url}{path}"
+                try:
+                    found = read_answer(await self._post_once(url, body), answer, fits, said_by=f"{self.role} at {url}")
+                except AwayError as exc:
+                    self._note_failure(replica, exc, series)
+                    raise
+                except (RefusedRequestError, TokenIdsNeededError):
+                    self._note_answer(replica)
+                    raise
+                self._num_answered += 1
+                self._note_answer(replica)
+                return found
 
         try:
             return await self._retries.wait_for(attempt)
-        except _UnavailableError as exc:
+        except AwayError as exc:
             detail = f"{exc} (after {self._retries.max_attempts} attempts, collector.max_attempts)"
-            raise RefusedRequestError(detail, reason=f"{_REASONS[self.role]}_unavailable") from exc
+            raise unavailable(self.role, detail) from exc
 
     async def _post_once(self, url: str, body: bytes) -> bytes:
         try:
@@ -119,50 +124,51 @@ class ServiceClient:
         except httpx.InvalidURL as exc:
             raise SettingsError(f"{self.role}.url {url!r} is not an address: {exc}") from exc
         except httpx.TransportError as exc:
-            raise _UnavailableError(f"{self.role} at {url}: {type(exc).__name__}: {exc}") from exc
+            raise AwayError(f"{self.role} at {url}: {type(exc).__name__}: {exc}") from exc
         if response.status_code == 200:
             return response.content
-        raise self._error(response, url)
+        raise error_of(response, self.role, url)
 
-    def _error(self, response: httpx.Response, url: str) -> Exception:
-        status, (kind, message) = response.status_code, _error_in(response)
-        said = f"{self.role} at {url} answered {status}: {message}"
-        if status in (401, 403):
-            return SettingsError(f"{said}; set HEADWATER_TOKEN to the token that the service was started with")
-        if status in (404, 405):
-            return SettingsError(f"{said}; is {self.role}.url right?")
-        if status == 413:
-            return SettingsError(f"{said}; raise {self.role}.max_request_bytes there, or {_SMALLER}")
-        if status == 422 and kind == "InvalidRequest":
-            return SettingsError(f"{said}; is it of this collector's version? A window may be too large: {_SMALLER}")
-        if status == TokenIdsNeededError.status and self.role == "judge":
-            return TokenIdsNeededError(said)
-        if status in _PASSING_STATUSES:
-            return _UnavailableError(said, retry_after_s=_retry_after_s(response))
-        if status == 500:
-            return _BugError(said)
-        return self._refusal(said)
+    def _note_failure(self, replica: Replica, error: AwayError, series: _Series) -> None:
+        """Raises SettingsError or RefusedRequestError where another attempt is in vain."""
+        if isinstance(error, OddAnswerError) and not self._num_answered:
+            asks = f"is {self.role}.url right, and the service of this collector's version?"
+            raise SettingsError(f"{error}; {asks}") from error
+        self._note_away(replica, error)
+        series.failed.add(replica)
+        if series.failed.issuperset(self.replicas.all):
+            series.failed.clear()
+        if isinstance(error, BugError):
+            series.num_bugs += 1
+        if isinstance(error, OddAnswerError):
+            series.num_answered_before = series.num_answered_before if series.num_odd else self._num_answered
+            series.num_odd += 1
+        is_own_fault = series.num_odd >= _MAX_ODD_ANSWERS and self._num_answered > series.num_answered_before
+        if series.num_bugs == _MAX_BUG_ANSWERS or is_own_fault:
+            raise refusal(self.role, str(error)) from error
 
-    def _read(self, content: bytes, answer: type[Answer], url: str) -> Answer:
-        try:
-            return answer.model_validate_json(content)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False)[0]
-            wrong = f"not a {answer.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise self._refusal(f"{self.role} at {url} answered something that is {wrong}") from exc
+    def _note_away(self, replica: Replica, error: AwayError) -> None:
+        """Logs once when a replica goes away, not at every retry."""
+        if not replica.trouble:
+            _log.warning("%s is down, retrying: %s", self._named(replica), error, extra={"service": self.role})
+        self.replicas.note_failure(replica, str(error), rest_s=error.retry_after_s)
+        metrics.service_up.labels(self.role).set(not self.trouble)
 
-    def _refusal(self, message: str) -> RefusedRequestError:
-        return RefusedRequestError(message, reason=f"{_REASONS[self.role]}_refused")
+    def _note_answer(self, replica: Replica) -> None:
+        if replica.trouble:
+            _log.info("%s is back", self._named(replica), extra={"service": self.role})
+        self.replicas.note_answer(replica)
+        metrics.service_up.labels(self.role).set(1)
+
+    def _named(self, replica: Replica) -> str:
+        return self.role if len(self.replicas.all) == 1 else f"{self.role} replica {replica.name}"
 
     def _count_retry(self, _attempt: int, _error: BaseException) -> None:
         metrics.service_retries_total.labels(self.role).inc()
 
-    def _note_down(self, trouble: str) -> None:
-        """Logs once when the service goes down, not at every retry."""
-        if not self.trouble:
-            _log.warning("%s is down, retrying: %s", self.role, trouble, extra={"service": self.role})
-        self.trouble = trouble
-        metrics.service_up.labels(self.role).set(0)
+
+def _newest(replica: Replica) -> float:
+    return replica.rests_until
 
 
 class JudgeClient(ServiceClient):
@@ -175,43 +181,63 @@ class JudgeClient(ServiceClient):
     """
 
     _wants_token_ids = False
-    """As of its last answer."""
+    """As of its last answer on all criteria."""
 
-    async def judge(self, make_request: MakeJudgementRequest) -> JudgementResponse:
+    async def judge(self, make_request: MakeJudgementRequest, *, document: str) -> JudgementResponse:
         """Raises RefusedRequestError or SettingsError."""
         if not self._wants_token_ids:
             try:
-                return await self._ask(make_request(False))
+                return await self._ask(make_request(False), document)
             except TokenIdsNeededError:
                 self._wants_token_ids = True
         try:
-            return await self._ask(make_request(True))
+            return await self._ask(make_request(True), document)
         except TokenIdsNeededError as exc:
-            raise self._refusal(f"{exc} (they were there)") from exc
+            raise refusal(self.role, f"{exc} (they were there)") from exc
 
-    async def _ask(self, request: JudgementRequest) -> JudgementResponse:
-        answer = await self.post("/v1/judgements", request, JudgementResponse)
-        self._wants_token_ids = answer.wants_token_ids
+    async def _ask(self, request: JudgementRequest, document: str) -> JudgementResponse:
+        fits = partial(check_judgements, request)
+        answer = await self.post("/v1/judgements", request, JudgementResponse, document=document, fits=fits)
+        if not request.criteria:
+            self._wants_token_ids = answer.wants_token_ids
         return answer
 
 
 @dataclass(frozen=True)
 class Services:
+    """Each request names its document, by which replicas.py picks the replica."""
+
     rollout: ServiceClient
     rewriter: ServiceClient
     judge: JudgeClient
 
-    async def roll_out(self, request: RolloutRequest) -> RolloutResponse:
-        return await self.rollout.post("/v1/rollouts", request, RolloutResponse)
+    async def roll_out(self, request: RolloutRequest, *, document: str) -> RolloutResponse:
+        fits = partial(check_rollouts, request)
+        return await self.rollout.post("/v1/rollouts", request, RolloutResponse, document=document, fits=fits)
 
-    async def rewrite(self, request: RewriteRequest) -> RewriteResponse:
-        return await self.rewriter.post("/v1/rewrites", request, RewriteResponse)
+    async def rewrite(self, request: RewriteRequest, *, document: str) -> RewriteResponse:
+        fits = partial(check_rewrites, request)
+        return await self.rewriter.post("/v1/rewrites", request, RewriteResponse, document=document, fits=fits)
 
     @property
     def trouble(self) -> dict[str, str]:
-        """By role, why its last request failed; services that are up are absent."""
-        clients = (self.rollout, self.rewriter, self.judge)
-        return {client.role: client.trouble for client in clients if client.trouble}
+        """By role, why its last request failed; services that answer, if by one replica alone, are absent."""
+        return {client.role: client.trouble for client in self._clients if client.trouble}
+
+    @property
+    def lost_replicas(self) -> dict[str, str]:
+        """Of services that others of their replicas answer for: in a few words, each with the whole sentence."""
+        found = {}
+        for client in self._clients:
+            if client.replicas.away and not client.trouble:
+                number = f"{len(client.replicas.away)} of {len(client.replicas.all)} {client.role} replicas"
+                reasons = [f"{replica.name} is away: {replica.trouble}" for replica in client.replicas.away]
+                found[f"{number} away"] = f"{number}: {'; '.join(reasons)}"
+        return found
+
+    @property
+    def _clients(self) -> tuple[ServiceClient, ...]:
+        return (self.rollout, self.rewriter, self.judge)
 
 
 def http_client(
@@ -237,20 +263,3 @@ def build_services(settings: Settings, http: httpx.AsyncClient) -> Services:
         rewriter=ServiceClient("rewriter", settings.rewriter.base_urls, http, settings.collector),
         judge=JudgeClient("judge", settings.judge.base_urls, http, settings.collector),
     )
-
-
-def _error_in(response: httpx.Response) -> tuple[str, str]:
-    """Type and message of an error in our services' form; else an empty type and the beginning of the body."""
-    try:
-        error = response.json()["error"]
-        return str(error.get("type", "")), str(error["message"])[:500]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "", response.text[:200]
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    """Seconds only; a date would need clocks that agree."""
-    try:
-        return min(max(0.0, float(response.headers.get("Retry-After", "0"))), _MAX_RETRY_AFTER_S)
-    except ValueError:
-        return 0.0

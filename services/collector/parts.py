@@ -20,6 +20,7 @@ from services.collector.gate import Gate, RunWatch
 from services.collector.sources.base import Document, Refusal
 from services.collector.sources.source import Source
 from services.collector.storage import Storage
+from services.collector.streak import Streak
 from services.collector.windows import Window, WindowMaker
 from services.concurrency import first_error
 from shared import metrics
@@ -45,18 +46,26 @@ class PartWorker:
     extent: str
     """What the end of a part is true for (Run.extent)."""
     # Not the event loop's threads: it waits for those when it closes, and a source may hang.
+    _streak: Streak = field(init=False)
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
     _reading: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "source"))
 
+    def __post_init__(self) -> None:
+        self._streak = Streak(self.settings.collector.max_dropped_windows, self._drop)
+
     async def run(self, lease: Lease) -> None:
-        """Until the part has no more documents. Raises SourceError if the source gave no usable document at all, and
-        FencedError once another collector has taken the part."""
+        """Until the part has no more documents. Raises SourceError if the source gave no usable document at all,
+        CollectingError if too many windows in a row can't be scored, and FencedError once another collector has taken
+        the part."""
         try:
             async with asyncio.TaskGroup() as windows:
                 await self._redo(lease, windows)
                 await self._read_on(lease, windows)
+            await self._streak.end_part(lease)
         except BaseExceptionGroup as failures:
             raise first_error(failures) from failures
+        finally:
+            self._streak.forget(lease)
         await self._end(lease)
 
     async def _redo(self, lease: Lease, windows: asyncio.TaskGroup) -> None:
@@ -160,16 +169,21 @@ class PartWorker:
             text = await asyncio.get_running_loop().run_in_executor(self._tokenizing, show)
             stage = self.settings.collector.stage_at(self.watch.step)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
-            if isinstance(outcome, DroppedWindow):
-                await self.storage.drop(
-                    window.key, lease, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id
-                )
-            else:
+            if not isinstance(outcome, DroppedWindow):
                 await self.storage.write(outcome, lease)
                 self.gate.note_written()
                 await self.storage.finish(outcome, lease)
+                await self._streak.end()
+            elif outcome.is_in_vain:
+                self._streak.hold(window, lease, outcome)
+            else:
+                await self._drop(window, lease, outcome)
         finally:
             self.gate.leave()
+
+    async def _drop(self, window: Window, lease: Lease, outcome: DroppedWindow) -> None:
+        reason, detail = outcome.reason, outcome.detail
+        await self.storage.drop(window.key, lease, reason=reason, detail=detail, source_id=window.source_id)
 
     async def _end(self, lease: Lease) -> None:
         storage, coordination = self.storage, self.storage.coordination

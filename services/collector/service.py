@@ -80,12 +80,17 @@ class _State:
     starting: bool = True
     needed: list[Storage | Services | Source] = field(default_factory=list)
     """What may be away."""
+    services: Services | None = None
 
     def trouble(self) -> dict[str, str]:
         """What keeps the collector from its work: in a few words, each with the whole sentence."""
         found = {"the collector is starting": "the collector is starting"} if self.starting else {}
         away = [item for needed in self.needed for item in needed.trouble.items()]
         return found | {f"{name} is away": reason for name, reason in away}
+
+    def notes(self) -> dict[str, str]:
+        """The same for what others stand in for: the collector is ready in spite of it."""
+        return self.services.lost_replicas if self.services else {}
 
 
 async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) -> None:
@@ -113,6 +118,7 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
         worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
         stack.callback(worker.close)
         state.needed += [services, source]
+        state.services = services
         state.starting = False
         keeper = LeaseKeeper(
             storage,
@@ -145,10 +151,11 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
 
 def _operations(secrets: Secrets, state: _State) -> ASGIApp:
     def readiness() -> Readiness:
-        found = state.trouble()
-        return Readiness(ready=not found, service="collector", detail="; ".join(found.values()))
+        found, notes = state.trouble(), state.notes()
+        detail = "; ".join([*found.values(), *notes.values()])
+        return Readiness(ready=not found, service="collector", detail=detail)
 
     def summary() -> str:
-        return "; ".join(state.trouble())
+        return "; ".join([*state.trouble(), *state.notes()])
 
     return MetricsMiddleware(operations_app("collector", secrets=secrets, readiness=readiness, summary=summary))

@@ -65,4 +65,5 @@ def _build(settings: JudgeSettings, names: Sequence[str]) -> Engine:
     return build_engine(
         engine_settings(settings, names[0]),
         constrains=any(criterion.verdict == "structured" for criterion in criteria),
+        adapters=tuple(dict.fromkeys(criterion.lora_adapter for criterion in criteria if criterion.lora_adapter)),
     )

@@ -10,7 +10,7 @@ from shared import limits
 from shared.api import JudgedText, JudgementItem, JudgementRequest, RolloutRequest
 from shared.configuration import load_settings
 from shared.errors import SettingsError
-from shared.records import Candidate, Judgement, ScoredChunk, ScoredWindow, WindowKey
+from shared.records import Candidate, Comparison, Judgement, ScoredChunk, ScoredWindow, WindowKey
 from shared.settings import Settings
 from shared.stream import encode
 
@@ -39,8 +39,19 @@ def test_windows_of_128k_tokens_fit_as_they_come() -> None:
     assert limits.request_bytes(settings(rollouts=4))["judge"] < 12_000_000
 
 
-def test_128k_tokens_in_suffixes_of_8_fit() -> None:
-    assert limits.most_chunks(settings(suffix=8, rollouts=8)) == 26_215
+def test_128k_tokens_in_suffixes_of_8_fit_with_a_judge_that_writes_no_reasons() -> None:
+    judge = {"criteria": {"quality": {"verdict": "labels", "budget": 36}}}
+    assert limits.most_chunks(settings(suffix=8, rollouts=8, judge=judge)) == 26_215
+
+
+def test_every_rewrite_of_a_chunk_counts_as_a_candidate() -> None:
+    """Two more candidates: 12 bytes for each of their tokens, 32 around each."""
+    schedule = {"schedule": [{"num_rollouts": 16, "num_rewrites": 3}]}
+    more = settings(rewriter={"temperature": 0.7}, collector=schedule)
+    found, before = limits.request_bytes(more), limits.request_bytes(settings())
+    assert found["judge"] - before["judge"] == 2 * (12 * (131_072 + 128) + 1049 * 32)
+    assert (found["rewriter"], found["rollout"]) == (before["rewriter"], before["rollout"])
+    assert limits.entry_bytes(more) > limits.entry_bytes(settings()) + 2 * 17 * 131_072
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,7 @@ def test_128k_tokens_in_suffixes_of_8_fit() -> None:
         ({"rollouts": 128}, r"candidates for each of 1,049 chunks makes requests of up to \d.* to the judge, judge\."),
         (
             {"rollouts": 128, "judge": {"max_request_bytes": 10**9}},
-            r"entry of up to 3\d\d,.* which takes 268,435,456: ",
+            r"entry of up to 38\d,.* which takes 268,435,456: ",
         ),
         ({"judge": {"max_request_bytes": 10**6}}, r"judge\.max_request_bytes = 1,000,000 allows fewer: raise it, or"),
         ({"rewriter": {"max_request_bytes": 10**6}}, r"to the rewriter, rewriter\.max_request_bytes = 1,000,000"),
@@ -113,10 +124,16 @@ def test_the_bounds_hold_for_a_window_of_long_words(criteria: dict[str, Any]) ->
     assert len(rollouts.model_dump_json()) <= limits.request_bytes(chosen)["rollout"]
 
 
-def test_the_bound_of_an_entry_holds_for_a_window_of_long_words() -> None:
-    chosen = settings(context=2048, suffix=8)
+@pytest.mark.parametrize(("criterion", "num_calls"), [({}, 153), ({"schedule": "all_pairs"}, 765)])
+def test_the_bound_of_an_entry_holds_for_a_window_of_long_words(criterion: dict[str, Any], num_calls: int) -> None:
+    chosen = settings(context=2048, suffix=8, judge={"criteria": {"quality": criterion}})
     judgement = Judgement(
-        rewards=(0.5,) * 18, scores={"quality": (0.5,) * 18}, reasoning="ten chars!" * 512, num_calls=1, fingerprint="f"
+        rewards=(0.5,) * 18,
+        scores={"quality": (0.5,) * 18},
+        comparisons=(Comparison(criterion="quality", first=16, second=17, value=0.25),) * num_calls,
+        reasoning="ten chars!" * 512,
+        num_calls=num_calls,
+        fingerprint="f",
     )
     document = ScoredWindow(
         run_id="r",

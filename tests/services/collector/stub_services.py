@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from shared.api import JudgementRequest, RewriteRequest, RolloutRequest
+from shared.api import JudgementRequest, RewriteItem, RewriteRequest, RolloutRequest
 from tests.services.collector.conftest import make_tokenizer
 
 Interference = Callable[[str, Any], Response | None]
@@ -37,8 +37,8 @@ def instead(wanted: str, answer: Callable[[Any], Any], *, first_only: bool = Fal
 
 @dataclass
 class StubServices:
-    """Rollout i of a chunk is ` roll i`, or the end of it where that is too long; the rewrite is the suffix in
-    capitals, cut to its length in tokens; the reward falls with the index."""
+    """Rollout i of a chunk is ` roll i`, or the end of it where that is too long; rewrite i is the suffix in
+    capitals and i exclamation marks, cut to its length in tokens; the reward falls with the index."""
 
     interfere: Interference = lambda path, body: None
     seconds: float = 0.0
@@ -109,12 +109,12 @@ def _rollouts(body: Any) -> dict[str, Any]:
 
 def _rewrites(body: Any) -> dict[str, Any]:
     request = RewriteRequest.model_validate(body)
-    return {
-        "rewrites": [
-            _answer(_encoded(request.suffix(item).upper())[: item.max_suffix_tokens]) | {"finish_reason": "stop"}
-            for item in request.items
-        ]
-    }
+
+    def rewrite(item: RewriteItem, index: int) -> dict[str, Any]:
+        token_ids = _encoded(f"{request.suffix(item).upper()}{'!' * index}")
+        return _answer(token_ids[-item.max_suffix_tokens :]) | {"finish_reason": "stop"}
+
+    return {"rewrites": [[rewrite(item, index) for index in range(request.num_rewrites)] for item in request.items]}
 
 
 def _judgements(body: Any) -> dict[str, Any]:

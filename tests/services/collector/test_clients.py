@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.collector.clients import RefusedRequestError, build_services, http_client
+from services.collector.answers import RefusedRequestError
+from services.collector.clients import build_services, http_client
 from shared.api import RolloutRequest, RolloutResponse
 from shared.errors import SettingsError
 from shared.settings import Settings
@@ -33,7 +34,7 @@ def post(handle: Callable[[httpx.Request], httpx.Response], num_requests: int = 
     async def run() -> RolloutResponse:
         async with http_client(settings, token="word", transport=httpx.MockTransport(handle)) as http:
             services = build_services(settings, http)
-            return [await services.roll_out(REQUEST) for _ in range(num_requests)][-1]
+            return [await services.roll_out(REQUEST, document="0.0.0") for _ in range(num_requests)][-1]
 
     return asyncio.run(run())
 
@@ -92,7 +93,10 @@ def test_a_refused_request_is_not_repeated(status: int) -> None:
         (422, "InvalidRequest", r"is it of this collector's version\? .* lower chunks\.context_tokens"),
         (401, "AuthError", "set HEADWATER_TOKEN"),
         (403, "AuthError", "set HEADWATER_TOKEN"),
-        (404, "NotFound", r"is rollout\.url right\?"),
+        (404, "NotFound", r"is rollout\.url right"),
+        (405, "MethodNotAllowed", r"is rollout\.url right"),
+        (307, "", r"is rollout\.url right"),
+        (418, "Teapot", r"is rollout\.url right, and the service of this collector's version\?"),
     ],
 )
 def test_what_is_configuration_stops_with_its_remedy_and_drops_no_window(status: int, kind: str, remedy: str) -> None:
@@ -101,44 +105,66 @@ def test_what_is_configuration_stops_with_its_remedy_and_drops_no_window(status:
         ask([httpx.Response(status, json=body)])
 
 
-def hosts_asked(url: str, *, num_requests: int, down: str = "") -> list[str]:
-    """Which replica each attempt went to, where `down` refuses all connections."""
-    asked: list[str] = []
-
-    def handle(request: httpx.Request) -> httpx.Response:
-        asked.append(request.url.host)
-        if request.url.host == down:
-            raise httpx.ConnectError("refused")
-        return good()
-
-    post(handle, num_requests, rollout={"url": url})
-    return asked
-
-
-def test_replicas_are_asked_in_turn() -> None:
-    assert hosts_asked("http://a, http://b:81/", num_requests=4) == ["a", "b", "a", "b"]
-
-
-def test_a_retry_goes_to_the_next_replica() -> None:
-    assert hosts_asked("http://a,http://b", num_requests=2, down="a") == ["a", "b", "a", "b"]
-
-
 def test_an_address_that_is_no_url_stops() -> None:
     with pytest.raises(SettingsError, match=r"rollout\.url is not an address"):
         ask([good()], rollout={"url": "http://rollout:8001,rollout:8002"})
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        httpx.Response(200, text="not json"),
-        httpx.Response(200, json={"rollouts": [[{"text": "x"}]]}),
-        httpx.Response(200, json={**ANSWER, "unknown": 1}),
-    ],
-)
-def test_an_answer_that_is_none_is_refused_never_guessed(response: httpx.Response) -> None:
-    with pytest.raises(RefusedRequestError, match="answered something that is not a RolloutResponse"):
-        ask([response])
+def bare(token_ids: list[int]) -> dict[str, Any]:
+    return {"token_ids": token_ids, "text": "x", "finish_reason": "stop", "weight_version": 0}
+
+
+ODD: list[Callable[[], httpx.Response]] = [
+    lambda: httpx.Response(404, text="<html>no such page</html>"),
+    lambda: httpx.Response(405),
+    lambda: httpx.Response(308, headers={"Location": "http://elsewhere"}),
+    lambda: httpx.Response(418, json={"error": {"type": "Teapot", "message": "short and stout"}}),
+    lambda: httpx.Response(200, text="<html>we are moving</html>"),
+    lambda: httpx.Response(200, json={"rollouts": [[{"text": "x"}]]}),
+    lambda: httpx.Response(200, json={**ANSWER, "unknown": 1}),
+    lambda: httpx.Response(200, json={"rollouts": []}),
+    lambda: httpx.Response(200, json={"rollouts": [[bare([3]), bare([4])]]}),
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_answer_stops_at_the_start_and_is_waited_out_later(odd: Callable[[], httpx.Response]) -> None:
+    """Never guessed, and no window is dropped for it."""
+    with pytest.raises(SettingsError, match=r"is rollout\.url right, and the service of this collector's version\?"):
+        ask([odd()])
+    answers = [good(), *(odd() for _ in range(20)), good()]
+    left = iter(answers)
+    assert post(lambda _request: next(left), num_requests=2).rollouts[0][0].token_ids == (3,)
+    assert next(left, None) is None
+
+
+def test_a_request_with_odd_answers_while_others_are_answered_well_is_at_fault() -> None:
+    num_odd = 0
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        nonlocal num_odd
+        if b'"seed":13' not in request.content:
+            return good()
+        num_odd += 1
+        return httpx.Response(200, text="")
+
+    async def run() -> None:
+        settings = Settings.model_validate({"rollout": {"url": "http://a"}, "collector": {"max_backoff_s": 0.01}})
+        async with http_client(settings, token="", transport=httpx.MockTransport(handle)) as http:
+            services = build_services(settings, http)
+            await services.roll_out(REQUEST, document="d")
+            poison = asyncio.create_task(services.roll_out(REQUEST.model_copy(update={"seed": 13}), document="p"))
+            while not poison.done():
+                assert services.trouble == {} or "not a RolloutResponse" in services.trouble["rollout"]
+                if num_odd > 10:  # long enough alone: nobody else was answered meanwhile
+                    await services.roll_out(REQUEST, document="d")
+                await asyncio.sleep(0.005)
+            with pytest.raises(RefusedRequestError, match="not a RolloutResponse") as caught:
+                await poison
+            assert caught.value.reason == "rollout_refused"
+
+    asyncio.run(run())
+    assert num_odd >= 11
 
 
 def test_attempts_end_where_asked() -> None:
@@ -180,7 +206,7 @@ def test_every_request_has_a_connection_of_its_own_so_that_replicas_share_the_lo
         settings = Settings.model_validate({"rollout": {"url": f"http://127.0.0.1:{port}"}})
         async with server, http_client(settings, token="word") as http:
             for _ in range(3):
-                await build_services(settings, http).roll_out(REQUEST)
+                await build_services(settings, http).roll_out(REQUEST, document="0.0.0")
         return num_connections
 
     assert asyncio.run(run()) == 3

@@ -130,7 +130,7 @@ def test_a_window_without_any_scored_chunk_is_dropped(collect: Collect) -> None:
 
 def test_refused_and_empty_rewrites_are_absent_and_counted(collect: Collect) -> None:
     def refuse(body: Any) -> dict[str, Any]:
-        return {"rewrites": [EMPTY | {"refusal": "refused"}, *[EMPTY] * (len(body["items"]) - 1)]}
+        return {"rewrites": [[EMPTY | {"refusal": "refused"}], *[[EMPTY]] * (len(body["items"]) - 1)]}
 
     before = metrics.candidates_absent_total.labels("rewrite", "refused")._value.get()
     _, found = collect(StubServices(instead("/v1/rewrites", refuse)))
@@ -140,7 +140,7 @@ def test_refused_and_empty_rewrites_are_absent_and_counted(collect: Collect) -> 
 
 def test_a_chunk_with_one_candidate_is_not_shown_to_the_judge(collect: Collect) -> None:
     def refuse_first(body: Any) -> dict[str, Any]:
-        return {"rewrites": [EMPTY, *[EMPTY | {"text": "x", "token_ids": [5]}] * (len(body["items"]) - 1)]}
+        return {"rewrites": [[EMPTY], *[[EMPTY | {"text": "x", "token_ids": [5]}]] * (len(body["items"]) - 1)]}
 
     schedule = [{"kinds": ["original", "rewrite"], "num_rollouts": 0}]
     stub = StubServices(instead("/v1/rewrites", refuse_first))
@@ -158,7 +158,7 @@ def test_a_window_of_equal_candidates_is_no_preference_and_never_judged(collect:
         if path == "/v1/rollouts":
             return JSONResponse({"rollouts": [[copy | {"weight_version": 3}] * 2 for _ in body["starts"]]})
         if path == "/v1/rewrites" and len(stub.bodies(path)) == 1:
-            return JSONResponse({"rewrites": [copy for _ in body["items"]]})
+            return JSONResponse({"rewrites": [[copy] for _ in body["items"]]})
         return None
 
     stub = StubServices(copies)
@@ -194,13 +194,20 @@ def test_a_refused_request_drops_its_window_with_the_services_words(collect: Col
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_answer_of_another_shape_is_refused(collect: Collect, count: int) -> None:
+def test_an_answer_of_another_shape_is_waited_out(collect: Collect, count: int) -> None:
+    """As of a judge of another version behind the same address."""
+
     def wrong(body: Any) -> dict[str, Any]:
         return {"judgements": [judgement(count) for _ in body["items"]]}
 
-    seen, _ = collect(StubServices(instead("/v1/judgements", wrong, first_only=True)))
-    assert seen.balance.dropped == {"judge_refused": 1}
-    assert f"judge answered {count} rewards, expected 4" in reasons(seen)[0][1]
+    def interfere(path: str, body: Any) -> Response | None:
+        return JSONResponse(wrong(body)) if 1 < len(stub.bodies("/v1/judgements")) < 8 else None
+
+    stub = StubServices(interfere)
+    seen, found = collect(stub, collector={"max_windows_in_flight": 1})
+    assert (len(found), seen.balance.dropped) == (4, {})
+    with pytest.raises(SettingsError, match=f"judge at .* answered {count} rewards, expected 4; is judge.url right"):
+        collect(StubServices(instead("/v1/judgements", wrong)), run={"name": "another"})
 
 
 def test_a_wrong_token_stops_the_collector(collect: Collect) -> None:

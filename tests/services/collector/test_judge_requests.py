@@ -8,8 +8,9 @@ import httpx
 import orjson
 import pytest
 
-from services.collector.clients import RefusedRequestError, build_services, http_client
-from services.collector.collect import judgement_item
+from services.collector.answers import RefusedRequestError
+from services.collector.clients import build_services, http_client
+from services.collector.pools import judgement_item
 from services.collector.windows import Chunk, TextSpan, Window, WindowText
 from services.judge.app import build_app
 from shared.api import JudgementRequest
@@ -62,7 +63,7 @@ def ask(judge: Judge, *, num_windows: int) -> None:
         async with http_client(Settings(), token="", transport=transport) as http:
             services = build_services(Settings(), http)
             for _ in range(num_windows):
-                await services.judge.judge(make_request)
+                await services.judge.judge(make_request, document="d")
 
     asyncio.run(run())
 
@@ -121,7 +122,7 @@ def test_a_request_too_large_for_a_real_judge_stops_with_the_numbers() -> None:
         collector = {"max_backoff_s": 0.01, "max_attempts": 2}
         settings = Settings.model_validate({"judge": scorer | {"url": url}, "collector": collector})
         async with http_client(settings, token="word") as http:
-            await build_services(settings, http).judge.judge(lambda with_token_ids: request)
+            await build_services(settings, http).judge.judge(lambda with_token_ids: request, document="d")
 
     words = (
         r"answered 413: the request has 20,?000,?\d+ bytes or more, at most 1,?000,?000 .* raise judge\.max_request_"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter as Counter_
 
-from services.collector.collect import Pool, build_pools, count_chunks, sort_chunks
+from services.collector.pools import Pool, build_pools, count_chunks, sort_chunks
 from services.collector.windows import Chunk, TextSpan, Window, WindowText
 from shared import metrics
 from shared.api import Rewrite, Rollout
@@ -29,14 +29,20 @@ def rollout(token_ids: tuple[int, ...], version: int) -> Rollout:
     return Rollout(token_ids=token_ids, text=str(token_ids), finish_reason="length", weight_version=version)
 
 
+def rewrite_of(token_ids: tuple[int, ...]) -> Rewrite:
+    return Rewrite(token_ids=token_ids, text=str(token_ids), finish_reason="length")
+
+
 def pool_of(rewrite: tuple[int, ...], *rollouts: Rollout) -> Pool:
-    rewrites = [Rewrite(token_ids=rewrite, text=str(rewrite), finish_reason="length")]
+    rewrites = [[rewrite_of(rewrite)]]
     (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=rewrites, rollouts=[rollouts])
     return pool
 
 
-def scored(pool: Pool, rewards: Sequence[float], position: int = 0) -> ScoredWindow:
-    judgement = Judgement(rewards=tuple(rewards), scores={}, num_calls=1, fingerprint="f")
+def scored(
+    pool: Pool, rewards: Sequence[float | None], position: int = 0, barred: tuple[int, ...] = ()
+) -> ScoredWindow:
+    judgement = Judgement(rewards=tuple(rewards), scores={}, barred=barred, num_calls=1, fingerprint="f")
     chunks, dropped = sort_chunks(window(position), [pool], {0: judgement}, objective="dpo")
     return ScoredWindow(
         run_id="r",
@@ -120,3 +126,38 @@ def test_copies_count_in_the_metrics_as_often_as_they_were_made() -> None:
         count(metrics.candidate_reward_sum, kind) - past for kind, past in zip(kinds, rewards_before, strict=True)
     ]
     assert rewards == [0.25, 0.25, 0.75]
+
+
+def test_several_rewrites_of_a_chunk_are_candidates_before_its_rollouts() -> None:
+    rewrites = [[rewrite_of(GOOD), rewrite_of(BAD), rewrite_of(GOOD)]]
+    (pool,) = build_pools(window(), TEXT, stage=STAGE, rewrites=rewrites, rollouts=[[rollout((9,), 1)]])
+    assert [(candidate.kinds, candidate.token_ids) for candidate in pool] == [
+        (("original",), ORIGINAL), (("rewrite", "rewrite"), GOOD), (("rewrite",), BAD), (("rollout",), (9,)),
+    ]  # fmt: skip
+
+
+def test_an_end_of_text_alone_stays_a_candidate() -> None:
+    ended = Rollout(token_ids=(1,), text="", finish_reason="stop", weight_version=2)
+    assert pool_of(GOOD, ended)[-1].token_ids == (1,)
+
+
+def test_a_safe_original_that_nothing_was_made_of_is_dropped_as_such() -> None:
+    (alone,) = build_pools(window(), TEXT, stage=STAGE, rewrites=[()], rollouts=())
+    for spared, reason in (({0}, "safe_original"), (set(), "too_few_candidates")):
+        _, dropped = sort_chunks(window(), [alone], {}, objective="dpo", spared=spared)
+        assert [lost.reason for lost in dropped] == [reason]
+
+
+def test_unscored_candidates_are_in_no_mean_and_barred_ones_are_counted() -> None:
+    def count(metric: Counter_, kind: str) -> float:
+        return float(metric.labels(kind)._value.get())
+
+    watched = [
+        (metrics.candidates_total, "rollout"), (metrics.candidates_scored_total, "rollout"),
+        (metrics.candidate_reward_sum, "rollout"), (metrics.candidates_barred_total, "rollout"),
+        (metrics.candidates_barred_total, "original"),
+    ]  # fmt: skip
+    before = [count(*one) for one in watched]
+    pool = pool_of(ORIGINAL, rollout(BAD, 1), rollout(GOOD, 1))
+    count_chunks(scored(pool, (0.5, None, 0.25), barred=(2,)).chunks, ())
+    assert [count(*one) - past for one, past in zip(watched, before, strict=True)] == [2, 1, 0.25, 1, 0]
