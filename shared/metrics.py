@@ -76,6 +76,7 @@ chunks_dropped_total = _counter(["collector"], "chunks_dropped_total", "Chunks d
 candidates_total = _counter(["collector"], "candidates_total", "Candidates collected", "kind")
 candidates_absent_total = _counter(["collector"], "candidates_absent_total", "Missing candidates", "kind", "reason")
 candidate_reward_sum = _counter(["collector"], "candidate_reward_sum", "Sum of rewards", "kind")
+judge_probes_total = _counter(["collector"], "judge_probes_total", "Known pairs shown to the judge", "kind", "outcome")
 service_retries_total = _counter(["collector"], "service_retries_total", "Requests tried again", "service")
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
 windows_in_flight = _gauge(["collector"], "windows_in_flight", "Windows being generated and judged")

@@ -17,15 +17,17 @@ from functools import partial
 from services.collector.clients import Services
 from services.collector.collect import DroppedWindow, collect
 from services.collector.gate import Gate, RunWatch
+from services.collector.probes import Prober
 from services.collector.sources.base import Document, Refusal
 from services.collector.sources.source import Source
 from services.collector.storage import Storage
-from services.collector.windows import Window, WindowMaker
+from services.collector.windows import Window, WindowMaker, WindowText
 from services.concurrency import first_error
 from shared import metrics
 from shared.errors import SourceError
 from shared.ledger import Position
 from shared.records import Lease, WindowKey
+from shared.runs import ShownText
 from shared.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class PartWorker:
     maker: WindowMaker
     services: Services
     storage: Storage
+    prober: Prober
     gate: Gate
     watch: RunWatch
     extent: str
@@ -165,9 +168,10 @@ class PartWorker:
                     window.key, lease, reason=outcome.reason, detail=outcome.detail, source_id=window.source_id
                 )
             else:
+                outcome = outcome.model_copy(update={"probes": await self.prober.probe(window, text)})
                 await self.storage.write(outcome, lease)
                 self.gate.note_written()
-                await self.storage.finish(outcome, lease)
+                await self.storage.finish(outcome, lease, shown=shown_text(window, text))
         finally:
             self.gate.leave()
 
@@ -187,6 +191,11 @@ class PartWorker:
     def close(self) -> None:
         for executor in (self._tokenizing, self._reading):
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+def shown_text(window: Window, text: WindowText) -> ShownText:
+    spans = {chunk.start: (span.start, span.end) for chunk, span in zip(window.chunks, text.spans, strict=True)}
+    return ShownText(text.text, spans)
 
 
 def _too_short(document: Document) -> Refusal:
