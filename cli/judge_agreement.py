@@ -71,7 +71,8 @@ class Replay:
         chosen, rejected = (self.now.rewards[place] for place in pair)
         if chosen is None or rejected is None or chosen >= rejected:
             return None
-        return Flip(self.chunk, *(self.chunk.candidates[place] for place in pair), gap=rejected - chosen)
+        better, worse = (self.chunk.candidates[place] for place in pair)
+        return Flip(self.chunk, better, worse, gap=rejected - chosen)
 
 
 @dataclass(frozen=True)

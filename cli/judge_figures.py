@@ -153,7 +153,7 @@ _HEAD = ("", "pairs", "accuracy", "95 % interval", "A wins", "consistent", "ties
 
 
 def as_table(found: Sequence[CriterionFigures]) -> list[str]:
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for figures in found:
         counts = (str(sum(figures.unreadable.values())), f"{figures.num_calls:,}", f"{figures.seconds:.1f}")
         first = "-" if figures.share_of_first is None else f"{figures.share_of_first:.2f}"

@@ -12,6 +12,7 @@ and by `headwater judge-audit`.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shared.api import JudgedText, JudgementFailure, JudgementItem, JudgementRequest
 from shared.records import Judgement
@@ -49,15 +50,16 @@ class PairQuestion:
         self, encode: Encode | None = None, *, opening: Sequence[int] = (), seed: int, criteria: Sequence[str] = ()
     ) -> JudgementRequest:
         """With `encode` also in token ids, for judges that want them; `opening` is the BOS of every window."""
-        span = {"start": self.start, "end": self.end}
-        only = {"criteria": tuple(criteria)} if criteria else {}
+        span, about = {"start": self.start, "end": self.end}, dict[str, Any](seed=seed)
+        if criteria:
+            about["criteria"] = tuple(criteria)
         if encode is None:
             texts = tuple(JudgedText(text=text) for text in self.candidates)
-            return JudgementRequest(text=self.text, items=(JudgementItem(candidates=texts, **span),), seed=seed, **only)
+            return JudgementRequest(text=self.text, items=(JudgementItem(candidates=texts, **span),), **about)
         prefix, suffix = (*opening, *encode(self.text[: self.start])), encode(self.text[self.start : self.end])
         texts = tuple(JudgedText(text=text, token_ids=tuple(encode(text))) for text in self.candidates)
         item = JudgementItem(candidates=texts, token_start=len(prefix), **span)
-        return JudgementRequest(text=self.text, token_ids=(*prefix, *suffix), items=(item,), seed=seed, **only)
+        return JudgementRequest(text=self.text, token_ids=(*prefix, *suffix), items=(item,), **about)
 
     def preference(self, answer: Judgement | JudgementFailure) -> float | None:
         """By the rewards: 1 for the better text, 0 for the other, 0.5 for a tie. None: no verdict."""

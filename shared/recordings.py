@@ -52,12 +52,12 @@ def read_recorded(database: sa.Engine, run_id: str, *, limit: int, version: int 
     """Judged chunks of at least two candidates, evenly from the whole run where there are more than `limit`. `version`:
     only chunks with a rollout of that weight version, the oldest `limit` of them."""
     with transaction(database) as session:
-        ids = list(session.scalars(_judged(run_id, version)))
+        ids: list[int] = list(session.scalars(_judged(run_id, version)))
         chosen = ids[:limit] if version is not None else _spread(ids, limit)
         return [chunk for chunk_id in chosen if len((chunk := _read(session, chunk_id)).candidates) > 1]
 
 
-def _judged(run_id: str, version: int | None) -> sa.Select[tuple[int]]:
+def _judged(run_id: str, version: int | None) -> sa.Select[int]:
     query = sa.select(ChunkRow.id).where(ChunkRow.run_id == run_id, ChunkRow.fingerprint != "")
     if version is not None:
         made = sa.select(CandidateRow.chunk_id).where(CandidateRow.weight_version == version)

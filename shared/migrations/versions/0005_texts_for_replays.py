@@ -6,12 +6,13 @@ from alembic import op
 revision = "0005"
 down_revision = "0003"
 
-_COLUMNS = {"text_start": sa.Integer(), "text_end": sa.Integer(), "judge_seconds": sa.Double()}
+_OFFSETS = ("text_start", "text_end")
 
 
 def upgrade() -> None:
-    for name, kind in _COLUMNS.items():
-        op.add_column("chunks", sa.Column(name, kind, nullable=True))
+    for name in _OFFSETS:
+        op.add_column("chunks", sa.Column(name, sa.Integer(), nullable=True))
+    op.add_column("chunks", sa.Column("judge_seconds", sa.Double(), nullable=True))
     op.create_table(
         "window_texts",
         sa.Column("run_id", sa.String(), nullable=False),
@@ -23,5 +24,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("window_texts")
-    for name in _COLUMNS:
+    for name in (*_OFFSETS, "judge_seconds"):
         op.drop_column("chunks", name)
