@@ -15,6 +15,9 @@ from sqlalchemy.orm import Session
 
 from shared.database import CandidateRow, ChunkRow, WindowTextRow, transaction
 
+_AT_ONCE = 500
+"""Rows of one query: databases bound the parameters of a statement."""
+
 
 @dataclass(frozen=True)
 class RecordedCandidate:
@@ -54,7 +57,9 @@ def read_recorded(database: sa.Engine, run_id: str, *, limit: int, version: int 
     with transaction(database) as session:
         ids: list[int] = list(session.scalars(_judged(run_id, version)))
         chosen = ids[:limit] if version is not None else _spread(ids, limit)
-        return [chunk for chunk_id in chosen if len((chunk := _read(session, chunk_id)).candidates) > 1]
+        batches = [chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE)]
+        found = [chunk for batch in batches for chunk in _read(session, run_id, batch)]
+    return [chunk for chunk in found if len(chunk.candidates) > 1]
 
 
 def _judged(run_id: str, version: int | None) -> sa.Select[int]:
@@ -69,10 +74,21 @@ def _spread(ids: list[int], limit: int) -> list[int]:
     return [ids[index * len(ids) // limit] for index in range(limit)] if len(ids) > limit else ids
 
 
-def _read(session: Session, chunk_id: int) -> RecordedChunk:
-    row = session.get_one(ChunkRow, chunk_id)
-    rows = session.scalars(sa.select(CandidateRow).where(CandidateRow.chunk_id == chunk_id).order_by(CandidateRow.id))
-    candidates = tuple(map(_candidate, rows))
+def _read(session: Session, run_id: str, ids: list[int]) -> list[RecordedChunk]:
+    """In the order of `ids`, which ascend."""
+    rows = list(session.scalars(sa.select(ChunkRow).where(ChunkRow.id.in_(ids)).order_by(ChunkRow.id)))
+    candidates: dict[int, list[RecordedCandidate]] = {row.id: [] for row in rows}
+    for made in session.scalars(
+        sa.select(CandidateRow).where(CandidateRow.chunk_id.in_(ids)).order_by(CandidateRow.id)
+    ):
+        candidates[made.chunk_id].append(_candidate(made))
+    of_run = sa.select(WindowTextRow).where(WindowTextRow.run_id == run_id)
+    shown = session.scalars(of_run.where(WindowTextRow.window_id.in_({row.window_id for row in rows})))
+    texts = {window.window_id: window.text for window in shown}
+    return [_chunk(row, tuple(candidates[row.id]), texts.get(row.window_id)) for row in rows]
+
+
+def _chunk(row: ChunkRow, candidates: tuple[RecordedCandidate, ...], window: str | None) -> RecordedChunk:
     return RecordedChunk(
         window_id=row.window_id,
         start=row.start,
@@ -80,7 +96,7 @@ def _read(session: Session, chunk_id: int) -> RecordedChunk:
         fingerprint=row.fingerprint,
         num_calls=row.num_calls,
         judge_seconds=row.judge_seconds,
-        **_text_of(row, session.get(WindowTextRow, (row.run_id, row.window_id)), candidates),
+        **_text_of(row, window, candidates),
     )
 
 
@@ -89,9 +105,9 @@ def _candidate(row: CandidateRow) -> RecordedCandidate:
     return RecordedCandidate(kinds, row.text, row.weight_version, row.reward, bool(getattr(row, "barred", False)))
 
 
-def _text_of(row: ChunkRow, window: WindowTextRow | None, candidates: tuple[RecordedCandidate, ...]) -> dict[str, Any]:
+def _text_of(row: ChunkRow, window: str | None, candidates: tuple[RecordedCandidate, ...]) -> dict[str, Any]:
     if window is not None and row.text_start is not None and row.text_end is not None:
-        return {"text": window.text, "text_start": row.text_start, "text_end": row.text_end, "has_window": True}
+        return {"text": window, "text_start": row.text_start, "text_end": row.text_end, "has_window": True}
     original = next((candidate.text for candidate in candidates if "original" in candidate.kinds), "")
     text, start = row.prefix + original, len(row.prefix)
     return {"text": text, "text_start": start, "text_end": len(text), "has_window": False}

@@ -48,19 +48,21 @@ class Prober:
     storage: Storage
     tokenizer: PolicyTokenizer
     _base: list[RecordedChunk] = field(default_factory=list)
-    _other_text: str = ""
-    """Of the window before, which is mostly another document's."""
+    _num_wanted: int = 0
+    _next_look: int = 1
+    _before: tuple[str, str] = ("", "")
+    """Document and text of the window before."""
 
     async def probe(self, window: Window, text: WindowText) -> tuple[Probe, ...]:
         """One probe, or none if the window is not drawn or has no text that can be spoiled. Never raises for a judge
         that can't answer."""
-        other, self._other_text = self._other_text, text.text
+        (document, other), self._before = self._before, (window.source_id, text.text)
         if not probes_are_on(self.settings) or share_of(window.key, "probe") >= self.settings.judge.probe_share:
             return ()
         seed = seed_of(self.settings.run.seed, window.key, "probe")
         random = Random(seed)
         asked = await self._base_pair(random) if random.random() < 0.5 else None
-        asked = asked or _spoiled_pair(text, random, other=other)
+        asked = asked or _spoiled_pair(text, random, other=other if document != window.source_id else "")
         if asked is None:
             return ()
         probe = await self._ask(asked, seed=seed)
@@ -69,12 +71,7 @@ class Prober:
         return (probe,)
 
     async def _base_pair(self, random: Random) -> _Asked | None:
-        """The query is repeated until enough is recorded: other collectors record too."""
-        if len(self._base) < _BASE_CHUNKS:
-            run = self.storage.run
-            self._base = await self.storage.in_database(
-                read_recorded, run.database, run.name, limit=_BASE_CHUNKS, version=BASE_VERSION
-            )
+        await self._look_for_base()
         pairs = [(chunk, made) for chunk in self._base if chunk.has_window for made in _base_texts(chunk)]
         if not pairs:
             return None
@@ -83,6 +80,17 @@ class Prober:
             chunk.text, chunk.text_start, chunk.text_end, chunk.original, made, better_first=random.random() < 0.5
         )
         return _Asked(question, Probe(kind="base", value=None))
+
+    async def _look_for_base(self) -> None:
+        """At the first call, the second, the fourth, ... until there is enough: other collectors record too."""
+        self._num_wanted += 1
+        if self._num_wanted < self._next_look or len(self._base) == _BASE_CHUNKS:
+            return
+        self._next_look = 2 * self._num_wanted
+        run = self.storage.run
+        self._base = await self.storage.in_database(
+            read_recorded, run.database, run.name, limit=_BASE_CHUNKS, version=BASE_VERSION
+        )
 
     async def _ask(self, asked: _Asked, *, seed: int) -> Probe:
         def request(with_token_ids: bool) -> JudgementRequest:

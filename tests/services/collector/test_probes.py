@@ -131,3 +131,13 @@ def test_rollouts_of_the_base_policy_are_kept_and_shown_against_human_text(make_
     shown = [[candidate["text"] for candidate in body["items"][0]["candidates"]] for body in stub.bodies(JUDGE)]
     pairs = [texts for texts in shown if len(texts) == 2 and of_base & set(texts)]
     assert len(pairs) == len(base)
+
+
+def test_what_the_base_policy_wrote_survives_a_restart(make_settings: MakeSettings) -> None:
+    collected(make_settings, StubServices(interfere=of_the_base_policy))
+    later = StubServices(interfere=a_judge_that_knows)
+    _, windows = collected(make_settings, later, documents={"max_epochs": 2})
+    assert {version for window in windows for version in window.weight_versions} == {3}
+    base = [probe for window in windows for probe in window.probes if probe.kind == "base"]
+    assert len(base) >= 2
+    assert {probe.value for probe in base} == {1.0}
