@@ -127,7 +127,9 @@ class CompareReport:
         then = ", ".join(sorted({replay.chunk.fingerprint for replay in self.replays}))
         lines = [f"{len(self.replays)} chunks of {self.run}, judged by {then}, now by {self.judge.fingerprint} "
                  f"({self.judge.model or 'no model'})", ""]  # fmt: skip
-        lines += [f"  {name:<28}  {value}" for name, value in self._rows()]
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
         for flip in self.flips[:show]:
             lines += ["", *_flip_lines(flip)]
         return lines
