@@ -208,10 +208,21 @@ def _figure_rows(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
         yield "reward", ", ".join(known)
     if "chosen_rollout_rate" in figures:
         yield "rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"
+    if probes := list(_probes(figures)):
+        yield "judge probes", ", ".join(probes)
     if "policy_lag_max" in figures:
         yield "policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"
     if "tokens_per_second" in figures:
         yield "speed", ", ".join(_speeds(figures))
+
+
+def _probes(figures: dict[str, float]) -> Iterator[str]:
+    """What the judge does with pairs whose better text is known, once there are two blocks of them."""
+    for name, what in (("judge_probe_accuracy", "originals"), ("judge_probe_human_over_base", "human texts")):
+        if (last := figures.get(f"{name}_last")) is not None:
+            yield f"{what} preferred {last:.0%} (at first {figures[f'{name}_first']:.0%})"
+    if figures.get("judge_probes_fell"):
+        yield "FALLEN: the policy may have learned to please its judge"
 
 
 def _speeds(figures: dict[str, float]) -> Iterator[str]:

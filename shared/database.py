@@ -116,6 +116,20 @@ class ChunkRow(Base):
     num_failures: Mapped[int] = mapped_column(default=0)
     dropped_reason: Mapped[str] = mapped_column(default="")
     scored_at: Mapped[float]
+    text_start: Mapped[int | None]
+    """Of the suffix in the window's text (WindowTextRow), in characters; None in rows of older versions."""
+    text_end: Mapped[int | None]
+    judge_seconds: Mapped[float | None]
+    """Wall seconds of the judge's answer about the whole window, over its scored chunks."""
+
+
+class WindowTextRow(Base):
+    """The text of a recorded window: prefixes and originals of its chunks as the judge saw them."""
+
+    __tablename__ = "window_texts"
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    window_id: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
 
 
 class CandidateRow(Base):

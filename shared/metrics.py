@@ -97,6 +97,7 @@ candidates_scored_total = _counter(["collector"], "candidates_scored_total", "Ca
 candidates_barred_total = _counter(["collector"], "candidates_barred_total", "Candidates below a threshold", "kind")
 originals_checked_total = _counter(["collector"], "originals_checked_total", "Safety checks of originals", "outcome")
 windows_held_back = _gauge(["collector"], "windows_held_back", "Windows in a row that could not be scored")
+judge_probes_total = _counter(["collector"], "judge_probes_total", "Known pairs shown to the judge", "kind", "outcome")
 service_retries_total = _counter(["collector"], "service_retries_total", "Requests tried again", "service")
 service_up = _gauge(["collector"], "service_up", "1 when the last request to the service succeeded", "service")
 replica_up = _gauge(["collector"], "replica_up", "1 when the replica's last request succeeded", "service", "replica")

@@ -89,6 +89,23 @@ class Judgement(Record):
     """Hash of model, prompts and settings: changes exactly when the judge changes."""
 
 
+class Probe(Record):
+    """What the judge said about one pair whose better text is known (services/known_pairs.py). For figures only: it is
+    no candidate and never trained."""
+
+    kind: Literal["spoiled", "base"]
+    """`spoiled`: an original suffix against itself, spoiled. `base`: an original, a human text, against a rollout that
+    the policy of weight version 0 made after the same prefix."""
+    spoiling: str = ""
+    """How it was spoiled; empty for `base`."""
+    value: Score | None
+    """1: the original got the higher reward, 0: the other text did, 0.5: a tie. None: the judge could not say."""
+    consistent: bool | None = None
+    """Whether every pairwise criterion preferred the same text in both orders; None if it was not asked in both."""
+    reason: str = ""
+    """Why there is no value: a short word that can be counted."""
+
+
 class ScoredChunk(Record):
     """All candidates for the suffix that starts at `start`."""
 
@@ -157,6 +174,8 @@ class ScoredWindow(Record):
     scored_at: float
     seconds: dict[str, float] = {}
     """Wall seconds of waiting by role: rollout, rewrite, judge."""
+    probes: tuple[Probe, ...] = ()
+    """Of a judge.probe_share of windows."""
 
     @property
     def window_id(self) -> str:

@@ -9,7 +9,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from shared.database import (
     RunRow,
     StepRow,
     WeightVersionRow,
+    WindowTextRow,
     insert_if_absent,
     migrate,
     open_database,
@@ -70,6 +71,15 @@ class RunStart:
     settings: dict[str, Any]
     source: dict[str, Any] | None
     """`Manifest.stored` of its documents; None until a collector has opened them."""
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """A window's text as the judge saw it."""
+
+    text: str
+    spans: Mapping[int, tuple[int, int]]
+    """By a chunk's `start` in tokens, where its suffix lies in `text`, in characters."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,12 @@ class Run:
         with transaction(self.database) as session:
             return session.scalar(newest) or 0
 
+    def figures(self) -> list[dict[str, float]]:
+        """Of all steps with a row, in their order."""
+        rows = sa.select(StepRow.figures).where(StepRow.run_id == self.name).order_by(StepRow.step)
+        with transaction(self.database) as session:
+            return list(session.scalars(rows))
+
     def published_steps(self) -> dict[int, int]:
         """Weight version -> the step after which it was published."""
         published = sa.select(WeightVersionRow.version, WeightVersionRow.step)
@@ -182,21 +198,27 @@ class Run:
         with self._writing() as session:
             session.merge(row)
 
-    def record_chunks(self, window: ScoredWindow, prefixes: Sequence[str], lease: Lease) -> None:
-        """All chunks and candidates, with a prefix to show for each scored chunk. Replaces the rows of an earlier
-        attempt. FencedError as the ledger."""
+    def record_chunks(
+        self, window: ScoredWindow, prefixes: Sequence[str], lease: Lease, *, shown: "ShownText | None" = None
+    ) -> None:
+        """All chunks and candidates, with a prefix to show for each scored chunk; with `shown` what another judge needs
+        to be asked the same (shared/recordings.py). Replaces the rows of an earlier attempt. FencedError as the ledger.
+        """
         earlier = sa.select(ChunkRow.id).where(ChunkRow.run_id == self.name, ChunkRow.window_id == window.window_id)
         with transaction(self.database) as session:
             self.ledger.refuse_if_fenced(session, lease)
             session.execute(sa.delete(CandidateRow).where(CandidateRow.chunk_id.in_(earlier)))
             session.execute(sa.delete(ChunkRow).where(ChunkRow.id.in_(earlier)))
             for chunk, prefix in zip(window.chunks, prefixes, strict=True):
-                row = self._chunk_row(window, chunk.start, **_judged(chunk), prefix=storable(prefix))
+                about = _judged(chunk) | _shown(chunk.start, window, shown)
+                row = self._chunk_row(window, chunk.start, **about, prefix=storable(prefix))
                 session.add(row)
                 session.flush()
                 session.add_all(_candidate_rows(chunk, row.id))
             for lost in window.dropped_chunks:
                 session.add(self._chunk_row(window, lost.start, prefix="", dropped_reason=storable(lost.reason)))
+            if shown is not None:
+                session.merge(WindowTextRow(run_id=self.name, window_id=window.window_id, text=storable(shown.text)))
 
     def _chunk_row(self, window: ScoredWindow, start: int, **values: Any) -> ChunkRow:
         about = {"run_id": self.name, "window_id": window.window_id, "scored_at": window.scored_at}
@@ -208,6 +230,15 @@ def _judged(chunk: ScoredChunk) -> dict[str, Any]:
         return {}
     figures = chunk.judgement.model_dump(include={"fingerprint", "num_calls", "num_failures"})
     return figures | {"reasoning": storable(chunk.judgement.reasoning)}
+
+
+def _shown(start: int, window: ScoredWindow, shown: "ShownText | None") -> dict[str, Any]:
+    seconds = window.seconds.get("judge")
+    found: dict[str, Any] = {} if seconds is None else {"judge_seconds": seconds / len(window.chunks)}
+    if shown is None:
+        return found
+    text_start, text_end = shown.spans[start]
+    return found | {"text_start": text_start, "text_end": text_end}
 
 
 def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:

@@ -6,6 +6,7 @@ absent, never zero.
 """
 
 import importlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from shared import metrics
 from shared.checkpoint_state import StepFigures
 from shared.configuration import without_passwords
 from shared.errors import SettingsError
-from shared.records import CANDIDATE_KINDS, ScoredWindow
+from shared.records import CANDIDATE_KINDS, Probe, ScoredWindow
 from shared.runs import Run
 from shared.settings import Settings
 from trainer.preferences import Preference, Selection, rewards_by_kind
+from trainer.probe_watch import ProbeWatch, probe_figures
+
+_log = logging.getLogger(__name__)
 
 FIGURES: dict[str, str] = {
     "loss": "the objective, normalised by the step's global count (pairs for DPO, suffix tokens for NLL)",
@@ -38,6 +42,17 @@ FIGURES: dict[str, str] = {
     "reward_original": "mean reward of all originals in the windows admitted since the step before",
     "reward_rewrite": "the same of rewrites",
     "reward_rollout": "the same of rollouts",
+    "judge_probes_spoiled": "pairs of an original and its spoiled copy that the judge told apart or called equal",
+    "judge_probes_base": "pairs of an original and a rollout of weight version 0 of which it did",
+    "judge_probe_accuracy": "share of originals that the judge preferred to their spoiled copies; ties count half",
+    "judge_probe_human_over_base": "share of originals that it preferred to a rollout of weight version 0; ties half",
+    "judge_probe_unreadable": "share of these pairs that it could say nothing about",
+    "judge_probe_consistency": "share of those shown in both orders in which the same text won twice",
+    "judge_probe_accuracy_first": "judge_probe_accuracy over the first probes of the run (trainer/probe_watch.py)",
+    "judge_probe_accuracy_last": "the same over the last block of as many",
+    "judge_probe_human_over_base_first": "judge_probe_human_over_base over the first probes of the run",
+    "judge_probe_human_over_base_last": "the same over the last block of as many",
+    "judge_probes_fell": "1 while some block of probes is significantly below the run's first one, else 0",
     "policy_lag_mean": "optimizer steps between the weights of the oldest rollout of a pair's window and the update",
     "policy_lag_max": "the largest of these in the step",
     "pairs": "pairs in the step",
@@ -83,12 +98,14 @@ class Tally:
     """Sum and number by kind of candidate."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By role."""
+    probes: list[Probe] = field(default_factory=list)
 
     def add_window(self, window: ScoredWindow, selection: Selection) -> None:
         self.counts.update(windows=1, no_preference_chunks=selection.no_preference, missing_chunks=selection.missing)
         for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
+        self.probes += window.probes
         for role, seconds in window.seconds.items():
             self.add_seconds(role, seconds)
 
@@ -108,7 +125,8 @@ class Tally:
         drained = {name: float(self.counts[name]) for name in _COUNTS}
         drained |= {f"reward_{kind}": total / count for kind, (total, count) in self.rewards.items()}
         drained |= {f"seconds_{role}": seconds for role, seconds in self.seconds.items()}
-        for one in (self.counts, self.rewards, self.seconds):
+        drained |= probe_figures(self.probes)
+        for one in (self.counts, self.rewards, self.seconds, self.probes):
             one.clear()
         return drained
 
@@ -148,6 +166,12 @@ class Telemetry:
     run: Run
     sinks: list[Sink]
     tally: Tally = field(default_factory=Tally)
+    watch: ProbeWatch = field(default_factory=ProbeWatch)
+
+    def drain(self) -> dict[str, float]:
+        """What was counted since the last row, and what the judge's probes say by now."""
+        drained = self.tally.drain()
+        return drained | self.watch.note(drained)
 
     def write(self, step: int, weight_version: int, figures: Mapping[str, float]) -> None:
         """The database first: it is the record, the others are views. A step redone after a crash replaces its row."""
@@ -159,6 +183,9 @@ class Telemetry:
             metrics.training_figure.labels(name).set(value)
         for sink in self.sinks:
             sink.write(step, weight_version, figures)
+        for fall in self.watch.take_falls():
+            _log.warning("step %d: %s", step, fall)
+            self.run.record_event("trainer", "judge_probes_fell", f"step {step}: {fall}", step=step)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -171,7 +198,8 @@ def open_telemetry(settings: Settings, run: Run, *, resume_step: int) -> Telemet
         sinks.append(TensorBoardSink(settings.run.folder / "tensorboard", resume_step=resume_step))
     if settings.trainer.log_wandb:
         sinks.append(WandbSink(settings))
-    return Telemetry(run, sinks)
+    watch = ProbeWatch.resumed(run.figures() if settings.judge.probe_share else ())
+    return Telemetry(run, sinks, watch=watch)
 
 
 class TensorBoardSink:

@@ -132,7 +132,7 @@ class Lead:
         self.inbox.mark_applied(self.taken, step)
         pairs = [pair for window in self.taken for pair in window.pairs]
         speed = self.throughput.figures(work, pairs, computing_s=computing_s)
-        self.unwritten = {**figures, **speed, **window_figures(self.taken), **self.telemetry.tally.drain()}
+        self.unwritten = {**figures, **speed, **window_figures(self.taken), **self.telemetry.drain()}
         self._attempt(lambda: self._write(step))
 
     def _write(self, step: int) -> None:

@@ -17,16 +17,18 @@ from functools import partial
 from services.collector.clients import Services
 from services.collector.collect import DroppedWindow, collect
 from services.collector.gate import Gate, RunWatch
+from services.collector.probes import Prober
 from services.collector.sources.base import Document, Refusal
 from services.collector.sources.source import Source
 from services.collector.storage import Storage
 from services.collector.streak import Streak
-from services.collector.windows import Window, WindowMaker
+from services.collector.windows import Window, WindowMaker, WindowText
 from services.concurrency import first_error
 from shared import metrics
 from shared.errors import SourceError
 from shared.ledger import Position
 from shared.records import Lease, WindowKey
+from shared.runs import ShownText
 from shared.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class PartWorker:
     maker: WindowMaker
     services: Services
     storage: Storage
+    prober: Prober
     gate: Gate
     watch: RunWatch
     extent: str
@@ -170,9 +173,10 @@ class PartWorker:
             stage = self.settings.collector.stage_at(self.watch.step)
             outcome = await collect(window, text, stage=stage, services=self.services, settings=self.settings)
             if not isinstance(outcome, DroppedWindow):
+                outcome = outcome.model_copy(update={"probes": await self.prober.probe(window, text)})
                 await self.storage.write(outcome, lease)
                 self.gate.note_written()
-                await self.storage.finish(outcome, lease)
+                await self.storage.finish(outcome, lease, shown=shown_text(window, text))
                 await self._streak.end()
             elif outcome.is_in_vain:
                 self._streak.hold(window, lease, outcome)
@@ -201,6 +205,11 @@ class PartWorker:
     def close(self) -> None:
         for executor in (self._tokenizing, self._reading):
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+def shown_text(window: Window, text: WindowText) -> ShownText:
+    spans = {chunk.start: (span.start, span.end) for chunk, span in zip(window.chunks, text.spans, strict=True)}
+    return ShownText(text.text, spans)
 
 
 def _too_short(document: Document) -> Refusal:

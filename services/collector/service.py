@@ -24,6 +24,7 @@ from services.collector.clients import Services, build_services, http_client
 from services.collector.gate import Gate, RunWatch
 from services.collector.leases import LeaseKeeper
 from services.collector.parts import PartWorker
+from services.collector.probes import BASE_WINDOWS, Prober, probes_are_on
 from services.collector.sources.source import Source, open_source
 from services.collector.storage import Storage
 from services.collector.windows import PolicyTokenizer, WindowMaker
@@ -115,7 +116,8 @@ async def _collect_windows(settings: Settings, secrets: Secrets, state: _State) 
         step = await storage.in_database(storage.run.newest_step)
         watch = RunWatch(storage, gate, settings, extent, step)
         maker = WindowMaker(tokenizer, settings.chunks, settings.run.seed)
-        worker = PartWorker(settings, source, maker, services, storage, gate, watch, extent)
+        prober = Prober(settings, services.judge, storage, tokenizer)
+        worker = PartWorker(settings, source, maker, services, storage, prober, gate, watch, extent)
         stack.callback(worker.close)
         state.needed += [services, source]
         state.services = services
@@ -146,6 +148,7 @@ def _open_storage(settings: Settings, tokenizer: PolicyTokenizer) -> Storage:
         tokenizer,
         record_share=settings.collector.record_share,
         max_backoff_s=settings.collector.max_backoff_s,
+        base_windows_to_keep=BASE_WINDOWS if probes_are_on(settings) else 0,
     )
 
 

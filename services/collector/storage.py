@@ -17,7 +17,7 @@ from shared.errors import DatabaseError, FencedError, StreamError
 from shared.ledger import Position, WindowStart
 from shared.records import Lease, ScoredWindow, WindowKey
 from shared.retries import Retries
-from shared.runs import Run
+from shared.runs import Run, ShownText
 from shared.seeds import share_of
 from shared.stream import WindowStream, encode
 
@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+BASE_VERSION = 0
+"""The weight version that the run's policy began with."""
 _PREFIX_CHARACTERS = 500
 _PREFIX_TOKENS = 500  # enough for the characters: most tokens have several
 
@@ -46,6 +48,7 @@ class Storage:
         *,
         record_share: float,
         max_backoff_s: float,
+        base_windows_to_keep: int = 0,
     ) -> None:
         self.stream = stream
         self.coordination = coordination
@@ -53,6 +56,8 @@ class Storage:
         self.ledger = run.ledger
         self._tokenizer = tokenizer
         self._record_share = record_share
+        self.base_windows_to_keep = base_windows_to_keep
+        """With rollouts of the base policy, recorded whatever `record_share` says (probes.py)."""
         self._retries = Retries(max_wait_s=max_backoff_s, on_failure=lambda *_: None)
         self.trouble: dict[str, str] = {}
         """Per store why its last call failed; absent when it succeeded."""
@@ -110,7 +115,7 @@ class Storage:
         body = await asyncio.get_running_loop().run_in_executor(self._redis_threads, encode, window)
         await self.in_redis(self.stream.append, window.window_id, body, lease=lease)
 
-    async def finish(self, window: ScoredWindow, lease: Lease) -> None:
+    async def finish(self, window: ScoredWindow, lease: Lease, *, shown: ShownText) -> None:
         """Mark a window that is on the stream in the ledger, and record its candidates if it is drawn for that."""
 
         def note() -> None:
@@ -121,16 +126,23 @@ class Storage:
                 weight_version=window.oldest_weight_version,
                 lease=lease,
             )
-            self.record(window, lease)
+            self.record(window, lease, shown=shown)
 
         await self.in_database(note)
         metrics.windows_scored_total.inc()
 
-    def record(self, window: ScoredWindow, lease: Lease) -> None:
-        """Keep the candidates for people to read, for a share of all windows drawn by window id. Blocking."""
-        if share_of(window.key, "record") < self._record_share:
+    def record(self, window: ScoredWindow, lease: Lease, *, shown: ShownText | None = None) -> None:
+        """Keep the candidates, for a share of all windows drawn by window id, and the first ones with rollouts of the
+        base policy. Blocking."""
+        if share_of(window.key, "record") < self._record_share or self._keeps_for_probes(window):
             prefixes = [self._end_of_prefix(window.token_ids, chunk.start) for chunk in window.chunks]
-            self.run.record_chunks(window, prefixes, lease)
+            self.run.record_chunks(window, prefixes, lease, shown=shown)
+
+    def _keeps_for_probes(self, window: ScoredWindow) -> bool:
+        if window.oldest_weight_version != BASE_VERSION or self.base_windows_to_keep <= 0:
+            return False
+        self.base_windows_to_keep -= 1
+        return True
 
     def _end_of_prefix(self, token_ids: Sequence[int], start: int) -> str:
         return self._tokenizer.decode(token_ids[max(0, start - _PREFIX_TOKENS) : start])[-_PREFIX_CHARACTERS:]

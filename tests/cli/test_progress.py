@@ -55,6 +55,15 @@ def test_separate_sequences_on_a_cpu_have_a_speed_only() -> None:
     assert rows(Snapshot(step=1, steps=60, figures=figures)) == [("speed", "900 tokens/s")]
 
 
+def test_a_judge_that_fell_is_named_in_capitals() -> None:
+    figures = {"judge_probe_accuracy_first": 0.9, "judge_probe_accuracy_last": 0.6, "judge_probes_fell": 1.0}
+    fallen = "FALLEN: the policy may have learned to please its judge"
+    shown = dict(rows(Snapshot(step=1, steps=60, figures=figures)))
+    assert shown == {"judge probes": f"originals preferred 60% (at first 90%), {fallen}"}
+    steady = dict(rows(Snapshot(step=1, steps=60, figures=figures | {"judge_probes_fell": 0.0})))
+    assert steady == {"judge probes": "originals preferred 60% (at first 90%)"}
+
+
 def test_what_is_unknown_is_absent() -> None:
     assert rows(Snapshot(step=0, steps=60)) == []
 
