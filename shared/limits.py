@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shared.api import MAX_CHUNKS
+from shared.comparisons import PACKED_BYTES
 
 if TYPE_CHECKING:
     from shared.engine_settings import EngineSettings, ServiceSettings
@@ -28,6 +29,9 @@ _CHUNK_BYTES = 120
 _CANDIDATE_BYTES = 120
 _JUDGED_BYTES = 32
 _SCORE_BYTES = 9
+_CALLS_A_CANDIDATE = 9
+"""More than a tournament's budget where none is set."""
+_PAIR_KINDS = ("quality", "coherence", "pairwise")
 _REQUEST_BYTES = 1000
 _SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"
 
@@ -84,11 +88,31 @@ def entry_bytes(settings: "Settings") -> int:
     """Of the longest scored window, packed."""
     criteria = settings.judge.criteria.values() if settings.needs_judge else ()
     candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
-    reasoning = max(map(_reasoning_bytes, criteria), default=0)
-    around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + _most_candidates(settings) * candidate)
+    chunk = 2 * _CHUNK_BYTES + max(map(_reasoning_bytes, criteria), default=0)
+    if settings.needs_judge:
+        chunk += most_comparisons(settings) * PACKED_BYTES
+    around = most_chunks(settings) * (chunk + _most_candidates(settings) * candidate)
     num_tokens = _most_candidates(settings) * _most_suffix_tokens(settings)
     num_ids = settings.chunks.context_tokens + num_tokens
     return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + num_tokens * TEXT_BYTES + around
+
+
+def most_comparisons(settings: "Settings") -> int:
+    """Of one chunk, of all criteria that compare pairs."""
+    judge, num_candidates = settings.judge, _most_candidates(settings)
+    return sum(
+        _most_calls(criterion, num_candidates)
+        for name, criterion in judge.criteria.items()
+        if judge.kind(name) in _PAIR_KINDS
+    )
+
+
+def _most_calls(criterion: "CriterionSettings", num_candidates: int) -> int:
+    num_pairs = num_candidates - 1 if criterion.schedule == "pivot" else num_candidates * (num_candidates - 1) // 2
+    every = num_pairs * max(2, criterion.samples)  # graded ones are asked about in both orders
+    if criterion.schedule != "tournament":
+        return every
+    return criterion.budget or min(every, _CALLS_A_CANDIDATE * num_candidates)
 
 
 def _reasoning_bytes(criterion: "CriterionSettings") -> int:

@@ -36,7 +36,7 @@ _REMEDIES = {
     "newer_than_policy": "rollout replicas serve weights that this run has not published: give them its weights.store "
     "and redis.url, and restart them",
     "no_preference": "look at the judge's rewards, trainer.min_reward_gap, and the kinds in collector.schedule",
-    "barred": "no candidate of most chunks may be chosen: lower a threshold of judge.criteria, or add candidates that pass",
+    "barred": "most chunks have no candidate above the thresholds of judge.criteria: lower one, or add kinds that pass",
     "broken_entry": "bring collectors and trainer to the same version",
 }
 _log = logging.getLogger(__name__)

@@ -22,6 +22,8 @@ from services.prompts import Prompt
 from shared.errors import EngineError, SettingsError
 from shared.judge_settings import CriterionName, CriterionSettings, JudgeSettings
 
+_PYTHON = "judge.criteria.python.function"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -33,7 +35,7 @@ def load_parts(settings: JudgeSettings) -> Parts:
     """Raises SettingsError for a prompt or function that can't be used."""
     prompts = {name: load_prompt(name, criterion) for name, criterion in settings.criteria.items() if name in QUESTIONS}
     python = settings.criteria.get("python")
-    return Parts(prompts, load_function(python.function) if python else None)
+    return Parts(prompts, load_function(python.function, setting=_PYTHON) if python else None)
 
 
 def judge_engine(settings: JudgeSettings) -> Engine:
@@ -100,7 +102,7 @@ class _Builder:
             return Likelihood(self.engine, self.gate, self.reading, criterion.scale, max_characters)
         if name == "python":
             assert self.parts.function is not None
-            return PythonCriterion(self.parts.function, self.settings.engine.timeout_s)
+            return PythonCriterion(self.parts.function, self.settings.engine.timeout_s, setting=_PYTHON)
         opens_answer = self.chat and criterion.verdict == "labels"
         prompt = FramedPrompt(self.parts.prompts[name], self.engine, self.chat, opens_answer, max_characters)
         return QUESTIONS[name].kind(prompt, self._source(QUESTIONS[name], criterion))

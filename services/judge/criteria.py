@@ -49,7 +49,8 @@ class JudgedChunk:
 class Scores:
     """One score in [0, 1] per candidate. `reasoning` is one of the sampled answers, if any were sampled."""
 
-    values: list[float]
+    values: list[float | None]
+    """None: this candidate can't be scored."""
     reasoning: str = ""
 
 
@@ -132,7 +133,7 @@ class Pairwise:
         wins: dict[tuple[str, str], float] = {}
         for ((_, first), (_, second)), answer in zip(pairs, answers, strict=True):
             wins[first, second], wins[second, first] = answer.value, 1.0 - answer.value
-        return Scores(win_rates(chunk.texts, wins), _first_reasoning(answers))
+        return Scores([*win_rates(chunk.texts, wins)], _first_reasoning(answers))
 
     async def _compare(self, chunk: JudgedChunk, first: str, second: str, *, seed: int, count: CallCount) -> Answer:
         """How far `first` beats `second`."""

@@ -82,14 +82,19 @@ class Judge:
         )
 
 
-def combined_rewards(scores: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> list[float]:
-    """Per candidate the weighted mean over the criteria."""
+def combined_rewards(scores: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float | None]:
+    """Per candidate the weighted mean over the criteria; None if one of them could not score it."""
     total = math.fsum(weights[name] for name in scores)
     columns = zip(*scores.values(), strict=True)
     shares = [weights[name] / total for name in scores]
-    return [
-        min(1.0, math.fsum(share * score for share, score in zip(shares, column, strict=True))) for column in columns
-    ]
+    return [_weighted_mean(column, shares) for column in columns]
+
+
+def _weighted_mean(scores: Sequence[float | None], shares: Sequence[float]) -> float | None:
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        return None
+    return min(1.0, math.fsum(share * score for share, score in zip(shares, known, strict=True)))
 
 
 def _totals(counts: Mapping[str, CallCount]) -> dict[str, int]:

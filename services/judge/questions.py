@@ -29,6 +29,9 @@ class Question:
 
 QUESTIONS: Mapping[CriterionName, Question] = {
     "quality": Question(Pairwise, frozenset({"a", "b"}), {"A": 1.0, "B": 0.0, "tie": 0.5}, labels=(" A", " B")),
+    "coherence": Question(  # which repeats itself less
+        Pairwise, frozenset({"a", "b"}), {"A": 1.0, "B": 0.0, "tie": 0.5}, labels=(" A", " B", " tie")
+    ),
     "safety": Question(Pointwise, frozenset({"candidate"}), {"safe": 1.0, "unsafe": 0.0}, labels=(" safe", " unsafe")),
     "factuality": Question(  # grades of hallucination
         Pointwise,
@@ -42,4 +45,4 @@ QUESTIONS: Mapping[CriterionName, Question] = {
 def load_prompt(name: CriterionName, criterion: CriterionSettings) -> Prompt:
     """The settings' prompt file, or the shipped one for this kind of verdict. Raises SettingsError."""
     shipped = PROMPTS / (f"{name}_labels.txt" if criterion.verdict == "labels" else f"{name}.txt")
-    return Prompt.load(criterion.prompt or shipped, required=QUESTIONS[name].placeholders, allowed={"prefix"})
+    return Prompt.load(criterion.prompt or shipped, required=QUESTIONS[name].placeholders, allowed={"prefix", "nonce"})

@@ -10,7 +10,7 @@ from shared import limits
 from shared.api import JudgedText, JudgementItem, JudgementRequest, RolloutRequest
 from shared.configuration import load_settings
 from shared.errors import SettingsError
-from shared.records import Candidate, Judgement, ScoredChunk, ScoredWindow, WindowKey
+from shared.records import Candidate, Comparison, Judgement, ScoredChunk, ScoredWindow, WindowKey
 from shared.settings import Settings
 from shared.stream import encode
 
@@ -117,10 +117,32 @@ def test_the_bounds_hold_for_a_window_of_long_words(criteria: dict[str, Any]) ->
     assert len(rollouts.model_dump_json()) <= limits.request_bytes(chosen)["rollout"]
 
 
+@pytest.mark.parametrize(
+    ("criterion", "most"),
+    [
+        ({"schedule": "tournament"}, 9 * 18),
+        ({"schedule": "tournament", "budget": 400}, 400),
+        ({"schedule": "all_pairs"}, 153 * 5),
+        ({"schedule": "pivot", "samples": 1}, 17 * 2),
+    ],
+)
+def test_an_entry_has_room_for_the_comparisons_of_every_pairwise_criterion(
+    criterion: dict[str, Any], most: int
+) -> None:
+    pairwise = {"quality": criterion, "mine": criterion | {"kind": "pairwise"}, "safety": {}}
+    assert limits.most_comparisons(settings(judge={"criteria": pairwise})) == 2 * most
+
+
 def test_the_bound_of_an_entry_holds_for_a_window_of_long_words() -> None:
     chosen = settings(context=2048, suffix=8)
+    comparison = Comparison(criterion="quality", first=16, second=17, value=0.123456789)
     judgement = Judgement(
-        rewards=(0.5,) * 18, scores={"quality": (0.5,) * 18}, reasoning="ten chars!" * 512, num_calls=1, fingerprint="f"
+        rewards=(0.5,) * 18,
+        scores={"quality": (0.5,) * 18},
+        comparisons=(comparison,) * 153,
+        reasoning="ten chars!" * 512,
+        num_calls=1,
+        fingerprint="f",
     )
     document = ScoredWindow(
         run_id="r",

@@ -217,7 +217,7 @@ def test_dpo_agrees_with_trying_every_pair() -> None:
 
 
 def test_figures_count_what_could_not_be_scored_or_chosen() -> None:
-    """Of five judged candidates two are barred and one is unscored; the chunk without a judgement counts for nothing."""
+    """Of five judged candidates two are barred and one is unscored; a chunk without a judgement has none."""
     judged = [chunk(2, POOL[:3], (0.5, None, 0.2), barred=(2,)), chunk(4, POOL[:2], (0.5, 0.2), barred=(0,))]
     tally = Tally()
     tally.add_window(window(0, [*judged, chunk(6, POOL)]), Selection((), no_preference=0, missing=1, barred=3))
