@@ -65,6 +65,9 @@ refused_weights_total = _counter(["rollout"], "refused_weights_total", "Weight v
 rewrites_total = _counter(["rewriter"], "rewrites_total", "Rewrites by outcome", "outcome")
 judge_calls_total = _counter(["judge"], "judge_calls_total", "Engine calls for verdicts", "criterion")
 judge_failures_total = _counter(["judge"], "judge_failures_total", "Verdicts that could not be read", "criterion")
+judge_cut_candidates_total = _counter(
+    ["judge"], "judge_cut_candidates_total", "Candidates longer than a classifier's longest input", "criterion"
+)
 judge_info = _gauge(["judge"], "judge_info", "1 for the judge in service: a hash of all settings", "fingerprint")
 
 # Collector

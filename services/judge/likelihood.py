@@ -80,7 +80,7 @@ class Likelihood:
 
 
 def scores_within_group(values: Sequence[float | None], *, scale: float) -> list[float | None]:
-    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, more for better ones. None stays None and is not in
+    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, more for better ones. None stays None, outside
     the mean; at least one value is a number."""
     mean = fmean(value for value in values if value is not None)
     return [None if value is None else _sigmoid((value - mean) / scale) for value in values]
