@@ -51,3 +51,11 @@ def _none_if_nan(value: float) -> float | None:
 def rows(comparisons: Sequence[Comparison]) -> list[list[Any]]:
     """For JSON: criterion, first, second and value of each."""
     return [[one.criterion, one.first, one.second, one.value] for one in comparisons]
+
+
+def of_rows(found: Sequence[Sequence[Any]]) -> tuple[Comparison, ...]:
+    """What `rows` made them of: the judge's past verdicts, for replays."""
+    return tuple(
+        Comparison(criterion=criterion, first=first, second=second, value=value)
+        for criterion, first, second, value in found
+    )

@@ -3,7 +3,7 @@
 import msgpack
 import pytest
 
-from shared.comparisons import PACKED_BYTES, pack, rows, unpack
+from shared.comparisons import PACKED_BYTES, of_rows, pack, rows, unpack
 from shared.errors import StreamError
 from shared.records import Comparison
 from shared.stream import decode, encode
@@ -66,3 +66,4 @@ def test_an_entry_without_packed_comparisons_is_no_window() -> None:
 
 def test_rows_are_lists_for_json() -> None:
     assert rows(COMPARISONS[:2]) == [["quality", 0, 1, 0.1], ["coherence", 1, 0, None]]
+    assert of_rows(rows(COMPARISONS)) == COMPARISONS

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
 from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +25,7 @@ from transformers import (
 from services.judge.classifier import Classifier
 from services.judge.criteria import CriterionError, JudgedChunk
 from services.judge.verdicts import CallCount
+from shared import metrics
 from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, OverloadedError, SettingsError
 from shared.judge_settings import CriterionSettings
@@ -146,7 +146,7 @@ def test_the_candidate_alone_is_seen_where_the_prefix_is_not(tmp_path: Path) -> 
 
 
 def cut() -> float:
-    return REGISTRY.get_sample_value("headwater_judge_cut_candidates_total", {"criterion": "style"}) or 0.0
+    return metrics.REGISTRY.get_sample_value("headwater_judge_cut_candidates_total", {"criterion": "style"}) or 0.0
 
 
 def test_the_prefix_gives_way_to_the_candidate_and_a_cut_candidate_is_counted(tmp_path: Path) -> None:
