@@ -210,6 +210,9 @@ def _figure_rows(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
         yield "rollout chosen", f"{figures['chosen_rollout_rate']:.0%}"
     if probes := list(_probes(figures)):
         yield "judge probes", ", ".join(probes)
+    if figures.get("barred_rate") or figures.get("unscored_candidates"):
+        barred, unscored = figures.get("barred_rate", 0.0), figures.get("unscored_candidates", 0)
+        yield "candidates", f"{barred:.0%} barred, {unscored:.0f} unscored"
     if "policy_lag_max" in figures:
         yield "policy lag", f"mean {figures['policy_lag_mean']:.1f}, max {figures['policy_lag_max']:.0f}"
     if "tokens_per_second" in figures:

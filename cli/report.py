@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from cli.audit import audit_run
 from cli.progress import duration
+from cli.report_chunks import comparison_lines
 from cli.run_folder import RunFolder, RunName, find_run
 from shared.checkpoint_state import newest_checkpoint
 from shared.database import EventRow, StepRow, transaction
@@ -114,6 +115,7 @@ def write_report(database: sa.Engine, settings: Settings, folder: RunFolder) -> 
     lines += ["## Figures", "", *_figure_table(steps), "", "## Plots", "", _ABOUT_PLOTS, ""]
     lines += [*(f"![{plot.title}]({plot.file})\n" for plot in plots)]
     lines += ["## Audit", "", *_audit_lines(database, settings, folder), ""]
+    lines += ["## Comparisons of the newest recorded chunks", "", *comparison_lines(database, settings.run.name), ""]
     lines += ["## Events", "", *_event_lines(database, settings.run.name)]
     path = folder.report / "report.md"
     path.write_text(without_secrets("\n".join(lines)) + "\n", encoding="utf-8")

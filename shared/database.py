@@ -115,6 +115,9 @@ class ChunkRow(Base):
     num_calls: Mapped[int] = mapped_column(default=0)
     num_failures: Mapped[int] = mapped_column(default=0)
     dropped_reason: Mapped[str] = mapped_column(default="")
+    comparisons: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """`[criterion, first, second, value]` each, by places among the candidates (see `Comparison`). None where no pairs
+    were compared, and in rows of earlier versions."""
     scored_at: Mapped[float]
     text_start: Mapped[int | None]
     """Of the suffix in the window's text (WindowTextRow), in characters; None in rows of older versions."""
@@ -142,6 +145,9 @@ class CandidateRow(Base):
     num_tokens: Mapped[int]
     weight_version: Mapped[int | None]
     reward: Mapped[float | None]
+    """None: no judge was asked, or it could not score this candidate."""
+    barred: Mapped[bool] = mapped_column(default=False)
+    """Below some criterion's threshold: never chosen."""
     scores: Mapped[dict[str, Any]]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shared.api import MAX_CHUNKS
+from shared.comparisons import PACKED_BYTES
 
 if TYPE_CHECKING:
     from shared.engine_settings import EngineSettings, ServiceSettings
@@ -28,12 +29,10 @@ _CHUNK_BYTES = 120
 _CANDIDATE_BYTES = 120
 _JUDGED_BYTES = 32
 _SCORE_BYTES = 9
-_COMPARISON_BYTES = 46
-"""Beside the criterion's name."""
-_TOURNAMENT_CALLS = 9
-"""A candidate, at most, where a tournament has no budget of its own (services/judge/schedules.py)."""
-_WITHOUT_TEXT = frozenset({"likelihood", "classifier", "python"})
-_WITHOUT_PAIRS = _WITHOUT_TEXT | {"safety", "factuality", "pointwise"}
+_CALLS_A_CANDIDATE = 9
+"""More than a tournament's budget where none is set."""
+_PAIR_KINDS = ("quality", "coherence", "pairwise")
+_WITHOUT_TEXT = ("likelihood", "classifier", "python")
 """Kinds of criteria."""
 _REQUEST_BYTES = 1000
 _SMALLER = "lower chunks.context_tokens or the schedule's num_rollouts, or set chunks.chunks_per_window"
@@ -93,29 +92,34 @@ def entry_bytes(settings: "Settings") -> int:
     criteria = settings.judge.criteria if settings.needs_judge else {}
     candidate = _CANDIDATE_BYTES + (1 + len(criteria)) * _SCORE_BYTES
     reasoning = max((_reasoning_bytes(settings.judge.kind(name), criteria[name]) for name in criteria), default=0)
-    compared = sum(_comparison_bytes(name, settings, num_candidates) for name in criteria)
+    compared = most_comparisons(settings) * PACKED_BYTES if settings.needs_judge else 0
     around = most_chunks(settings) * (2 * _CHUNK_BYTES + reasoning + compared + num_candidates * candidate)
     num_tokens = num_candidates * _most_suffix_tokens(settings)
     num_ids = settings.chunks.context_tokens + num_tokens
     return _REQUEST_BYTES + num_ids * _ID_PACKED_BYTES + num_tokens * TEXT_BYTES + around
 
 
+def most_comparisons(settings: "Settings") -> int:
+    """Of one chunk, of all criteria that compare pairs."""
+    judge, num_candidates = settings.judge, _most_candidates(settings)
+    return sum(
+        _most_calls(criterion, num_candidates)
+        for name, criterion in judge.criteria.items()
+        if judge.kind(name) in _PAIR_KINDS
+    )
+
+
+def _most_calls(criterion: "CriterionSettings", num_candidates: int) -> int:
+    num_pairs = num_candidates - 1 if criterion.schedule == "pivot" else num_candidates * (num_candidates - 1) // 2
+    every = num_pairs * max(2, criterion.samples)  # graded ones are asked about in both orders
+    if criterion.schedule != "tournament":
+        return every
+    return criterion.budget or min(every, _CALLS_A_CANDIDATE * num_candidates)
+
+
 def _reasoning_bytes(kind: str, criterion: "CriterionSettings") -> int:
     is_silent = kind in _WITHOUT_TEXT or criterion.verdict == "labels"
     return 0 if is_silent else criterion.max_answer_tokens * TEXT_BYTES
-
-
-def _comparison_bytes(name: str, settings: "Settings", num_candidates: int) -> int:
-    """Of one chunk, for one criterion: every verdict on a pair is kept with it."""
-    if settings.judge.kind(name) in _WITHOUT_PAIRS:
-        return 0
-    criterion = settings.judge.criteria[name]
-    num_calls = {
-        "tournament": criterion.budget or _TOURNAMENT_CALLS * num_candidates,
-        "all_pairs": num_candidates * (num_candidates - 1) // 2 * max(2, criterion.samples),
-        "pivot": (num_candidates - 1) * max(2, criterion.samples),
-    }
-    return num_calls[criterion.schedule] * (_COMPARISON_BYTES + len(name))
 
 
 def _most_candidates(settings: "Settings") -> int:

@@ -82,6 +82,9 @@ judge_comparisons_total = _counter(
 judge_expected_share = _gauge(
     ["judge"], "judge_expected_share", "Of the best possible spread between chosen and rejected", "criterion"
 )
+judge_cut_candidates_total = _counter(
+    ["judge"], "judge_cut_candidates_total", "Candidates longer than a classifier's longest input", "criterion"
+)
 judge_info = _gauge(["judge"], "judge_info", "1 for the judge in service: a hash of all settings", "fingerprint")
 
 # Collector

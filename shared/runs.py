@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from shared.checkpoint_state import StepFigures
+from shared.comparisons import rows
 from shared.configuration import without_passwords
 from shared.database import (
     CandidateRow,
@@ -229,7 +230,8 @@ def _judged(chunk: ScoredChunk) -> dict[str, Any]:
     if chunk.judgement is None:
         return {}
     figures = chunk.judgement.model_dump(include={"fingerprint", "num_calls", "num_failures"})
-    return figures | {"reasoning": storable(chunk.judgement.reasoning)}
+    compared = rows(chunk.judgement.comparisons) or None
+    return figures | {"reasoning": storable(chunk.judgement.reasoning), "comparisons": compared}
 
 
 def _shown(start: int, window: ScoredWindow, shown: "ShownText | None") -> dict[str, Any]:
@@ -251,6 +253,7 @@ def _candidate_rows(chunk: ScoredChunk, chunk_id: int) -> list[CandidateRow]:
             num_tokens=len(candidate.token_ids),
             weight_version=candidate.weight_version,
             reward=judgement.rewards[index] if judgement else None,
+            barred=judgement is not None and index in judgement.barred,
             scores={name: scores[index] for name, scores in judgement.scores.items()} if judgement else {},
         )
         for index, candidate in enumerate(chunk.candidates)

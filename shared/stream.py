@@ -9,7 +9,8 @@
         stream.acknowledge({entry.entry_id: entry.window_id})
 
 Delivery is at least once: after a crash `read_pending` returns what was delivered but not acknowledged. Nothing is
-trimmed. An entry has a window id, the number of its schema, and the record as zstd-compressed msgpack.
+trimmed. An entry has a window id, the number of its schema, and the record as zstd-compressed msgpack in which
+comparisons are packed (shared/comparisons.py).
 
 A hash holds the ids of the windows on the stream. One script writes an entry unless its id is there, so a write may be
 repeated; another acknowledges an entry and deletes its id. Redis 6.2 is enough.
@@ -23,15 +24,15 @@ from typing import Any
 import msgpack
 import redis
 import zstandard
-from pydantic import ValidationError
 
+from shared.comparisons import pack, unpack
 from shared.errors import FencedError, SettingsError, StreamError, StreamSchemaError
 from shared.limits import MAX_ENTRY_BYTES
 from shared.records import Lease, ScoredWindow
 from shared.redis import fences_key, translated, window_ids_key, windows_key
 
 GROUP = "trainer"
-SCHEMA = 2
+SCHEMA = 3
 """Of the record in an entry. Raise it when a `ScoredWindow` changes so that another version can't read it."""
 
 # KEYS stream, ids, fences; ARGV part, lease epoch ('' without a lease), window id, schema, body
@@ -94,6 +95,7 @@ end
 return found
 """
 _ACKNOWLEDGED_AT_ONCE = 1000
+_COMPARISONS = {"chunks": {"__all__": {"judgement": {"comparisons"}}}}
 _POLL_S = 0.05
 """Between two looks for new entries: a script, which checks the lease and reads at one moment, can't wait."""
 
@@ -127,7 +129,7 @@ class Backlog:
 
 def encode(window: ScoredWindow) -> bytes:
     """zstd(msgpack) of the record. SettingsError if it is larger than readers accept."""
-    packed = msgpack.packb(window.model_dump(mode="python"), use_bin_type=True)
+    packed = msgpack.packb(_fields(window), use_bin_type=True)
     if len(packed) > MAX_ENTRY_BYTES:
         raise SettingsError(
             f"window {window.window_id} has {len(packed):,} bytes, an entry of the stream takes "
@@ -140,9 +142,20 @@ def decode(body: bytes) -> ScoredWindow:
     """Raises StreamError if the bytes are not a record."""
     try:
         packed = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_ENTRY_BYTES)
-        return ScoredWindow.model_validate(msgpack.unpackb(packed))
-    except (zstandard.ZstdError, ValueError, msgpack.UnpackException, ValidationError) as exc:
+        fields = msgpack.unpackb(packed)
+        for judgement in filter(None, (chunk.get("judgement") for chunk in fields.get("chunks", ()))):
+            judgement["comparisons"] = unpack(judgement["comparisons"])
+        return ScoredWindow.model_validate(fields)
+    except (zstandard.ZstdError, ValueError, LookupError, AttributeError, TypeError, msgpack.UnpackException) as exc:
         raise StreamError(f"an entry on the stream is not a scored window: {exc}") from exc
+
+
+def _fields(window: ScoredWindow) -> dict[str, Any]:
+    fields = window.model_dump(mode="python", exclude=_COMPARISONS)
+    for chunk, its_fields in zip(window.chunks, fields["chunks"], strict=True):
+        if chunk.judgement:
+            its_fields["judgement"]["comparisons"] = pack(chunk.judgement.comparisons)
+    return fields
 
 
 class WindowStream:

@@ -132,7 +132,7 @@ def test_no_source_file_is_too_long_and_few_are_short() -> None:
         path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8").count("\n")
         for package in ALLOWED
         for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
+        if path.name != "__init__.py" and path.parent.name != "versions"  # a migration is as long as its change
     }
     assert not [name for name, number in lines.items() if number > MAX_LINES and name != "shared/settings.py"]
     short = [name for name, number in lines.items() if number < SHORT_LINES]

@@ -61,7 +61,11 @@ FIGURES: dict[str, str] = {
     "windows": "windows admitted since the step before",
     "no_preference_chunks": "chunks without a preference in the windows read since the step before",
     "missing_chunks": "chunks that lacked a needed candidate or judgement",
+    "barred_chunks": "chunks without a candidate that may be chosen: all are below a threshold of the judge's",
+    "barred_rate": "share of judged candidates below a threshold, which are never chosen; absent where none was judged",
+    "unscored_candidates": "candidates that some criterion could not score, which are neither chosen nor rejected",
     "no_preference_windows": "windows dropped because no chunk gave a pair",
+    "barred_windows": "windows dropped because most chunks without a pair were barred",
     "stale_windows": "windows dropped for their policy lag",
     "duplicate_windows": "deliveries of a window that was held or finished already",
     "broken_windows": "entries on the stream that could not be decoded",
@@ -85,7 +89,8 @@ FIGURES: dict[str, str] = {
     "seconds_rewrite": "the same for rewrites",
     "seconds_judge": "the same for judgements",
 }
-_COUNTS: tuple[str, ...] = ("windows", "no_preference_chunks", "missing_chunks", "no_preference_windows")
+_COUNTS: tuple[str, ...] = ("windows", "no_preference_chunks", "missing_chunks", "barred_chunks")
+_COUNTS += ("unscored_candidates", "no_preference_windows", "barred_windows")
 _COUNTS += ("stale_windows", "duplicate_windows", "broken_windows", "skipped_steps")
 
 
@@ -102,6 +107,10 @@ class Tally:
 
     def add_window(self, window: ScoredWindow, selection: Selection) -> None:
         self.counts.update(windows=1, no_preference_chunks=selection.no_preference, missing_chunks=selection.missing)
+        self.counts.update(barred_chunks=selection.barred)
+        for judgement in (chunk.judgement for chunk in window.chunks if chunk.judgement):
+            self.counts.update(judged=len(judgement.rewards), barred=len(judgement.barred))
+            self.counts.update(unscored_candidates=judgement.rewards.count(None))
         for kind, (total, count) in rewards_by_kind(window).items():
             before, number = self.rewards.get(kind, (0.0, 0))
             self.rewards[kind] = (before + total, number + count)
@@ -123,6 +132,8 @@ class Tally:
     def drain(self) -> dict[str, float]:
         """All of it as figures; the tally is empty afterwards."""
         drained = {name: float(self.counts[name]) for name in _COUNTS}
+        if judged := self.counts["judged"]:
+            drained["barred_rate"] = self.counts["barred"] / judged
         drained |= {f"reward_{kind}": total / count for kind, (total, count) in self.rewards.items()}
         drained |= {f"seconds_{role}": seconds for role, seconds in self.seconds.items()}
         drained |= probe_figures(self.probes)

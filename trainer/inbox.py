@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from shared import metrics
 from shared.checkpoint_state import FinishedWindow
@@ -26,6 +27,7 @@ from shared.stream import BrokenEntry, StreamEntry
 from trainer.connections import Connections
 from trainer.figures import Tally
 from trainer.layouts.base import WindowPairs
+from trainer.preferences import Selection
 from trainer.publisher import PublishedSteps
 from trainer.reader import Arrival, Duplicate, Ended, Prepared, Reader
 
@@ -34,6 +36,7 @@ _REMEDIES = {
     "newer_than_policy": "rollout replicas serve weights that this run has not published: give them its weights.store "
     "and redis.url, and restart them",
     "no_preference": "look at the judge's rewards, trainer.min_reward_gap, and the kinds in collector.schedule",
+    "barred": "most chunks have no candidate above the thresholds of judge.criteria: lower one, or add kinds that pass",
     "broken_entry": "bring collectors and trainer to the same version",
 }
 _log = logging.getLogger(__name__)
@@ -135,8 +138,9 @@ class Inbox:
                 return self._refuse(arrival.entry, "stale", f"its oldest rollout is {lag} steps behind update {step}")
         self._tally.add_window(window, arrival.selection)
         if not pairs:
-            self._tally.counts["no_preference_windows"] += 1
-            return self._refuse(arrival.entry, "no_preference", _without_pairs(arrival))
+            reason = _reason_without_pairs(arrival.selection)
+            self._tally.counts[f"{reason}_windows"] += 1
+            return self._refuse(arrival.entry, reason, _without_pairs(arrival))
         self._taken.append(TakenWindow(window.window_id, arrival.entry.entry_id, pairs, lag))
         self._dropped.clear()
         self._waiting_since = time.monotonic()
@@ -204,11 +208,15 @@ def commit_finished(finished: Mapping[str, FinishedWindow], connections: Connect
     connections.stream.acknowledge({window.entry_id: window_id for window_id, window in finished.items()})
 
 
+def _reason_without_pairs(selection: Selection) -> Literal["no_preference", "barred"]:
+    return "barred" if selection.barred > selection.no_preference + selection.missing else "no_preference"
+
+
 def _without_pairs(arrival: Prepared) -> str:
     window, selection = arrival.entry.window, arrival.selection
     return (
         f"{selection.no_preference} chunks without a preference, {selection.missing} without the needed candidates, "
-        f"of {len(window.chunks) + len(window.dropped_chunks)}"
+        f"{selection.barred} without one that may be chosen, of {len(window.chunks) + len(window.dropped_chunks)}"
     )
 
 

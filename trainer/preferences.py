@@ -3,7 +3,8 @@
     selection = select_pairs(window, "dpo", min_reward_gap=0.0, seed=0)
     selection.pairs[0].chosen, selection.pairs[0].rejected
 
-Equal candidates are one candidate with several kinds (shared/records.py). There are two kinds of draw:
+Equal candidates are one candidate with several kinds (shared/records.py). One without a reward is neither chosen nor
+rejected. A barred one is never chosen; it is rejected where its reward is the lowest. There are two kinds of draw:
 - Ties among the highest (or lowest) are broken evenly over the candidates, however often each was made. Taking the
   first would make the share of chosen rollouts depend on the collector's order.
 - A rollout is drawn evenly over the samples: one that was sampled twice is twice as likely, as under the policy.
@@ -18,7 +19,7 @@ from typing import Literal
 from shared.objectives import OBJECTIVES
 from shared.records import CANDIDATE_KINDS, NO_PREFERENCE, Candidate, CandidateKind, ScoredChunk, ScoredWindow, TokenIds
 
-_NoPair = Literal["no_preference", "missing"]
+_NoPair = Literal["no_preference", "missing", "barred"]
 _Pair = tuple[Candidate, Candidate | None]
 _Choose = Callable[[ScoredChunk, Random, float], _Pair | _NoPair]
 
@@ -51,6 +52,8 @@ class Selection:
     """Chunks whose rewards are too close, whose candidates are all equal, or whose rollouts all equal the rewrite."""
     missing: int
     """Chunks without the candidates or the judgement that the objective needs."""
+    barred: int = 0
+    """Chunks without a candidate that may be chosen: all that were judged are barred."""
 
 
 def select_pairs(window: ScoredWindow, objective: str, *, min_reward_gap: float, seed: int) -> Selection:
@@ -65,7 +68,12 @@ def select_pairs(window: ScoredWindow, objective: str, *, min_reward_gap: float,
         else:
             pairs.append(Preference(window.window_id, window.token_ids, chunk.start, *pair))
     all_equal = sum(lost.reason == NO_PREFERENCE for lost in window.dropped_chunks)
-    return Selection(tuple(pairs), all_equal + without.count("no_preference"), without.count("missing"))
+    return Selection(
+        tuple(pairs),
+        no_preference=all_equal + without.count("no_preference"),
+        missing=without.count("missing"),
+        barred=without.count("barred"),
+    )
 
 
 def rewards_by_kind(window: ScoredWindow) -> dict[CandidateKind, tuple[float, int]]:
@@ -101,19 +109,26 @@ def highest_over_lowest(chunk: ScoredChunk, random: Random, min_reward_gap: floa
     pool = _judged(chunk)
     if len(pool) < 2:
         return "missing"
-    highest, lowest = max(reward for _, reward in pool), min(reward for _, reward in pool)
+    allowed = _allowed(chunk, pool)
+    if not allowed:
+        return "barred"
+    highest, lowest = max(reward for _, reward in allowed), min(reward for _, reward in pool)
     if highest - lowest <= min_reward_gap:
         return "no_preference"
-    return _draw(pool, highest, random), _draw(pool, lowest, random)
+    return _draw(allowed, highest, random), _draw(pool, lowest, random)
 
 
 @_choice
 def highest(chunk: ScoredChunk, random: Random, _min_reward_gap: float) -> _Pair | _NoPair:
-    """Whatever the gap: where all tie, any is as good as the judge can tell. A lone candidate needs no judge."""
+    """Whatever the gap: where all tie, any is as good as the judge can tell. A lone candidate needs no judge, but one
+    that was judged and is barred stays barred."""
     if len(chunk.candidates) == 1 and chunk.candidates[0].token_ids:
-        return chunk.candidates[0], None
+        return "barred" if chunk.judgement and chunk.judgement.barred else (chunk.candidates[0], None)
     pool = _judged(chunk)
-    return (_draw(pool, max(reward for _, reward in pool), random), None) if pool else "missing"
+    if not pool:
+        return "missing"
+    allowed = _allowed(chunk, pool)
+    return (_draw(allowed, max(reward for _, reward in allowed), random), None) if allowed else "barred"
 
 
 @_choice
@@ -124,6 +139,13 @@ def rewrite_over_rollout(chunk: ScoredChunk, random: Random, _min_reward_gap: fl
         return "missing"
     others = [rollout for rollout in samples if "rewrite" not in rollout.kinds]
     return (rewrites[0], random.choice(others)) if others else "no_preference"
+
+
+def _allowed(chunk: ScoredChunk, pool: Sequence[tuple[Candidate, float]]) -> list[tuple[Candidate, float]]:
+    """Those of the pool that may be chosen."""
+    places = chunk.judgement.barred if chunk.judgement else ()
+    barred = {chunk.candidates[place].token_ids for place in places}  # no two have the same
+    return [(candidate, reward) for candidate, reward in pool if candidate.token_ids not in barred]
 
 
 def _draw(pool: Sequence[tuple[Candidate, float]], reward: float, random: Random) -> Candidate:

@@ -45,7 +45,7 @@ def load_parts(settings: JudgeSettings) -> Parts:
         if question := question_of(name, kind, criterion):
             questions[name], prompts[name] = question, load_prompt(kind, criterion, question)
         if kind == "python":
-            functions[name] = load_function(criterion.function)
+            functions[name] = load_function(criterion.function, setting=f"judge.criteria.{name}.function")
     return Parts(questions, prompts, functions)
 
 
@@ -102,7 +102,8 @@ class _Builder:
     def criterion(self, name: str) -> Criterion:
         kind, settings = self.settings.kind(name), self.settings.criteria[name]
         if kind == "python":
-            return PythonCriterion(self.parts.functions[name], self.settings.engine.timeout_s)
+            place = f"judge.criteria.{name}.function"
+            return PythonCriterion(self.parts.functions[name], self.settings.engine.timeout_s, setting=place)
         if kind == "classifier":
             return self.classifiers[name]
         check_engine(self.settings, name, self.engines[name])

@@ -1,4 +1,7 @@
-"""The likelihood criterion: how probable a candidate is, per token, under the judge's own model."""
+"""The likelihood criterion: how probable a candidate is, per token, under the judge's own model.
+
+A candidate whose log-probs are no numbers, or that has no token to score, is unscored; the others keep their scores.
+"""
 
 import math
 from collections.abc import Sequence
@@ -50,19 +53,25 @@ class Likelihood:
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         prompt, continuations = self._texts(chunk)
-        log_probs = await self.asker.call(lambda: self.asker.engine.score(prompt, continuations), turn=chunk.turn)
+        scored = [place for place, continuation in enumerate(continuations) if continuation]
+        if not scored:
+            raise CriterionError("empty_candidate", "likelihood: no candidate of the chunk has a token to score")
+        asked = [continuations[place] for place in scored]
+        log_probs = await self.asker.call(lambda: self.asker.engine.score(prompt, asked), turn=chunk.turn)
         count.add_calls(1)
-        means = [fmean(row) for row in log_probs]
-        if not all(math.isfinite(mean) for mean in means):
-            raise CriterionError("not_finite", f"likelihood: log-probs per token must be finite, got {means}")
+        means: list[float | None] = [None] * len(continuations)
+        for place, row in zip(scored, log_probs, strict=True):
+            means[place] = mean if math.isfinite(mean := fmean(row)) else None
+        if not any(mean is not None for mean in means):
+            raise CriterionError(
+                "not_finite", f"likelihood: no log-prob of the chunk is finite, got {log_probs!r:.200}"
+            )
         return Scores(scores_within_group(means, scale=self.scale))
 
     def _texts(self, chunk: JudgedChunk) -> tuple[Prompt, list[Prompt]]:
-        """The prefix, and each candidate."""
+        """The prefix, and each candidate; empty where its text is. Token ids have an end token at least."""
         if self.reading.shares_policy_tokens:
             return list(chunk.prefix_token_ids), [candidate.token_ids for candidate in chunk.item.candidates]
-        if not all(chunk.texts):
-            raise CriterionError("empty_candidate", "likelihood: an empty candidate has no tokens to score")
         prefix = chunk.end_of_prefix(self.max_prefix_characters)
         if self.reading.beginning is not None:
             return [self.reading.beginning, *self.asker.engine.encode(prefix)], list(chunk.texts)
@@ -71,10 +80,11 @@ class Likelihood:
         return prefix, list(chunk.texts)
 
 
-def scores_within_group(values: Sequence[float], *, scale: float) -> list[float]:
-    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, more for better ones."""
-    mean = fmean(values)
-    return [_sigmoid((value - mean) / scale) for value in values]
+def scores_within_group(values: Sequence[float | None], *, scale: float) -> list[float | None]:
+    """sigmoid((value - mean of the group) / scale): 0.5 for the mean, more for better ones. None stays None, outside
+    the mean; at least one value is a number."""
+    mean = fmean(value for value in values if value is not None)
+    return [None if value is None else _sigmoid((value - mean) / scale) for value in values]
 
 
 def _sigmoid(x: float) -> float:

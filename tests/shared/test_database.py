@@ -58,8 +58,8 @@ def rows_of_models(database: sa.Engine) -> dict[str, tuple[object, ...]]:
     columns = (
         (RunRow.id, RunRow.form),
         (WindowRow.position, WindowRow.source_id, WindowRow.weight_version, WindowRow.num_windows),
-        (ChunkRow.id, ChunkRow.window_id),
-        (CandidateRow.chunk_id, CandidateRow.kinds, CandidateRow.weight_version),
+        (ChunkRow.id, ChunkRow.window_id, ChunkRow.comparisons),
+        (CandidateRow.chunk_id, CandidateRow.kinds, CandidateRow.weight_version, CandidateRow.barred),
         (StepRow.step, StepRow.weight_version),
         (WeightVersionRow.version, WeightVersionRow.num_bytes),
         (CursorRow.epoch, CursorRow.num_positions),
@@ -78,8 +78,8 @@ def test_rows_survive_every_migration_and_the_way_back(database_url: str) -> Non
     expected = {
         "runs": ("r", 1),
         "windows": (3, "d", 2, 0),
-        "chunks": (1, "0.0.3.0"),
-        "candidates": (1, "rollout", 2),
+        "chunks": (1, "0.0.3.0", None),
+        "candidates": (1, "rollout", 2, False),
         "steps": (1, 2),
         "weight_versions": (2, 5000),
         "cursors": (0, 4),

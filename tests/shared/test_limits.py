@@ -124,15 +124,31 @@ def test_the_bounds_hold_for_a_window_of_long_words(criteria: dict[str, Any]) ->
     assert len(rollouts.model_dump_json()) <= limits.request_bytes(chosen)["rollout"]
 
 
-@pytest.mark.parametrize(("criterion", "num_calls"), [({}, 153), ({"schedule": "all_pairs"}, 765)])
-def test_the_bound_of_an_entry_holds_for_a_window_of_long_words(criterion: dict[str, Any], num_calls: int) -> None:
-    chosen = settings(context=2048, suffix=8, judge={"criteria": {"quality": criterion}})
+@pytest.mark.parametrize(
+    ("criterion", "most"),
+    [
+        ({"schedule": "tournament"}, 9 * 18),
+        ({"schedule": "tournament", "budget": 400}, 400),
+        ({"schedule": "all_pairs"}, 153 * 5),
+        ({"schedule": "pivot", "samples": 1}, 17 * 2),
+    ],
+)
+def test_an_entry_has_room_for_the_comparisons_of_every_pairwise_criterion(
+    criterion: dict[str, Any], most: int
+) -> None:
+    pairwise = {"quality": criterion, "mine": criterion | {"kind": "pairwise"}, "safety": {}}
+    assert limits.most_comparisons(settings(judge={"criteria": pairwise})) == 2 * most
+
+
+def test_the_bound_of_an_entry_holds_for_a_window_of_long_words() -> None:
+    chosen = settings(context=2048, suffix=8)
+    comparison = Comparison(criterion="quality", first=16, second=17, value=0.123456789)
     judgement = Judgement(
         rewards=(0.5,) * 18,
         scores={"quality": (0.5,) * 18},
-        comparisons=(Comparison(criterion="quality", first=16, second=17, value=0.25),) * num_calls,
+        comparisons=(comparison,) * 153,
         reasoning="ten chars!" * 512,
-        num_calls=num_calls,
+        num_calls=1,
         fingerprint="f",
     )
     document = ScoredWindow(

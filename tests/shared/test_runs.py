@@ -20,7 +20,7 @@ from shared.database import (
 )
 from shared.errors import FencedError, HeadwaterError, SettingsError, SourceError
 from shared.identity import Manifest
-from shared.records import FORM, DroppedChunk, Lease
+from shared.records import FORM, Comparison, DroppedChunk, Lease
 from shared.runs import Run, RunStart, open_run, reading_run
 from shared.settings import Settings
 from tests.shared.scored import scored_window
@@ -188,6 +188,27 @@ def test_chunks_of_an_earlier_attempt_are_replaced_under_the_lease_only(run: Run
             ("original", " river", None, 0.75, {"quality": 0.75}),
             ("rollout", " hill", 2, 0.25, {"quality": 0.25}),
         ]
+
+
+def test_comparisons_bars_and_missing_scores_are_recorded(run: Run) -> None:
+    lease, window = Lease(0, "a", run.ledger.take_part(0, after=0)), scored_window()
+    (chunk,) = window.chunks
+    assert chunk.judgement is not None
+    compared = (
+        Comparison(criterion="quality", first=1, second=0, value=0.25),
+        Comparison(criterion="quality", first=0, second=1, value=None),
+    )
+    update = {"rewards": (None, 0.25), "scores": {"quality": (None, 0.25)}, "barred": (1,), "comparisons": compared}
+    judged = chunk.model_copy(update={"judgement": chunk.judgement.model_copy(update=update)})
+    others = [chunk.model_copy(update={"start": 3}), chunk.model_copy(update={"start": 4, "judgement": None})]
+    run.record_chunks(window.model_copy(update={"chunks": (judged, *others)}), ["p"] * 3, lease)
+    with transaction(run.database) as session:
+        found = session.scalars(sa.select(ChunkRow.comparisons).order_by(ChunkRow.start)).all()
+        assert found == [[["quality", 1, 0, 0.25], ["quality", 0, 1, None]], None, None]
+        assert session.scalar(sa.select(sa.func.count()).where(ChunkRow.comparisons.is_(sa.null()))) == 2
+        candidates = session.scalars(sa.select(CandidateRow).order_by(CandidateRow.id)).all()
+        assert [(one.reward, one.barred) for one in candidates[:2]] == [(None, False), (0.25, True)]
+        assert not any(one.barred for one in candidates[2:])
 
 
 def test_ids_of_recorded_candidates_go_beyond_32_bits(run: Run) -> None:

@@ -12,6 +12,7 @@ import pytest
 import redis
 import zstandard
 
+from shared.comparisons import pack
 from shared.coordination import Coordination
 from shared.errors import FencedError, SettingsError, StreamError, StreamSchemaError
 from shared.limits import MAX_ENTRY_BYTES
@@ -168,24 +169,25 @@ def test_entries_of_another_version_stop_the_reader_and_stay(
         stream.window_ids,
     ]
     for ask in asked:
-        with pytest.raises(StreamSchemaError, match=rf"windows has entries {named}.* reads schema 2: let the version"):
+        with pytest.raises(StreamSchemaError, match=rf"windows has entries {named}.* reads schema 3: let the version"):
             ask()
     assert stream.backlog() == Backlog(unread=0, pending=1)
 
 
-def test_the_form_of_schema_2() -> None:
+def test_the_form_of_schema_3() -> None:
     """Where this fails because a record has changed, raise `SCHEMA` with it: other versions can't read the new form."""
     body = zstandard.ZstdDecompressor().decompress(encode(scored_window()), max_output_size=1_000_000)
     candidate = {"kinds": ["original"], "token_ids": [3, 4], "text": " river", "weight_version": None}
     rollout = {"kinds": ["rollout"], "token_ids": [5], "text": " hill", "weight_version": 2, "finish_reason": "stop"}
     judgement = {"rewards": [0.75, 0.25], "scores": {"quality": [0.75, 0.25]}, "reasoning": "", "num_calls": 2}
+    no_comparisons: dict[str, object] = {"criteria": [], "rows": b""}
     chunk = {
         "start": 2,
         "candidates": [candidate | {"finish_reason": "source"}, rollout],
-        "judgement": judgement | {"num_failures": 0, "fingerprint": "f"},
+        "judgement": judgement | {"num_failures": 0, "fingerprint": "f", "barred": [], "comparisons": no_comparisons},
     }
     assert (SCHEMA, msgpack.unpackb(body)) == (
-        2,
+        3,
         {
             "run_id": "run",
             "key": {"part": 0, "epoch": 0, "position": 0, "window": 0},
@@ -224,6 +226,7 @@ def test_documents_written_before_the_group_was_made_are_read(client: redis.Redi
 
 def test_decode_refuses_a_record_with_unknown_keys() -> None:
     packed = scored_window().model_dump(mode="python")
+    packed["chunks"][0]["judgement"]["comparisons"] = pack(())
     assert decode(compressed(packed)) == scored_window()
     with pytest.raises(StreamError, match=r"not a scored window: .*\n.*surplus\n.*not permitted"):
         decode(compressed(packed | {"surplus": 1}))

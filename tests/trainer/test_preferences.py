@@ -1,8 +1,11 @@
 from collections import Counter
+from random import Random
+
+import pytest
 
 from shared.records import Candidate, DroppedChunk, ScoredChunk, ScoredWindow
 from tests.trainer.windows import candidate, chunk, window
-from trainer.figures import window_figures
+from trainer.figures import Tally, window_figures
 from trainer.inbox import TakenWindow
 from trainer.preferences import Selection, rewards_by_kind, select_pairs
 
@@ -69,7 +72,7 @@ def test_a_tie_is_drawn_evenly_however_often_a_candidate_was_made() -> None:
 
 def test_a_chunk_without_judgement_or_with_one_candidate_is_missing_not_zero() -> None:
     assert select([chunk(2, POOL), chunk(4, POOL[:1], (1.0,))]).missing == 2
-    assert select([chunk(2, POOL[:2], (float("nan"), 0.5))]).missing == 1
+    assert select([chunk(2, POOL[:2], (None, 0.5))]).missing == 1
 
 
 def test_rf_nll_takes_the_only_candidate_without_a_judge_and_dpo_takes_none() -> None:
@@ -146,3 +149,78 @@ def test_rewards_by_kind_sum_over_the_pool_and_count_each_copy() -> None:
     assert rewards == {"original": (0.75, 1), "rewrite": (0.75, 1), "rollout": (1.75, 3)}
     rewards = rewards_by_kind(window(0, [chunk(2, POOL, (0.5, 0.25, 0.0, 1.0, 0.5)), chunk(4, POOL)]))
     assert rewards == {"original": (0.5, 1), "rewrite": (0.25, 1), "rollout": (1.5, 3)}
+
+
+def test_an_unscored_candidate_is_neither_chosen_nor_rejected() -> None:
+    """The rewrite would be the best or the worst of the three; two scored ones make a pair, one makes none."""
+    pair = select([chunk(2, POOL[:3], (0.4, None, 0.6))]).pairs[0]
+    assert (pair.chosen, pair.rejected) == (ROLLOUTS[0], ORIGINAL)
+    assert select([chunk(2, POOL[:3], (0.4, None, None))]) == Selection((), no_preference=0, missing=1)
+    assert select([chunk(2, POOL[:3], (0.4, None, None))], "rf_nll").pairs[0].chosen == ORIGINAL
+    assert select([chunk(2, POOL[:3], (None, None, None))], "rf_nll") == Selection((), no_preference=0, missing=1)
+
+
+def test_a_barred_candidate_may_be_rejected_and_is_never_chosen() -> None:
+    pair = select([chunk(2, POOL[:3], (0.5, 0.9, 0.1), barred=(1, 2))]).pairs[0]
+    assert (pair.chosen, pair.rejected) == (ORIGINAL, ROLLOUTS[0])
+    assert select([chunk(2, POOL[:3], (0.5, 0.9, 0.1), barred=(1,))], "rf_nll").pairs[0].chosen == ORIGINAL
+    best_is_barred = chunk(2, POOL[:2], (0.5, 0.9), barred=(1,))
+    assert select([best_is_barred]) == Selection((), no_preference=1, missing=0)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "rf_nll"])
+def test_a_chunk_whose_candidates_are_all_barred_has_a_count_of_its_own(objective: str) -> None:
+    chunks = [chunk(2, POOL[:2], (0.5, 0.9), barred=(0, 1)), chunk(4, POOL[:3], (None, 0.9, 0.2), barred=(1, 2))]
+    assert select(chunks, objective) == Selection((), no_preference=0, missing=0, barred=2)
+
+
+def test_a_lone_candidate_that_was_judged_and_barred_is_not_chosen() -> None:
+    assert select([chunk(2, [ORIGINAL], (0.5,))], "rf_nll").pairs[0].chosen == ORIGINAL
+    assert select([chunk(2, [ORIGINAL], (0.5,), barred=(0,))], "rf_nll").barred == 1
+
+
+def possible_pairs(rewards: list[float | None], barred: set[int]) -> set[tuple[int, int]] | str:
+    """DPO's rule, tried on every ordered pair: a pair may be drawn if no other chosen or rejected would widen it."""
+    scored = [place for place, reward in enumerate(rewards) if reward is not None]
+    if len(scored) < 2:
+        return "missing"
+    if not set(scored) - barred:
+        return "barred"
+    gaps = {
+        (chosen, rejected): (rewards[chosen] or 0.0) - (rewards[rejected] or 0.0)
+        for chosen in scored
+        if chosen not in barred
+        for rejected in scored
+    }
+    widest = max(gaps.values())
+    return {pair for pair, gap in gaps.items() if gap == widest} if widest > 0 else "no_preference"
+
+
+def test_dpo_agrees_with_trying_every_pair() -> None:
+    """Rewards from a few values, so that ties are frequent; eighths, so that their differences are exact."""
+    random = Random(7)
+    outcomes: Counter[str] = Counter()
+    for number in range(600):
+        rewards = [random.choice([None, 0.125, 0.25, 0.5, 0.875]) for _ in range(random.randint(1, 5))]
+        barred = {place for place in range(len(rewards)) if random.random() < 0.4}
+        expected = possible_pairs(rewards, barred)
+        found = select([chunk(2, POOL[: len(rewards)], rewards, barred=sorted(barred))], seed=number)
+        if isinstance(expected, str):
+            assert (found.pairs, getattr(found, expected)) == ((), 1), (rewards, barred)
+            outcomes[expected] += 1
+        else:
+            (pair,) = found.pairs
+            assert pair.rejected is not None
+            assert (POOL.index(pair.chosen), POOL.index(pair.rejected)) in expected, (rewards, barred)
+            outcomes["pair"] += 1
+    assert all(outcomes[name] > 30 for name in ("pair", "missing", "barred", "no_preference"))
+
+
+def test_figures_count_what_could_not_be_scored_or_chosen() -> None:
+    """Of five judged candidates two are barred and one is unscored; a chunk without a judgement has none."""
+    judged = [chunk(2, POOL[:3], (0.5, None, 0.2), barred=(2,)), chunk(4, POOL[:2], (0.5, 0.2), barred=(0,))]
+    tally = Tally()
+    tally.add_window(window(0, [*judged, chunk(6, POOL)]), Selection((), no_preference=0, missing=1, barred=3))
+    figures = tally.drain()
+    assert (figures["barred_rate"], figures["unscored_candidates"], figures["barred_chunks"]) == (0.4, 1, 3)
+    assert "barred_rate" not in tally.drain()

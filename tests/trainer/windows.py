@@ -17,10 +17,16 @@ def candidate(kinds: CandidateKind | tuple[CandidateKind, ...], *token_ids: int,
     )
 
 
-def chunk(start: int, candidates: Sequence[Candidate], rewards: Sequence[float] | None = None) -> ScoredChunk:
+def chunk(
+    start: int,
+    candidates: Sequence[Candidate],
+    rewards: Sequence[float | None] | None = None,
+    *,
+    barred: Sequence[int] = (),
+) -> ScoredChunk:
     judgement = None
     if rewards is not None:
-        judgement = Judgement(rewards=tuple(rewards), scores={}, num_calls=1, fingerprint="f")
+        judgement = Judgement(rewards=tuple(rewards), scores={}, barred=tuple(barred), num_calls=1, fingerprint="f")
     return ScoredChunk(start=start, candidates=tuple(candidates), judgement=judgement)
 
 

@@ -21,6 +21,10 @@ def counts_on(prefix: str, candidates: list[str], reference: str) -> list[float]
     return [float(int(candidate[:4]) == following) for candidate in candidates]
 
 
+def unless_empty(prefix: str, candidates: list[str], reference: str) -> list[float | None]:
+    return [float(candidate == reference) if candidate else None for candidate in candidates]
+
+
 def too_few(prefix: str, candidates: list[str], reference: str) -> list[float]:
     return [0.5]
 

@@ -66,15 +66,32 @@ def test_an_empty_prefix_is_the_beginning_token_or_a_failure() -> None:
     assert failed(engine, window, criteria=LIKELIHOOD).reason == "empty_prefix"
 
 
-def test_an_empty_candidate_is_a_failure_where_texts_are_scored() -> None:
-    failure = failed(scoring({}), make_window(" x", ""), criteria=LIKELIHOOD)
+def test_an_empty_candidate_is_unscored_where_texts_are_scored() -> None:
+    """The others keep their scores and their mean, -2."""
+    engine = scoring({" long": [-1.0, -1.0], " x": [-3.0]})
+    judgement = judged(engine, make_window(" long", "", " x"), criteria=LIKELIHOOD)
+    assert judgement.rewards == pytest.approx((0.880797, None, 0.119203), abs=1e-6)
+    failure = failed(scoring({}), make_window("", ""), criteria=LIKELIHOOD)
     assert (failure.reason, failure.num_calls) == ("empty_candidate", 0)
 
 
+def test_an_empty_rollout_is_scored_by_its_end_token_where_token_ids_are() -> None:
+    """Log-probs -4 and -2, mean -3: sigmoid(-1 / 0.5) = 0.1192."""
+    end = chr(2)
+    candidates = (JudgedText(text="", token_ids=(2,)), JudgedText(text=" t", token_ids=tuple(b"id")))
+    item = JudgementItem(start=4, end=4, candidates=candidates, token_start=3)
+    window = JudgementRequest(text="text", token_ids=tuple(b"ids"), items=(item,))
+    engine = scoring({end: [-4.0], "id": [-2.0, -2.0]})
+    judgement = judged(engine, window, criteria=LIKELIHOOD, reading=SHARED)
+    assert judgement.rewards == pytest.approx((0.119203, 0.880797), abs=1e-6)
+
+
 @pytest.mark.parametrize("log_prob", [math.nan, -math.inf])
-def test_a_log_prob_that_is_no_number_is_a_failure(log_prob: float) -> None:
-    engine = scoring({" x": [log_prob], " y": [-1.0]})
-    failure = failed(engine, make_window(" x", " y"), criteria=LIKELIHOOD)
+def test_a_log_prob_that_is_no_number_costs_its_candidate_only(log_prob: float) -> None:
+    engine = scoring({" x": [-1.0, log_prob], " y": [-1.0], " z": [-3.0]})
+    judgement = judged(engine, make_window(" x", " y", " z"), criteria=LIKELIHOOD)
+    assert judgement.rewards == pytest.approx((None, 0.880797, 0.119203), abs=1e-6)
+    failure = failed(engine, make_window(" x", " x"), criteria=LIKELIHOOD)
     assert (failure.reason, failure.num_calls) == ("not_finite", 1)
 
 

@@ -1,5 +1,6 @@
 """The python criterion: a user's own function, checked."""
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 
 from services.judge.build import NoEngine
+from services.judge.criteria import CriterionError, JudgedChunk
+from services.judge.user_function import PythonCriterion, load_function
+from services.judge.verdicts import CallCount
 from shared.errors import SettingsError
 from tests.services.judge.judges import failed, judged, make_judge, make_window
 
@@ -22,6 +26,23 @@ def test_a_function_scores_the_candidates_without_any_engine() -> None:
 
 def test_an_async_function_is_awaited() -> None:
     assert judged(NoEngine(), make_window("a", "b", reference="b"), **calling("awaited")).rewards == (0.0, 1.0)
+
+
+def test_a_candidate_without_a_score_is_unscored() -> None:
+    assert judged(NoEngine(), make_window("a", "", "b", reference="b"), **calling("unless_empty")).rewards == (
+        0,
+        None,
+        1,
+    )
+
+
+def test_messages_name_the_function_of_their_criterion() -> None:
+    with pytest.raises(SettingsError, match=r"judge\.criteria\.brevity\.function = 'math:no'"):
+        load_function("math:no", setting="judge.criteria.brevity.function")
+    window = make_window("a")
+    criterion = PythonCriterion(lambda *_: [2.0], 1.0, setting="judge.criteria.brevity.function")
+    with pytest.raises(CriterionError, match=r"judge.criteria.brevity.function returned 2.0"):
+        asyncio.run(criterion.score(JudgedChunk(window, window.items[0]), seed=0, count=CallCount("brevity")))
 
 
 @pytest.mark.parametrize(
