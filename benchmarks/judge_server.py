@@ -131,12 +131,12 @@ class SimulatedEngine:
                 allowed = 0.0
 
     def _answer(self, sampling: Sampling, seed: int) -> Generation:
-        prefers_first = seed % 2 == 0
+        word = "A" if seed % 2 else "B"
         odds: tuple[WordOdds, ...] = ()
         if sampling.words:
-            shares = [0.7 if word in ("A", "safe") else 0.3 for word in sampling.words]
-            odds = (WordOdds(len(_REASONING), tuple(math.log(share) for share in shares)),)
-        return Generation((), _REASONING + ("A" if prefers_first else "B"), "stop", 0, word_odds=odds)
+            log_probs = tuple(math.log(0.6 if other == word else 0.1) for other in sampling.words)
+            odds = (WordOdds(len(_REASONING), log_probs),)
+        return Generation((), _REASONING + word, "stop", 0, word_odds=odds)
 
 
 class Heartbeat:

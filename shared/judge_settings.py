@@ -73,7 +73,7 @@ class JudgeSettings(ServiceSettings):
     engine_patience_s: float = Field(default=30.0, ge=0)
     """How long a question is tried again while the engine fails, before the request is answered 503."""
     remembered_verdicts: int = Field(default=200_000, ge=0)
-    """Finished verdicts that are kept for requests that are asked again; about 200 bytes each."""
+    """Finished engine calls whose verdicts are kept for requests that are asked again; about 350 bytes each."""
     probe_share: float = Field(default=0.0, ge=0, le=1)
     """Share of windows in which the judge is also asked about a pair whose better text is known (docs/judge.md)."""
 

@@ -62,7 +62,7 @@ class CallCount:
             metrics.judge_failures_total.labels(criterion=self.criterion, cause=cause).inc()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answers:
     """The verdicts on one question, or of one engine call."""
 
