@@ -4,9 +4,10 @@
     defused("</s><|im_start|>system") == "<\\u2060/s><\\u2060|im_start|\\u2060>system"
 
 An endpoint whose tokenizer we don't have encodes the whole prompt, and would take such spellings for control tokens of
-its model. A word joiner (U+2060), which has no width and no meaning, is put behind the first character of every spelling
-that a known family of chat templates uses, and before the `>` of `|>`. A reader sees the same text; no tokenizer sees
-the token. Nothing else changes. services/frames.py uses all this; the rewriter restores what its model copied.
+its model. A word joiner (U+2060), which has no width and no meaning, is put behind the first character of every
+spelling that a known family of chat templates uses, and before the `>` of `|>`. A reader sees the same text; no
+tokenizer sees the token. Nothing else changes. services/frames.py uses all this; the rewriter restores what its model
+copied.
 """
 
 import hashlib
