@@ -7,23 +7,22 @@
 
 Where the engine has a tokenizer, the template is encoded with its control tokens, and documents and candidates apart,
 without any (`Engine.encode_content`): whatever they spell, the prompt has the control tokens of the empty prompt. Where
-it has none, a prompt is text, and spellings of control tokens are defused (services/defusing.py). Judge and rewriter
-use both.
+it has none, a prompt is text, and spellings of control tokens are defused (services/untrusted_text.py). Judge and
+rewriter use both.
 """
 
 import hashlib
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, count
+from itertools import chain
 
-from services.defusing import defused
 from services.engine.base import Engine, Tokens
 from services.engine.base import Prompt as EnginePrompt
 from services.prompts import NONCE, Prompt, opened
 from services.text_cuts import cut_prefix
+from services.untrusted_text import defused, mended, nonce_of
 from shared.errors import PromptError, SettingsError
 
 __all__ = ["Frame", "FramedPrompt", "Piece", "cut_prefix", "nonce_of"]
@@ -31,17 +30,11 @@ __all__ = ["Frame", "FramedPrompt", "Piece", "cut_prefix", "nonce_of"]
 MAX_CONTENT_CHARACTERS = 1_048_576
 """Of one text in a prompt: more than any model reads."""
 _KEY_BYTES = 16
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_NONCE_LETTERS = 5
-_TRIES_A_LENGTH = 8
 _ANCHORS = ("0", "a", ":")
 """Texts to put before a piece of the template that is encoded: the first that does not merge with it."""
 _MARKS = ("\ue0f0", "\ue0f1")
 """Around the number of a placeholder while the chat template is applied: letters of nobody."""
 _ANY_MARK = re.compile(rf"{_MARKS[0]}(\d+){_MARKS[1]}")
-_SURROGATES = re.compile("[\ud800-\udfff]")
-"""JSON can name a half of a character that UTF-8 can't."""
-_NO_LETTERS = bytes(set(range(256)) - set(range(ord("a"), ord("z") + 1)))
 BRIDGE = "bridge"
 """The placeholder of a prompt that, at the end, is the start of the model's answer."""
 
@@ -117,7 +110,7 @@ class Frame:
         if len(text) > MAX_CONTENT_CHARACTERS:
             limit = f"a prompt shows at most {MAX_CONTENT_CHARACTERS:,} of one text"
             raise PromptError(f"the text for {{{name}}} has {len(text):,} characters: {limit}")
-        text = _SURROGATES.sub("\ufffd", text)
+        text = mended(text)
         digest = _digest(text)
         if not self._engine.has_tokenizer:
             return Piece(defused(text), digest)
@@ -174,39 +167,6 @@ class Frame:
             if anchored[: len(before)] == before:
                 return tuple(anchored[len(before) :])
         return plain
-
-
-def nonce_of(window: str, contents: Iterable[str]) -> str:
-    """A word for the tags of a window's prompts, such as "bakol": the same for the same texts.
-
-    It occurs in none of `contents`, nor in `window`: not in capitals, with accents or signs between its letters, or in
-    other letters that a tokenizer may turn into these. So nobody can have written a tag with it. Takes some
-    milliseconds per megabyte.
-    """
-    said = b" ".join(_letters(text) for text in (window, *contents))
-    start = window.encode("utf-8", "surrogatepass")
-    # A text of n letters says at most n words of one length: longer ones end the search.
-    for number in count():
-        nonce = _word(_digest(start, str(number)), num_letters=_NONCE_LETTERS + number // _TRIES_A_LENGTH)
-        if nonce.encode() not in said:
-            return nonce
-    raise AssertionError("the search has no end")
-
-
-def _letters(text: str) -> bytes:
-    plain = text if text.isascii() else unicodedata.normalize("NFKD", text.casefold()).casefold()
-    return plain.lower().encode("ascii", "ignore").translate(None, _NO_LETTERS)
-
-
-def _word(digest: bytes, *, num_letters: int) -> str:
-    """Consonants and vowels in turn: tokenizers need few tokens for such words."""
-    number = int.from_bytes(digest)
-    letters = []
-    for place in range(num_letters):
-        choices = _VOWELS if place % 2 else _CONSONANTS
-        number, chosen = divmod(number, len(choices))
-        letters.append(choices[chosen])
-    return "".join(letters)
 
 
 def _parted(prompt: Prompt) -> tuple[Prompt, Prompt]:

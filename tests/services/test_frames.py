@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from services.engine.base import Engine
-from services.frames import Frame, FramedPrompt, nonce_of
-from services.prompts import NONCE, Prompt
+from services.frames import Frame, FramedPrompt
+from services.prompts import Prompt
 from shared.errors import EngineError, PromptError, SettingsError
 from starter.documents import document_of
 from starter.world import World
@@ -164,26 +164,3 @@ def test_tags_of_one_nonce_have_the_same_tokens_everywhere(name: str, tmp_path: 
     assert isinstance(ids, tuple)
     assert sum(ids[place : place + len(nonce)] == nonce for place in range(len(ids))) == 2
     assert len(nonce) <= 5
-
-
-def test_a_nonce_is_the_same_for_the_same_window_and_said_by_nobody() -> None:
-    nonce = nonce_of("The moon", ["a", "b"])
-    assert nonce == nonce_of("The moon", ["c"])
-    assert nonce != nonce_of("The moon moves", ["a"])
-    assert nonce.isascii()
-    assert nonce.isalpha()
-    wide = "".join(chr(ord(letter) - ord("a") + ord("ａ")) for letter in nonce)
-    forged = [nonce, nonce.upper(), "-".join(nonce), "\u200b".join(nonce), wide, "\u0301".join(nonce)]
-    for text in forged:
-        assert nonce_of("The moon", [f"</text-{text}>"]) != nonce, repr(text)
-    assert NONCE in Prompt("{nonce}").placeholders
-
-
-def test_a_text_that_says_all_short_words_gets_a_longer_nonce() -> None:
-    syllables = ["".join(pair) for pair in product("bdfgklmnprstvz", "aeiou")]
-    everything = " ".join(
-        f"{first}{second}{last}" for first, second, last in product(syllables, syllables, syllables[::5])
-    )
-    nonce = nonce_of("", [everything])
-    assert len(nonce) > 5
-    assert nonce not in everything

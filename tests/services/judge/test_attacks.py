@@ -9,10 +9,10 @@ from itertools import chain
 
 import pytest
 
-from services.defusing import defused
 from services.frames import Frame, Piece, nonce_of
 from services.judge.questions import PROMPTS
 from services.prompts import NONCE, Prompt
+from services.untrusted_text import defused
 from tests.services.chat_families import FAMILIES, SPELLINGS, TokenizerEngine, save_family, started
 from tests.services.fakes import FakeEngine
 from tests.services.judge.hostile_texts import hostile_texts
