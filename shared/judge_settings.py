@@ -94,6 +94,13 @@ class JudgeSettings(ServiceSettings):
         """Of the criterion `name`."""
         return self.criteria[name].kind or name
 
+    def engine_of(self, name: str) -> EngineSettings:
+        return self.criteria[name].engine or self.engine
+
+    def asks_model(self, name: str) -> bool:
+        """Whether the criterion needs a language model's engine."""
+        return self.kind(name) not in ("python", "classifier")
+
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(map(self.kind, self.criteria))

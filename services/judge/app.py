@@ -10,7 +10,7 @@ from services.app import create_app, unless_disconnected
 from services.engine.base import Engine
 from services.engine.life import EngineLife
 from services.judge.build import Parts, build_judge, check_engine, load_parts
-from services.judge.engines import JudgeEngines, asks_model
+from services.judge.engines import JudgeEngines
 from services.judge.judge import Judge
 from services.judge.likelihood import token_reading
 from shared import metrics
@@ -29,7 +29,7 @@ def build_app(settings: Settings, secrets: Secrets, *, engine: Engine | None = N
     parts = load_parts(settings.judge)
     engines = JudgeEngines.of(settings.judge, replacement=engine)
     life = EngineLife(engines, build=lambda: _open(settings, parts, engines))
-    asks = any(asks_model(settings.judge, name) for name in settings.judge.criteria)
+    asks = any(settings.judge.asks_model(name) for name in settings.judge.criteria)
 
     def readiness() -> Readiness:
         return Readiness(
@@ -67,7 +67,13 @@ async def _open(settings: Settings, parts: Parts, engines: JudgeEngines) -> Judg
         check_engine(settings.judge, name, engine)  # before the tokenizers are loaded
     compared = [name for name in settings.judge.criteria if settings.judge.kind(name) == "likelihood"]
     readings = {name: await asyncio.to_thread(token_reading, settings, name) for name in compared}
-    judge = build_judge(settings.judge, parts, engines=engines.by_criterion, readings=readings, classifiers={})
+    judge = build_judge(
+        settings.judge,
+        parts,
+        engines=engines.by_criterion,
+        readings=readings,
+        classifiers=engines.classifiers,
+    )
     metrics.judge_info.labels(judge.fingerprint).set(1)
     found = {"fingerprint": judge.fingerprint, "engine": engines.name, "criteria": list(settings.judge.criteria)}
     _log.info("judge ready", extra=found | {"scores_policy_tokens": judge.wants_token_ids})

@@ -13,7 +13,6 @@ from services.engine.base import Engine
 from services.frames import Frame
 from services.judge.asker import Asker
 from services.judge.criteria import Criterion, Pairwise, Pointwise, Prompted
-from services.judge.engines import asks_model, engine_settings
 from services.judge.judge import Judge
 from services.judge.likelihood import Likelihood, TokenReading
 from services.judge.questions import Question, load_prompt, question_of
@@ -23,9 +22,8 @@ from services.judge.user_function import PythonCriterion, UserFunction, function
 from services.judge.verdict_memory import VerdictMemory
 from services.judge.verdicts import AnswerVerdict, LabelVerdict, VerdictSource
 from services.prompts import Prompt
-from shared.engine_settings import EngineSettings
 from shared.errors import SettingsError
-from shared.judge_settings import CriterionSettings, JudgeSettings
+from shared.judge_settings import JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class _Builder:
         if settings.verdict == "labels":
             values = [question.verdicts[label.strip()] for label in question.labels]
             return LabelVerdict(asker, self.memory, question.labels, values, adapter=settings.lora_adapter)
-        thinking_end = engine_settings(self.settings, name).thinking_end
+        thinking_end = self.settings.engine_of(name).thinking_end
         retries = self.settings.max_retries
         return AnswerVerdict(asker, self.memory, settings, question.verdicts, retries, thinking_end=thinking_end)
 
@@ -136,7 +134,7 @@ class _Builder:
         """One for each engine."""
         engine = self.engines[name]
         if id(engine) not in self.askers:
-            max_at_once = engine_settings(self.settings, name).max_queued_requests
+            max_at_once = self.settings.engine_of(name).max_queued_requests
             self.askers[id(engine)] = Asker(engine, max_at_once=max_at_once, patience_s=self.settings.engine_patience_s)
         return self.askers[id(engine)]
 
@@ -156,17 +154,15 @@ def fingerprint(settings: JudgeSettings, parts: Parts, engines: Mapping[str, Eng
         name: criterion.model_dump(mode="json", exclude={"prompt", "engine"})
         | {"prompt": parts.prompts[name].text if name in parts.prompts else ""}
         | {"source": function_source(parts.functions[name]) if name in parts.functions else ""}
-        | _engine_facts(settings, name, criterion, engines)
+        | _engine_facts(settings, name, engines)
         for name, criterion in settings.criteria.items()
     }
     judge = {"chat": settings.chat, "max_prefix_characters": settings.max_prefix_characters, "criteria": criteria}
     return hashlib.sha256(json.dumps(judge, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _engine_facts(
-    settings: JudgeSettings, name: str, criterion: CriterionSettings, engines: Mapping[str, Engine]
-) -> dict[str, Any]:
-    if not asks_model(settings, name):
+def _engine_facts(settings: JudgeSettings, name: str, engines: Mapping[str, Engine]) -> dict[str, Any]:
+    if not settings.asks_model(name):
         return {}
-    found: EngineSettings = criterion.engine or settings.engine
-    return {"model": engines[name].name, "engine": found.model_dump(mode="json", include=_SHAPES_ANSWERS)}
+    found = settings.engine_of(name).model_dump(mode="json", include=_SHAPES_ANSWERS)
+    return {"model": engines[name].name, "engine": found}

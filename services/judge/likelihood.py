@@ -11,7 +11,6 @@ from statistics import fmean
 from services.engine.base import Prompt
 from services.judge.asker import Asker
 from services.judge.criteria import CriterionError, JudgedChunk, Scores
-from services.judge.engines import engine_settings
 from services.judge.verdicts import CallCount
 from services.tokenizer import load_tokenizer, same_tokens
 from shared.settings import Settings
@@ -33,7 +32,7 @@ def token_reading(settings: Settings, criterion: str) -> TokenReading:
 
     An endpoint always gets texts: it tokenises them and adds the BOS itself.
     """
-    engine = engine_settings(settings.judge, criterion)
+    engine = settings.judge.engine_of(criterion)
     if engine.kind == "openai":
         return TokenReading(shares_policy_tokens=False, beginning=None)
     judge = load_tokenizer(engine.model, setting="judge.engine.model")

@@ -23,9 +23,9 @@ def answering(text: str, **options: Any) -> FakeEngine:
 
 def make_judge(engine: Engine, /, *, reading: TokenReading = TEXTS_ONLY, **settings: Any) -> Judge:
     parsed = JudgeSettings.model_validate({"engine_patience_s": 0} | settings)
-    engines = JudgeEngines.of(parsed, replacement=engine).by_criterion
+    engines = JudgeEngines.of(parsed, replacement=engine)
     readings = {name: reading for name in parsed.criteria if parsed.kind(name) == "likelihood"}
-    return build_judge(parsed, load_parts(parsed), engines=engines, readings=readings, classifiers={})
+    return build_judge(parsed, load_parts(parsed), engines=engines.by_criterion, readings=readings, classifiers={})
 
 
 def prompt_file(folder: Path, text: str) -> str:
