@@ -161,7 +161,7 @@ async def _num_served(settings: Settings) -> int:
 
 async def _judge(services: Services, index: int) -> int:
     """How many of the window's chunks could not be scored."""
-    answer = await services.judge.judge(lambda _with_token_ids: make_request(index))
+    answer = await services.judge.judge(lambda _with_token_ids: make_request(index), document=str(index))
     return sum(isinstance(judgement, JudgementFailure) for judgement in answer.judgements)
 
 

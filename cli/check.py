@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import redis
@@ -25,6 +26,7 @@ from shared.engine_settings import EngineSettings
 from shared.errors import HeadwaterError, ServiceError, SettingsError, SourceError
 from shared.http import authorization_header
 from shared.identity import refuse_changed_identity, refuse_changed_source
+from shared.judge_settings import CriterionSettings, ScheduleName
 from shared.runs import Run
 from shared.secret_urls import without_secrets
 from shared.settings import Settings
@@ -262,16 +264,41 @@ def rewriter_prompt(settings: Settings) -> str:
 
 
 def judge_criteria(settings: Settings) -> str:
+    """With what the pairwise ones cost and reach."""
+
     from services.judge.build import load_parts
 
-    load_parts(settings.judge)
-    return ", ".join(f"{name} (weight {one.weight:g})" for name, one in settings.judge.criteria.items())
+    parts = load_parts(settings.judge)
+    num_candidates = max(stage.num_candidates for stage in settings.collector.schedule)
+    shown = []
+    for name, criterion in settings.judge.criteria.items():
+        question = parts.questions.get(name)
+        cost = f"; {_cost(criterion, num_candidates)}" if question and question.is_pairwise else ""
+        shown.append(f"{name} (weight {criterion.weight:g}{cost})")
+    return ", ".join(shown)
+
+
+def _cost(criterion: CriterionSettings, num_candidates: int) -> str:
+    """The dial of a pairwise criterion: calls, and the share of the all-pairs choice, simulated."""
+    from services.judge.posterior import Temper
+    from services.judge.schedules import expected_share, most_calls
+
+    schedules: tuple[ScheduleName, ScheduleName] = (criterion.schedule, "all_pairs")
+    given: dict[str, Any] = {
+        "graded": criterion.verdict == "labels",
+        "budget": criterion.budget,
+        "samples": criterion.samples,
+    }
+    calls, all_calls = (most_calls(name, num_candidates, **given) for name in schedules)
+    share, all_share = (expected_share(name, num_candidates, **given, temper=Temper()) for name in schedules)
+    return (
+        f"{criterion.schedule} of {num_candidates} candidates: at most {calls} calls a chunk for about "
+        f"{min(1.0, share / all_share):.0%} of what all pairs choose in {all_calls}"
+    )
 
 
 def judge_needs_engine(settings: Settings) -> bool:
-    from services.judge.build import needs_engine
-
-    return needs_engine(settings.judge)
+    return any(settings.judge.asks_model(name) for name in settings.judge.criteria)
 
 
 def documents(settings: Settings) -> Source:

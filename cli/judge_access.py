@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from services.collector.clients import JudgeClient, MakeJudgementRequest, RefusedRequestError, http_client
+from services.collector.answers import RefusedRequestError
+from services.collector.clients import JudgeClient, MakeJudgementRequest, http_client
 from services.concurrency import all_of
 from shared.api import JudgementFailure, Readiness
 from shared.errors import HeadwaterError
@@ -47,7 +48,7 @@ class MeasuredJudge:
         """About one chunk. A request that the judge refuses is a failure with its reason; HeadwaterError for a judge
         that is away or not ours."""
         try:
-            answer = await self.client.judge(make_request)
+            answer = await self.client.judge(make_request, document="")
         except RefusedRequestError as exc:
             if exc.reason == "judge_unavailable":
                 raise

@@ -14,7 +14,8 @@ import logging
 from dataclasses import dataclass, field
 from random import Random
 
-from services.collector.clients import JudgeClient, RefusedRequestError
+from services.collector.answers import RefusedRequestError
+from services.collector.clients import JudgeClient
 from services.collector.storage import BASE_VERSION, Storage
 from services.collector.windows import PolicyTokenizer, Window, WindowText
 from services.known_pairs import known_pair
@@ -99,7 +100,7 @@ class Prober:
 
         try:
             async with asyncio.timeout(self.settings.collector.request_timeout_s):
-                (answer,) = (await self.judge.judge(request)).judgements
+                (answer,) = (await self.judge.judge(request, document=str(seed))).judgements
                 return _answered(asked, answer)
         except RefusedRequestError as exc:
             reason, why = exc.reason, str(exc)

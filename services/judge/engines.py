@@ -24,6 +24,7 @@ class JudgeEngines:
         self.by_criterion = by_criterion
         self.classifiers = classifiers
         self._engines = list({id(engine): engine for engine in by_criterion.values()}.values())
+        self._parts: list[Engine | Classifier] = [*self._engines, *classifiers.values()]
         self.name = ", ".join(engine.name for engine in self._engines) or "none"
 
     @classmethod
@@ -47,10 +48,10 @@ class JudgeEngines:
         return next((failure for failure in failures if failure), "")
 
     async def start(self) -> None:
-        await all_of(part.start() for part in [*self._engines, *self.classifiers.values()])
+        await all_of(part.start() for part in self._parts)
 
     async def close(self) -> None:
-        await asyncio.gather(*(part.close() for part in [*self._engines, *self.classifiers.values()]))
+        await asyncio.gather(*(part.close() for part in self._parts))
 
 
 def _classifiers(settings: JudgeSettings) -> dict[str, Classifier]:

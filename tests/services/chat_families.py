@@ -125,7 +125,9 @@ class TokenizerEngine(LocalEngine):
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Generation]]:
         raise NotImplementedError
 
-    async def score_tokens(self, prompt: Prompt, continuations: Sequence[Prompt]) -> tuple[list[list[TokenScore]], int]:
+    async def score_tokens(
+        self, prompt: Prompt, continuations: Sequence[Prompt], *, adapter: str = ""
+    ) -> tuple[list[list[TokenScore]], int]:
         raise NotImplementedError
 
     @cached_property

@@ -6,6 +6,7 @@ from typing import Any
 
 from services.engine.base import Engine
 from services.judge.build import build_judge, load_parts
+from services.judge.criteria import JudgedChunk
 from services.judge.engines import JudgeEngines
 from services.judge.judge import Judge
 from services.judge.likelihood import TokenReading
@@ -39,6 +40,11 @@ def make_window(*texts: str, prefix: str = "The prefix", reference: str = " ref"
     candidates = tuple(JudgedText(text=text) for text in texts)
     item = JudgementItem(start=len(prefix), end=len(prefix) + len(reference), candidates=candidates)
     return JudgementRequest(text=prefix + reference, items=(item,))
+
+
+def chunk_of(window: JudgementRequest) -> JudgedChunk:
+    """The window's first chunk, as the judge hands it to its criteria."""
+    return JudgedChunk(window, window.items[0], turn=0, nonce="lamod")
 
 
 async def judgement_of(judge: Judge, window: JudgementRequest) -> Judgement:

@@ -29,7 +29,7 @@ from shared import metrics
 from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, OverloadedError, SettingsError
 from shared.judge_settings import CriterionSettings
-from tests.services.judge.judges import make_window
+from tests.services.judge.judges import chunk_of, make_window
 from tests.services.subject_tokenizers import byte_level
 
 TEXTS = (" the moon", " moves around the earth in about seven days", "", " and so on and so on")
@@ -42,7 +42,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.5,
 }
-TWO = {"num_labels": 2, "id2label": {0: "toxic", 1: "clean"}, "label2id": {"toxic": 0, "clean": 1}}
+TWO: dict[str, Any] = {"num_labels": 2, "id2label": {0: "toxic", 1: "clean"}, "label2id": {"toxic": 0, "clean": 1}}
 
 
 def tokenizer(*, pads: bool = True) -> PreTrainedTokenizerFast:
@@ -52,7 +52,7 @@ def tokenizer(*, pads: bool = True) -> PreTrainedTokenizerFast:
     ids = [(name, core.token_to_id(name)) for name in ("<s>", "</s>")]
     core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
     pad = {"pad_token": "<pad>"} if pads else {}
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **pad)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **pad)  # type: ignore[no-untyped-call]
 
 
 def saved(folder: Path, kind: str, *, pads: bool = True, **options: Any) -> str:
@@ -60,22 +60,21 @@ def saved(folder: Path, kind: str, *, pads: bool = True, **options: Any) -> str:
     words = tokenizer(pads=pads)
     shape = SHAPE | {"vocab_size": len(words)} | options
     if kind == "llama":
-        model: Any = LlamaForSequenceClassification(LlamaConfig(num_key_value_heads=1, pad_token_id=None, **shape))
+        model: Any = LlamaForSequenceClassification(LlamaConfig(num_key_value_heads=1, pad_token_id=None, **shape))  # type: ignore[no-untyped-call]
     elif kind == "roberta":
         shape["max_position_embeddings"] += words.pad_token_id + 1  # its positions begin after the padding's id
-        model = RobertaForSequenceClassification(RobertaConfig(pad_token_id=words.pad_token_id, **shape))
+        model = RobertaForSequenceClassification(RobertaConfig(pad_token_id=words.pad_token_id, **shape))  # type: ignore[no-untyped-call]
     elif kind == "language model":
         model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=1, **shape))  # type: ignore[no-untyped-call]
     else:
-        model = BertForSequenceClassification(BertConfig(pad_token_id=words.pad_token_id, **shape))
+        model = BertForSequenceClassification(BertConfig(pad_token_id=words.pad_token_id, **shape))  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
 
 
 def chunk(*texts: str, prefix: str = PREFIX) -> JudgedChunk:
-    window = make_window(*texts, prefix=prefix)
-    return JudgedChunk(window, window.items[0])
+    return chunk_of(make_window(*texts, prefix=prefix))
 
 
 def scored(

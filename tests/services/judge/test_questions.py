@@ -1,5 +1,6 @@
 """Every shipped prompt loads, and says what the method needs it to say."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_an_echo_of_the_whole_instruction_is_read_as_no_preference_of_the_judge(
 
 
 def test_a_question_of_the_users_own_is_settings_alone() -> None:
-    criterion = CriterionSettings(kind="pointwise", prompt="style.txt", verdicts={"plain": 1.0, "ornate": 0.25})
+    criterion = CriterionSettings(kind="pointwise", prompt=Path("style.txt"), verdicts={"plain": 1.0, "ornate": 0.25})
     question = question_of("style", "pointwise", criterion)
     assert question is not None
     assert (question.labels, question.is_pairwise) == ((" plain", " ornate"), False)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from services.judge.rewards import Rule, combine, normalised
+from services.judge.rewards import Column, Rule, combine, normalised
 
 
 def test_rewards_are_weighted_means() -> None:
@@ -22,14 +22,14 @@ def test_a_reward_never_exceeds_one() -> None:
 
 
 def test_a_candidate_that_some_criterion_could_not_score_has_no_reward() -> None:
-    scores = {"quality": [1.0, 0.5, 0.0], "safety": [None, 0.5, 1.0]}
+    scores: dict[str, Column] = {"quality": [1.0, 0.5, 0.0], "safety": [None, 0.5, 1.0]}
     rules = {"quality": Rule(), "safety": Rule()}
     assert combine(scores, rules).rewards == [None, 0.5, 0.5]
 
 
 def test_a_criterion_without_weight_only_bars() -> None:
     """The unsafe best one keeps its reward, but may not be chosen; one of unknown safety has none."""
-    scores = {"quality": [0.9, 0.4, 0.5], "safety": [0.2, 0.8, None]}
+    scores: dict[str, Column] = {"quality": [0.9, 0.4, 0.5], "safety": [0.2, 0.8, None]}
     found = combine(scores, {"quality": Rule(), "safety": Rule(weight=0.0, threshold=0.5)})
     assert (found.rewards, found.barred) == ([0.9, 0.4, None], (0,))
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from services.judge.build import NoEngine
-from services.judge.criteria import CriterionError, JudgedChunk
+from services.judge.criteria import CriterionError
 from services.judge.user_function import PythonCriterion, load_function
 from services.judge.verdicts import CallCount
 from shared.errors import SettingsError
-from tests.services.judge.judges import failed, judged, make_judge, make_window
+from tests.services.fakes import FakeEngine
+from tests.services.judge.judges import chunk_of, failed, judged, make_judge, make_window
 
 
 def calling(name: str, **judge: Any) -> dict[str, Any]:
@@ -20,16 +20,16 @@ def calling(name: str, **judge: Any) -> dict[str, Any]:
 
 
 def test_a_function_scores_the_candidates_without_any_engine() -> None:
-    judgement = judged(NoEngine(), make_window("1234", "12", reference="1234"), **calling("by_length"))
+    judgement = judged(FakeEngine(), make_window("1234", "12", reference="1234"), **calling("by_length"))
     assert (judgement.rewards, judgement.num_calls) == ((1.0, 0.5), 0)
 
 
 def test_an_async_function_is_awaited() -> None:
-    assert judged(NoEngine(), make_window("a", "b", reference="b"), **calling("awaited")).rewards == (0.0, 1.0)
+    assert judged(FakeEngine(), make_window("a", "b", reference="b"), **calling("awaited")).rewards == (0.0, 1.0)
 
 
 def test_a_candidate_without_a_score_is_unscored() -> None:
-    assert judged(NoEngine(), make_window("a", "", "b", reference="b"), **calling("unless_empty")).rewards == (
+    assert judged(FakeEngine(), make_window("a", "", "b", reference="b"), **calling("unless_empty")).rewards == (
         0,
         None,
         1,
@@ -42,7 +42,7 @@ def test_messages_name_the_function_of_their_criterion() -> None:
     window = make_window("a")
     criterion = PythonCriterion(lambda *_: [2.0], 1.0, setting="judge.criteria.brevity.function")
     with pytest.raises(CriterionError, match=r"judge.criteria.brevity.function returned 2.0"):
-        asyncio.run(criterion.score(JudgedChunk(window, window.items[0]), seed=0, count=CallCount("brevity")))
+        asyncio.run(criterion.score(chunk_of(window), seed=0, count=CallCount("brevity")))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_wrong_answer_is_a_failure_with_its_message_logged(
 ) -> None:
     engine = {"timeout_s": 0.05 if name == "slow" else 60.0}
     with caplog.at_level(logging.WARNING):
-        failure = failed(NoEngine(), make_window("a", "b"), **calling(name, engine=engine))
+        failure = failed(FakeEngine(), make_window("a", "b"), **calling(name, engine=engine))
     assert failure.reason == "python_criterion"
     assert message in caplog.text
 
@@ -81,4 +81,4 @@ def test_a_function_that_can_not_be_imported_is_refused_at_start(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_scorer.py").write_text("raise RuntimeError('my database is away')\n")
     with pytest.raises(SettingsError, match=message):
-        make_judge(NoEngine(), criteria={"python": {"function": place}})
+        make_judge(FakeEngine(), criteria={"python": {"function": place}})
