@@ -1,16 +1,15 @@
 """The tournament among a chunk's candidates: plays what matters for the best and the worst, until both are sure.
 
-Round 1 is a random cycle (two for sampled verdicts), in which everyone is shown first as often as second. Each later
-round plays pairs in proportion to a power of their worth: the expected gain in utility of the one that would be chosen
-(or, at the other end, rejected) if the pair were played several times,
+Round 1 is a random cycle (two of sampled verdicts if the budget has the room), in which everyone is shown first as
+often as second. Each later round plays pairs in proportion to a power of their worth: the expected gain in utility of
+the one that would be chosen (or, at the other end, rejected) if the pair were played several times,
 
     E[max mean after] - max mean now,
 
 in closed form from the Gaussian posterior (knowledge gradient with correlated beliefs, Frazier et al. 2009; looking
 more than one match ahead: the KG(*) of Frazier & Powell 2010). Differences from the textbook form: only the likeliest
 contenders of each end are looked at, and a round draws its pairs rather than taking the best one, so that its matches
-are independent. On this problem it needs fewer calls and rounds than top-two Thompson sampling
-(benchmarks/tournament.py).
+are independent. benchmarks/tournament.py has what it reaches.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,8 @@ from services.judge.posterior import Floats, Match, Posterior, Result, Temper, f
 
 SURE = 0.99
 """A tournament ends when it expects this share of the best possible spread between chosen and rejected."""
-_FIRST_CYCLES = {False: 2, True: 1}
-_WIDTH = {False: 1.0, True: 0.5}
-"""Matches a candidate in each later round. Narrower rounds choose slightly better, and take longer."""
+MOST_ROUNDS = 8
+"""A budget is spent in about this many. More and narrower ones choose slightly better, and a chunk takes longer."""
 _NUM_DRAWS = 128
 _MAX_CONTENDERS = 10
 """At each end. The other candidates are almost never the best, and the work grows with the cube of this."""
@@ -70,7 +68,8 @@ class Pairing:
         posterior = self.posterior(results)
         if share_of_spread(posterior, generator) >= SURE:
             return []
-        width = min(left, ceil(self.num_candidates * _WIDTH[self.graded]))
+        first = self._num_first_cycles * self.num_candidates
+        width = min(left, ceil(max(1, self.budget - first) / (MOST_ROUNDS - 1)))
         pairs = pair_worths(posterior, None if not self.graded else self.temper.whim)
         if self.graded:
             return self._unplayed(pairs, results, generator=generator, width=width)
@@ -79,8 +78,13 @@ class Pairing:
     def posterior(self, results: Sequence[Result]) -> Posterior:
         return fit(tabulate(results, self.num_candidates, graded=self.graded), self.temper, graded=self.graded)
 
+    @property
+    def _num_first_cycles(self) -> int:
+        """Coin flips need more before a choice of pairs pays, if the budget has the room."""
+        return 1 if self.graded or self.budget < 4 * self.num_candidates else 2
+
     def _first_round(self, generator: np.random.Generator) -> list[Match]:
-        cycles = [generator.permutation(self.num_candidates) for _ in range(_FIRST_CYCLES[self.graded])]
+        cycles = [generator.permutation(self.num_candidates) for _ in range(self._num_first_cycles)]
         return [
             Match(int(first), int(second))
             for cycle in cycles
