@@ -45,4 +45,6 @@ def test_rewards_are_weighted_means() -> None:
 
 def test_a_reward_never_exceeds_one() -> None:
     weights = {"quality": 0.1, "safety": 0.7, "factuality": 0.2}
-    assert combined_rewards({name: [1.0] for name in weights}, weights)[0] <= 1.0
+    (reward,) = combined_rewards({name: [1.0] for name in weights}, weights)
+    assert reward is not None
+    assert reward <= 1.0
