@@ -52,23 +52,27 @@ def tokenizer(*, pads: bool = True) -> PreTrainedTokenizerFast:
     ids = [(name, core.token_to_id(name)) for name in ("<s>", "</s>")]
     core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
     pad = {"pad_token": "<pad>"} if pads else {}
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **pad)  # type: ignore[no-untyped-call]
+    made: Any = PreTrainedTokenizerFast  # its constructor has no types
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | pad
+    found: PreTrainedTokenizerFast = made(tokenizer_object=core, **named)
+    return found
 
 
 def saved(folder: Path, kind: str, *, pads: bool = True, **options: Any) -> str:
     torch.manual_seed(3)
     words = tokenizer(pads=pads)
     shape = SHAPE | {"vocab_size": len(words)} | options
-    if kind == "llama":
-        model: Any = LlamaForSequenceClassification(LlamaConfig(num_key_value_heads=1, pad_token_id=None, **shape))  # type: ignore[no-untyped-call]
-    elif kind == "roberta":
+    classes: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # no types here either
+        "llama": (LlamaForSequenceClassification, LlamaConfig, {"num_key_value_heads": 1, "pad_token_id": None}),
+        "language model": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
+        "roberta": (RobertaForSequenceClassification, RobertaConfig, {"pad_token_id": words.pad_token_id}),
+        "bert": (BertForSequenceClassification, BertConfig, {"pad_token_id": words.pad_token_id}),
+    }
+    model, config, own = classes[kind]
+    if kind == "roberta":
         shape["max_position_embeddings"] += words.pad_token_id + 1  # its positions begin after the padding's id
-        model = RobertaForSequenceClassification(RobertaConfig(pad_token_id=words.pad_token_id, **shape))  # type: ignore[no-untyped-call]
-    elif kind == "language model":
-        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=1, **shape))  # type: ignore[no-untyped-call]
-    else:
-        model = BertForSequenceClassification(BertConfig(pad_token_id=words.pad_token_id, **shape))  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
+    made = model(config(**own, **shape))
+    made.save_pretrained(folder)
     words.save_pretrained(folder)
     return str(folder)
 
