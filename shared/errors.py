@@ -62,10 +62,6 @@ class PromptError(EngineError, status=422, retryable=False):
     """The engine can never answer this prompt (empty, or too long for the model): a retry can't help."""
 
 
-class VerdictError(HeadwaterError, status=502, retryable=True):
-    """A judge's answer has no readable verdict. Never a score."""
-
-
 class ServiceError(HeadwaterError, status=502):
     """Seen by a client: a service answered with an error or could not be reached."""
 

@@ -72,6 +72,9 @@ def question_of(name: str, kind: str, criterion: CriterionSettings) -> Question 
         question = replace(
             question, verdicts=criterion.verdicts, labels=tuple(f" {word}" for word in criterion.verdicts)
         )
+    unlike = {word.lower() for word in question.verdicts if word[:1].isalnum()}
+    if len(unlike) < len(question.verdicts):
+        raise SettingsError(f"{setting}.verdicts must begin with letters or digits and differ by more than case")
     if len(set(question.verdicts.values())) < 2:
         raise SettingsError(
             f"{setting}.verdicts needs at least two words of different value, such as {{ yes = 1, no = 0 }}"

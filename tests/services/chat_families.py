@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from services.engine.base import Generation, Prompt, Sampling, TokenScore
 from services.engine.local import LocalEngine
+from shared.engine_settings import EngineSettings
 from tests.services.subject_tokenizers import BOS, EOS, byte_level, save_tokenizer, sentence_piece_bpe
 from tests.services.subject_tokenizers import sentence_piece_unigram as unigram
 
@@ -114,7 +115,8 @@ class TokenizerEngine(LocalEngine):
     can_constrain = False
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(name=f"tokenizer:{folder.name}", tokenizer=str(folder), **options)
+        """`options` are engine settings."""
+        super().__init__(EngineSettings(model=str(folder), **options), name=f"tokenizer:{folder.name}")
 
     async def start(self) -> None:
         await self._load_tokenizer()

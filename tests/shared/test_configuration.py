@@ -70,7 +70,7 @@ ONLY_ORIGINALS = ["--collector.schedule", '[{"kinds": ["original"], "num_rollout
         (
             TWO_REWRITES,
             {},
-            r"step 5 asks for 2 rewrites of a suffix, which are all the same at rewriter\.temperature = 0",
+            r"step 5 has num_rewrites = 2, but rewriter\.temperature = 0 makes them all equal",
         ),
     ],
 )

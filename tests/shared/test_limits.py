@@ -61,7 +61,7 @@ def test_every_rewrite_of_a_chunk_counts_as_a_candidate() -> None:
         ({"rollouts": 128}, r"candidates for each of 1,049 chunks makes requests of up to \d.* to the judge, judge\."),
         (
             {"rollouts": 128, "judge": {"max_request_bytes": 10**9}},
-            r"entry of up to 38\d,.* which takes 268,435,456: ",
+            r"entry of up to 33\d,.* which takes 268,435,456: ",
         ),
         ({"judge": {"max_request_bytes": 10**6}}, r"judge\.max_request_bytes = 1,000,000 allows fewer: raise it, or"),
         ({"rewriter": {"max_request_bytes": 10**6}}, r"to the rewriter, rewriter\.max_request_bytes = 1,000,000"),

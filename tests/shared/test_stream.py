@@ -198,6 +198,7 @@ def test_the_form_of_schema_3() -> None:
             "read_at": 1.5,
             "scored_at": 2.5,
             "seconds": {},
+            "probes": [],
         },
     )
 

@@ -58,7 +58,7 @@ class Services(httpx.AsyncBaseTransport):
             return await self.inner.handle_async_request(request)
         asked = orjson.loads(body)
         if path == "/v1/rewrites":
-            return httpx.Response(200, content=orjson.dumps({"rewrites": [self._made() for _ in asked["items"]]}))
+            return httpx.Response(200, content=orjson.dumps({"rewrites": [[self._made()] for _ in asked["items"]]}))
         groups = [[self._made() | {"weight_version": 3} for _ in range(asked["num_rollouts"])] for _ in asked["starts"]]
         return httpx.Response(200, content=orjson.dumps({"rollouts": groups}))
 

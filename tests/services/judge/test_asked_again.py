@@ -30,7 +30,7 @@ def failing_once(number: int) -> FakeEngine:
 
 def test_one_failed_call_does_not_restart_its_siblings() -> None:
     engine = failing_once(4)
-    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=CRITERIA), WINDOW))
+    judgement = asyncio.run(judgement_of(make_judge(engine, criteria=CRITERIA, engine_patience_s=10), WINDOW))
     assert judgement.rewards == (1.0, 1.0, 1.0)
     assert (engine.num_generate_calls, judgement.num_calls) == (7, 6)
 

@@ -54,6 +54,8 @@ def test_a_question_of_the_users_own_is_settings_alone() -> None:
         ("pointwise", {"verdicts": {"yes": 1, "no": 0}}, r"judge\.criteria\.mine\.prompt is missing"),
         ("pointwise", {"prompt": "p.txt"}, r"judge\.criteria\.mine\.verdicts needs at least two words"),
         ("quality", {"verdicts": {"A": 1, "B": 1}}, r"at least two words of different value"),
+        ("quality", {"verdicts": {"++": 1, "--": 0}}, r"must begin with letters or digits"),
+        ("quality", {"verdicts": {"yes": 1, "Yes": 0}}, r"differ by more than case"),
     ],
 )
 def test_an_incomplete_question_is_refused(kind: str, given: dict[str, Any], message: str) -> None:
