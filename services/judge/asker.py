@@ -32,6 +32,9 @@ T = TypeVar("T")
 _DOWN_AFTER = 8
 """Failures without a success between them. Of an engine that fails one call in ten, this is one series in 1e8."""
 _MAX_WAIT_S = 5.0
+_ADMITTED_AT_ONCE = 16
+"""In one turn of the event loop, which runs all that is ready before it looks at anything else: a thousand calls let in
+together would keep health checks waiting for a third of a second. 1,000 calls are let in within milliseconds anyway."""
 
 
 class FramedPrompt(Protocol):
@@ -101,6 +104,8 @@ class _Line:
         """A heap: calls that failed before new ones, then by turn, then by arrival. Cancelled ones stay until they are
         first."""
         self._arrivals = itertools.count()
+        self._num_admitted = 0
+        """In this turn of the event loop."""
         self._num_failures = 0
         """Since the last success."""
         self._failing_since = 0.0
@@ -149,12 +154,19 @@ class _Line:
             metrics.judge_waiting_questions.dec()
 
     def _admit(self) -> None:
-        while self._waiting and self._has_room():
+        while self._waiting and self._has_room() and self._num_admitted < _ADMITTED_AT_ONCE:
             *_, entered = heapq.heappop(self._waiting)
             if not entered.done():
                 self._num_inside += 1
                 self._has_trial = self.is_down
                 entered.set_result(self.is_down)
+                self._num_admitted += 1
+                if self._num_admitted == 1:
+                    asyncio.get_running_loop().call_soon(self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        self._num_admitted = 0
+        self._admit()
 
     def _has_room(self) -> bool:
         if self.is_down:

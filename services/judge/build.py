@@ -6,6 +6,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,7 @@ class _Builder:
     classifiers: Mapping[str, Criterion]
     askers: dict[int, Asker] = field(default_factory=dict)
     memory: VerdictMemory = field(init=False)
+    encoding: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     def __post_init__(self) -> None:
         self.memory = VerdictMemory(self.settings.remembered_verdicts)
@@ -115,7 +117,7 @@ class _Builder:
         chat = self._is_chat(name)
         opens_answer = chat and settings.verdict == "labels"
         frame = Frame(self.parts.prompts[name], self.engines[name], chat=chat, opens_answer=opens_answer)
-        prompted = Prompted(frame, self._source(name, question), self.settings.max_prefix_characters)
+        prompted = Prompted(frame, self._source(name, question), self.settings.max_prefix_characters, self.encoding)
         if question.is_pairwise:
             tempers = TempersOfChunks(graded=prompted.source.grades)
             return Pairwise(name, prompted, settings.schedule, settings.budget, tempers)

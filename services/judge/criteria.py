@@ -8,10 +8,11 @@ be read is missing: no mean counts it. A candidate without any readable verdict 
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from services.concurrency import all_of
 from services.frames import Frame, Piece
@@ -26,6 +27,8 @@ from shared.errors import HeadwaterError, PromptError
 from shared.judge_settings import ScheduleName
 from shared.records import Comparison, TokenIds
 from shared.seeds import question_seed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Prompted:
     frame: Frame
     source: VerdictSource
     max_prefix_characters: int
+    encoding: Executor
+    """One thread for the whole judge: several would only take turns with the event loop."""
+
+    async def off_the_loop(self, encode: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.encoding, encode, *given)
 
     def encode(self, chunk: JudgedChunk, **texts: str) -> dict[str, Piece]:
         """Prefix and `texts` by placeholder, as far as the prompt has them. Blocking."""
@@ -122,7 +130,7 @@ class Pointwise:
     prompted: Prompted
 
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
-        shared, candidates = await asyncio.to_thread(self._encode, chunk)
+        shared, candidates = await self.prompted.off_the_loop(self._encode, chunk)
         answers = await all_of(
             self.prompted.ask(
                 chunk,
@@ -159,7 +167,7 @@ class Pairwise:
     async def score(self, chunk: JudgedChunk, *, seed: int, count: CallCount) -> Scores:
         if len(chunk.distinct_texts) == 1:
             return Scores([0.5 if len(chunk.texts) > 1 else None for _ in chunk.texts])
-        pairs = await asyncio.to_thread(_Pairs.encoded, self.prompted, chunk, seed, count)
+        pairs = await self.prompted.off_the_loop(_Pairs.encoded, self.prompted, chunk, seed, count)
         schedule = self._schedule(pairs)
         results = await self._play(schedule, pairs)
         standing = schedule.standing(results)
