@@ -45,11 +45,10 @@ class Size:
     num_prefixes: int
     num_chunks: int
     """That are judged again."""
-    seeds: tuple[int, ...]
 
 
-FULL = Size(steps=60, num_prefixes=400, num_chunks=300, seeds=(0, 1, 2))
-QUICK = Size(steps=12, num_prefixes=100, num_chunks=60, seeds=(0,))
+FULL = Size(steps=60, num_prefixes=400, num_chunks=300)
+QUICK = Size(steps=12, num_prefixes=100, num_chunks=60)
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,16 @@ class Pool:
 def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("--work", type=Path, help="folder of the runs")
+    options.add_argument("--seeds", type=int, default=3, help="runs of each schedule")
     given = options.parse_args()
     size = QUICK if given.quick else FULL
+    seeds = range(1 if given.quick else given.seeds)
     folder = given.work or Path("runs/judge-schedules-quick" if given.quick else "runs/judge-schedules")
     folder.mkdir(parents=True, exist_ok=True)
     world_documents(world_of(STARTER / "models"), folder / "documents.jsonl", 4000)
     report = Report()
     for name in SCHEDULES[:2]:
-        _report_runs(report, name, [_run(folder, name, seed, size) for seed in size.seeds], size)
+        _report_runs(report, name, [_run(folder, name, seed, size) for seed in seeds], size)
     pools = recorded_pools(folder / "all_pairs-0", size.num_chunks)
     for name in SCHEDULES:
         _report_choices(report, name, pools, judged_again(folder, name, pools))
@@ -102,7 +103,7 @@ def _run(folder: Path, schedule: str, seed: int, size: Size) -> Path:
 
 
 def _report_runs(report: Report, name: str, runs: Sequence[Path], size: Size) -> None:
-    found = [_checked(run, size, seed) for run, seed in zip(runs, size.seeds, strict=True)]
+    found = [_checked(run, size, seed) for run, seed in zip(runs, range(len(runs)), strict=True)]
     for figure in ("all_clean", "win_rate", "no_fact_wrong"):
         values = [100 * getattr(one, figure).mean for one in found]
         report.figures[f"run, {name}: {figure}, %"] = fmean(values)

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from services.concurrency import settle_heap
+from services.concurrency import settle_process
 from services.engine.base import Engine, FallibleEngine
 from shared.engine_settings import EngineSettings
 from shared.errors import EngineError, HeadwaterError, SettingsError
@@ -119,7 +119,7 @@ class EngineLife(Generic[T]):
         except Exception as exc:
             app.state.failure = EngineError(f"{self._engine.name} could not start: {type(exc).__name__}: {exc}")
             raise
-        settle_heap()
+        settle_process()
         self.ready, self.detail, self.summary = True, "", ""
 
     async def _watch(self, app: "FastAPI", engine: FallibleEngine) -> None:

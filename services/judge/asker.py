@@ -32,7 +32,7 @@ T = TypeVar("T")
 _DOWN_AFTER = 8
 """Failures without a success between them. Of an engine that fails one call in ten, this is one series in 1e8."""
 _MAX_WAIT_S = 5.0
-_ADMITTED_AT_ONCE = 16
+_ADMITTED_AT_ONCE = 8
 """In one turn of the event loop, which runs all that is ready before it looks at anything else: a thousand calls let in
 together would keep health checks waiting for a third of a second. 1,000 calls are let in within milliseconds anyway."""
 

@@ -52,7 +52,7 @@ def test_the_judge_reads_every_structured_answer(constrained: Subject, tmp_path:
     (tmp_path / "pairs").mkdir()
     asked = {"verdict": "structured", "max_answer_tokens": 10}
     criteria = {
-        "quality": asked | {"prompt": prompt_file(tmp_path / "pairs", "A: {a} B: {b}")},
+        "quality": asked | {"schedule": "all_pairs", "prompt": prompt_file(tmp_path / "pairs", "A: {a} B: {b}")},
         "safety": asked | {"prompt": prompt_file(tmp_path, "Safe? {candidate}")},
     }
     judge = make_judge(constrained.engine, criteria=criteria, chat=False, max_retries=0, engine=narrow)
