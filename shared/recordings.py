@@ -102,7 +102,7 @@ def _chunk(row: ChunkRow, candidates: tuple[RecordedCandidate, ...], window: str
 
 def _candidate(row: CandidateRow) -> RecordedCandidate:
     kinds = tuple(row.kinds.split(","))
-    return RecordedCandidate(kinds, row.text, row.weight_version, row.reward, bool(getattr(row, "barred", False)))
+    return RecordedCandidate(kinds, row.text, row.weight_version, row.reward, row.barred)
 
 
 def _text_of(row: ChunkRow, window: str | None, candidates: tuple[RecordedCandidate, ...]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Which replica of a service gets a request. Called by clients.py.
 
-    own   the first in the document's hash order, so that all its windows meet the same caches: the keys and values that
-          vLLM keeps of a prefix, the verdicts that a judge remembers (rendezvous hashing: a replica that comes or goes
-          moves only its own documents)
+    own   the first in the document's hash order, so that a request that is asked again, or a second one about a window,
+          meets warm caches: the keys and values that vLLM keeps of a prefix, the verdicts that a judge remembers
+          (rendezvous hashing: a replica that comes or goes moves only its own documents)
     load  the next in that order, where the first has far more in work than the mean (consistent hashing with bounded
           loads, arXiv 1608.01350)
     away  the next one, where the first does not answer
