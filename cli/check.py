@@ -287,7 +287,7 @@ def _cost(criterion: CriterionSettings, num_candidates: int) -> str:
     given: dict[str, Any] = {
         "graded": criterion.verdict == "labels",
         "budget": criterion.budget,
-        "samples": criterion.samples,
+        "samples": 1 if criterion.verdict == "labels" else criterion.samples,
     }
     calls, all_calls = (most_calls(name, num_candidates, **given) for name in schedules)
     share, all_share = (expected_share(name, num_candidates, **given, temper=Temper()) for name in schedules)
