@@ -155,7 +155,8 @@ def _ask(client: httpx.Client, pool: Pool) -> Judgement:
     start = len(pool.prefix)
     item = JudgementItem(start=start, end=start + len(pool.original), candidates=texts)
     request = JudgementRequest(text=pool.prefix + pool.original, items=(item,))
-    answer = client.post("/v1/judgements", content=request.model_dump_json())
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/v1/judgements", content=request.model_dump_json(), headers=headers)
     answer.raise_for_status()
     (judgement,) = JudgementResponse.model_validate_json(answer.content).judgements
     if not isinstance(judgement, Judgement):
