@@ -43,7 +43,10 @@ class ModelFolder:
         if self.generation is not None:
             self.generation.save_pretrained(folder)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+            try:
+                self.tokenizer.save_pretrained(folder)
+            except Exception as exc:  # the tokenizers library raises a plain Exception if it can't write a file
+                raise OSError(f"the tokenizer can't be written to {folder}: {exc}") from exc
         files, bits = full_files(layouts, max_bytes=self.max_file_bytes), named_bits(tensors)
         for name, file in files.items():
             with (folder / name).open("wb") as opened:

@@ -192,4 +192,5 @@ def test_status_names_a_dead_replica_and_the_collector_stays_ready(make_settings
 
     with served(StubServices().app) as url:
         rollout = {"url": f"{url},http://127.0.0.1:{gone}"}
-        asyncio.run(run(make_settings(url, rollout=rollout, collector={"port": port})))
+        enough = {"port": port, "max_backlog": 400}  # some document has the dead replica as its own
+        asyncio.run(run(make_settings(url, rollout=rollout, documents={"max_epochs": 50}, collector=enough)))
