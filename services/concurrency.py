@@ -39,5 +39,5 @@ def settle_process() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000, 20, 1_000)
+    gc.set_threshold(2_000, 10, 5_000)
     sys.setswitchinterval(0.001)
