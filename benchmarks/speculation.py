@@ -5,8 +5,8 @@
 The starter rewriter rewrites passages of 32 words, greedily: `copies` are answers that must repeat a faultless passage,
 `repairs` those that must mend a spoiled one. One request after the other, and 32 at once. Tokens a CPU second count
 answered tokens against the CPU time of this process and the engine core, which other processes on the machine do not
-change. Tokens a step are what a row gains in one forward pass: 1 without guesses. Without Intel's OpenMP, which the CPU
-build brings along, the two thread pools of the look-up and of the model hinder each other.
+change. Tokens a step are what a row gains in one forward pass: 1 without guesses. vLLM
+warns that guesses are slow on a CPU without Intel's OpenMP, which its build brings along.
 """
 
 import asyncio
